@@ -1,0 +1,129 @@
+"""What flows through one iteration: prompts in, a rollout on one ``[B, T]`` grid out.
+
+Axes: ``B`` sequences, ``T`` sampled positions, ``P`` prompt length, ``K`` parts of a reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, as the policy reads it and as a person does.
+
+    Example: ``Prompt(id=3, text="the plot is", tokens=(0, 271, 88, 64), reference=None, target=())``
+    """
+
+    id: int  #: row in its data set
+    text: str
+    tokens: tuple[int, ...]  #: what the policy reads (special tokens and chat template included), never empty
+    reference: Any  #: ground truth that rewards and metrics may need; plain data
+    target: tuple[int, ...]  #: supervised completion with its EOS; empty where there is none
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What the DataLoader yields: the prompts of one iteration."""
+
+    prompts: tuple[Prompt, ...]
+
+    def to(self, device: Any, **_: Any) -> Self:
+        """Nothing to move (Lightning calls this): the engine makes the tensors."""
+        return self
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished sample, as rewards, metrics and people see it."""
+
+    prompt: str
+    text: str  #: decoded completion without special tokens
+    reference: Any
+    tokens: tuple[int, ...]  #: the sampled ids, EOS included when there is one
+    ended: bool  #: False when it was cut at the length limit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of ``samples.jsonl``."""
+
+    iteration: int
+    split: str  #: "train" or "val"
+    prompt: str
+    completion: str
+    reward: float
+    parts: dict[str, float]
+    kl: float | None  #: nats a sequence to the reference; None without one
+    length: int  #: tokens that the policy chose
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled sequences and all that was recorded about them.
+
+    Position ``t`` of row ``b`` is the ``t``-th token after the prompt. Masks come from lengths, never
+    from comparing ids with a padding id. With ``T = 4``, a completion of two words and an EOS reads::
+
+        tokens       [ 17,  9,  0,  0]     0 is EOS *and* padding
+        lengths        3
+        action_mask  [  1,  1,  1,  0]     the first EOS was chosen by the policy: true
+
+    Float fields are zero wherever ``action_mask`` is false.
+    """
+
+    prompt_tokens: Int[Tensor, "B P"]  #: left-padded
+    prompt_lengths: Int[Tensor, " B"]
+    tokens: Int[Tensor, "B T"]  #: right-padded
+    lengths: Int[Tensor, " B"]  #: positions in use, an environment's words included
+    action_mask: Bool[Tensor, "B T"]  #: true where the policy chose the token
+    ended: Bool[Tensor, " B"]  #: false when cut at the length limit
+    group_ids: Int[Tensor, " B"]  #: rows of one group answer the same prompt
+    prompt_ids: Int[Tensor, " B"]
+    logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the sampling policy
+    values: Float[Tensor, "B T"] | None = None  #: the critic's at sampling time; None without a critic
+    ref_logprobs: Float[Tensor, "B T"] | None = None  #: under the reference; None without one
+    exact_kl: Float[Tensor, "B T"] | None = None  #: KL(policy | reference) over the vocabulary, when asked for
+    rewards: Float[Tensor, " B"] | None = None  #: the task's reward of each sequence
+    reward_parts: Float[Tensor, "B K"] | None = None
+    part_names: tuple[str, ...] = ()
+    token_rewards: Float[Tensor, "B T"] | None = None  #: what the advantage sees: reward at the end plus shaping
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def select(self, rows: Int[Tensor, " N"]) -> Self:
+        """The given rows, with columns that none of them uses cut off (results do not depend on padding)."""
+        width = int(self.lengths[rows].max())
+        prompt_width = int(self.prompt_lengths[rows].max())
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor):
+                continue
+            value = value[rows]
+            if field.name == "prompt_tokens":
+                value = value[:, value.shape[1] - prompt_width :]
+            elif value.ndim == 2 and field.name != "reward_parts":
+                value = value[:, :width]
+            changes[field.name] = value
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on another device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
