@@ -1,0 +1,54 @@
+# PolicyLab in two commands: `make train` and `make test`. `make help` lists the rest.
+#
+#   make train ARGS="algo=reinforce seed=1"     arguments go on to the command
+#   make train VENV=$VIRTUAL_ENV                use an environment that you already have
+#   make train PYTHON=python3.12                choose the interpreter of the new environment
+
+VENV ?= .venv
+# The first interpreter that PolicyLab runs on; python3 itself where it is new and old enough.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.policylab-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint types format clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make the environment and install PolicyLab into it
+
+train: $(INSTALLED) ## train; ARGS="algo=reinforce seed=1" is handed to train.py
+	$(BIN)/python train.py $(ARGS)
+
+test: $(INSTALLED) ## run the fast tests; ARGS="-m slow" runs the learning tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED) ## check the types
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the environment that make made, and all caches; runs in logs/ stay
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is newer than pyproject.toml when everything is installed, so a second call starts at once.
+$(INSTALLED): pyproject.toml
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { \
+		echo "PolicyLab needs Python 3.11, 3.12 or 3.13; python3 is $$(python3 --version 2>&1)."; \
+		echo "Install one of them, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 2; }
+	@echo "Installing PolicyLab into $(VENV); the first time takes a few minutes (PyTorch is large)."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@

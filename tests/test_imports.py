@@ -1,0 +1,125 @@
+"""The import rule: each part of the package knows only what it may know, and a help page costs no torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "policylab"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+HEAVY = ("torch", "lightning", "transformers", "torchmetrics", "matplotlib", "scipy", "wandb")
+
+# library -> the only places that may import it
+OWNERS = {
+    "lightning": ("modules/", "callbacks/", "launch/", "tasks/datamodule.py"),
+    "transformers": ("models/", "rollouts/"),
+    "hydra": ("config/", "launch/"),
+    "policylab.modules": ("modules/", "config/build.py"),
+}
+
+# part of the package -> all it may import beside the standard library
+MAY_IMPORT = {
+    "functional/": ("torch", "jaxtyping", "policylab.functional"),
+    "algorithms/": (
+        *("torch", "jaxtyping", "policylab.errors"),
+        *("policylab.functional", "policylab.rollouts.types", "policylab.algorithms"),
+    ),
+}
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    """Full dotted names that run-time code imports, those inside functions included.
+
+    ``from policylab import modules`` gives ``policylab.modules``: the names count as modules.
+    """
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"line {child.lineno}: relative import; PolicyLab's are absolute"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif not _is_type_checking(child):
+            yield from _imports(child)
+
+
+def _within(name: str, parents: tuple[str, ...]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=_part)
+def test_each_part_imports_only_what_it_may(path: Path) -> None:
+    part = _part(path)
+    imports = set(_imports(ast.parse(path.read_text())))
+    for library, owners in OWNERS.items():
+        if not part.startswith(owners):
+            guilty = {name for name in imports if _within(name, (library,))}
+            assert not guilty, f"{part} imports {guilty}; only {owners} may import {library}"
+    for prefix, allowed in MAY_IMPORT.items():
+        if part.startswith(prefix):
+            standard = tuple(sys.stdlib_module_names)
+            guilty = {name for name in imports if not _within(name, allowed + standard)}
+            assert not guilty, f"{part} imports {guilty}; {prefix} may import {allowed} only"
+
+
+def test_the_walk_sees_nested_and_from_imports() -> None:
+    source = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import lightning
+def f():
+    from policylab import modules
+    import transformers.utils
+"""
+    assert set(_imports(ast.parse(source))) == {
+        "typing.TYPE_CHECKING",
+        "policylab.modules",
+        "transformers.utils",
+    }
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import policylab, policylab.errors, policylab.config, policylab.launch",
+        "import policylab.config.resolvers",
+        *(f"import {script.stem}" for script in SCRIPTS),
+    ],
+)
+def test_light_modules_load_nothing_heavy(code: str) -> None:
+    """What ``--help``, ``--cfg job`` and tab completion load: seconds if a heavy library came along."""
+    check = f"{code}; import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_tracked_file_names_a_path_of_one_machine() -> None:
+    """Evidence, configs and docs must read the same on everyone's machine."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    private = re.compile(r"(?<![\w.$}-])/(?:work|root|home|Users|opt)/[\w.]+")
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+            continue  # binary, or deleted and not yet committed
+        found = private.search(text)
+        assert not found, f"{name} names {found.group()!r}, a path of one machine"
