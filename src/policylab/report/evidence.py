@@ -1,0 +1,84 @@
+"""From finished runs to the folder of evidence that is committed beside a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from policylab.errors import UserError
+from policylab.report.groups import group_runs
+from policylab.report.plots import draw_curves
+from policylab.report.read import read_runs
+from policylab.report.tables import markdown_table, write_metrics
+
+
+def report_job(config: DictConfig) -> None:
+    """What ``report.py`` does: its config names the arguments of `write_evidence`."""
+    settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(settings, dict)
+    table = write_evidence(
+        runs=settings["runs"],
+        out=Path(settings["out"]),
+        metrics=settings["metrics"],
+        title=settings["title"],
+        labels=settings["labels"],
+    )
+    print(f"{table}\nwritten to {settings['out']}")
+
+
+def write_evidence(
+    runs: str | Sequence[str], out: Path, metrics: Sequence[str], title: str, labels: Sequence[str]
+) -> str:
+    """Write ``metrics.csv``, ``curve.png``, ``table.md`` and ``config.yaml`` to a folder.
+
+    Args:
+        runs: run folders, patterns that find them, or "latest".
+        out: made if need be; files of these names in it are replaced, others stay.
+        metrics: the first one is the table's subject; each is a panel of the curve.
+        title: of the curve.
+        labels: names of the groups of runs, in order; empty for ``algo-model-task``.
+
+    Returns:
+        The table, in Markdown.
+
+    Raises:
+        UserError: when the runs are none, unfinished, not comparable, or lack a metric.
+    """
+    if not metrics:
+        raise UserError("metrics is empty; name at least one, such as metrics=[val/reward,val/kl]")
+    found = read_runs(runs)
+    groups = group_runs(found, labels)
+    for run in found:
+        curves = [run.curve(metric) for metric in metrics]  # all are looked at before anything is written
+        if 0 not in curves[0]:
+            raise UserError(f"{run.folder} has no {metrics[0]} at iteration 0: no baseline, so no gain")
+    table = markdown_table(groups, metrics[0])
+    out.mkdir(parents=True, exist_ok=True)
+    draw_curves(groups, metrics, title, out / "curve.png")
+    write_metrics(groups, metrics, out / "metrics.csv")
+    (out / "table.md").write_text(table)
+    OmegaConf.save(OmegaConf.create(portable(found[0].config)), out / "config.yaml")
+    return table
+
+
+def portable(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what is true of one machine only: folders of the run, Hydra's own settings.
+
+    Paths below the working directory or the home directory are written relative to it.
+    """
+    kept = {key: value for key, value in config.items() if key not in ("paths", "hydra")}
+    relative: dict[str, Any] = _relative(kept)
+    return relative
+
+
+def _relative(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _relative(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_relative(item) for item in value]
+    if isinstance(value, str):
+        return value.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
+    return value

@@ -1,0 +1,113 @@
+"""Runs that differ by nothing but the seed belong together; what may be compared is checked here."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from policylab.errors import UserError
+from policylab.report.read import Run
+from policylab.report.statistics import Estimate, estimate
+
+# What a run was called and where it lay says nothing about what it did.
+NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logger", "debug")
+# Two curves of val/reward are comparable when these agree.
+MEASURED_BY = ("task", "reward", "validation.prompts")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one experiment."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def over_seeds(self, metric: str) -> dict[int, Estimate]:
+        """Statistics by iteration, at the iterations that every seed has."""
+        curves = [run.curve(metric) for run in self.runs]
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        return {iteration: estimate([curve[iteration] for curve in curves]) for iteration in shared}
+
+
+def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
+    """Group runs by everything but the seed, in the order of their first run.
+
+    Args:
+        runs: at least one.
+        labels: names for the groups, in order; without any, ``algo-model-task`` and the settings that differ.
+
+    Raises:
+        UserError: when the runs were not measured alike, a seed appears twice in a group, or the labels
+            do not fit the groups.
+    """
+    _check_comparable(runs)
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        experiment = {key: value for key, value in run.config.items() if key not in NOT_THE_EXPERIMENT}
+        grouped.setdefault(json.dumps(experiment, sort_keys=True), []).append(run)
+    members = [sorted(group, key=lambda run: run.seed) for group in grouped.values()]
+    for group in members:
+        _check_seeds(group)
+    names = list(labels) or _names([group[0] for group in members])
+    if len(names) != len(members):
+        own = ", ".join(_names([group[0] for group in members]))
+        raise UserError(
+            f"{len(names)} labels for {len(members)} groups of runs: {own}; give one label a group"
+        )
+    return [Group(name, tuple(group)) for name, group in zip(names, members, strict=True)]
+
+
+def _check_comparable(runs: Sequence[Run]) -> None:
+    settings = [_flatten(run.config) for run in runs]
+    for key in sorted(set().union(*settings)):
+        if not any(key == part or key.startswith(part + ".") for part in MEASURED_BY):
+            continue
+        for run, setting in zip(runs, settings, strict=True):
+            if setting.get(key) != settings[0].get(key):
+                raise UserError(
+                    f"not measured alike: {key} is {settings[0].get(key)} in {runs[0].folder} "
+                    f"and {setting.get(key)} in {run.folder}; report them apart"
+                )
+
+
+def _check_seeds(group: Sequence[Run]) -> None:
+    (seed, count), *_ = Counter(run.seed for run in group).most_common()
+    if count > 1:
+        folders = ", ".join(str(run.folder) for run in group if run.seed == seed)
+        raise UserError(
+            f"seed {seed} of the same experiment appears {count} times: {folders}; keep one of them"
+        )
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """``algo-model-task`` for each run; runs that share one add the settings that tell them apart."""
+    bases = [_base_name(run.config) for run in runs]
+    settings = [_flatten(run.config) for run in runs]
+    names = []
+    for base, setting in zip(bases, settings, strict=True):
+        rivals = [other for other, name in zip(settings, bases, strict=True) if name == base]
+        differing = [
+            f"{key}={setting.get(key)}"
+            for key in sorted(set().union(*rivals))
+            if key.split(".")[0] not in NOT_THE_EXPERIMENT and len({str(r.get(key)) for r in rivals}) > 1
+        ]
+        names.append(" ".join([base, *differing]))
+    return names
+
+
+def _base_name(config: dict[str, Any]) -> str:
+    parts = (config.get(part) for part in ("algo", "model", "task"))
+    return "-".join(str(part["name"]) for part in parts if isinstance(part, dict) and "name" in part)
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,122 @@
+"""Finished runs, as their folders tell of them."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from policylab.errors import UserError
+from policylab.launch.find_run import find_run
+
+FILES = ("config.yaml", "metrics.csv", "status.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read.
+
+    ``curves`` maps a column of ``metrics.csv`` to its values: ``{"val/reward": {0: 0.12, 10: 0.31}}``, by
+    iteration; iteration 0 is the validation before training.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    status: str  #: running | done | failed | interrupted
+    summary: dict[str, Any]  #: empty for a run that did not finish
+    curves: dict[str, dict[int, float]]
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """The values of one metric by iteration, in order.
+
+        Raises:
+            UserError: when the run has none, or one that is not finite.
+        """
+        values = self.curves.get(metric)
+        if not values:
+            known = ", ".join(sorted(name for name in self.curves if name.startswith("val/")))
+            raise UserError(f"{self.folder} has no {metric}; it has {known or 'no validation at all'}")
+        for iteration, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{metric} is {value} at iteration {iteration} of {self.folder}; leave it out"
+                )
+        return values
+
+
+def read_runs(runs: str | Sequence[str]) -> list[Run]:
+    """The runs that paths, glob patterns and "latest" name, each once, in the order of naming.
+
+    A run that did not finish is refused when only a pattern names it, so that a failed seed is neither lost
+    nor slipped in unseen; its own path takes it in.
+
+    Raises:
+        UserError: when nothing is found, a path is no run folder, or a pattern finds an unfinished run.
+    """
+    names = [runs] if isinstance(runs, str) else list(runs)
+    named = {find_run(name) for name in names if not glob.has_magic(name)}
+    found = [read_run(folder) for folder in dict.fromkeys(chain.from_iterable(map(_expand, names)))]
+    if not found:
+        raise UserError(f"no run at {', '.join(names)}; give folders or a quoted pattern: 'logs/*/*/*'")
+    unfinished = [run for run in found if run.status != "done" and run.folder not in named]
+    if unfinished:
+        listed = ", ".join(f"{run.folder} ({run.status})" for run in unfinished)
+        raise UserError(f"not finished: {listed}; finish them, or name their paths to take them in")
+    return found
+
+
+def _expand(name: str) -> list[Path]:
+    if not glob.has_magic(name):
+        return [find_run(name)]
+    matches = sorted(Path(path).resolve() for path in glob.glob(name, recursive=True))
+    return [path for path in matches if is_run(path)]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds what a run leaves behind."""
+    return all((folder / name).is_file() for name in FILES)
+
+
+def read_run(folder: Path) -> Run:
+    """One run folder.
+
+    Raises:
+        UserError: when a file that every run has is missing.
+    """
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is no run folder: it has no {' and no '.join(missing)}")
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(config, dict)
+    summary = folder / "summary.json"
+    return Run(
+        folder=folder,
+        config={str(key): value for key, value in config.items()},
+        status=json.loads((folder / "status.json").read_text())["status"],
+        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        curves=_read_curves(folder / "metrics.csv"),
+    )
+
+
+def _read_curves(path: Path) -> dict[str, dict[int, float]]:
+    """Column by column; a cell left empty (no validation at that iteration) has no value."""
+    curves: dict[str, dict[int, float]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            iteration = int(row.pop("iteration"))
+            for name, cell in row.items():
+                if cell:
+                    curves.setdefault(name, {})[iteration] = float(cell)
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}

@@ -1,0 +1,179 @@
+"""The report: statistics by hand-computed numbers, and a whole report from small run folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from policylab.errors import UserError
+from policylab.report.evidence import portable, write_evidence
+from policylab.report.groups import group_runs
+from policylab.report.read import read_run, read_runs
+from policylab.report.statistics import estimate
+
+
+def test_estimate_of_five_seeds() -> None:
+    # mean 3; s = sqrt((4+1+0+1+4)/4) = 1.5811; s/sqrt(5) = 0.70711; t(0.975, 4) = 2.77645; half = 1.96324
+    # middle half: one of five cut at each end, (2+3+4)/3 = 3
+    seeds = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (seeds.count, seeds.mean, seeds.iqm) == (5, 3.0, 3.0)
+    assert seeds.low == pytest.approx(1.03676, abs=1e-5)
+    assert seeds.high == pytest.approx(4.96324, abs=1e-5)
+
+
+def test_estimate_of_two_seeds() -> None:
+    # mean 1; s = sqrt(2); s/sqrt(2) = 1; t(0.975, 1) = 12.7062: two seeds say next to nothing, and it shows
+    seeds = estimate([0.0, 2.0])
+    assert seeds.low == pytest.approx(-11.7062, abs=1e-4)
+    assert seeds.high == pytest.approx(13.7062, abs=1e-4)
+
+
+def test_iqm_ignores_one_stray_seed_and_the_mean_does_not() -> None:
+    seeds = estimate([0.5, 0.5, 0.5, 0.5, -9.5])
+    assert (seeds.mean, seeds.iqm) == (-1.5, 0.5)
+
+
+def test_one_seed_has_no_interval() -> None:
+    seeds = estimate([0.25])
+    assert (seeds.mean, seeds.iqm, seeds.low, seeds.high) == (0.25, 0.25, None, None)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
+def test_estimate_refuses_what_has_no_mean(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one finite value"):
+        estimate(values)
+
+
+def make_run(folder: Path, seed: int, after: float, status: str = "done", **changes: Any) -> Path:
+    """A run folder as `train.py` leaves it: baseline 0.1 at iteration 0, ``after`` at iteration 4."""
+    folder.mkdir(parents=True)
+    config = OmegaConf.create(
+        {
+            "seed": seed,
+            "iterations": 4,
+            "algo": {"name": "ppo"},
+            "model": {"name": "tiny"},
+            "task": {"name": "reviews", "source": "default"},
+            "reward": {"name": "sentiment"},
+            "optim": {"lr": 1e-3},
+            "validation": {"every": 4, "prompts": 8},
+            "paths": {"run": str(folder)},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    OmegaConf.save(config, folder / "config.yaml")
+    (folder / "status.json").write_text(json.dumps({"status": status}))
+    if status == "done":
+        (folder / "summary.json").write_text(json.dumps({"wall_s": 10.0 + seed, "tokens_generated": 1000}))
+    (folder / "metrics.csv").write_text(
+        "iteration,train/reward,val/reward,val/kl\n"
+        "0,,0.1,0.0\n"
+        f"2,{after / 2},,\n"
+        f"4,{after},{after},{2.0 + seed}\n"
+    )
+    return folder
+
+
+def report(runs: Any, out: Path, **changes: Any) -> str:
+    settings: dict[str, Any] = {"metrics": ["val/reward", "val/kl"], "title": "", "labels": []}
+    return write_evidence(runs, out, **{**settings, **changes})
+
+
+def test_whole_report(tmp_path: Path) -> None:
+    for seed, after in enumerate((0.6, 0.7, 0.8)):
+        make_run(tmp_path / f"run_s{seed}", seed, after)
+    table = report(f"{tmp_path}/run_*", tmp_path / "out", title="PPO on reviews")
+
+    # after 0.7; gains 0.5, 0.6, 0.7: mean 0.6, s/sqrt(3) = 0.057735, t(0.975, 2) = 4.30265, half 0.248414
+    # KL (2+3+4)/3 = 3; seconds (10+11+12)/3 = 11
+    row = "| ppo-tiny-reviews | 3 | 0.100 | 0.700 | 0.700 | +0.600 [+0.352, +0.848] | 3.0 | 11 | 1,000 |"
+    assert row in table.splitlines()
+    assert (tmp_path / "out" / "table.md").read_text() == table
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["iteration"] for row in rows] == ["0", "2", "4"] * 3
+    assert rows[-1] == {
+        "run": "ppo-tiny-reviews",
+        "seed": "2",
+        "iteration": "4",
+        "val/reward": "0.8",
+        "val/kl": "4",
+        "train/reward": "0.8",
+    }
+    config = OmegaConf.load(tmp_path / "out" / "config.yaml")
+    assert config.seed == 0
+    assert "paths" not in config
+
+
+def test_groups_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"a_s{seed}", seed, 0.5)
+        make_run(tmp_path / f"b_s{seed}", seed, 0.5, optim__lr=2e-3)
+        make_run(tmp_path / f"c_s{seed}", seed, 0.5, algo__name="reinforce")
+    groups = group_runs(read_runs(f"{tmp_path}/*"))
+    assert [(group.label, [run.seed for run in group.runs]) for group in groups] == [
+        ("ppo-tiny-reviews optim.lr=0.001", [0, 1]),
+        ("ppo-tiny-reviews optim.lr=0.002", [0, 1]),
+        ("reinforce-tiny-reviews", [0, 1]),
+    ]
+    report(f"{tmp_path}/*_s?", tmp_path / "out", labels=["slow", "fast", "plain"])
+    assert "| fast | 2 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_unfinished_run_must_be_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "good", 0, 0.5)
+    failed = make_run(tmp_path / "bad", 1, 0.2, status="failed")
+    with pytest.raises(UserError, match=r"not finished: .*bad \(failed\)"):
+        read_runs(f"{tmp_path}/*")
+    table = report([f"{tmp_path}/good", str(failed)], tmp_path / "out")
+    assert "Seed 1 of ppo-tiny-reviews is failed after iteration 4." in table
+
+
+def test_refusals(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0, 0.5)
+    again = make_run(tmp_path / "again", 0, 0.5)
+    other = make_run(tmp_path / "other", 1, 0.5, validation__prompts=16)
+    diverged = make_run(tmp_path / "diverged", 1, float("nan"))
+    out = tmp_path / "out"
+    for runs, message in (
+        (f"{tmp_path}/none/*", "no run at"),
+        ([str(tmp_path)], "no run folder"),
+        ([str(run), str(again)], "seed 0 of the same experiment appears 2 times"),
+        ([str(run), str(other)], "not measured alike: validation.prompts is 8 .* and 16"),
+        ([str(run), str(diverged)], "val/reward is nan at iteration 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            report(runs, out)
+    with pytest.raises(UserError, match=r"no val/bleu; it has val/kl, val/reward"):
+        report([str(run)], out, metrics=["val/bleu"])
+    with pytest.raises(UserError, match="2 labels for 1 groups of runs: ppo-tiny-reviews"):
+        report([str(run)], out, labels=["a", "b"])
+    with pytest.raises(UserError, match="metrics is empty"):
+        report([str(run)], out, metrics=[])
+    assert not out.exists()
+
+
+def test_run_without_baseline_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0, 0.5)
+    (run / "metrics.csv").write_text("iteration,val/reward,val/kl\n4,0.5,1.0\n")
+    with pytest.raises(UserError, match="no val/reward at iteration 0"):
+        report([str(run)], tmp_path / "out")
+
+
+def test_rows_of_one_iteration_are_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0, 0.5)
+    (run / "metrics.csv").write_text("iteration,train/reward,val/reward\n4,0.3,\n4,,0.5\n0,,0.1\n")
+    assert read_run(run).curves == {"train/reward": {4: 0.3}, "val/reward": {0: 0.1, 4: 0.5}}
+
+
+def test_portable_config_names_no_folder_of_this_machine() -> None:
+    config = {"paths": {"run": "x"}, "task": {"source": f"{Path.cwd()}/data/a.jsonl", "n": 1}}
+    assert portable(config) == {"task": {"source": "data/a.jsonl", "n": 1}}
