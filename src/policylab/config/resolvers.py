@@ -1,0 +1,57 @@
+"""Words that the YAML files may use beside Hydra's own.
+
+``${repo:}``                  root folder of the repository
+``${slug:TEXT}``              TEXT as one folder name: ``org/model`` becomes ``org__model``
+``${run_name:NAME,ALGO,MODEL}``  NAME if there is one, else ALGO-MODEL, as a folder name
+``${run_dir:RESUME,PATH}``    the folder of this job: that of the run to resume, else PATH, claimed
+
+This module is imported before Hydra composes anything, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from policylab.launch.find_run import find_run
+from policylab.launch.run_folder import claim
+
+
+@cache
+def run_dir(resume: str | None, path: str) -> str:
+    """Folder of this job; asked again in this process, the answer is the same.
+
+    Args:
+        resume: run folder, checkpoint in one, or "latest"; None for a new run.
+        path: folder for a new run. Taken names get ``_2``, ``_3``, ...
+    """
+    return str(find_run(resume) if resume else claim(Path(path)))
+
+
+def slug(text: object) -> str:
+    """Text as one folder name.
+
+    >>> slug("org/model")
+    'org__model'
+    """
+    return re.sub(r"[^\w.+-]+", "_", str(text).replace("/", "__")).strip("_") or "unnamed"
+
+
+def run_name(name: str | None, algo: str, model: str) -> str:
+    """What a run is called."""
+    return slug(name or f"{algo}-{model}")
+
+
+def register(root: Path) -> None:
+    """Makes the resolvers known to OmegaConf.
+
+    Args:
+        root: the repository's root folder, which holds ``configs/`` and ``experiments/``.
+    """
+    OmegaConf.register_new_resolver("repo", lambda: str(root.resolve()), replace=True)
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)

@@ -1,0 +1,71 @@
+"""What the root scripts share: resolvers before Hydra starts, and one clear line when something is wrong.
+
+Exit codes: 0 done, 2 bad input, 130 interrupted (Ctrl-C), 143 told to end (SIGTERM), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from policylab.config import resolvers
+from policylab.errors import UserError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+FULL_ERROR = "HYDRA_FULL_ERROR"
+WANTS_TRACEBACKS = os.environ.get(FULL_ERROR) == "1"
+
+
+def prepare(script: str) -> None:
+    """Call before ``hydra.main``: registers the resolvers and makes the current folder importable.
+
+    Args:
+        script: ``__file__`` of the root script.
+    """
+    resolvers.register(Path(script).resolve().parent)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(1, os.getcwd())  # so that a reward of one's own can be named by its module
+
+
+def guarded(main: Callable[[], object]) -> None:
+    """Runs a root script's ``main`` and ends the process with a clear message and the right exit code."""
+    os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits with 1
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        end_with(error)
+
+
+def end_with(error: Exception) -> NoReturn:
+    """Ends the process: one line and code 2 for bad input, else the traceback and code 1."""
+    from policylab.launch.messages import one_line
+
+    message = None if WANTS_TRACEBACKS else one_line(error)
+    if message is None:
+        traceback.print_exception(error)
+        sys.exit(1)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def as_job(task: Callable[[], float | None]) -> float | None:
+    """Runs the body of a Hydra task; bad input of a single run ends the process here.
+
+    Hydra would put a line of its own before the message. In a multirun that line names the job, and sweepers
+    want to see the exception, so there it passes.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    try:
+        return task()
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        end_with(error)

@@ -1,0 +1,114 @@
+"""What a run ran on: versions, machine, commit, command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "torchmetrics",
+    "wandb",
+    "numpy",
+    "vaderSentiment",
+)
+SECRET_NAME = re.compile(r"(^|[_-])(api_?key|access_?key|auth|token|secret|password|credentials?)$", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def redact(value: Any) -> Any:
+    """A copy of plain data without secrets.
+
+    Hidden are text under a name such as ``api_key`` or ``hf_token``, and any text that holds the value of an
+    environment variable with such a name.
+    """
+    secrets = [v for k, v in os.environ.items() if SECRET_NAME.search(k) and len(v) >= 8]
+
+    def clean(item: Any, name: str) -> Any:
+        if isinstance(item, dict):
+            return {key: clean(inner, str(key)) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [clean(inner, name) for inner in item]
+        if not isinstance(item, str):
+            return item
+        if SECRET_NAME.search(name):
+            return HIDDEN
+        for secret in secrets:
+            item = item.replace(secret, HIDDEN)
+        # KEY=VALUE, as in a command line
+        return re.sub(r"([\w.]+)=(\S+)", lambda m: f"{m[1]}={HIDDEN}" if SECRET_NAME.search(m[1]) else m[0], item)
+
+    return clean(value, "")
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit of the working tree and whether it has uncommitted changes; both None outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def cpu_name() -> str:
+    """Name of the processor, as the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that results may depend on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_environment(repository: Path) -> dict[str, Any]:
+    """Content of ``env.json``. Imports torch, to ask for GPUs."""
+    import torch
+
+    from policylab import __version__
+
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    return {
+        "policylab": __version__,
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu": cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "git": git_state(repository),
+        "command": redact(shlex.join([Path(sys.executable).name, *sys.argv])),
+        "folder": os.getcwd(),
+    }

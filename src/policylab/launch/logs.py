@@ -1,0 +1,52 @@
+"""What reaches the console: warnings do, adverts and known noise do not."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import TextIO
+
+#: Said by Lightning or torch in every run and of no use in any; whatever else they say is shown.
+NOISE = (
+    "litlogger",
+    "litmodels",
+    "GPU available:",
+    "TPU available:",
+    "HPU available:",
+    "LeafSpec",
+    "log_every_n_steps",
+)
+
+
+class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever ``sys.stderr`` is at that moment, so that lines appear above a live progress bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property  # type: ignore[override]
+    def stream(self) -> TextIO:
+        """The current standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """Ignored: logging's own set-up assigns it."""
+
+
+class NoiseFilter(logging.Filter):
+    """Drops log records with a message of ``NOISE``."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for noise."""
+        message = record.getMessage()
+        return not any(noise in message for noise in NOISE)
+
+
+def silence_noise() -> None:
+    """Filters the known noise, by message, from the log and from Python's warnings."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).addFilter(NoiseFilter())
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=f"(?s).*{noise}")

@@ -1,0 +1,90 @@
+"""One line for what is wrong with a command line or a config, with the nearest match where a name is unknown."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from policylab.errors import UserError
+
+UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
+UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<group>[^']+)/(?P<choice>[^'/]+)'")
+SEARCHED = re.compile(r"path=file://(\S+)")
+NOISE = ("full_key", "object_type", "See http", "reference_type")
+
+
+def one_line(error: BaseException) -> str | None:
+    """The message of a mistake that the user can mend; None for any other error."""
+    for cause in causes(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return improve(str(error))
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def improve(message: str) -> str:
+    """Hydra's message in one line, with a suggestion where one can be made."""
+    if match := UNKNOWN_CHOICE.search(message):
+        group, choice = match["group"], match["choice"]
+        choices = sorted(
+            {file.stem for root in SEARCHED.findall(message) for file in Path(root, group).glob("*.yaml")}
+        )
+        return f"{group}={choice} does not exist; {nearest(choice, choices)}choose from: {', '.join(choices)}"
+    if match := UNKNOWN_KEY.search(message):
+        key = match["key"].split("@")[0]
+        return f"{key} is not in the config; {nearest(key, known_keys(key))}see what is with --cfg job"
+    lines = [line.strip() for line in message.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(NOISE))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"did you mean X? "`` for the most similar word, or nothing where none is similar.
+
+    >>> nearest("optim.lrr", ["optim.lr", "seed"])
+    'did you mean optim.lr? '
+    >>> nearest("lr", ["optim.lr", "seed"])
+    'did you mean optim.lr? '
+    """
+    known = list(known)
+    found = [key for key in known if key.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    found = found or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {found[0]}? " if found else ""
+
+
+def known_keys(unknown: str) -> list[str]:
+    """Dotted keys of the config that this command line would give without the unknown key."""
+    from hydra import compose, initialize_config_dir
+
+    script = Path(sys.argv[0]).resolve()
+    overrides = [word for word in sys.argv[1:] if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)]
+    try:
+        with initialize_config_dir(str(script.parent / "configs"), version_base="1.3"):
+            return list(dotted_keys(compose(script.stem, overrides)))
+    except (HydraException, OmegaConfBaseException):
+        return []  # something else is wrong too: no suggestion, and the first mistake is told
+
+
+def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All keys of a config, groups before what they hold; nothing is resolved."""
+    for key in config:
+        yield f"{prefix}{key}"
+        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
+            value = config[key]
+            if isinstance(value, DictConfig):
+                yield from dotted_keys(value, f"{prefix}{key}.")

@@ -1,0 +1,95 @@
+"""Going on with a run: its command line, its checkpoint, its records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from policylab.callbacks.metrics_file import read_rows, write_rows
+from policylab.errors import UserError
+from policylab.launch.find_run import find_run
+from policylab.launch.run_folder import write_atomically
+
+#: Values that make another run of it rather than the same one continued.
+IDENTITY = ("algo.name", "model.name", "task.name", "seed")
+
+
+def with_command_of(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command; with ``resume=RUN`` among them, on top of those that RUN was started with.
+
+    So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
+    """
+    resume = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
+    if not resume or resume[-1] in ("", "null"):
+        return list(arguments)
+    overrides = find_run(resume[-1]) / ".hydra" / "overrides.yaml"
+    before = [str(word) for word in OmegaConf.load(overrides)] if overrides.is_file() else []
+    given = {override_key(word) for word in arguments}
+    return [word for word in before if override_key(word) not in given] + list(arguments)
+
+
+def override_key(word: str) -> str:
+    """What an override is about: ``algo`` of ``algo=ppo``, ``optim.x`` of ``+optim.x=1``."""
+    return word.split("=", 1)[0].lstrip("+~")
+
+
+def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> None:
+    """Refuses to go on with a run as if it were another one.
+
+    Raises:
+        UserError: when folder, algorithm, model, task or seed differ, or nothing is left to do.
+    """
+    if not checkpoint.is_relative_to(run_folder.resolve()):
+        raise UserError(
+            f"resume={config.resume} goes on in the folder of that run, not in {run_folder}; "
+            "leave out hydra.run.dir and --multirun"
+        )
+    before = OmegaConf.load(run_folder / "config.yaml")
+    for key in IDENTITY:
+        old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
+        if old != new:
+            raise UserError(f"this run has {key}={old}, the command says {new}; start a new run, without resume")
+    done = checkpoint_iteration(checkpoint)
+    if done >= config.iterations:
+        raise UserError(
+            f"{run_folder} has done {done} of {config.iterations} iterations; give iterations=N above that to go on"
+        )
+
+
+def checkpoint_iteration(checkpoint: Path) -> int:
+    """Iterations that were done when a checkpoint was written.
+
+    Raises:
+        UserError: when the file is damaged, or not one of ours.
+    """
+    import torch
+
+    try:
+        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["iteration"])
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"cannot read the checkpoint {checkpoint}: {error}") from error
+
+
+def rewind(run_folder: Path, iteration: int) -> None:
+    """Drops from the records what came after an iteration; the resumed run writes it again."""
+    metrics, samples = run_folder / "metrics.csv", run_folder / "samples.jsonl"
+    if metrics.is_file():
+        write_rows(metrics, [row for row in read_rows(metrics) if row["iteration"] <= iteration])
+    if samples.is_file():
+        kept = [line for line in samples.read_text().splitlines() if sample_iteration(line) <= iteration]
+        write_atomically(samples, "".join(line + "\n" for line in kept))
+
+
+def sample_iteration(line: str) -> float:
+    """Iteration of a line of ``samples.jsonl``; infinite for a line cut short by a crash."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+

@@ -1,0 +1,145 @@
+"""One job, from its config to its summary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from policylab.callbacks.metrics_file import read_rows, validated
+from policylab.launch.find_run import checkpoint_to_resume
+from policylab.launch.logs import silence_noise
+from policylab.launch.resume import check_same_run, checkpoint_iteration, rewind
+from policylab.launch.run_folder import point_latest, write_json
+from policylab.launch.saved_config import plain, refuse_taken_folder, save_config
+from policylab.launch.screen import Screen
+from policylab.launch.summary import summarize, write_summary
+
+if TYPE_CHECKING:
+    from policylab.config.build import Experiment
+    from policylab.launch.signals import StopOnSignal
+
+log = logging.getLogger(__name__)
+
+
+def train_job(config: DictConfig) -> float | None:
+    """The Hydra task of ``train.py``."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    return train(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task))
+
+
+def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """Trains as the config says and leaves the results in the run folder.
+
+    Args:
+        config: the composed config, which is not changed.
+        run_dir: folder of this run; with ``config.resume``, the folder of that run.
+        overrides: what the command line changed, to show it.
+
+    Returns:
+        The best value of the monitored metric, for sweepers; None without one.
+
+    Raises:
+        UserError: when the config is wrong.
+        Interrupted: after a signal, when everything is saved.
+    """
+    checkpoint = checkpoint_to_resume(config.resume) if config.resume else None
+    if checkpoint:
+        check_same_run(config, run_dir, checkpoint)
+        rewind(run_dir, checkpoint_iteration(checkpoint))
+    else:
+        refuse_taken_folder(run_dir)
+    save_config(config, run_dir)
+    point_latest(run_dir, Path(config.paths.logs))
+    silence_noise()
+    screen = Screen(config, run_dir)
+    screen.opening(overrides)  # stands before the seconds of heavy imports
+    from policylab.launch.signals import Interrupted, StopOnSignal
+    from policylab.launch.status import RunStatus
+
+    with RunStatus(run_dir, config.iterations) as status, StopOnSignal() as stop:
+        try:
+            experiment = prepare(config, run_dir)
+            experiment.trainer.callbacks[:0] = [status, stop]  # before the checkpoint callback
+            screen.plan(experiment)
+            run(experiment, run_dir, checkpoint, stop)
+        except Exception:
+            log.exception("the run failed")
+            raise
+        if stop.stopped:
+            status.interrupted()
+        module = experiment.module
+        outcome = {
+            "status": "interrupted" if stop.stopped else "done",
+            "iterations": module.iteration,
+            "wall_seconds": round(status.wall_seconds, 1),
+            "tokens_generated": module.tokens_generated,
+            "tokens_trained": module.tokens_trained,
+        }
+        summary = summarize(config, run_dir, outcome)
+        write_summary(run_dir, summary)
+        close_loggers(experiment)
+        screen.ending(summary)
+        if stop.stopped and stop.signum:
+            raise Interrupted(stop.signum)
+    return summary["best"]["value"] if summary["best"] else None
+
+
+def prepare(config: DictConfig, run_dir: Path) -> Experiment:
+    """Seeds, records the environment, builds everything, and hands the config to the loggers."""
+    from lightning import seed_everything
+
+    from policylab.config.build import build
+    from policylab.launch.environment import describe_environment
+
+    environment = describe_environment(Path(config.paths.repo))
+    write_json(run_dir / "env.json", environment)
+    seed_everything(config.seed, workers=True, verbose=False)
+    experiment = build(config, run_dir)
+    for logger in experiment.trainer.loggers:
+        logger.log_hyperparams({**plain(config), "environment": environment})
+    return experiment
+
+
+def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: StopOnSignal) -> None:
+    """Validates where a validation is due and none is recorded, and trains in between."""
+    module, data, trainer = experiment.module, experiment.data, experiment.trainer
+    with survive_exit(stop):
+        iteration = checkpoint_iteration(checkpoint) if checkpoint else 0
+        if iteration % experiment.config.validation.every == 0 and not is_validated(run_dir, iteration):
+            trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if not stop.stopped and not is_validated(run_dir, module.iteration):
+            trainer.validate(module, datamodule=data, verbose=False)
+
+
+def is_validated(run_dir: Path, iteration: int) -> bool:
+    """Whether the metrics of a validation at this iteration are on record."""
+    return any(row["iteration"] == iteration for row in validated(read_rows(run_dir / "metrics.csv")))
+
+
+@contextmanager
+def survive_exit(stop: StopOnSignal) -> Iterator[None]:
+    """Lightning ends the process after Ctrl-C and SIGTERM; a run still has its summary to write then."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        if stop.signum is None:
+            raise
+        stop.stopped = True
+
+
+def close_loggers(experiment: Experiment) -> None:
+    """Ends the W&B run, so that the next job of a multirun gets its own."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    if any(isinstance(logger, WandbLogger) for logger in experiment.trainer.loggers):
+        import wandb
+
+        wandb.finish()

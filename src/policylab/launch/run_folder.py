@@ -1,0 +1,63 @@
+"""The folder of a run: claiming it, and writing in it so that no reader ever sees half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from policylab.errors import UserError
+
+
+def claim(path: Path) -> Path:
+    """Makes a folder that is this job's alone: ``path``, or where that is taken ``path_2``, ``path_3``, ...
+
+    ``mkdir`` either makes the folder or fails, so jobs that start in the same second never share one.
+
+    Raises:
+        UserError: when the folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            candidate = path if number == 1 else path.with_name(f"{path.name}_{number}")
+            try:
+                candidate.mkdir()
+            except FileExistsError:
+                continue
+            return candidate
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {path}: {error.strerror}; set hydra.run.dir=PATH") from None
+    raise AssertionError("unreachable")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all: written beside it, flushed to disk, renamed onto it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically, indented, with a newline at the end."""
+    write_atomically(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def point_latest(run_folder: Path, logs: Path) -> None:
+    """Lets ``logs/latest`` point at a run, by one rename, so that it never points nowhere."""
+    logs.mkdir(parents=True, exist_ok=True)
+    temporary = logs / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(run_folder, logs), target_is_directory=True)
+    os.replace(temporary, logs / "latest")

@@ -1,0 +1,91 @@
+"""``status.json``: is this run running, done, failed or interrupted, and how far is it?"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from lightning import Callback, LightningModule, Trainer
+
+from policylab.launch.run_folder import write_json
+
+RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
+
+
+def now() -> str:
+    """The time, as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_status(run_folder: Path) -> dict[str, Any]:
+    """Content of a run's ``status.json``; empty when it has none."""
+    path = run_folder / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+class RunStatus(Callback):
+    """Keeps ``status.json`` true from the first moment to the last, whatever ends the run.
+
+    A context manager around the whole job, and a callback that follows the iterations. ``kill -9`` leaves the
+    state "running" with a process id that no longer lives.
+    """
+
+    def __init__(self, run_folder: Path, iterations: int) -> None:
+        before = read_status(run_folder)
+        self.path = run_folder / "status.json"
+        self.clock = time.monotonic()
+        self.seconds_before = float(before.get("wall_seconds", 0.0))
+        self.content: dict[str, Any] = {
+            "state": RUNNING,
+            "iteration": int(before.get("iteration", 0)),
+            "iterations": iterations,
+            "exception": None,
+            "started": before.get("started") or now(),
+            "finished": None,
+            "process": os.getpid(),
+            "host": platform.node(),
+        }
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of all sessions of this run together."""
+        return self.seconds_before + time.monotonic() - self.clock
+
+    @property
+    def state(self) -> str:
+        """One of running, done, failed, interrupted."""
+        return str(self.content["state"])
+
+    def write(self, **changes: Any) -> None:
+        """Changes some fields and writes the file."""
+        self.content |= changes | {"updated": now(), "wall_seconds": round(self.wall_seconds, 1)}
+        write_json(self.path, self.content)
+
+    def interrupted(self) -> None:
+        """The run was asked to stop."""
+        self.write(state=INTERRUPTED, finished=now())
+
+    def __enter__(self) -> Self:
+        self.write()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            if self.state == RUNNING:
+                self.write(state=DONE, finished=now())
+        elif isinstance(error, KeyboardInterrupt):
+            self.interrupted()
+        else:
+            self.write(state=FAILED, finished=now(), exception=f"{type(error).__name__}: {error}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follows the iterations."""
+        if trainer.is_global_zero:
+            self.write(iteration=pl_module.iteration)
