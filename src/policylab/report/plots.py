@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-AXES = {"val/kl": "KL to the reference (nats a sequence)"}
+AXES = {"val/kl": "val/kl (nats a sequence)"}
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,

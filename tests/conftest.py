@@ -1,0 +1,121 @@
+"""What the tests share: checked shapes, no network, one thread, composed configs, small policies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Before anything imports a library that reads them.
+os.environ.update(
+    {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+)
+
+from jaxtyping import install_import_hook
+
+# The shapes in signatures are checked here, and only here: a run pays nothing for them.
+install_import_hook(
+    ["policylab.functional", "policylab.algorithms", "policylab.rollouts.types"], "typecheck.check"
+)
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from policylab.config import resolvers
+
+if TYPE_CHECKING:
+    from policylab.models.loading import LoadedModel
+    from policylab.models.policy import Policy
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)  # small tensors: threads cost more than they gain, and sums keep their order
+resolvers.register(ROOT)
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def compose(tmp_path: Path) -> Compose:
+    """``compose(["algo=ppo", "seed=1"], config_name="train")`` gives the config that the script would get.
+
+    The run folder is ``tmp_path``, which ``paths.run`` names as it does in a real run.
+    """
+
+    def compose_config(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
+        resolvers.run_dir.cache_clear()
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            where = [f"hydra.run.dir={tmp_path}", f"+hydra.runtime.output_dir={tmp_path}"]
+            config = hydra_compose(config_name, [*overrides, *where], return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config.hydra
+        return config
+
+    return compose_config
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LoadedModel:
+    """The smallest GPT-2 that still has heads and layers, with random weights and the tiny tokenizer."""
+    return scratch_model(model_type="gpt2", n_layer=2, n_embd=32, n_head=2, n_positions=64)
+
+
+@pytest.fixture(scope="session")
+def llama() -> LoadedModel:
+    """The same size in Llama's architecture: rotary positions, grouped keys, no position table."""
+    return scratch_model(
+        model_type="llama",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+
+
+def scratch_model(**architecture: object) -> LoadedModel:
+    """A model with random weights that are the same in every test."""
+    from policylab.models.scratch import from_scratch
+
+    return from_scratch(
+        name="test",
+        tokenizer="tiny",
+        architecture=architecture,
+        vocab_size=None,
+        seed=0,
+        dtype="float32",
+        attn_implementation="sdpa",
+    )
+
+
+@pytest.fixture
+def tiny_policy(tiny: LoadedModel) -> Policy:
+    """A fresh policy with a value head around `tiny`; a test may train it."""
+    return fresh_policy(tiny)
+
+
+@pytest.fixture
+def llama_policy(llama: LoadedModel) -> Policy:
+    """A fresh policy with a value head around `llama`; a test may train it."""
+    return fresh_policy(llama)
+
+
+def fresh_policy(loaded: LoadedModel) -> Policy:
+    """A policy on a copy of the model, its value head not zero, so that values are told apart."""
+    from copy import deepcopy
+    from dataclasses import replace
+
+    from policylab.models.policy import Policy
+
+    policy = Policy(replace(loaded, lm=deepcopy(loaded.lm)), critic=True).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(policy.value_head.weight, std=0.2)
+    return policy
