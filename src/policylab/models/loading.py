@@ -1,7 +1,7 @@
 """Pretrained policies: a folder, the package's own models, or the Hugging Face hub.
 
-Each public function is a ``_target_`` of ``configs/model/*.yaml`` and gives a `LoadedModel`. None of them ever
-falls back to random weights: what the checkpoint lacks is an error that names it.
+Each public function is a ``_target_`` of ``configs/model/*.yaml`` and gives a `LoadedModel`. None of them
+ever falls back to random weights: what the checkpoint lacks is an error that names it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,7 +19,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -34,7 +35,7 @@ class LoadedModel:
     """A causal language model in eval mode without dropout, and how to talk to it."""
 
     lm: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast  #: has an EOS; a pad token is neither needed nor assumed
+    tokenizer: PreTrainedTokenizerBase  #: has an EOS; a pad token is neither needed nor assumed
     chat: bool  #: prompts go through the tokenizer's chat template
     source: str  #: where the weights came from, for people and for the run's record
 
@@ -142,7 +143,7 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
         config = without_dropout(AutoConfig.from_pretrained(where, **common))
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
         with quiet_bars(local_only):
-            lm, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
                 dtype=dtype,
@@ -152,13 +153,14 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
             )
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"cannot load {where}: {first_line(error)}") from error
+    lm, report = loaded
     if report["missing_keys"]:
-        raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; they would have been random")
+        raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; take a whole checkpoint")
     return finished(lm, tokenizer, options.chat, source)
 
 
 def finished(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat: bool | None, source: str
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool | None, source: str
 ) -> LoadedModel:
     """Check that model and tokenizer fit, and bundle them.
 
@@ -167,12 +169,12 @@ def finished(
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: the tokenizer has no EOS token, so no completion could ever end")
-    rows = lm.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    embedding: Any = lm.get_input_embeddings()
+    if len(tokenizer) > (rows := embedding.num_embeddings):
         raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
     has_template = tokenizer.chat_template is not None
     if chat and not has_template:
-        raise UserError(f"{source}: model.chat=true, but the tokenizer has no chat template; set model.chat=null")
+        raise UserError(f"{source}: model.chat=true, but the tokenizer has no chat template")
     return LoadedModel(lm.eval(), tokenizer, has_template if chat is None else chat, source)
 
 
@@ -191,10 +193,10 @@ def torch_dtype(name: str) -> torch.dtype:
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Set every dropout probability to zero, in place.
 
-    Log-probs recorded while sampling must equal those recomputed in training; GPT-2 has dropout 0.1 by default.
+    Log-probs recorded while sampling must equal those recomputed in training. GPT-2's default is 0.1.
     """
     for key, value in config.to_dict().items():
-        if ("drop" in key or key.endswith("_pdrop")) and isinstance(value, float):
+        if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
     return config
 

