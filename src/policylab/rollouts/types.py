@@ -94,6 +94,8 @@ class Rollout:
     reward_parts: Float[Tensor, "B K"] | None = None
     part_names: tuple[str, ...] = ()
     token_rewards: Float[Tensor, "B T"] | None = None  #: what the advantage sees: reward at the end plus shaping
+    advantages: Float[Tensor, "B T"] | None = None  #: credit of each action
+    returns: Float[Tensor, "B T"] | None = None  #: the critic's target
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -127,3 +129,13 @@ class Rollout:
             if isinstance(getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the current policy says about the tokens of a rollout. Zero where no action was taken."""
+
+    logprobs: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"] | None  #: None without a critic
+    exact_kl: Float[Tensor, "B T"] | None  #: KL(policy | reference) over the vocabulary, when asked for

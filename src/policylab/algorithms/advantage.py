@@ -1,0 +1,76 @@
+"""The advantage axis: from token rewards to what each action is credited with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from policylab.functional.advantages import discounted_returns, gae, subtract_batch_mean
+from policylab.functional.masks import AllSum, whiten
+from policylab.rollouts.types import Rollout
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Credit of each action, and what the critic should have said. Zero outside the action mask."""
+
+    advantages: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]  #: the critic's target
+
+
+class Advantage(Protocol):
+    """A rollout with token rewards (and values, if it needs them) becomes an :class:`Estimate`."""
+
+    needs_values: bool
+
+    def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate: ...
+
+
+@dataclass(frozen=True)
+class ReturnToGo:
+    """Discounted return from each action on, with or without the batch mean as baseline.
+
+    Args:
+        gamma: discount a token, in [0, 1].
+        baseline: what is subtracted.
+        whiten: scale to zero mean and unit variance over all actions.
+    """
+
+    gamma: float
+    baseline: Literal["none", "mean"]
+    whiten: bool
+    needs_values = False
+
+    def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
+        assert rollout.token_rewards is not None
+        mask = rollout.action_mask
+        returns = discounted_returns(rollout.token_rewards, mask, self.gamma)
+        advantages = subtract_batch_mean(returns, mask, all_sum) if self.baseline == "mean" else returns
+        return Estimate(whiten(advantages, mask, all_sum) if self.whiten else advantages, returns)
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Generalized advantage estimation, arXiv:1506.02438, with the critic's values at sampling time.
+
+    Args:
+        gamma: discount a token, in [0, 1].
+        lam: 1 is return minus value (no bias from the critic), 0 the TD residual (least variance).
+        whiten: scale to zero mean and unit variance over all actions.
+    """
+
+    gamma: float
+    lam: float
+    whiten: bool
+    needs_values = True
+
+    def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
+        assert rollout.token_rewards is not None
+        assert rollout.values is not None
+        mask = rollout.action_mask
+        advantages = gae(rollout.token_rewards, rollout.values, mask, self.gamma, self.lam)
+        returns = advantages + rollout.values
+        return Estimate(whiten(advantages, mask, all_sum) if self.whiten else advantages, returns)

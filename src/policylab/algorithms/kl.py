@@ -1,0 +1,114 @@
+"""The KL axis: where the distance to the reference counts, how it is estimated, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from policylab.errors import UserError
+from policylab.functional.kl import SAMPLED
+from policylab.functional.masks import last_position
+from policylab.rollouts.types import Evaluation, Rollout
+
+
+class Controller(Protocol):
+    """Chooses the coefficient of the next iteration from the KL of this one."""
+
+    initial: float
+
+    def next(self, coefficient: float, kl: float, sequences: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class FixedCoefficient:
+    """The coefficient stays what it is."""
+
+    initial: float
+
+    def next(self, coefficient: float, kl: float, sequences: int) -> float:
+        return coefficient
+
+
+@dataclass(frozen=True)
+class AdaptiveCoefficient:
+    """Proportional control in log-space: "Fine-Tuning Language Models from Human Preferences",
+    arXiv:1909.08593, section 2.2.
+
+    Args:
+        initial: first coefficient.
+        target: KL to hold, in nats a sequence.
+        horizon: sequences over which an error of 100 % multiplies the coefficient by about e^0.2.
+    """
+
+    initial: float
+    target: float
+    horizon: int
+
+    def next(self, coefficient: float, kl: float, sequences: int) -> float:
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return coefficient * (1 + error * sequences / self.horizon)
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """Distance to the reference policy.
+
+    Args:
+        place: ``reward`` subtracts it from each token's reward, ``loss`` adds it to the loss, ``none`` only
+            measures it.
+        estimator: k1, k2, k3 (see :mod:`policylab.functional.kl`) or ``exact`` over the vocabulary.
+        controller: fixed or adaptive coefficient.
+    """
+
+    place: Literal["none", "reward", "loss"]
+    estimator: Literal["k1", "k2", "k3", "exact"]
+    controller: Controller
+
+    def __post_init__(self) -> None:
+        if self.place not in ("none", "reward", "loss"):
+            raise UserError(f"algo.kl.place is {self.place!r}; take none, reward or loss")
+        if self.estimator not in (*SAMPLED, "exact"):
+            raise UserError(f"algo.kl.estimator is {self.estimator!r}; take k1, k2, k3 or exact")
+
+    @property
+    def needs_exact(self) -> bool:
+        """Both whole distributions must be compared."""
+        return self.place != "none" and self.estimator == "exact"
+
+    def of_rollout(self, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """Per-token KL of the sampling policy; zero where no action was taken."""
+        if self.estimator == "exact":
+            assert rollout.exact_kl is not None
+            return rollout.exact_kl
+        assert rollout.ref_logprobs is not None
+        return self._sampled(rollout.logprobs, rollout)
+
+    def of_evaluation(self, evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """Per-token KL of the current policy, with gradient."""
+        if self.estimator == "exact":
+            assert evaluation.exact_kl is not None
+            return evaluation.exact_kl
+        return self._sampled(evaluation.logprobs, rollout)
+
+    def _sampled(self, logprobs: Float[Tensor, "B T"], rollout: Rollout) -> Float[Tensor, "B T"]:
+        assert rollout.ref_logprobs is not None
+        estimate = SAMPLED[self.estimator](logprobs, rollout.ref_logprobs)
+        return estimate.masked_fill(~rollout.action_mask, 0.0)
+
+
+def shaped_token_rewards(
+    rollout: Rollout, penalty: KLPenalty, coefficient: float
+) -> Float[Tensor, "B T"]:
+    """The sequence's reward at its last action, minus the KL penalty of each action when it counts there.
+
+    ``R_t = [t = last] r - beta KL_t``; arXiv:1909.08593, eq. 2.
+    """
+    assert rollout.rewards is not None
+    rewards = torch.where(last_position(rollout.action_mask), rollout.rewards[:, None], 0.0)
+    if penalty.place == "reward":
+        rewards = rewards - coefficient * penalty.of_rollout(rollout)
+    return rewards

@@ -1,0 +1,69 @@
+"""The reduction axis: how much each token weighs in the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from policylab.functional.reduction import sequence_mean_sum, token_sum
+
+
+class Reduction(Protocol):
+    """``denominator`` is summed over micro-batches and processes, then ``__call__`` divides by the sum."""
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]: ...
+
+    def __call__(
+        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]: ...
+
+
+def _sequences(mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    return mask.any(-1).sum().float()
+
+
+@dataclass(frozen=True)
+class TokenMean:
+    """Every token of the minibatch weighs the same."""
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+        return mask.sum().float()
+
+    def __call__(
+        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        return token_sum(x, mask, denominator)
+
+
+@dataclass(frozen=True)
+class SequenceMean:
+    """Every sequence weighs the same; a token of a long sequence weighs less (GRPO, arXiv:2402.03300)."""
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+        return _sequences(mask)
+
+    def __call__(
+        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        return sequence_mean_sum(x, mask, denominator)
+
+
+@dataclass(frozen=True)
+class SequenceSum:
+    """Sum over the tokens of a sequence over a constant, mean over sequences (Dr. GRPO, arXiv:2503.20783).
+
+    With ``constant: 1`` it is the gradient of the expected reward itself.
+    """
+
+    constant: float
+
+    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+        return _sequences(mask) * self.constant
+
+    def __call__(
+        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        return token_sum(x, mask, denominator)

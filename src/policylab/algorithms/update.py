@@ -1,0 +1,21 @@
+"""The update axis: how a rollout becomes optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MinibatchEpochs:
+    """Several passes over the rollout in shuffled minibatches.
+
+    Args:
+        epochs: passes over the rollout.
+        minibatch_size: sequences an optimizer step over all processes; None takes the whole rollout.
+        kl_stop: ends the iteration's updates, before the step, once the policy is this far from the one that
+            sampled (k3, nats a token); None never.
+    """
+
+    epochs: int
+    minibatch_size: int | None
+    kl_stop: float | None

@@ -1,0 +1,171 @@
+"""From the composed config to an experiment that is ready to run. Nothing else instantiates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from policylab.algorithms import Algorithm, Supervised
+from policylab.errors import UserError
+from policylab.models.policy import Policy
+from policylab.modules import PolicyGradient, SupervisedTraining
+from policylab.modules.experiment import ExperimentModule
+from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.types import Prompt
+from policylab.tasks.base import Example, Task, take_validation
+from policylab.tasks.datamodule import PromptData
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run needs."""
+
+    module: ExperimentModule
+    data: PromptData
+    trainer: Trainer
+    config: DictConfig
+
+
+def build(config: DictConfig, run_dir: Path) -> Experiment:
+    """Builds the cheap parts first, so that a wrong config says so before a model loads.
+
+    Raises:
+        UserError: when a part refuses its values.
+    """
+    check(config)
+    algorithm = instantiate(config.algo)
+    plan = batch_plan(config, algorithm)
+    optim = instantiate(config.optim)
+    rollout = {k: v for k, v in config.rollout.items() if k not in ("prompts", "group_size")}
+    engine = instantiate(OmegaConf.create(rollout))
+    reward = instantiate(config.reward)
+    task = instantiate(config.task)
+    val = take_validation(task, config.validation.prompts)
+
+    is_policy_gradient = isinstance(algorithm, Algorithm)
+    policy = Policy(instantiate(config.model), critic=is_policy_gradient and algorithm.uses_critic)
+    data = PromptData(
+        train=prompts(policy, task, task.train),
+        val=prompts(policy, task, val),
+        batch_size=plan.prompts,
+        val_batch_size=config.validation.batch_size,
+        seed=config.seed,
+        iterations=config.iterations,
+    )
+    module_class: Any = PolicyGradient if is_policy_gradient else SupervisedTraining
+    module = module_class(
+        policy=policy,
+        algorithm=algorithm,
+        engine=engine,
+        reward=reward,
+        task=task,
+        optim=optim,
+        plan=plan,
+        seed=config.seed,
+        iterations=config.iterations,
+        resolved_config=OmegaConf.to_yaml(config, resolve=True),
+    )
+    return Experiment(module, data, trainer(config, run_dir), config)
+
+
+def instantiate(config: DictConfig) -> Any:
+    """The object that a config node describes; lists and dicts inside become plain ones.
+
+    Raises:
+        UserError: whatever a part says about its values, without Hydra's wrapping.
+    """
+    try:
+        return hydra.utils.instantiate(config, _convert_="all")
+    except hydra.errors.InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        raise cause or error from None if cause else error
+
+
+def check(config: DictConfig) -> None:
+    """Refuses root values that nothing else looks at.
+
+    Raises:
+        UserError: naming the value and what to do.
+    """
+    if config.iterations < 1:
+        raise UserError(f"iterations is {config.iterations}; it must be at least 1")
+    if config.validation.every < 1:
+        raise UserError(f"validation.every is {config.validation.every}; it must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed is {config.seed}; it must be between 0 and 2^32 - 1")
+
+
+def batch_plan(config: DictConfig, algorithm: Algorithm | Supervised) -> BatchPlan:
+    """How the sequences of an iteration are cut."""
+    devices = config.hardware.devices if isinstance(config.hardware.devices, int) else 1
+    processes = devices * config.hardware.num_nodes
+    micro_batch = config.optim.micro_batch_size
+    if isinstance(algorithm, Supervised):
+        return BatchPlan(algorithm.batch_size, 1, 1, None, micro_batch, processes)
+    update = algorithm.update
+    return BatchPlan(
+        config.rollout.prompts,
+        config.rollout.group_size,
+        update.epochs,
+        update.minibatch_size,
+        micro_batch,
+        processes,
+    )
+
+
+def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Prompt]:
+    """Examples as the policy reads them, numbered in order."""
+    return [
+        policy.prompt(i, example.text, example.reference, example.completion, task.instruction)
+        for i, example in enumerate(examples)
+    ]
+
+
+def trainer(config: DictConfig, run_dir: Path) -> Trainer:
+    """Lightning's trainer: one epoch is the whole run, one batch an iteration."""
+    hardware = config.hardware
+    if hardware.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("hardware=gpu, but torch sees no GPU; take hardware=cpu, or install a CUDA build of torch")
+    return Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=hardware.strategy,
+        precision=hardware.precision,
+        logger=parts(config.logger, Logger),
+        callbacks=parts(config.callbacks, Callback),
+        max_epochs=1,
+        val_check_interval=min(config.validation.every, config.iterations),
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,  # the datamodule shares prompts among processes itself
+        inference_mode=False,  # rollouts of a validation go through the same code as those of training
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+        detect_anomaly=bool(config.get("detect_anomaly", False)),
+    )
+
+
+def parts(group: DictConfig | None, kind: type) -> list[Any]:
+    """The named parts of a config group; a part set to null is off.
+
+    Raises:
+        UserError: when one is not of its kind.
+    """
+    built = {name: instantiate(node) for name, node in (group or {}).items() if node is not None}
+    for name, part in built.items():
+        if not isinstance(part, kind):
+            raise UserError(f"{name} is a {type(part).__name__}; its group holds {kind.__name__}s only")
+    return list(built.values())

@@ -1,0 +1,81 @@
+"""Returns and advantages on the ``[B, T]`` grid.
+
+The mask is true where the policy acted. Other positions (padding, an environment's words) are skipped:
+the value of the next action is that of the next true position, so an answer does not depend on how
+many words stood between.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from policylab.functional.masks import AllSum, masked_moments
+
+
+def discounted_returns(
+    token_rewards: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float
+) -> Float[Tensor, "B T"]:
+    """Return-to-go ``R_t = r_t + gamma R_{t+1}`` over the true positions; zero elsewhere.
+
+    Sutton & Barto, "Reinforcement Learning" (2018), eq. 3.8 and 3.9, each episode ending with its sequence.
+    """
+    returns = torch.zeros_like(token_rewards)
+    following = torch.zeros_like(token_rewards[:, 0])
+    for t in reversed(range(token_rewards.shape[1])):
+        current = token_rewards[:, t] + gamma * following
+        following = torch.where(mask[:, t], current, following)
+        returns[:, t] = torch.where(mask[:, t], current, 0.0)
+    return returns
+
+
+def gae(
+    token_rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    gamma: float,
+    lam: float,
+) -> Float[Tensor, "B T"]:
+    """Generalized advantage estimation; zero outside the mask.
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t`` and ``A_t = delta_t + gamma lam A_{t+1}``, the value after the
+    last action being zero. "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
+    arXiv:1506.02438, eq. 11, 12 and 16. ``lam = 1`` gives return minus value, ``lam = 0`` the TD residual.
+    """
+    advantages = torch.zeros_like(token_rewards)
+    next_value = torch.zeros_like(token_rewards[:, 0])
+    following = torch.zeros_like(next_value)
+    for t in reversed(range(token_rewards.shape[1])):
+        delta = token_rewards[:, t] + gamma * next_value - values[:, t]
+        current = delta + gamma * lam * following
+        following = torch.where(mask[:, t], current, following)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = torch.where(mask[:, t], current, 0.0)
+    return advantages
+
+
+def subtract_batch_mean(
+    returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], all_sum: AllSum
+) -> Float[Tensor, "B T"]:
+    """Return-to-go minus the mean, over the sequences of all processes, of their whole return.
+
+    The mean includes the sequence itself, which shrinks the expected gradient by ``(B - 1) / B`` and changes
+    nothing else. A sequence without actions is not counted. Zero outside the mask.
+    """
+    first = mask & (mask.cumsum(-1) == 1)
+    total = all_sum(returns.masked_fill(~first, 0.0).sum())
+    count = all_sum(first.sum().to(returns.dtype)).clamp(min=1)
+    return (returns - total / count).masked_fill(~mask, 0.0)
+
+
+def explained_variance(
+    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], all_sum: AllSum
+) -> Float[Tensor, ""]:
+    """``1 - Var(returns - values) / Var(returns)`` over the true positions of all processes.
+
+    1 is a perfect critic, 0 no better than a constant. Returns without spread give zero.
+    """
+    _, residual = masked_moments(returns - values, mask, all_sum)
+    _, spread = masked_moments(returns, mask, all_sum)
+    return torch.where(spread > 1e-12, 1 - residual / spread.clamp(min=1e-12), torch.zeros_like(spread))

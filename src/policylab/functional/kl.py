@@ -1,0 +1,43 @@
+"""KL(policy | reference) at each token: three estimators from the sampled token, and the exact sum.
+
+The samples come from the policy. With ``r = reference / policy`` at the sampled token (John Schulman,
+"Approximating KL Divergence", 2020):
+
+========  =======================  ==================================================
+k1        ``-log r``               unbiased, large variance, may be negative
+k2        ``(log r)^2 / 2``        biased, small variance; its gradient is unbiased
+k3        ``r - 1 - log r``        unbiased, never negative
+exact     ``sum_v p log(p / q)``   no variance; needs both distributions
+========  =======================  ==================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def k1(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """``log p - log q``: unbiased, may be negative."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """``(log p - log q)^2 / 2``: biased, never negative."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def k3(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """``q / p - 1 - log(q / p)``: unbiased, never negative."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def exact(logp: Float[Tensor, "*B V"], ref_logp: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """``sum_v p_v (log p_v - log q_v)`` over the whole vocabulary. Tokens with ``p_v = 0`` add nothing."""
+    return (logp.exp() * (logp - ref_logp).masked_fill(logp.isneginf(), 0.0)).sum(-1)
+
+
+#: The estimators that need no more than the sampled token's log-probs.
+SAMPLED = {"k1": k1, "k2": k2, "k3": k3}

@@ -1,0 +1,290 @@
+"""What every kind of training shares: sampling, scoring, validation, gradient accumulation, records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from policylab.errors import UserError
+from policylab.functional.masks import masked_sum
+from policylab.models.policy import Policy
+from policylab.modules.means import Means
+from policylab.modules.optimizer import AdamW
+from policylab.rewards.base import Reward, score
+from policylab.rollouts.cached import CachedEngine
+from policylab.rollouts.noise import VALIDATION, uniforms
+from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.types import Completion, Prompt, PromptBatch, Rollout, Sample
+from policylab.tasks.base import Task
+
+
+class ExperimentModule(LightningModule):
+    """Base of the modules. One Lightning batch is one iteration; optimization is manual.
+
+    Attributes:
+        iteration: finished iterations.
+        metrics: of the last iteration; ``val_metrics``: of the last validation.
+        samples: completions of the last iteration or validation, for people.
+        rollout: the last one that was trained on.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: CachedEngine,
+        reward: Reward,
+        task: Task,
+        optim: AdamW,
+        plan: BatchPlan,
+        seed: int,
+        iterations: int,
+        resolved_config: str,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy = policy.eval()  # dropout is off in every forward pass
+        self.reference: Policy | None = None
+        self.engine = engine
+        self.reward = reward
+        self.task = task
+        self.optim = optim
+        self.plan = plan
+        self.seed = seed
+        self.iterations = iterations
+        self.resolved_config = resolved_config
+        self.iteration = 0
+        self.tokens_generated = 0
+        self.tokens_trained = 0
+        self.kl_coef = 0.0
+        self.expected_seconds: float | None = None
+        self.metrics: dict[str, float] = {}
+        self.val_metrics: dict[str, float] = {}
+        self.samples: list[Sample] = []
+        self.rollout: Rollout | None = None
+        self._means = Means()
+        self._val_means = Means()
+        self._seconds: dict[str, float] = {}
+
+    # -- one iteration, in pieces --------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Prompt], group_size: int, stream: int, samples: Sequence[int]) -> Rollout:
+        """Samples completions with the noise that belongs to these samples of this iteration."""
+        iteration = self.iteration if stream != VALIDATION else 0
+        noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
+        rollout = self.engine.sample(self.policy, prompts, group_size, noise)
+        self.tokens_generated += int(self.all_sum(rollout.action_mask.sum()))
+        return rollout
+
+    def refer(self, rollout: Rollout) -> Rollout:
+        """The rollout with the reference's log-probs."""
+        reference = self.reference
+        if reference is None:
+            return rollout
+        temperature = self.engine.temperature
+        return rollout.replace(
+            ref_logprobs=self.per_token(
+                rollout, lambda piece: reference.evaluate(piece, temperature, False, None).logprobs
+            )
+        )
+
+    @torch.no_grad()
+    def per_token(self, rollout: Rollout, evaluate: Callable[[Rollout], Tensor]) -> Tensor:
+        """``evaluate`` over micro-batches, put together again on the rollout's ``[B, T]`` grid."""
+        width = rollout.tokens.shape[1]
+        rows = torch.arange(len(rollout), device=rollout.tokens.device)
+        parts = [evaluate(rollout.select(part)) for part in self.micro_batches(rows)]
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+    def judge(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Completion]]:
+        """The rollout with rewards, and its completions as text. ``prompts``: one for each row."""
+        completions = [self._completion(rollout, row, prompt) for row, prompt in enumerate(prompts)]
+        scores = score(self.reward, completions)
+        parts = torch.tensor(list(scores.parts.values()), dtype=torch.float32).reshape(-1, len(rollout)).T
+        rewarded = rollout.replace(
+            rewards=torch.tensor(scores.total, dtype=torch.float32, device=rollout.tokens.device),
+            reward_parts=parts.to(rollout.tokens.device),
+            part_names=tuple(scores.parts),
+        )
+        return rewarded, completions
+
+    def micro_batches(self, rows: Tensor) -> Sequence[Tensor]:
+        """Row indices cut into forward passes."""
+        return rows.split(self.plan.micro_batch)
+
+    def accumulate(self, rows: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
+        """Adds up the gradient of ``loss_of`` over micro-batches, synchronizing processes in the last one only.
+
+        ``loss_of`` takes row indices and returns their share of the loss, its denominator already counted over
+        all processes. A process without rows takes part with a zero that is tied to every parameter.
+        """
+        parts = self.micro_batches(rows) if len(rows) else [rows]
+        for i, part in enumerate(parts):
+            with nullcontext() if i == len(parts) - 1 else self.trainer.strategy.block_backward_sync():
+                loss = loss_of(part) if len(part) else sum(p.sum() for p in self.policy.parameters()) * 0.0
+                # Data-parallel strategies average gradients; the denominators want their sum.
+                self.manual_backward(loss * self.trainer.world_size)
+
+    def apply_gradients(self) -> None:
+        """Clips, steps, and clears."""
+        optimizer: Any = self.optimizers()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self.optim.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"gradient norm is {norm.item()} in iteration {self.iteration + 1}; lower optim.lr, or run with "
+                "debug=nan to find the operation"
+            )
+        self._means.add("train/grad_norm", norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self) -> float:
+        """Sets this iteration's rate and returns the policy's."""
+        factor = self.optim.factor(self.iteration, self.iterations)
+        optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return self.optim.lr * factor
+
+    def finish_iteration(self, metrics: dict[str, float], started: float) -> None:
+        """Counts the iteration and records its metrics."""
+        generated = metrics.pop("tokens", 0.0)
+        elapsed = time.perf_counter() - started
+        perf = {f"perf/{name}_s": seconds for name, seconds in self._seconds.items()}
+        perf["perf/tokens_per_s"] = generated / elapsed
+        perf["perf/iteration_s"] = elapsed
+        self.iteration += 1
+        self.metrics = {**self._means.reduce(self.all_sum), **metrics, **perf}
+        self._means = Means()
+        self._seconds = {}
+        self.record(self.metrics)
+
+    # -- validation ------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_means = Means()
+        self.samples = []
+
+    @torch.no_grad()
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Samples one completion a prompt, with noise that is the same at every validation."""
+        rollout = self.generate(batch.prompts, 1, VALIDATION, [p.id for p in batch.prompts])
+        rollout, completions = self.judge(self.refer(rollout), batch.prompts)
+        self.measure(rollout, self._val_means, "val")
+        for name, values in self.task.metrics(completions).items():
+            self._val_means.add(f"val/{name}", torch.tensor(values, dtype=torch.double))
+        self.samples += self.describe(rollout, completions, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self.val_metrics = self._val_means.reduce(self.all_sum)
+        self.record(self.val_metrics)
+
+    # -- records ---------------------------------------------------------------------------------------
+
+    def measure(self, rollout: Rollout, means: Means, split: str) -> None:
+        """Metrics of a rollout that training and validation share."""
+        assert rollout.rewards is not None
+        mask = rollout.action_mask
+        means.add(f"{split}/reward", rollout.rewards)
+        if rollout.reward_parts is not None:
+            for k, name in enumerate(rollout.part_names):
+                means.add(f"{split}/reward/{name}", rollout.reward_parts[:, k])
+        means.add(f"{split}/length", mask.sum(-1))
+        means.add(f"{split}/ended", rollout.ended)
+        if rollout.ref_logprobs is not None:
+            log_ratio = rollout.logprobs - rollout.ref_logprobs
+            means.add(f"{split}/kl", masked_sum(log_ratio, mask))
+            means.add(f"{split}/kl_token", log_ratio, mask)
+
+    def describe(self, rollout: Rollout, completions: Sequence[Completion], split: str) -> list[Sample]:
+        """Completions with their figures, for people."""
+        assert rollout.rewards is not None
+        assert rollout.reward_parts is not None
+        kls: list[float | None] = [None] * len(rollout)
+        if rollout.ref_logprobs is not None:
+            kls = masked_sum(rollout.logprobs - rollout.ref_logprobs, rollout.action_mask).tolist()
+        return [
+            Sample(
+                iteration=self.iteration if split == "val" else self.iteration + 1,
+                split=split,
+                prompt=completion.prompt,
+                completion=completion.text,
+                reward=float(rollout.rewards[row]),
+                parts=dict(zip(rollout.part_names, rollout.reward_parts[row].tolist(), strict=True)),
+                kl=kls[row],
+                length=len(completion.tokens),
+                ended=completion.ended,
+            )
+            for row, completion in enumerate(completions)
+        ]
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Sends metrics to every logger at the current iteration, and shows them to callbacks."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.iteration)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to ``perf/<name>_s``."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optim.build(self.policy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The reference never changes and comes from where the policy came from: it is not saved again.
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("reference.")
+        }
+        checkpoint["policylab"] = {
+            "iteration": self.iteration,
+            "kl_coef": self.kl_coef,
+            "tokens_generated": self.tokens_generated,
+            "tokens_trained": self.tokens_trained,
+            "config": self.resolved_config,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "policylab" not in checkpoint:
+            raise UserError("the checkpoint was not written by policylab; take one of a run's checkpoints/ folder")
+        state = checkpoint["policylab"]
+        self.iteration = state["iteration"]
+        self.kl_coef = state["kl_coef"]
+        self.tokens_generated = state["tokens_generated"]
+        self.tokens_trained = state["tokens_trained"]
+        own = self.state_dict()
+        checkpoint["state_dict"].update({n: v for n, v in own.items() if n.startswith("reference.")})
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self._over_processes(x, "sum")
+
+    def all_max(self, x: Tensor) -> Tensor:
+        """Maximum over processes."""
+        return self._over_processes(x, "max")
+
+    def _over_processes(self, x: Tensor, operation: str) -> Tensor:
+        if self.trainer.world_size == 1:
+            return x
+        return self.trainer.strategy.reduce(x.clone(), reduce_op=operation)  # type: ignore[return-value]
+
+    def _completion(self, rollout: Rollout, row: int, prompt: Prompt) -> Completion:
+        tokens = rollout.tokens[row, : int(rollout.lengths[row])].tolist()
+        ended = bool(rollout.ended[row])
+        return Completion(prompt.text, self.policy.decode(tokens), prompt.reference, tuple(tokens), ended)

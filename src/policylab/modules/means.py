@@ -1,0 +1,32 @@
+"""Metrics as (sum, count) pairs, reduced over all processes once an iteration."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from policylab.functional.masks import AllSum
+
+
+class Means:
+    """Collects values; gives their means over micro-batches and processes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"] | None = None) -> None:
+        """Counts every element, or those where ``mask`` is true."""
+        x = x.detach().double()
+        if mask is not None:
+            x = x[mask]
+        pair = torch.stack([x.sum(), torch.tensor(float(x.numel()), dtype=torch.double, device=x.device)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def reduce(self, all_sum: AllSum) -> dict[str, float]:
+        """Means by name; a name without a single value is left out. All processes must hold the same names."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        table = all_sum(torch.stack([self._sums[name] for name in names])).tolist()
+        return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}

@@ -1,0 +1,187 @@
+"""Policy-gradient training: one Lightning batch of prompts is one iteration."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policylab.algorithms import Algorithm
+from policylab.functional import kl
+from policylab.functional.advantages import explained_variance
+from policylab.functional.masks import masked_moments
+from policylab.models.policy import Policy
+from policylab.modules.experiment import ExperimentModule
+from policylab.modules.optimizer import AdamW
+from policylab.rewards.base import Reward
+from policylab.rollouts.cached import CachedEngine
+from policylab.rollouts.noise import TRAIN
+from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.types import Prompt, PromptBatch, Rollout
+from policylab.tasks.base import Task
+
+
+class PolicyGradient(ExperimentModule):
+    """Trains the policy with an :class:`~policylab.algorithms.Algorithm`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        engine: CachedEngine,
+        reward: Reward,
+        task: Task,
+        optim: AdamW,
+        plan: BatchPlan,
+        seed: int,
+        iterations: int,
+        resolved_config: str,
+    ) -> None:
+        super().__init__(policy, engine, reward, task, optim, plan, seed, iterations, resolved_config)
+        self.algorithm = algorithm
+        self.reference = policy.frozen_copy()
+        self.kl_coef = algorithm.kl.controller.initial
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One iteration: prompts -> rollout -> reward -> shaping -> advantages -> updates -> record."""
+        started = time.perf_counter()
+        lr = self.set_learning_rate()
+        with self.phase("rollout"):
+            rollout = self.sample(batch.prompts)
+            rollout = self.refer(rollout)
+        with self.phase("reward"):
+            rollout = self.reward_rollout(rollout, batch.prompts)
+        with self.phase("update"):
+            rollout = self.algorithm.shape_rewards(rollout, self.kl_coef)
+            rollout = self.algorithm.estimate_advantages(rollout, self.all_sum)
+            self.update(rollout)
+        metrics = self.observe(rollout)
+        self.finish_iteration({**metrics, "train/lr": lr}, started)
+
+    def sample(self, prompts: tuple[Prompt, ...]) -> Rollout:
+        """``group_size`` completions of each prompt."""
+        group = self.plan.group_size
+        first = self.global_rank * len(prompts) * group
+        return self.generate(prompts, group, TRAIN, range(first, first + len(prompts) * group))
+
+    def refer(self, rollout: Rollout) -> Rollout:
+        """The rollout with the reference's log-probs and, when the penalty asks for it, the exact KL."""
+        rollout = super().refer(rollout)
+        return rollout.replace(exact_kl=self.exact_kl(rollout)) if self.algorithm.kl.needs_exact else rollout
+
+    def exact_kl(self, rollout: Rollout) -> Tensor:
+        """KL(policy | reference) over the vocabulary at each action, ``[B, T]``."""
+
+        def evaluate(piece: Rollout) -> Tensor:
+            exact = self.policy.evaluate(piece, self.engine.temperature, False, self.reference).exact_kl
+            assert exact is not None
+            return exact
+
+        return self.per_token(rollout, evaluate)
+
+    def reward_rollout(self, rollout: Rollout, prompts: tuple[Prompt, ...]) -> Rollout:
+        """Rewards each completion, and keeps the texts for people."""
+        rows = [prompt for prompt in prompts for _ in range(self.plan.group_size)]
+        rollout, completions = self.judge(rollout, rows)
+        self.samples = self.describe(rollout, completions, "train")
+        return rollout
+
+    def update(self, rollout: Rollout) -> None:
+        """Epochs of minibatches, ended early when the policy has moved too far."""
+        self._ratio_max = torch.ones((), device=rollout.tokens.device)
+        for epoch in range(self.algorithm.update.epochs):
+            for rows in self.minibatches(len(rollout), epoch):
+                if not self.step(rollout, rows.to(rollout.tokens.device)):
+                    return
+
+    def minibatches(self, local: int, epoch: int) -> list[Tensor]:
+        """This process's rows of each minibatch.
+
+        The order is drawn over the sequences of all processes, so that a minibatch holds the same sequences
+        however many processes share them.
+        """
+        key = np.random.Philox(key=np.array([self.seed, self.iteration], dtype=np.uint64), counter=epoch)
+        order = torch.from_numpy(np.random.Generator(key).permutation(self.plan.sequences))
+        first = self.global_rank * local
+        return [
+            minibatch[(minibatch >= first) & (minibatch < first + local)] - first
+            for minibatch in order.split(self.plan.minibatch)
+        ]
+
+    def step(self, rollout: Rollout, rows: Tensor) -> bool:
+        """One optimizer step on a minibatch. False, without a step, when ``kl_stop`` is exceeded."""
+        mask = rollout.action_mask[rows]
+        denominator = self.all_sum(self.algorithm.reduction.denominator(mask)).clamp(min=1)
+        moved = [torch.zeros((), device=rollout.tokens.device)]
+
+        def loss_of(part: Tensor) -> Tensor:
+            piece = rollout.select(part)
+            loss, distance = self.minibatch_loss(piece, denominator)
+            moved.append(distance)
+            return loss
+
+        self.accumulate(rows, loss_of)
+        limit = self.algorithm.update.kl_stop
+        if limit is not None:
+            distance = self.all_sum(torch.stack(moved).sum()) / self.all_sum(mask.sum()).clamp(min=1)
+            if distance > limit:
+                self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
+                self._means.add("train/kl_stopped", torch.ones(1))
+                return False
+        self.apply_gradients()
+        self.tokens_trained += int(self.all_sum(mask.sum()))
+        self._means.add("train/kl_stopped", torch.zeros(1))
+        return True
+
+    def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' share of the minibatch's loss, and their summed distance from the sampling policy."""
+        algorithm, mask = self.algorithm, rollout.action_mask
+        exact_in_loss = algorithm.kl.place == "loss" and algorithm.kl.needs_exact
+        evaluation = self.policy.evaluate(
+            rollout,
+            self.engine.temperature,
+            entropy_gradient=algorithm.entropy_coef != 0,
+            reference=self.reference if exact_in_loss else None,
+        )
+        terms = algorithm.loss_terms(rollout, evaluation)
+        per_token = algorithm.loss(terms, self.kl_coef)
+        with torch.no_grad():
+            distance = kl.k3(rollout.logprobs, evaluation.logprobs).masked_fill(~mask, 0.0)
+            self._means.add("train/loss", per_token, mask)
+            self._means.add("train/entropy", evaluation.entropy, mask)
+            self._means.add("train/clip_fraction", terms.clipped, mask)
+            self._means.add("train/kl_old", distance, mask)
+            ratio = (evaluation.logprobs - rollout.logprobs).exp()  # 1 outside the mask
+            self._ratio_max = torch.maximum(self._ratio_max, ratio.max())
+            if terms.value is not None:
+                self._means.add("train/value_loss", terms.value, mask)
+        return algorithm.reduction(per_token, mask, denominator), distance.sum()
+
+    def observe(self, rollout: Rollout) -> dict[str, float]:
+        """Metrics of the iteration, and the next coefficient of the KL penalty."""
+        assert rollout.rewards is not None
+        self.rollout = rollout
+        self.measure(rollout, self._means, "train")
+        every = torch.ones_like(rollout.rewards, dtype=torch.bool)
+        _, variance = masked_moments(rollout.rewards[:, None], every[:, None], self.all_sum)
+        metrics = {
+            "train/reward_std": float(variance.sqrt()),
+            "train/ratio_max": float(self.all_max(self._ratio_max)),
+            "train/kl_coef": self.kl_coef,
+            "tokens": float(self.all_sum(rollout.action_mask.sum())),
+        }
+        if rollout.values is not None and rollout.returns is not None:
+            metrics["train/explained_variance"] = float(
+                explained_variance(rollout.values, rollout.returns, rollout.action_mask, self.all_sum)
+            )
+        self.adapt_kl_coefficient(rollout)
+        return metrics
+
+    def adapt_kl_coefficient(self, rollout: Rollout) -> None:
+        """The next iteration's coefficient, from the KL that this one measured."""
+        assert rollout.ref_logprobs is not None
+        total = self.all_sum((rollout.logprobs - rollout.ref_logprobs).sum())
+        measured = float(total) / self.plan.sequences
+        self.kl_coef = self.algorithm.kl.controller.next(self.kl_coef, measured, self.plan.sequences)

@@ -1,0 +1,39 @@
+"""Sampling noise as data: a uniform number for each (seed, stream, iteration, sample, position).
+
+So a rollout is a function of weights, prompts and seed alone: the same on one process or eight, in any
+batch size and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: Independent streams of one seed.
+TRAIN, VALIDATION, PREFLIGHT, GENERATE = range(4)
+
+
+def uniforms(
+    seed: int, stream: int, iteration: int, samples: Sequence[int], width: int
+) -> Float[Tensor, "B T"]:
+    """Uniform numbers in [0, 1), float64, on the CPU.
+
+    Row ``i`` depends on (seed, stream, iteration, samples[i]) alone, and its first ``t`` numbers not on
+    ``width``. The generator is counter-based (Philox: "Parallel random numbers: as easy as 1, 2, 3",
+    Salmon et al., SC 2011), so nothing is carried from one call to the next.
+
+    Args:
+        samples: index of each row's sample within the whole iteration, over all processes.
+    """
+    key = np.array([seed, iteration], dtype=np.uint64)
+    rows = [
+        np.random.Generator(
+            np.random.Philox(key=key, counter=np.array([0, 0, sample, stream], dtype=np.uint64))
+        ).random(width)
+        for sample in samples
+    ]
+    return torch.from_numpy(np.stack(rows))
