@@ -1,0 +1,33 @@
+"""Sentiment of the completion, by VADER's lexicon and rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from policylab.rewards.base import Score
+from policylab.rollouts.types import Completion
+
+
+@cache
+def _analyzer() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()  # reads its lexicon: once a process
+
+
+def sentiment(completions: Sequence[Completion]) -> list[Score]:
+    """VADER's compound score of the completion alone: -1 (most negative) to 1 (most positive), 0 if neutral.
+
+    Parts: ``positive`` and ``negative``, the shares (0 to 1) of the text that carry either feeling; a text
+    that holds both can have the same total as one that holds neither.
+
+    Source: Hutto & Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
+    Text, ICWSM 2014.
+    """
+    return [_score(completion.text) for completion in completions]
+
+
+def _score(text: str) -> Score:
+    polarity = _analyzer().polarity_scores(text)
+    return Score(polarity["compound"], {"positive": polarity["pos"], "negative": polarity["neg"]})

@@ -1,0 +1,125 @@
+"""The toy of trlX: walk a random graph to its goal by as few steps as possible.
+
+A directed graph of 21 nodes (letters), 1,000 random walks on it as text, and the question whether a policy
+trained on those walks learns to take the shortest ones. Source: the random-walks example of trlX (Havrilla
+et al., EMNLP 2023), after Chen et al., Decision Transformer, arXiv:2106.01345. The same seed gives the same
+graph, walks and scores as there: numpy's legacy ``RandomState`` is asked for the same numbers in the same
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import ascii_lowercase
+
+import numpy as np
+from numpy.random import RandomState
+
+from policylab.errors import UserError
+from policylab.rewards.base import score
+from policylab.rewards.optimality import Map, optimality
+from policylab.rollouts.types import Completion
+from policylab.tasks.base import Example
+
+GOAL = 0  # the node whose letter is "a"
+DRAWS = 10_000  # of a graph, until every node has a way out
+
+Neighbours = list[list[int]]  # node -> the nodes that it leads to
+
+
+class RandomWalks:
+    """Start nodes as prompts, the rest of a walk as completion (see ``tasks.base.Task``).
+
+    Args:
+        name: names the run.
+        nodes: of the graph, the goal included; 2 to 26.
+        p_edge: chance that one node leads to another.
+        walks: random walks to train on.
+        max_length: nodes of a walk at most, its start included.
+        held_out: prompts for validation, which go round the start nodes in alphabetical order.
+        seed: of graph and walks; not the run's seed, so that all runs solve the same problem.
+
+    Raises:
+        UserError: when an argument is out of range, or no graph with so few edges is found.
+    """
+
+    instruction = None
+
+    def __init__(
+        self, name: str, nodes: int, p_edge: float, walks: int, max_length: int, held_out: int, seed: int
+    ) -> None:
+        _check(
+            nodes=(nodes, 2, len(ascii_lowercase)), walks=(walks, 1, None), max_length=(max_length, 2, None)
+        )
+        _check(held_out=(held_out, 1, None), p_edge=(p_edge, 0.0, 1.0), seed=(seed, 0, 2**32 - 1))
+        self.name = name
+        random = RandomState(seed)
+        neighbours = draw_graph(random, nodes, p_edge)
+        texts = [_letters(draw_walk(random, neighbours, max_length)) for _ in range(walks)]
+        maps = maps_from(neighbours, max_length)
+        starts = sorted({text[0] for text in texts})
+        self.train = [Example(text[0], text[1:], maps[text[0]]) for text in texts]
+        self.val = [Example(start, "", maps[start]) for start in np.resize(starts, held_out).tolist()]
+
+    def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:
+        """The score itself, the share of walks that follow the edges, and the share that arrive."""
+        scores = score(optimality, completions)
+        return {"optimality": scores.total, **scores.parts}
+
+
+def draw_graph(random: RandomState, nodes: int, p_edge: float) -> Neighbours:
+    """A random directed graph in which every node leads somewhere, and the goal only to itself."""
+    for _ in range(DRAWS):
+        edges = random.rand(nodes, nodes) > 1 - p_edge
+        np.fill_diagonal(edges, False)
+        if edges.any(axis=1).all():
+            edges[GOAL] = np.arange(nodes) == GOAL
+            return [np.flatnonzero(row).tolist() for row in edges]
+    raise UserError(
+        f"found no graph of {nodes} nodes with a way out of each at task.p_edge={p_edge}; raise task.p_edge"
+    )
+
+
+def draw_walk(random: RandomState, neighbours: Neighbours, max_length: int) -> list[int]:
+    """A walk that starts anywhere but in the goal, goes on at random and stops in the goal."""
+    node = GOAL
+    while node == GOAL:
+        node = random.randint(len(neighbours))
+    walk = [node]
+    while node != GOAL and len(walk) < max_length:
+        node = int(random.choice(neighbours[node]))
+        walk.append(node)
+    return walk
+
+
+def maps_from(neighbours: Neighbours, max_length: int) -> dict[str, Map]:
+    """What the score of a walk depends on, for each start; all share one table of edges."""
+    edges = {_letters([node]): _letters(ends) for node, ends in enumerate(neighbours)}
+    lengths = shortest_lengths(neighbours, max_length)
+    return {
+        letter: Map(edges=edges, goal=ascii_lowercase[GOAL], shortest=length, max_length=max_length)
+        for letter, length in zip(edges, lengths, strict=True)
+    }
+
+
+def shortest_lengths(neighbours: Neighbours, max_length: int) -> list[int]:
+    """Nodes on the shortest walk from each node to the goal; ``max_length`` where there is none shorter."""
+    lengths = {GOAL: 1}
+    for length in range(2, max_length):
+        lengths |= {
+            node: length
+            for node, ends in enumerate(neighbours)
+            if node not in lengths and not lengths.keys().isdisjoint(ends)
+        }
+    return [lengths.get(node, max_length) for node in range(len(neighbours))]
+
+
+def _letters(nodes: Sequence[int]) -> str:
+    return "".join(ascii_lowercase[node] for node in nodes)
+
+
+def _check(**bounds: tuple[float, float, float | None]) -> None:
+    for name, (value, low, high) in bounds.items():
+        if value < low or (high is not None and value > high):
+            bounds_text = f"at least {low}" if high is None else f"{low} to {high}"
+            raise UserError(f"task.{name}={value}; it must be {bounds_text}")

@@ -1,0 +1,64 @@
+"""Continue the opening of a movie review; with ``reward=sentiment``, kindly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from policylab.errors import UserError
+from policylab.rollouts.types import Completion
+from policylab.tasks import rows, vader
+from policylab.tasks.metrics import distinct_2, polarity
+
+OPENINGS = Path(__file__).parent.parent / "assets" / "reviews.jsonl"
+
+
+class Reviews:
+    """Openings of reviews, or any other texts to continue (see ``tasks.base.Task``).
+
+    Args:
+        name: names the run.
+        source: ``default`` for 1,792 openings of our own writing, ``vader`` for some 10,000 snippets of real
+            reviews (fetched on first use), a JSON-lines file, or a data set on the hub.
+        prompt_words: where a row is a whole text: how many of its words are the prompt.
+        held_out: where the source has no split of its own: rows held out for validation.
+        instruction: how chat models are asked, with ``{text}`` in it; None sends the bare opening.
+        data_dir: folder for what is fetched.
+
+    Raises:
+        UserError: when the source cannot be had or read, or an argument does not fit.
+    """
+
+    def __init__(
+        self, name: str, source: str, prompt_words: int, held_out: int, instruction: str | None, data_dir: str
+    ) -> None:
+        if prompt_words < 1:
+            raise UserError(f"task.prompt_words={prompt_words}; a prompt has at least 1 word")
+        if instruction is not None and "{text}" not in instruction:
+            raise UserError(
+                f"task.instruction={instruction!r} has no place for the prompt; put {{text}} in it"
+            )
+        self.name = name
+        self.instruction = instruction
+        found = _read(source, prompt_words, Path(data_dir))
+        self.train, self.val = rows.hold_out(found, held_out, source)
+
+    def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:
+        """Sentiment by a lexicon that the reward does not use, and how little the text repeats itself."""
+        return {
+            "polarity": [polarity(completion.text) for completion in completions],
+            "distinct_2": [distinct_2(completion.text) for completion in completions],
+        }
+
+
+def _read(source: str, prompt_words: int, data_dir: Path) -> list[rows.Row]:
+    if source == "default":
+        return rows.read_jsonl(OPENINGS, prompt_words)
+    if source == "vader":
+        return rows.read_jsonl(vader.movie_reviews(data_dir), prompt_words)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return rows.read_jsonl(path, prompt_words)
+    if path.suffix in (".json", ".jsonl") or source.startswith((".", "/", "~")):
+        raise UserError(f"task.source={source}: there is no such file (looked in {Path.cwd()})")
+    return rows.read_hub(source, prompt_words)

@@ -1,0 +1,134 @@
+"""Rows of text from a file or the hub, as examples, with their split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from policylab.errors import UserError
+from policylab.tasks.base import Example
+from policylab.tasks.shuffle import permutation
+
+# Not the run's seed: runs with different seeds are compared on the same held-out rows.
+HELD_OUT_KEY = 0
+SPLITS = ("train", "val")
+HUB_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "val"}
+
+
+class Row(NamedTuple):
+    """An example and where it belongs, if its source says so."""
+
+    example: Example
+    split: str | None
+
+
+def read_jsonl(path: Path, prompt_words: int) -> list[Row]:
+    """The rows of a JSON-lines file, with the fields that ``docs/tasks_and_rewards.md`` lists.
+
+    Raises:
+        UserError: naming file and line, for a line that is no such row; or when there is no row at all.
+    """
+    rows: list[Row] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: no JSON ({error}); give one object a line") from None
+            rows += _row(fields, where, prompt_words)
+    return _not_empty(rows, str(path), prompt_words)
+
+
+def read_hub(name: str, prompt_words: int) -> list[Row]:
+    """The rows of a data set from the hub or its local cache; its test split counts as held out.
+
+    Raises:
+        UserError: when ``datasets`` is not installed or the data set cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"task.source={name} names a hub data set, which needs an extra: pip install -e '.[hub]' "
+            f"(a local file ends in .jsonl)"
+        ) from None
+    from policylab.models.hub import why_unreachable
+
+    offline = why_unreachable()
+    if offline and "HF_HUB_OFFLINE" not in offline:
+        raise UserError(
+            f"task.source={name}: {offline}; HF_HUB_OFFLINE=1 uses a copy in the cache, "
+            f"and task.source=default or a .jsonl file needs no network"
+        )
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # many kinds, of which none is ours to repair
+        raise UserError(f"task.source={name}: the data set cannot be loaded ({error})") from error
+    rows: list[Row] = []
+    for split in filter(HUB_SPLITS.get, found):
+        for number, fields in enumerate(found[split]):
+            rows += _row(fields | {"split": HUB_SPLITS[split]}, f"{name}/{split}:{number}", prompt_words)
+    return _not_empty(rows, name, prompt_words)
+
+
+def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], list[Example]]:
+    """Training rows and held-out rows.
+
+    Rows that name a split stay there. Where none is held out so, ``count`` rows are, drawn once and for all.
+
+    Raises:
+        UserError: when nothing would be left to train on.
+    """
+    train = [row.example for row in rows if row.split != "val"]
+    val = [row.example for row in rows if row.split == "val"]
+    if val:
+        if not train:
+            raise UserError(f"task.source={source} has no row to train on: all are held out (split: val)")
+        return train, val
+    if not 0 < count < len(train):
+        raise UserError(
+            f"task.held_out={count}, but task.source={source} has {len(train)} rows; "
+            f"hold out 1 to {len(train) - 1}, or mark rows with split: val"
+        )
+    order = permutation(len(train), HELD_OUT_KEY)
+    return [train[row] for row in order[count:]], [train[row] for row in order[:count]]
+
+
+def _row(fields: Any, where: str, prompt_words: int) -> Iterator[Row]:
+    """The row that the fields describe; none for a text with nothing left after the prompt's words."""
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: {fields!r:.60} is no object; give {{'prompt': ...}} or {{'text': ...}}")
+    split, reference = fields.get("split"), fields.get("reference")
+    if split not in (None, *SPLITS):
+        raise UserError(f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if "prompt" in fields:
+        prompt = _text(fields, "prompt", where)
+        completion = _text(fields, "completion", where) if fields.get("completion") else ""
+        yield Row(Example(prompt, completion, reference), split)
+    elif "text" in fields:
+        words = _text(fields, "text", where).split()
+        prompt, rest = " ".join(words[:prompt_words]), " ".join(words[prompt_words:])
+        if rest:
+            yield Row(Example(prompt, " " + rest, reference), split)
+    else:
+        raise UserError(f"{where}: neither prompt nor text among the fields {sorted(fields)}")
+
+
+def _text(fields: dict[str, Any], name: str, where: str) -> str:
+    value = fields[name]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {name} is {value!r:.60}; it must be a text that is not empty")
+    return value
+
+
+def _not_empty(rows: list[Row], source: str, prompt_words: int) -> list[Row]:
+    if not rows:
+        raise UserError(
+            f"task.source={source} has no text of more than task.prompt_words={prompt_words} words"
+        )
+    return rows
