@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +21,7 @@ class Estimate:
     returns: Float[Tensor, "B T"]  #: the critic's target
 
 
+@runtime_checkable
 class Advantage(Protocol):
     """A rollout with token rewards (and values, if it needs them) becomes an :class:`Estimate`."""
 

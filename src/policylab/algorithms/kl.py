@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from policylab.functional.masks import last_position
 from policylab.rollouts.types import Evaluation, Rollout
 
 
+@runtime_checkable
 class Controller(Protocol):
     """Chooses the coefficient of the next iteration from the KL of this one."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from policylab.functional.reduction import sequence_mean_sum, token_sum
 
 
+@runtime_checkable
 class Reduction(Protocol):
     """``denominator`` is summed over micro-batches and processes, then ``__call__`` divides by the sum."""
 

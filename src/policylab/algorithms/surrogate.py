@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 from policylab.functional.surrogates import clipped, clipped_ratio_loss, logprob_loss
 
 
+@runtime_checkable
 class Surrogate(Protocol):
     """Per-token loss, and which tokens its bounds have silenced."""
 
