@@ -38,26 +38,54 @@ torch.set_num_threads(1)  # small tensors: threads cost more than they gain, and
 resolvers.register(ROOT)
 
 Compose = Callable[..., DictConfig]
+Train = Callable[[Sequence[str]], Path]
+
+# What makes any training command small; last on the command line, so that it wins.
+BRIEF = (
+    "iterations=2",
+    "validation.every=2",
+    "validation.prompts=4",
+    "rollout.prompts=4",
+    "optim.micro_batch_size=null",
+)
 
 
 @pytest.fixture
 def compose(tmp_path: Path) -> Compose:
     """``compose(["algo=ppo", "seed=1"], config_name="train")`` gives the config that the script would get.
 
-    The run folder is ``tmp_path``, which ``paths.run`` names as it does in a real run.
+    The run folder is ``tmp_path / "run"``, and ``logs/`` lies beside it.
     """
 
     def compose_config(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
         resolvers.run_dir.cache_clear()
+        run = tmp_path / "run"
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            where = [f"hydra.run.dir={tmp_path}", f"+hydra.runtime.output_dir={tmp_path}"]
+            where = [f"hydra.run.dir={run}", f"+hydra.runtime.output_dir={run}"]
             config = hydra_compose(config_name, [*overrides, *where], return_hydra_config=True)
             HydraConfig.instance().set_config(config)
         with open_dict(config):
             del config.hydra
+            if "paths" in config:
+                config.paths.logs = str(tmp_path / "logs")
         return config
 
     return compose_config
+
+
+@pytest.fixture
+def train_briefly(compose: Compose, tmp_path: Path) -> Train:
+    """``train_briefly(["algo=ppo"])`` trains two small iterations in this process; gives the run folder."""
+
+    def train(overrides: Sequence[str]) -> Path:
+        from policylab.launch import run
+
+        folder = tmp_path / "run"
+        folder.mkdir()
+        run.train(compose([*overrides, *BRIEF]), folder, list(overrides))
+        return folder
+
+    return train
 
 
 @pytest.fixture(scope="session")

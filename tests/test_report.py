@@ -70,7 +70,7 @@ def make_run(folder: Path, seed: int, after: float, status: str = "done", **chan
     OmegaConf.save(config, folder / "config.yaml")
     (folder / "status.json").write_text(json.dumps({"state": status}))
     if status == "done":
-        (folder / "summary.json").write_text(json.dumps({"wall_s": 10.0 + seed, "tokens_generated": 1000}))
+        (folder / "summary.json").write_text(json.dumps({"wall_seconds": 10.0 + seed, "tokens_generated": 1000}))
     (folder / "metrics.csv").write_text(
         "iteration,train/reward,val/reward,val/kl\n"
         "0,,0.1,0.0\n"

@@ -15,7 +15,7 @@ from policylab.report.statistics import Estimate, estimate
 # What a run was called and where it lay says nothing about what it did.
 NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logger", "debug")
 # Two curves of val/reward are comparable when these agree.
-MEASURED_BY = ("task", "reward", "validation.prompts")
+MEASURED_BY = ("task", "reward", "validation.prompts", "rollout.max_new_tokens")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""The examples in README and docs run as they stand.
+
+A block whose first line names a file (``# my_reward.py``, ``# configs/model/mine.yaml``) is written to a
+folder, and so are the blocks that follow it, until a bash block with ``python train.py`` uses them: that command
+is trained for two small iterations, with the folder as the current one and its ``configs/`` on the search path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import Train
+from doc_blocks import ROOT, Block, blocks
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Files to write, and the arguments of ``train.py`` that use them."""
+
+    files: tuple[Block, ...]
+    arguments: tuple[str, ...]
+
+
+def examples() -> list[Example]:
+    """Named blocks, each with the first training command after it."""
+    found, files = list[Example](), list[Block]()
+    for block in blocks(PAGES):
+        if block.file_name:
+            files.append(block)
+        elif block.language == "bash" and files:
+            command = next((words for words in block.commands if words[:2] == ["python", "train.py"]), None)
+            assert command, f"{block.where}: {files[-1].file_name} waits for a command with python train.py"
+            found.append(Example(tuple(files), tuple(command[2:])))
+            files = []
+    assert not files, f"{files[0].where}: no command uses {files[0].file_name}"
+    return found
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.files[0].where)
+def test_example(
+    example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_briefly: Train
+) -> None:
+    for block in example.files:
+        path = tmp_path / str(block.file_name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = (tmp_path / "configs").is_dir()
+    run = train_briefly(
+        [*example.arguments, *([f"hydra.searchpath=[file://{tmp_path}/configs]"] if own else [])]
+    )
+    assert (run / "summary.json").is_file()

@@ -1,0 +1,125 @@
+"""README's commands work: each is run at a reduced size, or checked as far as this machine can go.
+
+- ``python train.py``: trained for two small iterations when its model and data lie in the repository; else
+  (a download, a run folder of someone's own) composed and checked. A multirun is composed for each value.
+- ``python evaluate.py | generate.py | report.py``: composed.
+- ``make``, ``pip``, ``pytest``: the targets, extras and files they name exist.
+- Anything else has no rule, and that is a failure.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from conftest import Compose, Train
+from doc_blocks import ROOT, blocks
+
+README = ROOT / "README.md"
+COMMANDS = [
+    (block.where, words) for block in blocks([README]) if block.language == "bash" for words in block.commands
+]
+IN_THE_REPOSITORY = ("policylab.models.loading.embedded", "policylab.models.scratch.from_scratch")
+
+
+def test_readme_has_commands() -> None:
+    if not README.read_text().strip():
+        pytest.skip("README is not written yet")
+    assert len(COMMANDS) >= 5
+    assert ["python", "train.py"] in [words[:2] for _, words in COMMANDS]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), COMMANDS, ids=[f"{where} {' '.join(words)}" for where, words in COMMANDS]
+)
+def test_command(where: str, words: list[str], compose: Compose, train_briefly: Train) -> None:
+    if words[0] == "python" and words[1] == "train.py":
+        check_training(words[2:], compose, train_briefly)
+    elif words[0] == "python" and (ROOT / words[1]).is_file():
+        compose(words[2:], config_name=Path(words[1]).stem)
+    elif words[0] in CHECKS:
+        CHECKS[words[0]](words[1:])
+    else:
+        pytest.fail(
+            f"{where}: no rule for {' '.join(words)!r}; make one here, or write the command differently"
+        )
+
+
+def check_training(arguments: list[str], compose: Compose, train_briefly: Train) -> None:
+    if "--help" in arguments or "--cfg" in arguments:
+        command = [sys.executable, "train.py", *arguments]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        return
+    variants = every_value(arguments) if "-m" in arguments or "--multirun" in arguments else [arguments]
+    for overrides in variants:
+        config = compose(overrides)
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if runs_here(config):
+        train_briefly(variants[0])
+
+
+def every_value(arguments: list[str]) -> list[list[str]]:
+    """A few jobs of a multirun, in which each value of each swept key appears at least once."""
+    overrides = [word.split("=", 1) for word in arguments if not word.startswith("-")]
+    swept = [[f"{key}={value}" for value in _choices(values)] for key, values in overrides]
+    jobs = zip_longest(*swept)
+    return [[value or values[0] for value, values in zip(job, swept, strict=True)] for job in jobs]
+
+
+def _choices(values: str) -> list[str]:
+    is_one_value = values.startswith(("[", "{", "'", '"'))
+    return [values] if is_one_value else values.split(",")
+
+
+def test_every_value() -> None:
+    assert every_value(["-m", "algo=ppo,reinforce", "seed=0,1,2", "tags=[a,b]"]) == [
+        ["algo=ppo", "seed=0", "tags=[a,b]"],
+        ["algo=reinforce", "seed=1", "tags=[a,b]"],
+        ["algo=ppo", "seed=2", "tags=[a,b]"],
+    ]
+
+
+def runs_here(config: DictConfig) -> bool:
+    """Whether model and data lie in the repository, and no earlier run is needed."""
+    own_model = config.model._target_ in IN_THE_REPOSITORY and config.model.get("path") is None
+    return own_model and config.task.source == "default" and config.resume is None
+
+
+def check_make(arguments: list[str]) -> None:
+    subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def check_pip(arguments: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert arguments[0] == "install"
+    for word in arguments:
+        for extra in word.partition("[")[2].rstrip("]").split(",") if "[" in word else ():
+            assert extra in extras, f"pyproject.toml has no extra {extra!r}"
+
+
+def check_pytest(arguments: list[str]) -> None:
+    for word in arguments:
+        assert "/" not in word or (ROOT / word.partition("::")[0]).exists(), f"there is no {word}"
+
+
+def check_nothing(arguments: list[str]) -> None:
+    """Commands of others, which need a network, a browser or a terminal."""
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "pip": check_pip,
+    "pytest": check_pytest,
+    "git": check_nothing,
+    "cd": check_nothing,
+    "tensorboard": check_nothing,
+    "wandb": check_nothing,
+    "eval": check_nothing,  # tab completion
+}
