@@ -1,4 +1,8 @@
-"""Sum up runs over seeds: ``python report.py runs="logs/reviews/*/*" out=experiments/results/NAME``."""
+"""Sum up finished runs over their seeds: metrics.csv, curve.png, table.md and config.yaml in one folder.
+
+  python report.py "runs='logs/reviews/ppo-tiny/*'" out=experiments/results/NAME
+  python report.py runs=[PATH,PATH] out=/tmp/report title="'PPO on reviews'" metrics=[val/reward,val/kl]
+"""
 
 from __future__ import annotations
 
@@ -18,4 +22,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)

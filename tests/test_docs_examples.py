@@ -1,8 +1,8 @@
 """The examples in README and docs run as they stand.
 
 A block whose first line names a file (``# my_reward.py``, ``# configs/model/mine.yaml``) is written to a
-folder, and so are the blocks that follow it, until a bash block with ``python train.py`` uses them: that command
-is trained for two small iterations, with the folder as the current one and its ``configs/`` on the search path.
+folder, as are those after it, until a bash block uses them in a ``python train.py``: that command is trained
+briefly, with the folder as the current one and its ``configs/`` on the search path.
 """
 
 from __future__ import annotations
