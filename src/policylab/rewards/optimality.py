@@ -47,8 +47,8 @@ def read_walk(text: str, here: Map) -> Walk:
 def optimality(completions: Sequence[Completion]) -> list[Score]:
     """1 for a shortest walk to the goal, falling in equal steps to 0 at the maximum length.
 
-    ``(max_length - length) / (max_length - shortest)``; 0 for a walk that takes a step where there is no edge,
-    or does not arrive. Parts: ``valid`` and ``reached``, 0 or 1 each.
+    ``(max_length - length) / (max_length - shortest)``; 0 for a walk that steps where there is no edge, or
+    does not arrive. Parts: ``valid`` and ``reached``, 0 or 1 each.
 
     Source: the random-walks example of trlX (Havrilla et al., EMNLP 2023), after Chen et al., Decision
     Transformer, arXiv:2106.01345, section 1. Its formula goes below 0 for walks beyond the maximum length,

@@ -28,20 +28,20 @@ def read_jsonl(path: Path, prompt_words: int) -> list[Row]:
     """The rows of a JSON-lines file, with the fields that ``docs/tasks_and_rewards.md`` lists.
 
     Raises:
-        UserError: naming file and line, for a line that is no such row; or when there is no row at all.
+        UserError: naming file and line, for a line that is no such row.
     """
     rows: list[Row] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
                 fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: no JSON ({error}); give one object a line") from None
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise UserError(f"{where}: {error}; give one JSON object a line") from None
             rows += _row(fields, where, prompt_words)
-    return _not_empty(rows, str(path), prompt_words)
+    return rows
 
 
 def read_hub(name: str, prompt_words: int) -> list[Row]:
@@ -73,7 +73,7 @@ def read_hub(name: str, prompt_words: int) -> list[Row]:
     for split in filter(HUB_SPLITS.get, found):
         for number, fields in enumerate(found[split]):
             rows += _row(fields | {"split": HUB_SPLITS[split]}, f"{name}/{split}:{number}", prompt_words)
-    return _not_empty(rows, name, prompt_words)
+    return rows
 
 
 def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], list[Example]]:
@@ -92,15 +92,15 @@ def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], l
         return train, val
     if not 0 < count < len(train):
         raise UserError(
-            f"task.held_out={count}, but task.source={source} has {len(train)} rows; "
-            f"hold out 1 to {len(train) - 1}, or mark rows with split: val"
+            f"task.held_out={count}, but task.source={source} has {len(train)} rows to share out; "
+            f"hold out at least 1 and leave at least 1, or mark rows with split: val"
         )
     order = permutation(len(train), HELD_OUT_KEY)
     return [train[row] for row in order[count:]], [train[row] for row in order[:count]]
 
 
 def _row(fields: Any, where: str, prompt_words: int) -> Iterator[Row]:
-    """The row that the fields describe; none for a text with nothing left after the prompt's words."""
+    """The row that the fields describe; none for a text of one word, which cannot be cut in two."""
     if not isinstance(fields, dict):
         raise UserError(f"{where}: {fields!r:.60} is no object; give {{'prompt': ...}} or {{'text': ...}}")
     split, reference = fields.get("split"), fields.get("reference")
@@ -112,9 +112,9 @@ def _row(fields: Any, where: str, prompt_words: int) -> Iterator[Row]:
         yield Row(Example(prompt, completion, reference), split)
     elif "text" in fields:
         words = _text(fields, "text", where).split()
-        prompt, rest = " ".join(words[:prompt_words]), " ".join(words[prompt_words:])
-        if rest:
-            yield Row(Example(prompt, " " + rest, reference), split)
+        cut = min(prompt_words, len(words) - 1)
+        if cut:
+            yield Row(Example(" ".join(words[:cut]), " " + " ".join(words[cut:]), reference), split)
     else:
         raise UserError(f"{where}: neither prompt nor text among the fields {sorted(fields)}")
 
@@ -124,11 +124,3 @@ def _text(fields: dict[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {name} is {value!r:.60}; it must be a text that is not empty")
     return value
-
-
-def _not_empty(rows: list[Row], source: str, prompt_words: int) -> list[Row]:
-    if not rows:
-        raise UserError(
-            f"task.source={source} has no text of more than task.prompt_words={prompt_words} words"
-        )
-    return rows

