@@ -1,4 +1,8 @@
-"""Evaluate a run: ``python evaluate.py run=latest``. All options: ``python evaluate.py --help``."""
+"""Evaluate a run on the validation prompts: metrics, samples, and evaluate.json in its folder.
+
+  python evaluate.py run=latest
+  python evaluate.py run=logs/reviews/ppo-tiny/2026-01-01_12-00-00_s0 checkpoint=last prompts=512
+"""
 
 from __future__ import annotations
 
@@ -18,4 +22,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)

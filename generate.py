@@ -1,4 +1,8 @@
-"""Talk to what a run has trained: ``python generate.py run=latest prompt="the film was"``."""
+"""Let a trained policy write.
+
+  python generate.py run=latest prompt="the film was"
+  python generate.py run=latest              asks for prompts, one after the other
+"""
 
 from __future__ import annotations
 
@@ -18,4 +22,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)

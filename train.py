@@ -1,4 +1,12 @@
-"""Train a policy: ``python train.py algo=ppo model=gpt2 seed=1``. All options: ``python train.py --help``."""
+"""Train a policy. Pick one of each group; change any value.
+
+  python train.py                            PPO on the embedded model: a minute on a laptop
+  python train.py algo=reinforce seed=1      another algorithm, another seed
+  python train.py experiments=NAME           a recipe from experiments/
+  python train.py -m algo=ppo,reinforce seed=0,1,2
+  python train.py debug=fast                 two iterations, to see that all works
+  python train.py resume=latest              go on with the newest run
+"""
 
 from __future__ import annotations
 
@@ -18,4 +26,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, __doc__)

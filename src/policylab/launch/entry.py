@@ -14,6 +14,8 @@ from typing import NoReturn
 
 from policylab.config import resolvers
 from policylab.errors import UserError
+from policylab.launch.help import help_page
+from policylab.launch.resume import with_command_of
 
 BAD_INPUT, INTERRUPTED = 2, 130
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -31,13 +33,24 @@ def prepare(script: str) -> None:
         sys.path.insert(1, os.getcwd())  # so that a reward of one's own can be named by its module
 
 
-def guarded(main: Callable[[], object]) -> None:
-    """Runs a root script's ``main`` and ends the process with a clear message and the right exit code."""
+def guarded(main: Callable[[], object], doc: str) -> None:
+    """Runs a root script's ``main`` and ends the process with a clear message and the right exit code.
+
+    Args:
+        main: the function under ``hydra.main``.
+        doc: docstring of the script, for ``--help``.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_page(doc, Path(sys.argv[0]).resolve()))
+        return
     os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits with 1
     try:
+        sys.argv[1:] = with_command_of(sys.argv[1:])
         main()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so be it
+    except KeyboardInterrupt as stopped:
+        sys.exit(getattr(stopped, "exit_code", INTERRUPTED))
     except Exception as error:
         end_with(error)
 

@@ -16,7 +16,12 @@ NOISE = (
     "HPU available:",
     "LeafSpec",
     "log_every_n_steps",
+    "in eval mode at the start of training",  # dropout is off on purpose
 )
+
+
+#: ``log.error(..., extra=FILE_ONLY)``: for ``train.log``, not for the console.
+FILE_ONLY = {"file_only": True}
 
 
 class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -24,6 +29,7 @@ class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        self.addFilter(lambda record: not getattr(record, "file_only", False))
 
     @property  # type: ignore[override]
     def stream(self) -> TextIO:
@@ -45,8 +51,12 @@ class NoiseFilter(logging.Filter):
 
 
 def silence_noise() -> None:
-    """Filters the known noise, by message, from the log and from Python's warnings."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.pytorch"):
+    """Filters the known noise, by message. Lightning's other news goes to ``train.log``; call once it is imported."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()  # its own, which prints everything on the console
+        logger.propagate = True
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoiseFilter())
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=f"(?s).*{noise}")

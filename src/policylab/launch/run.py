@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from policylab.callbacks.metrics_file import read_rows, validated
+from policylab.errors import UserError
 from policylab.launch.find_run import checkpoint_to_resume
-from policylab.launch.logs import silence_noise
+from policylab.launch.logs import FILE_ONLY, silence_noise
 from policylab.launch.resume import check_same_run, checkpoint_iteration, rewind
 from policylab.launch.run_folder import point_latest, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder, save_config
 from policylab.launch.screen import Screen
+from policylab.launch.status import RunStatus
 from policylab.launch.summary import summarize, write_summary
 
 if TYPE_CHECKING:
@@ -57,34 +60,21 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
         refuse_taken_folder(run_dir)
     save_config(config, run_dir)
     point_latest(run_dir, Path(config.paths.logs))
-    silence_noise()
     screen = Screen(config, run_dir)
-    screen.opening(overrides)  # stands before the seconds of heavy imports
-    from policylab.launch.signals import Interrupted, StopOnSignal
-    from policylab.launch.status import RunStatus
+    with RunStatus(run_dir, config.iterations) as status, log_failure():
+        screen.opening(overrides)  # stands before the seconds of heavy imports
+        from policylab.launch.follow import FollowStatus
+        from policylab.launch.signals import Interrupted, StopOnSignal
 
-    with RunStatus(run_dir, config.iterations) as status, StopOnSignal() as stop:
-        try:
+        with StopOnSignal() as stop, closed_loggers():
             experiment = prepare(config, run_dir)
-            experiment.trainer.callbacks[:0] = [status, stop]  # before the checkpoint callback
+            experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # before the checkpoint callback
             screen.plan(experiment)
             run(experiment, run_dir, checkpoint, stop)
-        except Exception:
-            log.exception("the run failed")
-            raise
         if stop.stopped:
             status.interrupted()
-        module = experiment.module
-        outcome = {
-            "status": "interrupted" if stop.stopped else "done",
-            "iterations": module.iteration,
-            "wall_seconds": round(status.wall_seconds, 1),
-            "tokens_generated": module.tokens_generated,
-            "tokens_trained": module.tokens_trained,
-        }
-        summary = summarize(config, run_dir, outcome)
+        summary = summarize(config, run_dir, outcome(experiment, status))
         write_summary(run_dir, summary)
-        close_loggers(experiment)
         screen.ending(summary)
         if stop.stopped and stop.signum:
             raise Interrupted(stop.signum)
@@ -98,6 +88,7 @@ def prepare(config: DictConfig, run_dir: Path) -> Experiment:
     from policylab.config.build import build
     from policylab.launch.environment import describe_environment
 
+    silence_noise()
     environment = describe_environment(Path(config.paths.repo))
     write_json(run_dir / "env.json", environment)
     seed_everything(config.seed, workers=True, verbose=False)
@@ -135,11 +126,38 @@ def survive_exit(stop: StopOnSignal) -> Iterator[None]:
         stop.stopped = True
 
 
-def close_loggers(experiment: Experiment) -> None:
+def outcome(experiment: Experiment, status: RunStatus) -> dict[str, Any]:
+    """What the metrics do not tell of a run."""
+    module = experiment.module
+    return {
+        "status": "done" if status.state == "running" else status.state,
+        "iterations": module.iteration,
+        "wall_seconds": round(status.wall_seconds, 1),
+        "tokens_generated": module.tokens_generated,
+        "tokens_trained": module.tokens_trained,
+    }
+
+
+@contextmanager
+def log_failure() -> Iterator[None]:
+    """Leaves the reason of a failure in ``train.log``; the console gets it from the root script."""
+    try:
+        yield
+    except UserError as error:
+        log.error("%s", error, extra=FILE_ONLY)
+        raise
+    except Exception:
+        log.exception("the run failed", extra=FILE_ONLY)
+        raise
+
+
+@contextmanager
+def closed_loggers() -> Iterator[None]:
     """Ends the W&B run, so that the next job of a multirun gets its own."""
-    from lightning.pytorch.loggers import WandbLogger
+    try:
+        yield
+    finally:
+        if "wandb" in sys.modules:
+            import wandb
 
-    if any(isinstance(logger, WandbLogger) for logger in experiment.trainer.loggers):
-        import wandb
-
-        wandb.finish()
+            wandb.finish(exit_code=0 if sys.exc_info()[0] is None else 1)

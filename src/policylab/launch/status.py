@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from lightning import Callback, LightningModule, Trainer
-
 from policylab.launch.run_folder import write_json
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
@@ -28,11 +26,11 @@ def read_status(run_folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-class RunStatus(Callback):
+class RunStatus:
     """Keeps ``status.json`` true from the first moment to the last, whatever ends the run.
 
-    A context manager around the whole job, and a callback that follows the iterations. ``kill -9`` leaves the
-    state "running" with a process id that no longer lives.
+    A context manager around the whole job. ``kill -9`` leaves the state "running" with a process id that no
+    longer lives.
     """
 
     def __init__(self, run_folder: Path, iterations: int) -> None:
@@ -82,10 +80,3 @@ class RunStatus(Callback):
             self.interrupted()
         else:
             self.write(state=FAILED, finished=now(), exception=f"{type(error).__name__}: {error}")
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Follows the iterations."""
-        if trainer.is_global_zero:
-            self.write(iteration=pl_module.iteration)

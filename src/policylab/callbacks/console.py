@@ -1,0 +1,107 @@
+"""Training on the console: a live bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from policylab.callbacks.tables import console, duration, headlines, number
+
+
+class Console(Callback):
+    """Shows the iterations and validations of a run.
+
+    Args:
+        show: metrics beside the bar; those that a run does not have are left out.
+        plain_seconds: where the output is no terminal, at most one line in so many seconds, ...
+        plain_lines: ... and about so many lines a run.
+    """
+
+    def __init__(self, show: Sequence[str], plain_seconds: float, plain_lines: int) -> None:
+        self.show = list(show)
+        self.plain_seconds = plain_seconds
+        self.plain_lines = plain_lines
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+        self.last_line = 0.0
+        self.expected_told = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The baseline takes a moment: says what is being waited for."""
+        if not trainer.sanity_checking and pl_module.iteration == 0 and trainer.is_global_zero:
+            console().print("validating before training ...", style="dim")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One line a validation."""
+        if trainer.is_global_zero:
+            when = "before training" if pl_module.iteration == 0 else f"iteration {pl_module.iteration}"
+            metrics = pl_module.val_metrics
+            shown = "  ".join(f"{name.removeprefix('val/')} {number(metrics[name])}" for name in headlines(metrics))
+            console().print(f"[bold]validation[/] {when}:  {shown}", soft_wrap=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets up the bar."""
+        self.last_line = time.monotonic()
+        if not trainer.is_global_zero or not console().is_terminal or console().quiet:
+            return
+        self.progress = Progress(
+            TextColumn("iteration"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[metrics]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console(),
+            expand=True,
+        )
+        total, done = pl_module.iterations, pl_module.iteration
+        self.task = self.progress.add_task("", total=total, completed=done, metrics="")
+        self.progress.start()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Says how long it is going to take, once that is known."""
+        if not self.expected_told and pl_module.expected_seconds is not None and trainer.is_global_zero:
+            left = pl_module.iterations - pl_module.iteration
+            console().print(f"expected time: {duration(pl_module.expected_seconds)} for {left} iterations")
+        self.expected_told = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar."""
+        if not trainer.is_global_zero:
+            return
+        metrics = "  ".join(
+            f"{name.split('/', 1)[1].replace('_per_s', '/s')} {number(pl_module.metrics[name])}"
+            for name in self.show
+            if name in pl_module.metrics
+        )
+        if self.progress is not None:
+            self.progress.update(self.task, completed=pl_module.iteration, metrics=metrics)
+        elif self._line_is_due(pl_module.iteration, pl_module.iterations):
+            self.last_line = time.monotonic()
+            console().print(f"iteration {pl_module.iteration}/{pl_module.iterations}  {metrics}", soft_wrap=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the terminal as it was."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves the terminal as it was."""
+        self._stop()
+
+    def _line_is_due(self, iteration: int, iterations: int) -> bool:
+        step = max(1, iterations // self.plain_lines)
+        waited = time.monotonic() - self.last_line >= self.plain_seconds
+        return waited or iteration % step == 0 or iteration in (1, iterations)
+
+    def _stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,108 @@
+"""Early signs that a run goes wrong, each with what usually helps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Health(Callback):
+    """Warns, on the console and in ``train.log``; it never stops a run.
+
+    Args:
+        quiet_iterations: the same warning comes again only after so many iterations.
+        max_kl: nats a sequence to the reference; above, the policy has run away from it.
+        min_entropy_share: of the first iteration's entropy; below, the policy has collapsed.
+        min_reward_std: of the rewards of an iteration; below, there is nothing to learn from.
+        min_ended_share: of the completions; below, the length limit cuts nearly all. Judged against the first
+            iteration, so that a task whose completions never end is left alone.
+        max_clip_fraction: of the tokens; above, most of an update is thrown away.
+    """
+
+    def __init__(
+        self,
+        quiet_iterations: int,
+        max_kl: float,
+        min_entropy_share: float,
+        min_reward_std: float,
+        min_ended_share: float,
+        max_clip_fraction: float,
+    ) -> None:
+        self.quiet_iterations = quiet_iterations
+        self.max_kl = max_kl
+        self.min_entropy_share = min_entropy_share
+        self.min_reward_std = min_reward_std
+        self.min_ended_share = min_ended_share
+        self.max_clip_fraction = max_clip_fraction
+        self.first: dict[str, float] = {}
+        self.told: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the first iteration looked like; a resumed run still compares with it."""
+        return {"first": dict(self.first), "told": dict(self.told)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it up again."""
+        self.first = dict(state_dict["first"])
+        self.told = dict(state_dict["told"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks at the metrics of the iteration."""
+        metrics, iteration = pl_module.metrics, pl_module.iteration
+        self.first = self.first or dict(metrics)
+        if not trainer.is_global_zero:
+            return
+        for sign, advice in self.examine(metrics).items():
+            if iteration - self.told.get(sign, -self.quiet_iterations) >= self.quiet_iterations:
+                self.told[sign] = iteration
+                log.warning("iteration %d: %s", iteration, advice)
+
+    def examine(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """The signs that show, each with its advice. Metrics that a run does not have are not judged."""
+        found = {}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            found["non-finite"] = f"{', '.join(bad)} not finite; lower optim.lr, or run with debug=nan to find where"
+        kl = metrics.get("train/kl", 0.0)
+        if kl > self.max_kl:
+            found["kl"] = (
+                f"KL to the reference is {kl:.1f} nats a sequence (above {self.max_kl:g}): the policy runs away "
+                "from it; raise the KL coefficient, or lower optim.lr"
+            )
+        entropy, at_first = metrics.get("train/entropy"), self.first.get("train/entropy")
+        if entropy is not None and at_first and entropy < self.min_entropy_share * at_first:
+            found["entropy"] = (
+                f"entropy fell from {at_first:.2f} to {entropy:.2f} nats a token: the policy repeats itself; "
+                "raise algo.entropy_coef or the KL coefficient, or lower optim.lr"
+            )
+        spread = metrics.get("train/reward_std")
+        if spread is not None and spread < self.min_reward_std:
+            found["spread"] = (
+                f"all rewards are the same (std {spread:.2g}): there is nothing to learn from; look at "
+                "samples.jsonl, raise rollout.temperature, or take a reward that tells samples apart"
+            )
+        found |= self._length(metrics)
+        clipped = metrics.get("train/clip_fraction", 0.0)
+        if clipped > self.max_clip_fraction:
+            found["clip"] = (
+                f"{clipped:.0%} of the tokens are clipped (above {self.max_clip_fraction:.0%}): updates are too "
+                "large; lower optim.lr or the number of epochs"
+            )
+        return found
+
+    def _length(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        ended, at_first = metrics.get("train/ended"), self.first.get("train/ended", 0.0)
+        if ended is None or ended >= self.min_ended_share or at_first < self.min_ended_share:
+            return {}
+        return {
+            "length": f"{1 - ended:.0%} of the completions are cut at the length limit (first: {1 - at_first:.0%}); "
+            "raise rollout.max_new_tokens, or reward brevity"
+        }

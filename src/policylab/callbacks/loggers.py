@@ -1,0 +1,70 @@
+"""Loggers of other projects, set up so that a run without network or account works and a resumed run goes on."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+
+from policylab.errors import UserError
+from policylab.launch.run_folder import write_atomically
+
+
+def wandb(run_dir: str, project: str, entity: str | None, group: str | None, name: str, tags: Sequence[str]) -> WandbLogger:
+    """Weights & Biases: offline unless ``WANDB_MODE`` says otherwise.
+
+    ``wandb sync`` sends an offline run later. A resumed run keeps its id.
+
+    Raises:
+        UserError: when ``WANDB_MODE=online`` and there is no API key.
+    """
+    import wandb as library
+
+    mode = os.environ.get("WANDB_MODE", "offline")
+    if mode == "online" and not library.api.api_key:
+        raise UserError("WANDB_MODE=online, but there is no API key; run `wandb login`, or unset WANDB_MODE")
+    return WandbLogger(
+        save_dir=run_dir,
+        project=project,
+        entity=entity,
+        group=group,
+        name=name,
+        tags=list(tags),
+        version=kept_id(Path(run_dir) / "wandb" / "id.txt"),
+        resume="allow",
+        mode=mode,
+        settings=library.Settings(silent=mode != "online"),
+    )
+
+
+def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -> MLFlowLogger:
+    """MLflow: a database in the run folder unless a tracking server is named.
+
+    Raises:
+        UserError: when mlflow is not installed.
+    """
+    if find_spec("mlflow") is None:
+        raise UserError("logger=mlflow needs mlflow; install it with: pip install -e '.[mlflow]'")
+    id_file = Path(run_dir) / "mlflow" / "id.txt"
+    logger = MLFlowLogger(
+        experiment_name=experiment,
+        run_name=name,
+        tracking_uri=tracking_uri or f"file:{run_dir}/mlflow/runs",
+        run_id=id_file.read_text() if id_file.is_file() else None,
+    )
+    if not id_file.is_file():
+        id_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(id_file, str(logger.run_id))
+    return logger
+
+
+def kept_id(file: Path) -> str:
+    """The id in a file; drawn and written there the first time."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, secrets.token_hex(4))
+    return file.read_text()

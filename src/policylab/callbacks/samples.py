@@ -1,0 +1,94 @@
+"""What the policy writes: all of it in a file, a few lines on the console, a growing table in W&B."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from rich.table import Table
+from rich.text import Text
+
+from policylab.callbacks.tables import console, number, one_line
+from policylab.rollouts.types import Sample
+
+COLUMNS = ("iteration", "split", "prompt", "completion", "reward", "parts", "kl", "length", "ended")
+
+
+class Samples(Callback):
+    """Writes ``samples.jsonl``, one sample a line.
+
+    Args:
+        run_dir: folder of the run.
+        every: iterations between training samples; each validation is written in any case.
+        keep: samples of each, the first ones: at validation always the same prompts.
+        show: of a validation, so many on the console: the best, the worst, and evenly in between.
+    """
+
+    def __init__(self, run_dir: str, every: int, keep: int, show: int) -> None:
+        self.path = Path(run_dir) / "samples.jsonl"
+        self.every = every
+        self.keep = keep
+        self.show = show
+        self.table: Any = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Training samples, now and then."""
+        if pl_module.iteration % self.every == 0:
+            self.write(trainer, pl_module.samples)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation samples."""
+        self.write(trainer, pl_module.samples)
+        if trainer.is_global_zero and self.show and pl_module.samples:
+            console().print(samples_table(pick(pl_module.samples, self.show)))
+
+    def write(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
+        """Appends samples to the file and to W&B's table."""
+        kept = samples[: self.keep]
+        if not trainer.is_global_zero or not kept:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in kept)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                self._log_table(logger, kept)
+
+    def _log_table(self, logger: WandbLogger, samples: Sequence[Sample]) -> None:
+        import wandb
+
+        if self.table is None:  # a plain table is frozen once it is logged
+            self.table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
+        for sample in samples:
+            fields = asdict(sample)
+            self.table.add_data(*(str(fields[c]) if c == "parts" else fields[c] for c in COLUMNS))
+        logger.experiment.log({"samples": self.table})
+
+
+def pick(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The best, the worst, and evenly in between by reward; the best first."""
+    ranked = sorted(samples, key=lambda sample: sample.reward, reverse=True)
+    if count >= len(ranked) or count == 1:
+        return ranked[:count]
+    return [ranked[round(i * (len(ranked) - 1) / (count - 1))] for i in range(count)]
+
+
+def samples_table(samples: Sequence[Sample]) -> Table:
+    """Reward, KL, length, and prompt with completion set apart."""
+    table = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for sample in samples:
+        text = Text.assemble(
+            (one_line(sample.prompt, 80), "dim"), (" | ", "dim"), one_line(sample.completion), "" if sample.ended else " ..."
+        )
+        kl = "" if sample.kl is None else f"kl {number(sample.kl)}"
+        table.add_row(f"  {sample.reward:+.3f}", kl, f"{sample.length} tokens", text)
+    return table

@@ -1,0 +1,154 @@
+"""What a person sees of a run, as rich renderables; no torch here, so that it can stand before heavy imports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+PLAIN_WIDTH = 110
+SAMPLE_WIDTH = 160
+#: Groups of the config that say where and how, not what; the tree leaves them to config.yaml.
+SIDE = ("paths", "callbacks", "logger")
+
+
+@cache
+def console() -> Console:
+    """The console of this process: one, so that what is printed appears above a live progress bar."""
+    probe = Console(highlight=False)
+    if probe.is_terminal:
+        return probe
+    return Console(highlight=False, width=int(os.environ.get("COLUMNS", PLAIN_WIDTH)))
+
+
+def short_path(path: Path) -> str:
+    """A path as one would type it here: relative where it lies below the current folder."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(42), duration(75), duration(7300)
+    ('42 s', '1 min 15 s', '2 h 2 min')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def number(value: float | None) -> str:
+    """A metric for people: four significant digits."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-5 else "0"
+
+
+def headlines(metrics: Mapping[str, float]) -> list[str]:
+    """Names of the validation metrics for people: reward and KL first, without parts and sums over tokens."""
+    first = ["val/reward", "val/kl", "val/loss"]
+    names = [name for name in metrics if name.count("/") == 1 and name != "val/kl_token"]
+    return [name for name in first if name in names] + [name for name in names if name not in first]
+
+
+def rows(pairs: Sequence[tuple[str, str]]) -> Table:
+    """Label and value, a row each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in pairs:
+        table.add_row(label, Text(value))
+    return table
+
+
+def config_tree(config: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
+    """The config, a branch for each group; what the command line changed has a star.
+
+    Args:
+        config: plain containers.
+        overrides: as on the command line, such as ``algo=ppo`` or ``+optim.lr=1e-5``.
+    """
+    changed = {word.split("=", 1)[0].lstrip("+~").split("@")[0].replace("/", "."): word for word in overrides}
+    tree = Tree(Text.assemble("config", ("  (* from the command line)" if changed else "", "dim")))
+    tree.add(_values({key: value for key, value in config.items() if not isinstance(value, dict)}, "", changed))
+    groups = {key: value for key, value in config.items() if isinstance(value, dict)}
+    for key, group in groups.items():
+        if key in SIDE:
+            continue
+        name = group.get("name") or str(group.get("_target_", "")).rsplit(".", 1)[-1]
+        branch = tree.add(_entry(key, name, key in changed))
+        values = {k: v for k, v in group.items() if k != "name" and not k.startswith("_")}
+        parts = {k: v for k, v in values.items() if isinstance(v, dict)}
+        if single := {k: v for k, v in values.items() if k not in parts}:
+            branch.add(_values(single, f"{key}.", changed))
+        for part, value in parts.items():
+            inside = any(c.startswith(f"{key}.{part}.") for c in changed)
+            branch.add(_entry(part, _brief(value), f"{key}.{part}" in changed or inside))
+    for key in ("callbacks", "logger"):
+        names = ", ".join(name for name, value in (groups.get(key) or {}).items() if value)
+        tree.add(_entry(key, names, any(c == key or c.startswith(f"{key}.") for c in changed)))
+    for key, word in changed.items():
+        if key.split(".")[0] not in config:  # debug=..., experiments=...: spread over the rest
+            tree.add(_entry(*word.partition("=")[::2], True))
+    return tree
+
+
+def _values(values: Mapping[str, Any], prefix: str, changed: Mapping[str, str]) -> Text:
+    """Single values, one after the other; those that are off are left out unless the user said so."""
+    entries = [
+        _entry(key, value, prefix + key in changed)
+        for key, value in values.items()
+        if value not in (None, []) or prefix + key in changed
+    ]
+    return Text("   ").join(entries)
+
+
+def _entry(key: str, value: object, changed: bool) -> Text:
+    if changed:
+        return Text(f"{key} {value} *", style="bold yellow")
+    return Text.assemble((key, "cyan"), f" {value}")
+
+
+def _brief(value: Any) -> str:
+    """A value on one line; a part that Hydra builds reads like the call that builds it."""
+    if not isinstance(value, dict):
+        return str(value)
+    inner = ", ".join(f"{k}={_brief(v)}" for k, v in value.items() if k != "_target_")
+    if "_target_" in value:
+        return f"{str(value['_target_']).rsplit('.', 1)[-1]}({inner})"
+    return inner
+
+
+def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """Validation metrics before and after training."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("validation")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for i, name in enumerate(headlines(after)):
+        value, first = after[name], before.get(name)
+        change = "-" if first is None else ("+" if value > first else "") + number(value - first)
+        table.add_row(name, number(first), number(value), change, style="" if i else "bold")
+    return table
+
+
+def one_line(text: str, limit: int = SAMPLE_WIDTH) -> str:
+    """Text on one line, cut at a limit."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,70 @@
+"""The first minute and the last, as a person sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from policylab import __version__
+from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, short_path
+from policylab.launch.environment import git_state
+from policylab.launch.saved_config import plain
+
+if TYPE_CHECKING:
+    from policylab.config.build import Experiment
+
+
+class Screen:
+    """Prints what belongs to the whole job; the console callback prints the training in between.
+
+    Silent where ``callbacks.console`` is off.
+    """
+
+    def __init__(self, config: DictConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.console = console()
+        self.console.quiet = OmegaConf.select(config, "callbacks.console") is None
+
+    def opening(self, overrides: list[str]) -> None:
+        """Header and config."""
+        git = git_state(Path(self.config.paths.repo))
+        commit = (git["commit"] or "no git repository")[:10] + (" with changes" if git["dirty"] else "")
+        self.console.print(f"[bold]PolicyLab[/] {__version__}   commit {commit}")
+        lines = [("run", short_path(self.run_dir)), ("seed", str(self.config.seed))]
+        if self.config.resume:
+            lines.insert(1, ("resuming", str(self.config.resume)))
+        self.console.print(rows(lines), soft_wrap=True)
+        self.console.print(config_tree(plain(self.config), overrides))
+
+    def plan(self, experiment: Experiment) -> None:
+        """What is going to happen, in numbers."""
+        module, trainer = experiment.module, experiment.trainer
+        parameters = list(module.policy.parameters())
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        lines = [
+            ("device", f"{trainer.strategy.root_device} x {trainer.world_size}, {trainer.precision}"),
+            ("parameters", f"{total:,}" + ("" if trained == total else f", of which {trained:,} are trained")),
+            *module.plan.table(),
+            ("iterations", f"{module.iterations}, a validation every {self.config.validation.every}"),
+        ]
+        self.console.print("plan")
+        self.console.print(rows([(f"  {label}", value) for label, value in lines]))
+
+    def ending(self, summary: dict[str, Any]) -> None:
+        """Before and after, where things are, and what to do next."""
+        self.console.print()
+        if summary["after"]:
+            self.console.print(before_after(summary["before"], summary["after"]))
+        lines = [(summary["status"], f"{summary['iterations']} iterations in {duration(summary['wall_seconds'])}")]
+        if best := summary["best"]:
+            lines.append(("best", f"{best['metric']} {number(best['value'])} at iteration {best['iteration']}"))
+        folder = short_path(self.run_dir)
+        lines += [("run", folder), ("next", f"python evaluate.py run={folder}")]
+        lines.append(("", f"python generate.py run={folder}"))
+        further = "" if summary["status"] == "interrupted" else f" iterations={2 * self.config.iterations}"
+        lines.append(("", f"python train.py resume={folder}{further}"))
+        self.console.print(rows(lines), soft_wrap=True)
