@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from policylab.functional.masks import masked_sum
 from policylab.models.policy import Policy
 from policylab.modules.means import Means
 from policylab.modules.optimizer import AdamW
+from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, score
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import VALIDATION, uniforms
@@ -70,6 +71,7 @@ class ExperimentModule(LightningModule):
         self._means = Means()
         self._val_means = Means()
         self._seconds: dict[str, float] = {}
+        self._checked = False
 
     # -- one iteration, in pieces --------------------------------------------------------------------
 
@@ -125,10 +127,15 @@ class ExperimentModule(LightningModule):
         """
         parts = self.micro_batches(rows) if len(rows) else [rows]
         for i, part in enumerate(parts):
-            with nullcontext() if i == len(parts) - 1 else self.trainer.strategy.block_backward_sync():
+            with nullcontext() if i == len(parts) - 1 else self.hold_synchronization():
                 loss = loss_of(part) if len(part) else sum(p.sum() for p in self.policy.parameters()) * 0.0
                 # Data-parallel strategies average gradients; the denominators want their sum.
                 self.manual_backward(loss * self.trainer.world_size)
+
+    def hold_synchronization(self) -> AbstractContextManager[None]:
+        """Keeps a backward pass from averaging gradients over processes."""
+        strategy: Any = self.trainer.strategy
+        return strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext()
 
     def apply_gradients(self) -> None:
         """Clips, steps, and clears."""
@@ -167,6 +174,29 @@ class ExperimentModule(LightningModule):
         self.record(self.metrics)
 
     # -- validation ------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """The first validation of a run is preceded by its preflight."""
+        if not self._checked:
+            self.check()
+
+    def on_train_start(self) -> None:
+        """A resumed run may have no validation before it trains."""
+        if not self._checked:
+            self.check()
+
+    def check(self) -> None:
+        """Holds sampling against recomputation, and tells how long the run may take at most."""
+        generated = self.tokens_generated
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        pace = preflight(self, list(data.train[:PROMPTS]))
+        self.tokens_generated = generated  # the check is not part of the run's account
+        self._checked = True
+        self.expected_seconds = (self.iterations - self.iteration) * self.seconds_per_iteration(pace)
+
+    def seconds_per_iteration(self, pace: Pace) -> float:
+        """Upper bound; a backward pass costs about two forward passes."""
+        raise NotImplementedError
 
     def on_validation_epoch_start(self) -> None:
         self._val_means = Means()

@@ -15,6 +15,7 @@ from policylab.functional.masks import masked_moments
 from policylab.models.policy import Policy
 from policylab.modules.experiment import ExperimentModule
 from policylab.modules.optimizer import AdamW
+from policylab.modules.preflight import Pace
 from policylab.rewards.base import Reward
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN
@@ -59,6 +60,11 @@ class PolicyGradient(ExperimentModule):
             self.update(rollout)
         metrics = self.observe(rollout)
         self.finish_iteration({**metrics, "train/lr": lr}, started)
+
+    def seconds_per_iteration(self, pace: Pace) -> float:
+        """Sampling, the reference's forward pass, and a forward and backward pass each epoch."""
+        passes = 1 + 3 * self.algorithm.update.epochs
+        return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
 
     def sample(self, prompts: tuple[Prompt, ...]) -> Rollout:
         """``group_size`` completions of each prompt."""

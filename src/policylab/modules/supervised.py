@@ -15,6 +15,7 @@ from policylab.functional.reduction import token_sum
 from policylab.models.policy import Policy
 from policylab.modules.experiment import ExperimentModule
 from policylab.modules.optimizer import AdamW
+from policylab.modules.preflight import Pace
 from policylab.rewards.base import Reward
 from policylab.rollouts.cached import CachedEngine, pad_left
 from policylab.rollouts.plan import BatchPlan
@@ -60,6 +61,10 @@ class SupervisedTraining(ExperimentModule):
             self.apply_gradients()
         self.tokens_trained += int(tokens)
         self.finish_iteration({"train/lr": lr, "tokens": float(tokens)}, started)
+
+    def seconds_per_iteration(self, pace: Pace) -> float:
+        """A forward and a backward pass."""
+        return self.plan.sequences / self.plan.processes * 3 * pace.forward
 
     @torch.no_grad()
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
