@@ -66,11 +66,13 @@ def make_run(folder: Path, seed: int, after: float, status: str = "done", **chan
         }
     )
     for key, value in changes.items():
-        OmegaConf.update(config, key.replace("__", "."), value)
+        OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
     OmegaConf.save(config, folder / "config.yaml")
     (folder / "status.json").write_text(json.dumps({"state": status}))
     if status == "done":
-        (folder / "summary.json").write_text(json.dumps({"wall_seconds": 10.0 + seed, "tokens_generated": 1000}))
+        (folder / "summary.json").write_text(
+            json.dumps({"wall_seconds": 10.0 + seed, "tokens_generated": 1000})
+        )
     (folder / "metrics.csv").write_text(
         "iteration,train/reward,val/reward,val/kl\n"
         "0,,0.1,0.0\n"
@@ -175,5 +177,24 @@ def test_rows_of_one_iteration_are_one(tmp_path: Path) -> None:
 
 
 def test_portable_config_names_no_folder_of_this_machine() -> None:
-    config = {"paths": {"run": "x"}, "task": {"source": f"{Path.cwd()}/data/a.jsonl", "n": 1}}
-    assert portable(config) == {"task": {"source": "data/a.jsonl", "n": 1}}
+    config = {
+        "paths": {"repo": "/srv/lab", "run": "/srv/lab/logs/a"},
+        "task": {"source": "/srv/lab/data/a.jsonl", "seeds": [1, 2]},
+        "logger": {"csv": {"run_dir": "/srv/lab/logs/a"}},
+        "model": {"path": str(Path.home() / "models")},
+    }
+    assert portable(config) == {
+        "task": {"source": "data/a.jsonl", "seeds": [1, 2]},
+        "logger": {"csv": {"run_dir": "${paths.run}"}},
+        "model": {"path": "~/models"},
+    }
+
+
+def test_followers_of_the_seed_do_not_part_a_group_and_the_task_s_own_seed_does(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"a_s{seed}", seed, 0.5, model__seed=seed, logger__run_dir=f"a_s{seed}")
+    (group,) = group_runs(read_runs(f"{tmp_path}/*"))
+    assert (group.label, len(group.runs)) == ("ppo-tiny-reviews", 2)
+    make_run(tmp_path / "b", 2, 0.5, task__seed=7)
+    with pytest.raises(UserError, match=r"not measured alike: task.seed is None .* and 7"):
+        group_runs(read_runs(f"{tmp_path}/*"))

@@ -65,20 +65,26 @@ def write_evidence(
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what is true of one machine only: folders of the run, Hydra's own settings.
+    """A resolved config without what is true of one machine only.
 
-    Paths below the working directory or the home directory are written relative to it.
+    Hydra's own settings and ``paths`` are left out; the run folder reads ``${paths.run}`` again, and what lies
+    in the repository or the home directory is relative to it.
     """
-    kept = {key: value for key, value in config.items() if key not in ("paths", "hydra")}
-    relative: dict[str, Any] = _relative(kept)
-    return relative
+    paths = config.get("paths", {})
+    renamed = {str(Path.home()): "~"}
+    if "repo" in paths:
+        renamed = {f"{paths['repo']}/": ""} | renamed
+    if "run" in paths:
+        renamed = {paths["run"]: "${paths.run}"} | renamed
+    return {key: _rename(value, renamed) for key, value in config.items() if key not in ("paths", "hydra")}
 
 
-def _relative(value: Any) -> Any:
+def _rename(value: Any, renamed: dict[str, str]) -> Any:
     if isinstance(value, dict):
-        return {key: _relative(item) for key, item in value.items()}
+        return {key: _rename(item, renamed) for key, item in value.items()}
     if isinstance(value, list):
-        return [_relative(item) for item in value]
+        return [_rename(item, renamed) for item in value]
     if isinstance(value, str):
-        return value.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
+        for old, new in renamed.items():
+            value = value.replace(old, new)
     return value

@@ -12,8 +12,9 @@ from policylab.errors import UserError
 from policylab.report.read import Run
 from policylab.report.statistics import Estimate, estimate
 
-# What a run was called and where it lay says nothing about what it did.
-NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logger", "debug")
+# What a run was called, what watched it and where it lay says nothing about what it did.
+NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logger")
+NOT_THE_EXPERIMENT_ANYWHERE = ("seed", "run_dir")
 # Two curves of val/reward are comparable when these agree.
 MEASURED_BY = ("task", "reward", "validation.prompts", "rollout.max_new_tokens")
 
@@ -46,8 +47,7 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     _check_comparable(runs)
     grouped: dict[str, list[Run]] = {}
     for run in runs:
-        experiment = {key: value for key, value in run.config.items() if key not in NOT_THE_EXPERIMENT}
-        grouped.setdefault(json.dumps(experiment, sort_keys=True), []).append(run)
+        grouped.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
     members = [sorted(group, key=lambda run: run.seed) for group in grouped.values()]
     for group in members:
         _check_seeds(group)
@@ -85,14 +85,14 @@ def _check_seeds(group: Sequence[Run]) -> None:
 def _names(runs: Sequence[Run]) -> list[str]:
     """``algo-model-task`` for each run; runs that share one add the settings that tell them apart."""
     bases = [_base_name(run.config) for run in runs]
-    settings = [_flatten(run.config) for run in runs]
+    settings = [_settings(run) for run in runs]
     names = []
     for base, setting in zip(bases, settings, strict=True):
         rivals = [other for other, name in zip(settings, bases, strict=True) if name == base]
         differing = [
             f"{key}={setting.get(key)}"
             for key in sorted(set().union(*rivals))
-            if key.split(".")[0] not in NOT_THE_EXPERIMENT and len({str(r.get(key)) for r in rivals}) > 1
+            if len({str(rival.get(key)) for rival in rivals}) > 1
         ]
         names.append(" ".join([base, *differing]))
     return names
@@ -101,6 +101,19 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _base_name(config: dict[str, Any]) -> str:
     parts = (config.get(part) for part in ("algo", "model", "task"))
     return "-".join(str(part["name"]) for part in parts if isinstance(part, dict) and "name" in part)
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """All that decides what the experiment is, flat: ``{"optim.lr": 1e-5, ...}``.
+
+    The seed has followers, such as that of random weights; the task's own seed stands for its data and stays.
+    """
+    return {
+        key: value
+        for key, value in _flatten(run.config).items()
+        if key.split(".")[0] not in NOT_THE_EXPERIMENT
+        and (key.startswith("task.") or key.split(".")[-1] not in NOT_THE_EXPERIMENT_ANYWHERE)
+    }
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
