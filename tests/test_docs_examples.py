@@ -51,8 +51,6 @@ def test_example(
         path.write_text(block.text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    own = (tmp_path / "configs").is_dir()
-    run = train_briefly(
-        [*example.arguments, *([f"hydra.searchpath=[file://{tmp_path}/configs]"] if own else [])]
-    )
+    own = f"hydra.searchpath=[file://{ROOT},file://{tmp_path}/configs]"
+    run = train_briefly([*example.arguments, *([own] if (tmp_path / "configs").is_dir() else [])])
     assert (run / "summary.json").is_file()

@@ -19,7 +19,7 @@ HEAVY = ("torch", "lightning", "transformers", "torchmetrics", "matplotlib", "sc
 
 # library -> the only places that may import it
 OWNERS = {
-    "lightning": ("modules/", "callbacks/", "launch/", "tasks/datamodule.py"),
+    "lightning": ("modules/", "callbacks/", "launch/", "tasks/datamodule.py", "config/build.py"),
     "transformers": ("models/", "rollouts/"),
     "hydra": ("config/", "launch/"),
     "policylab.modules": ("modules/", "config/build.py"),
