@@ -7,6 +7,7 @@ briefly, with the folder as the current one and its ``configs/`` on the search p
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def test_example(
         path = tmp_path / str(block.file_name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text)
+        sys.modules.pop(path.stem, None)  # another example may have used the name
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     own = f"hydra.searchpath=[file://{ROOT},file://{tmp_path}/configs]"
