@@ -34,13 +34,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert path.exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
         if anchor and path.suffix == ".md":
             assert anchor in anchors(path), (
-                f"{page.relative_to(ROOT)} links to {match['target']}: no such heading"
+                f"{page.relative_to(ROOT)} links to {target}#{anchor}: no such heading"
             )
 
 
 def test_index_of_docs_is_complete() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "README.md" or f"]({page.name})" in index, (
-            f"docs/README.md leaves out {page.name}"
-        )
+        assert page.name == "README.md" or f"]({page.name})" in index, f"the index leaves out {page.name}"
