@@ -22,4 +22,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    guarded(main, __doc__)
+    guarded(main, __doc__, free_text=["prompt"])

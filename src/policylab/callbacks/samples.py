@@ -10,10 +10,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from rich.table import Table
-from rich.text import Text
 
-from policylab.callbacks.tables import console, number, one_line
+from policylab.callbacks.tables import console, pick, samples_table
 from policylab.rollouts.types import Sample
 
 COLUMNS = ("iteration", "split", "prompt", "completion", "reward", "parts", "kl", "length", "ended")
@@ -69,26 +67,3 @@ class Samples(Callback):
             fields = asdict(sample)
             self.table.add_data(*(str(fields[c]) if c == "parts" else fields[c] for c in COLUMNS))
         logger.experiment.log({"samples": self.table})
-
-
-def pick(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The best, the worst, and evenly in between by reward; the best first."""
-    ranked = sorted(samples, key=lambda sample: sample.reward, reverse=True)
-    if count >= len(ranked) or count == 1:
-        return ranked[:count]
-    return [ranked[round(i * (len(ranked) - 1) / (count - 1))] for i in range(count)]
-
-
-def samples_table(samples: Sequence[Sample]) -> Table:
-    """Reward, KL, length, and prompt with completion set apart."""
-    table = Table.grid(padding=(0, 2))
-    for _ in range(3):
-        table.add_column(justify="right", no_wrap=True)
-    table.add_column(overflow="fold")
-    for sample in samples:
-        text = Text.assemble(
-            (one_line(sample.prompt, 80), "dim"), (" | ", "dim"), one_line(sample.completion), "" if sample.ended else " ..."
-        )
-        kl = "" if sample.kl is None else f"kl {number(sample.kl)}"
-        table.add_row(f"  {sample.reward:+.3f}", kl, f"{sample.length} tokens", text)
-    return table

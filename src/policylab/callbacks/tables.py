@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from policylab.rollouts.types import Sample
 
 PLAIN_WIDTH = 110
 SAMPLE_WIDTH = 160
@@ -152,3 +155,25 @@ def one_line(text: str, limit: int = SAMPLE_WIDTH) -> str:
     """Text on one line, cut at a limit."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def pick(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The best, the worst, and evenly in between by reward; the best first."""
+    ranked = sorted(samples, key=lambda sample: sample.reward, reverse=True)
+    if count >= len(ranked) or count == 1:
+        return ranked[:count]
+    return [ranked[round(i * (len(ranked) - 1) / (count - 1))] for i in range(count)]
+
+
+def samples_table(samples: Sequence[Sample]) -> Table:
+    """Reward, KL, length, and prompt with completion set apart."""
+    table = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for sample in samples:
+        cut = "" if sample.ended else " ..."
+        text = Text.assemble((one_line(sample.prompt, 80) + " | ", "dim"), one_line(sample.completion) + cut)
+        kl = "" if sample.kl is None else f"kl {number(sample.kl)}"
+        table.add_row(f"  {sample.reward:+.3f}", kl, f"{sample.length} tokens", text)
+    return table

@@ -3,6 +3,7 @@
 ``${repo:}``                  root folder of the repository
 ``${slug:TEXT}``              TEXT as one folder name: ``org/model`` becomes ``org__model``
 ``${run_name:NAME,ALGO,MODEL}``  NAME if there is one, else ALGO-MODEL, as a folder name
+``${unless:CONDITION,TEXT}``  TEXT, or null where CONDITION holds
 ``${run_dir:RESUME,PATH}``    the folder of this job: that of the run to resume, else PATH, claimed
 
 This module is imported before Hydra composes anything, so it imports nothing heavy.
@@ -54,4 +55,5 @@ def register(root: Path) -> None:
     OmegaConf.register_new_resolver("repo", lambda: str(root.resolve()), replace=True)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("unless", lambda condition, text: None if condition else text, replace=True)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)

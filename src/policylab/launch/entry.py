@@ -6,14 +6,14 @@ Exit codes: 0 done, 2 bad input, 130 interrupted (Ctrl-C), 143 told to end (SIGT
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from policylab.config import resolvers
-from policylab.errors import UserError
 from policylab.launch.help import help_page
 from policylab.launch.resume import with_command_of
 
@@ -33,19 +33,20 @@ def prepare(script: str) -> None:
         sys.path.insert(1, os.getcwd())  # so that a reward of one's own can be named by its module
 
 
-def guarded(main: Callable[[], object], doc: str) -> None:
+def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ()) -> None:
     """Runs a root script's ``main`` and ends the process with a clear message and the right exit code.
 
     Args:
         main: the function under ``hydra.main``.
         doc: docstring of the script, for ``--help``.
+        free_text: keys whose value is taken as it stands, brackets, commas and quotes included.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page(doc, Path(sys.argv[0]).resolve()))
         return
     os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits with 1
     try:
-        sys.argv[1:] = with_command_of(sys.argv[1:])
+        sys.argv[1:] = flags_first([quoted(word, free_text) for word in with_command_of(sys.argv[1:])])
         main()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so be it
@@ -53,6 +54,25 @@ def guarded(main: Callable[[], object], doc: str) -> None:
         sys.exit(getattr(stopped, "exit_code", INTERRUPTED))
     except Exception as error:
         end_with(error)
+
+
+def flags_first(words: list[str]) -> list[str]:
+    """``-m`` may stand anywhere; Hydra wants it before or after all overrides."""
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+
+
+def quoted(word: str, free_text: Sequence[str]) -> str:
+    """An argument as Hydra's grammar wants it: the value of a free-text key in quotes.
+
+    >>> quoted("prompt=it's [so] good", ["prompt"])
+    'prompt="it\'s [so] good"'
+    """
+    key, equals, value = word.partition("=")
+    if key not in free_text or not equals:
+        return word
+    value = re.sub(r'(\\*)"', r'\1\1\\"', value)  # a quote, and the backslashes before it
+    value = re.sub(r"(\\+)$", r"\1\1", value)  # backslashes before the closing quote
+    return f'{key}="{value}"'.replace("${", "\\${")
 
 
 def end_with(error: Exception) -> NoReturn:
@@ -68,7 +88,7 @@ def end_with(error: Exception) -> NoReturn:
 
 
 def as_job(task: Callable[[], float | None]) -> float | None:
-    """Runs the body of a Hydra task; bad input of a single run ends the process here.
+    """Runs the body of a Hydra task; an error of a single run ends the process here.
 
     Hydra would put a line of its own before the message. In a multirun that line names the job, and sweepers
     want to see the exception, so there it passes.
@@ -78,7 +98,7 @@ def as_job(task: Callable[[], float | None]) -> float | None:
 
     try:
         return task()
-    except UserError as error:
+    except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         end_with(error)

@@ -16,6 +16,7 @@ NOISE = (
     "HPU available:",
     "LeafSpec",
     "log_every_n_steps",
+    "your dataloader is not resumable",  # the data module is: it knows the iteration
     "in eval mode at the start of training",  # dropout is off on purpose
 )
 

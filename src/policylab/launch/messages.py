@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,8 +16,9 @@ from policylab.errors import UserError
 
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<group>[^']+)/(?P<choice>[^'/]+)'")
+MISSING = re.compile(r"Missing mandatory value: (?P<key>\S+)")
 SEARCHED = re.compile(r"path=file://(\S+)")
-NOISE = ("full_key", "object_type", "See http", "reference_type")
+NOISE = ("full_key", "Error parsing override", "object_type", "See http", "reference_type")
 
 
 def one_line(error: BaseException) -> str | None:
@@ -25,6 +26,8 @@ def one_line(error: BaseException) -> str | None:
     for cause in causes(error):
         if isinstance(cause, UserError):
             return str(cause)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: {improve(str(error))}; write name=value, text with commas in quotes"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return improve(str(error))
     return None
@@ -49,6 +52,8 @@ def improve(message: str) -> str:
     if match := UNKNOWN_KEY.search(message):
         key = match["key"].split("@")[0]
         return f"{key} is not in the config; {nearest(key, known_keys(key))}see what is with --cfg job"
+    if match := MISSING.search(message):
+        return f"{match['key']} must be given: {match['key']}=..."
     lines = [line.strip() for line in message.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith(NOISE))
 

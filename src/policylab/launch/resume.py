@@ -26,8 +26,8 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     resume = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
     if not resume or resume[-1] in ("", "null"):
         return list(arguments)
-    overrides = find_run(resume[-1]) / ".hydra" / "overrides.yaml"
-    before = [str(word) for word in OmegaConf.load(overrides)] if overrides.is_file() else []
+    environment = find_run(resume[-1]) / "env.json"
+    before = json.loads(environment.read_text())["overrides"] if environment.is_file() else []
     given = {override_key(word) for word in arguments}
     return [word for word in before if override_key(word) not in given] + list(arguments)
 
@@ -44,10 +44,7 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> No
         UserError: when folder, algorithm, model, task or seed differ, or nothing is left to do.
     """
     if not checkpoint.is_relative_to(run_folder.resolve()):
-        raise UserError(
-            f"resume={config.resume} goes on in the folder of that run, not in {run_folder}; "
-            "leave out hydra.run.dir and --multirun"
-        )
+        raise UserError(f"resume={config.resume} goes on in the folder of that run; leave out hydra.run.dir")
     before = OmegaConf.load(run_folder / "config.yaml")
     for key in IDENTITY:
         old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
@@ -70,7 +67,7 @@ def checkpoint_iteration(checkpoint: Path) -> int:
 
     try:
         content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return int(content["iteration"])
+        return int(content["policylab"]["iteration"])
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(f"cannot read the checkpoint {checkpoint}: {error}") from error
 

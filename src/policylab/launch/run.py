@@ -67,7 +67,7 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
         from policylab.launch.signals import Interrupted, StopOnSignal
 
         with StopOnSignal() as stop, closed_loggers():
-            experiment = prepare(config, run_dir)
+            experiment = prepare(config, run_dir, overrides)
             experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # before the checkpoint callback
             screen.plan(experiment)
             run(experiment, run_dir, checkpoint, stop)
@@ -81,15 +81,15 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
     return summary["best"]["value"] if summary["best"] else None
 
 
-def prepare(config: DictConfig, run_dir: Path) -> Experiment:
+def prepare(config: DictConfig, run_dir: Path, overrides: list[str]) -> Experiment:
     """Seeds, records the environment, builds everything, and hands the config to the loggers."""
     from lightning import seed_everything
 
     from policylab.config.build import build
-    from policylab.launch.environment import describe_environment
+    from policylab.launch.environment import describe_environment, redact
 
     silence_noise()
-    environment = describe_environment(Path(config.paths.repo))
+    environment = {**describe_environment(Path(config.paths.repo)), "overrides": redact(overrides)}
     write_json(run_dir / "env.json", environment)
     seed_everything(config.seed, workers=True, verbose=False)
     experiment = build(config, run_dir)

@@ -1,0 +1,85 @@
+"""Metrics and samples of a run's checkpoint on the validation prompts."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from policylab.callbacks.tables import console, headlines, number, pick, rows, samples_table, short_path
+from policylab.launch.find_run import find_checkpoint, find_run
+from policylab.launch.run_folder import write_json
+from policylab.launch.saved_config import load_config
+
+
+def evaluate_job(config: DictConfig) -> None:
+    """The Hydra task of ``evaluate.py``."""
+    run_folder = find_run(config.run)
+    checkpoint = find_checkpoint(run_folder, config.checkpoint)
+    result = evaluate(run_folder, checkpoint, config.prompts, config.seed)
+    out = Path(config.out).expanduser() if config.out else run_folder / "evaluate.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    show(result, config.show)
+    console().print(rows([("written to", short_path(out))]), soft_wrap=True)
+
+
+def evaluate(run_folder: Path, checkpoint: Path, prompts: int | None, seed: int | None) -> dict[str, Any]:
+    """Builds the run's experiment anew and validates a checkpoint.
+
+    Args:
+        prompts: validation prompts; None takes as many as the run did.
+        seed: of the sampling noise; None takes the run's.
+
+    Returns:
+        The content of ``evaluate.json``: run, checkpoint, iteration, seed, prompts, metrics, samples.
+
+    Raises:
+        UserError: when the task has fewer prompts.
+    """
+    from policylab.config.build import build
+    from policylab.launch.logs import silence_noise
+
+    silence_noise()
+    warnings.filterwarnings("ignore", message="(?s).*callbacks used to create the checkpoint")  # left out on purpose
+    config = for_evaluation(load_config(run_folder), prompts, seed)
+    experiment = build(config, run_folder)
+    module = experiment.module
+    experiment.trainer.validate(
+        module, datamodule=experiment.data, ckpt_path=checkpoint, verbose=False, weights_only=True
+    )
+    return {
+        "run": str(run_folder),
+        "checkpoint": str(checkpoint),
+        "iteration": module.iteration,
+        "seed": config.seed,
+        "prompts": config.validation.prompts,
+        "metrics": module.val_metrics,
+        "samples": [asdict(sample) for sample in module.samples],
+    }
+
+
+def for_evaluation(config: DictConfig, prompts: int | None, seed: int | None) -> DictConfig:
+    """A run's config with nothing that watches or writes."""
+    changes: dict[str, Any] = {"callbacks": None, "logger": None}
+    if prompts is not None:
+        changes["validation"] = {"prompts": prompts}
+    if seed is not None:
+        changes["seed"] = seed
+    changed = OmegaConf.merge(config, changes)
+    assert isinstance(changed, DictConfig)
+    return changed
+
+
+def show(result: dict[str, Any], count: int) -> None:
+    """Metrics and a few samples, for people."""
+    from policylab.rollouts.types import Sample
+
+    screen = console()
+    name = short_path(Path(result["checkpoint"]))
+    screen.print(f"{name}, iteration {result['iteration']}, {result['prompts']} prompts", soft_wrap=True)
+    screen.print(rows([(f"  {key}", number(result["metrics"][key])) for key in headlines(result["metrics"])]))
+    screen.print(samples_table(pick([Sample(**sample) for sample in result["samples"]], count)))

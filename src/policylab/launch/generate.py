@@ -1,0 +1,112 @@
+"""A trained policy continues what a person types."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from policylab.callbacks.tables import console
+from policylab.errors import UserError
+from policylab.launch.find_run import find_run
+from policylab.launch.saved_config import load_config
+
+if TYPE_CHECKING:
+    from policylab.models.policy import Policy
+
+
+def generate_job(config: DictConfig) -> None:
+    """The Hydra task of ``generate.py``."""
+    check(config)
+    run_folder = find_run(config.run)
+    trained_with = load_config(run_folder)
+    policy = load_policy(run_folder, config.policy, trained_with)
+    for prompt in prompts(config.prompt):
+        for text in completions(policy, prompt, config, trained_with):
+            console().print(f"[dim]{escaped(prompt)}[/]{escaped(text)}", soft_wrap=True)
+
+
+def check(config: DictConfig) -> None:
+    """Refuses values before anything is loaded.
+
+    Raises:
+        UserError: naming the value.
+    """
+    if config.n < 1:
+        raise UserError(f"n is {config.n}; it must be at least 1")
+    if config.prompt is not None and not str(config.prompt).strip():
+        raise UserError("prompt is empty; give some text to go on from, or leave it out to be asked")
+
+
+def load_policy(run_folder: Path, which: str, trained_with: DictConfig) -> Policy:
+    """A policy that a run has exported, on the best device.
+
+    Raises:
+        UserError: when the run has not exported it.
+    """
+    import torch
+
+    from policylab.models.loading import LoadOptions, from_folder
+    from policylab.models.policy import Policy
+
+    folder = run_folder / "model" / which
+    if not folder.is_dir():
+        there = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))
+        raise UserError(f"no policy at {folder}; this run has exported {', '.join(there) or 'none'}")
+    model = trained_with.model
+    options = LoadOptions(model.dtype, model.attn_implementation, bool(model.get("trust_remote_code")), model.get("chat"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Policy(from_folder(folder, options, source=str(folder)), critic=False).to(device).eval()
+
+
+def prompts(given: str | None) -> Iterator[str]:
+    """The one that was given, or what a person types until an empty line or Ctrl-D."""
+    if given is not None:
+        yield str(given)
+        return
+    if sys.stdin.isatty():
+        console().print("type the beginning of a text; an empty line ends", style="dim")
+    while line := read_line():
+        yield line
+
+
+def read_line() -> str:
+    """One line from the person; empty at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def completions(policy: Policy, text: str, config: DictConfig, trained_with: DictConfig) -> list[str]:
+    """``n`` completions of a prompt, which the policy reads as it did in training.
+
+    Raises:
+        UserError: when prompt and completion do not fit the model's context.
+    """
+    from policylab.rollouts.cached import CachedEngine
+    from policylab.rollouts.noise import GENERATE, uniforms
+
+    rollout = trained_with.rollout
+    engine = CachedEngine(
+        temperature=rollout.temperature if config.temperature is None else config.temperature,
+        max_new_tokens=rollout.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens,
+    )
+    instruction = OmegaConf.select(trained_with, "task.instruction")
+    prompt = policy.prompt(id=0, text=text, reference=None, completion="", instruction=instruction)
+    noise = uniforms(config.seed, GENERATE, 0, range(config.n), engine.max_new_tokens)
+    sampled = engine.sample(policy, [prompt], config.n, noise)
+    return [
+        policy.decode(tokens[:length].tolist())
+        for tokens, length in zip(sampled.tokens, sampled.lengths.tolist(), strict=True)
+    ]
+
+
+def escaped(text: str) -> str:
+    """Text in which rich finds no markup."""
+    from rich.markup import escape
+
+    return escape(text)
