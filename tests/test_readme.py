@@ -32,8 +32,11 @@ IN_THE_REPOSITORY = ("policylab.models.loading.embedded", "policylab.models.scra
 def test_readme_has_commands() -> None:
     if not README.read_text().strip():
         pytest.skip("README is not written yet")
-    assert len(COMMANDS) >= 5
-    assert ["python", "train.py"] in [words[:2] for _, words in COMMANDS]
+    commands = [" ".join(words) for _, words in COMMANDS]
+    for command in ("make train", "make test", "pip install -e .[dev]", "python train.py", "pytest"):
+        assert command in commands, f"README does not say {command!r}"
+    in_ci = (ROOT / ".ci" / "run").read_text().replace("'", "").replace(" --quiet", "")
+    assert "pip install -e .[dev]" in in_ci, "continuous integration installs in another way than README"
 
 
 @pytest.mark.parametrize(
