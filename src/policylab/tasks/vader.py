@@ -30,7 +30,7 @@ COMMAND = "python -m policylab.tasks.vader"
 PROVENANCE = f"""# Movie-review snippets
 
 What: 10,605 snippets of movie reviews from rotten.tomatoes.com, after Pang & Lee (2004); each with the mean
-sentiment (-4 most negative to 4 most positive) that some twenty people gave it.
+sentiment (-4 most negative to 4 most positive) that people gave it.
 
 Where from: the source package of `{PACKAGE}` on PyPI, sha256 `{SHA256}`,
 in it `additional_resources/hutto_ICWSM_2014.tar.gz`, in it `{RATINGS}`.
