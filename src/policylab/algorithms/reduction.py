@@ -59,7 +59,7 @@ class SequenceSum:
     With ``constant: 1`` it is the gradient of the expected reward itself.
     """
 
-    constant: float
+    constant: int | float
 
     def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
         return _sequences(mask) * self.constant

@@ -68,10 +68,11 @@ class SupervisedTraining(ExperimentModule):
 
     @torch.no_grad()
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Loss on the held-out completions, and what the policy writes itself."""
-        grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
-        negative = -self.policy.evaluate(grid, 1.0, False, None).logprobs
-        self._val_means.add("val/loss", negative, grid.action_mask)
+        """Loss on the held-out completions, where there are any, and what the policy writes itself."""
+        if all(prompt.target for prompt in batch.prompts):
+            grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
+            negative = -self.policy.evaluate(grid, 1.0, False, None).logprobs
+            self._val_means.add("val/loss", negative, grid.action_mask)
         super().validation_step(batch, batch_idx)
 
 

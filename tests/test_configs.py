@@ -1,0 +1,104 @@
+"""Every config file, by glob: a new file is tested by existing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+
+#: One iteration of tiny numbers on a random model.
+SMALL = [
+    "debug=fast",
+    "iterations=1",
+    "callbacks=none",
+    "callbacks.checkpoint=null",
+    "hardware=cpu",
+]
+#: Models whose weights are not here: composed, not run.
+REMOTE = {"model/gpt2", "model/gpt2-medium", "model/hf", "model/smollm2"}
+#: 124 M parameters: composed, not run, in the fast tests.
+LARGE = {"model/gpt2_scratch"}
+#: Loggers of optional packages or with files of their own: their own tests run them.
+LOGGERS = {"logger/mlflow", "logger/wandb", "logger/tensorboard", "logger/all"}
+#: Not a choice of a training run.
+ELSEWHERE = {"hydra", "paths", "callbacks", "debug"}
+
+
+def choices() -> list[str]:
+    """``group/option`` of every file below ``configs`` that is in a group of a training run."""
+    files = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
+    return sorted(str(f) for f in files if f.parent != Path() and f.parts[0] not in ELSEWHERE)
+
+
+def selecting(choice: str) -> list[str]:
+    """Overrides that pick ``group/option`` in a combination that makes sense."""
+    group, option = choice.rsplit("/", 1)
+    pick = f"{group}={option}"
+    if group == "model":
+        # The walker's letters know no reviews.
+        task = "random_walks" if option.startswith("walker") else "reviews"
+        return [f"task={task}", pick, *(["model.name=org/model"] if option == "hf" else [])]
+    if group == "task":
+        return [pick]
+    extra = {
+        "task/random_walks": ["model=walker_scratch"],
+        "reward/optimality": ["task=random_walks", "model=walker_scratch"],
+        "algo/sft": ["task=random_walks", "model=walker_scratch"],
+        "algo/critic/none": ["algo/advantage=mean_baseline"],
+        "algo/surrogate/logprob": ["algo/update=single_step"],
+    }.get(choice, ["model=tiny_scratch"])
+    return [*extra, pick]
+
+
+def one_iteration(config: DictConfig, folder: Path) -> tuple[Trainer, dict[str, float]]:
+    """Builds and trains as ``train.py`` does, without its console."""
+    from policylab.config.build import build
+
+    Path(config.paths.run).mkdir(parents=True, exist_ok=True)
+    experiment = build(config, folder)
+    experiment.trainer.validate(experiment.module, datamodule=experiment.data, verbose=False)
+    experiment.trainer.fit(experiment.module, datamodule=experiment.data)
+    return experiment.trainer, experiment.module.metrics
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_choice_composes(compose, choice):
+    """No interpolation is left open, and the whole config can be written down."""
+    OmegaConf.to_yaml(compose(selecting(choice)), resolve=True)
+
+
+@pytest.mark.parametrize("choice", [c for c in choices() if c not in REMOTE | LARGE | LOGGERS])
+@pytest.mark.skipif(sys.platform == "win32", reason="the run folder's link needs a POSIX file system")
+def test_choice_runs_an_iteration(compose, tmp_path, choice):
+    if choice == "hardware/gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            from policylab.errors import UserError
+
+            with pytest.raises(UserError, match="torch sees no GPU"):
+                one_iteration(compose([*selecting(choice), *SMALL[:-1]]), tmp_path)
+            return
+    small = SMALL[:-1] if choice.startswith("hardware/") else SMALL
+    _, metrics = one_iteration(compose([*selecting(choice), *small]), tmp_path)
+    assert metrics["train/loss"] == metrics["train/loss"]  # not NaN
+    assert list(tmp_path.rglob("metrics.csv"))
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "experiments").glob("*.yaml")))
+def test_recipe_composes_and_starts_with_its_command(compose, recipe):
+    OmegaConf.to_yaml(compose([f"experiments={recipe}"]), resolve=True)
+    first = (ROOT / "experiments" / f"{recipe}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# python train.py")
+    assert f"experiments={recipe}" in first
+
+
+@pytest.mark.parametrize("mode", sorted(p.stem for p in (CONFIGS / "debug").glob("*.yaml")))
+def test_debug_mode_composes(compose, mode):
+    OmegaConf.to_yaml(compose([f"debug='{mode}'"]), resolve=True)
