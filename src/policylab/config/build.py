@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.algorithms import Algorithm, Supervised
+from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.models.policy import Policy
 from policylab.modules import PolicyGradient, SupervisedTraining
@@ -22,6 +23,9 @@ from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example, Task, take_validation
 from policylab.tasks.datamodule import PromptData
+
+#: Keys of ``rollout`` that the batch plan uses, not the engine.
+PLANNED = frozenset({"prompts", "group_size"})
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         UserError: when a part refuses its values.
     """
     check(config)
+    check_parts(config)
     algorithm = instantiate(config.algo)
     plan = batch_plan(config, algorithm)
     optim = instantiate(config.optim)
-    rollout = {k: v for k, v in config.rollout.items() if k not in ("prompts", "group_size")}
-    engine = instantiate(OmegaConf.create(rollout))
+    engine = instantiate(OmegaConf.masked_copy(config.rollout, [k for k in config.rollout if k not in PLANNED]))
     reward = instantiate(config.reward)
     task = instantiate(config.task)
     val = take_validation(task, config.validation.prompts)
@@ -103,6 +107,17 @@ def check(config: DictConfig) -> None:
         raise UserError(f"validation.every is {config.validation.every}; it must be at least 1")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}; it must be between 0 and 2^32 - 1")
+
+
+def check_parts(config: DictConfig) -> None:
+    """Holds each group against what it builds.
+
+    Raises:
+        UserError: naming the first key that does not fit.
+    """
+    for group in ("algo", "optim", "reward", "task", "model", "callbacks", "logger"):
+        check_signatures(config[group], group, frozenset())
+    check_signatures(config.rollout, "rollout", PLANNED)
 
 
 def batch_plan(config: DictConfig, algorithm: Algorithm | Supervised) -> BatchPlan:

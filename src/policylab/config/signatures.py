@@ -1,0 +1,102 @@
+"""Holds a config against the signatures of what it builds, before anything is built.
+
+So a misspelt key or a word where a number belongs is one clear line, and no model has loaded in vain.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig
+
+from policylab.errors import UserError
+
+#: Keys that speak to Hydra rather than to the target.
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def check_signatures(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
+    """Checks every node below ``config`` that has a ``_target_``.
+
+    Args:
+        config: a node of the composed config.
+        path: where it stands, for messages; "" at the root.
+        ignore: keys of this very node that are not passed to its target.
+
+    Raises:
+        UserError: for an unknown target, an unknown or missing key, or a value of the wrong type.
+    """
+    if "_target_" in config:
+        _check_node(config, path, ignore)
+    for key, value in config.items():
+        if isinstance(value, DictConfig):
+            check_signatures(value, f"{path}.{key}" if path else str(key), frozenset())
+
+
+def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
+    try:
+        target: Callable[..., Any] = get_object(config["_target_"])
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}._target_={config['_target_']} cannot be imported: {error}") from error
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    given = {str(k): v for k, v in config.items() if k not in HYDRA_KEYS | ignore}
+    for key in given:
+        if key not in parameters:
+            near = difflib.get_close_matches(key, parameters, n=1)
+            hint = f"did you mean {path}.{near[0]}?" if near else f"known are {', '.join(parameters)}"
+            raise UserError(f"{path}.{key} is not a key of {target.__name__}; {hint}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in given and not config.get("_partial_"):
+            raise UserError(f"{path}.{name} is missing; {target.__name__} needs it")
+    hints = _hints(target)
+    for key, value in given.items():
+        if key in hints and not isinstance(value, DictConfig) and not _fits(value, hints[key]):
+            raise UserError(f"{path}.{key}={value!r} is not {_words(hints[key])}")
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """Types by parameter; none where they cannot be resolved at run time."""
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value may stand for a plain type. What is not plain is left to its target."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin is tuple:
+        return isinstance(value, ListConfig | list | tuple)
+    return True
+
+
+def _words(hint: Any) -> str:
+    """A type as people say it."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(option) for option in get_args(hint))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return plain.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,35 @@
+"""A wrong config says so in one line, before a model loads."""
+
+from __future__ import annotations
+
+import pytest
+
+from policylab.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lr=abc"], r"optim\.lr='abc' is not a number"),
+        (["+optim.learning_rate=1"], r"optim\.learning_rate is not a key of AdamW"),
+        (["+optim.warm_up=1"], r"did you mean optim\.warmup\?"),
+        (["algo.kl.estimator=k4"], r"algo\.kl\.estimator='k4' is not one of k1, k2, k3, exact"),
+        (["~algo.advantage.lam"], r"algo\.advantage\.lam is missing; GAE needs it"),
+        (["algo.update.epochs=2.5"], r"algo\.update\.epochs=2\.5 is not a whole number"),
+        (["algo._target_=policylab.algorithms.Nothing"], r"cannot be imported"),
+        (["algo/surrogate=logprob"], "right for one pass"),
+        (["algo/critic=none"], "needs a critic"),
+        (["iterations=0"], "iterations is 0"),
+        (["seed=-1"], "seed is -1"),
+        (["validation.every=0"], r"validation\.every is 0"),
+        (["validation.prompts=100000"], "holds out 256 prompts"),
+        (["rollout.temperature=0"], "it must be above 0"),
+        (["algo.update.minibatch_size=7"], "cannot be cut into minibatches of 7"),
+        (["optim.schedule=square"], "is not one of constant, linear, cosine"),
+    ],
+)
+def test_refused(compose, tmp_path, overrides, message):
+    from policylab.config.build import build
+
+    with pytest.raises(UserError, match=message):
+        build(compose(overrides), tmp_path)
