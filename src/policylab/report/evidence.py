@@ -67,8 +67,8 @@ def write_evidence(
 def portable(config: dict[str, Any]) -> dict[str, Any]:
     """A resolved config without what is true of one machine only.
 
-    Hydra's own settings and ``paths`` are left out; the run folder reads ``${paths.run}`` again, and what lies
-    in the repository or the home directory is relative to it.
+    Hydra's own settings and ``paths`` are left out; the run folder reads ``${paths.run}`` again, and what
+    lies in the repository or the home directory is relative to it.
     """
     paths = config.get("paths", {})
     renamed = {str(Path.home()): "~"}
