@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from policylab.errors import UserError
 from policylab.models import loading, smollm2, tokenizers
 from policylab.models.loading import ASSETS, LoadedModel
-from policylab.models.scratch import from_scratch
+from policylab.models.scratch import find_tokenizer, from_scratch
 
 HOW: dict[str, Any] = {
     "dtype": "float32",
@@ -113,6 +113,13 @@ def test_walker_tokenizer_is_what_the_command_writes(tmp_path: Path) -> None:
     tokenizers.main(["walks", str(tmp_path)])
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / file).read_bytes() == (ASSETS / "walker" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["tiny", "walker"])
+def test_tokenizer_saved_again_gives_the_same_files(name: str, tmp_path: Path) -> None:
+    find_tokenizer(name).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / file).read_bytes() == (ASSETS / name / file).read_bytes()
 
 
 # Embedded models

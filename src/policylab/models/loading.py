@@ -141,7 +141,7 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
     dtype = torch_dtype(options.dtype)
     try:
         config = without_dropout(AutoConfig.from_pretrained(where, **common))
-        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        tokenizer = read_tokenizer(where, **common)
         with quiet_bars(local_only):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -176,6 +176,22 @@ def finished(
     if chat and not has_template:
         raise UserError(f"{source}: model.chat=true, but the tokenizer has no chat template")
     return LoadedModel(lm.eval(), tokenizer, has_template if chat is None else chat, source)
+
+
+def read_tokenizer(
+    where: str | Path, *, local_files_only: bool, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Saved again, it gives the files that it came from.
+
+    Raises:
+        OSError: when there is none at that place.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        where, local_files_only=local_files_only, trust_remote_code=trust_remote_code
+    )
+    for how_it_was_loaded in ("local_files_only", "is_local"):
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    return tokenizer
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from policylab.errors import UserError
 from policylab.models import hub
-from policylab.models.loading import ASSETS, LoadedModel, finished, first_line, torch_dtype, without_dropout
+from policylab.models.loading import (
+    ASSETS,
+    LoadedModel,
+    finished,
+    first_line,
+    read_tokenizer,
+    torch_dtype,
+    without_dropout,
+)
 
 
 def from_scratch(
@@ -68,9 +76,9 @@ def find_tokenizer(where: str) -> PreTrainedTokenizerBase:
     """
     for folder in (ASSETS / where, Path(where).expanduser()):
         if (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return read_tokenizer(folder, local_files_only=True, trust_remote_code=False)
     try:
-        return AutoTokenizer.from_pretrained(where, local_files_only=True)
+        return read_tokenizer(where, local_files_only=True, trust_remote_code=False)
     except OSError:
         reason = hub.why_unreachable()
     if reason is not None:
@@ -79,7 +87,7 @@ def find_tokenizer(where: str) -> PreTrainedTokenizerBase:
             f"and {reason}; without a network take model.tokenizer=tiny or a folder"
         )
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return read_tokenizer(where, local_files_only=False, trust_remote_code=False)
     except OSError as error:
         raise UserError(f"tokenizer {where}: the hub did not give it: {first_line(error)}") from error
 
