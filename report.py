@@ -1,7 +1,7 @@
 """Sum up finished runs over their seeds: metrics.csv, curve.png, table.md and config.yaml in one folder.
 
-  python report.py "runs='logs/reviews/ppo-tiny/*'" out=experiments/results/NAME
-  python report.py runs=[PATH,PATH] out=/tmp/report title="'PPO on reviews'" metrics=[val/reward,val/kl]
+python report.py "runs='logs/reviews/ppo-tiny/*'" out=experiments/results/NAME
+python report.py runs=[PATH,PATH] out=/tmp/report title="'PPO on reviews'" metrics=[val/reward,val/kl]
 """
 
 from __future__ import annotations
