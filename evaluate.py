@@ -1,7 +1,7 @@
 """Evaluate a run on the validation prompts: metrics, samples, and evaluate.json in its folder.
 
-  python evaluate.py run=latest
-  python evaluate.py run=logs/reviews/ppo-tiny/2026-01-01_12-00-00_s0 checkpoint=last prompts=512
+python evaluate.py run=latest
+python evaluate.py run=logs/reviews/ppo-tiny/2026-01-01_12-00-00_s0 checkpoint=last prompts=512
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Train a policy. Pick one of each group; change any value.
 
-  python train.py                            PPO on the embedded model: a minute on a laptop
-  python train.py algo=reinforce seed=1      another algorithm, another seed
-  python train.py experiments=NAME           a recipe from experiments/
-  python train.py -m algo=ppo,reinforce seed=0,1,2
-  python train.py debug=fast                 two iterations, to see that all works
-  python train.py resume=latest              go on with the newest run
+python train.py                            PPO on the embedded model: a minute on a laptop
+python train.py algo=reinforce seed=1      another algorithm, another seed
+python train.py experiments=NAME           a recipe from experiments/
+python train.py -m algo=ppo,reinforce seed=0,1,2
+python train.py debug=fast                 two iterations, to see that all works
+python train.py resume=latest              go on with the newest run
 """
 
 from __future__ import annotations

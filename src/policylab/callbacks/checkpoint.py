@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from policylab.callbacks.metrics_file import best_row, read_rows
 from policylab.errors import UserError
@@ -41,43 +41,45 @@ class Checkpoint(Callback):
         self.export = export
         self.saved_at = -1  # iteration of last.ckpt, as far as this process knows
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """A run that is killed early can go on as well."""
         if pl_module.iteration == 0:
             self.save_last(trainer, pl_module)
             self.keep_if_best(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Here, between two iterations, Lightning's loops can be picked up again exactly."""
         done = pl_module.iteration
         if done % self.every == 0 or done == pl_module.iterations or trainer.should_stop:
             self.save_last(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the best."""
         if pl_module.iteration > 0 and not trainer.sanity_checking:
             self.keep_if_best(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Exports the final policy."""
         if self.export and trainer.is_global_zero:
             self.export_policy(pl_module, "final")
 
-    def save_last(self, trainer: Trainer, module: LightningModule) -> None:
+    def save_last(self, trainer: Trainer, module: Any) -> None:
         """Writes ``last.ckpt``."""
         save_atomically(trainer, self.last)
         self.saved_at = module.iteration
 
-    def keep_if_best(self, trainer: Trainer, module: LightningModule) -> None:
+    def keep_if_best(self, trainer: Trainer, module: Any) -> None:
         """Writes ``best.ckpt`` and ``model/best`` when the validation just done is the best of this run.
 
         The metrics on file decide, so that a resumed run compares with what came before it.
         """
         if self.monitor not in module.val_metrics:
             known = ", ".join(sorted(module.val_metrics))
-            raise UserError(f"callbacks.checkpoint.monitor={self.monitor} is not measured; choose from: {known}")
+            raise UserError(
+                f"callbacks.checkpoint.monitor={self.monitor} is not measured; choose from: {known}"
+            )
         best = best_row(read_rows(self.run_dir / "metrics.csv"), self.monitor, self.mode)
         if best is None or best["iteration"] != module.iteration:
             return
@@ -89,7 +91,7 @@ class Checkpoint(Callback):
         if self.export and trainer.is_global_zero:
             self.export_policy(module, "best")
 
-    def export_policy(self, module: LightningModule, name: str) -> None:
+    def export_policy(self, module: Any, name: str) -> None:
         """Writes the policy as a Hugging Face folder, whole or not at all."""
         target = self.run_dir / "model" / name
         temporary, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")

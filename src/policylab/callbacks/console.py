@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from policylab.callbacks.tables import console, duration, headlines, number
@@ -30,20 +30,22 @@ class Console(Callback):
         self.last_line = 0.0
         self.expected_told = False
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The baseline takes a moment: says what is being waited for."""
         if not trainer.sanity_checking and pl_module.iteration == 0 and trainer.is_global_zero:
             console().print("validating before training ...", style="dim")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """One line a validation."""
         if trainer.is_global_zero:
             when = "before training" if pl_module.iteration == 0 else f"iteration {pl_module.iteration}"
             metrics = pl_module.val_metrics
-            shown = "  ".join(f"{name.removeprefix('val/')} {number(metrics[name])}" for name in headlines(metrics))
+            shown = "  ".join(
+                f"{name.removeprefix('val/')} {number(metrics[name])}" for name in headlines(metrics)
+            )
             console().print(f"[bold]validation[/] {when}:  {shown}", soft_wrap=True)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Sets up the bar."""
         self.last_line = time.monotonic()
         if not trainer.is_global_zero or not console().is_terminal or console().quiet:
@@ -62,9 +64,7 @@ class Console(Callback):
         self.task = self.progress.add_task("", total=total, completed=done, metrics="")
         self.progress.start()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Says how long it is going to take, once that is known."""
         if not self.expected_told and pl_module.expected_seconds is not None and trainer.is_global_zero:
             left = pl_module.iterations - pl_module.iteration
@@ -72,7 +72,7 @@ class Console(Callback):
         self.expected_told = True
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar."""
         if not trainer.is_global_zero:
@@ -86,13 +86,15 @@ class Console(Callback):
             self.progress.update(self.task, completed=pl_module.iteration, metrics=metrics)
         elif self._line_is_due(pl_module.iteration, pl_module.iterations):
             self.last_line = time.monotonic()
-            console().print(f"iteration {pl_module.iteration}/{pl_module.iterations}  {metrics}", soft_wrap=True)
+            console().print(
+                f"iteration {pl_module.iteration}/{pl_module.iterations}  {metrics}", soft_wrap=True
+            )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leaves the terminal as it was."""
         self._stop()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leaves the terminal as it was."""
         self._stop()
 

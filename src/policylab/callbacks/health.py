@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Health(Callback):
         self.told = dict(state_dict["told"])
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Looks at the metrics of the iteration."""
         metrics, iteration = pl_module.metrics, pl_module.iteration
@@ -70,7 +70,9 @@ class Health(Callback):
         found = {}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            found["non-finite"] = f"{', '.join(bad)} not finite; lower optim.lr, or run with debug=nan to find where"
+            found["non-finite"] = (
+                f"{', '.join(bad)} not finite; lower optim.lr, or run with debug=nan to find where"
+            )
         kl = metrics.get("train/kl", 0.0)
         if kl > self.max_kl:
             found["kl"] = (

@@ -14,7 +14,9 @@ from policylab.errors import UserError
 from policylab.launch.run_folder import write_atomically
 
 
-def wandb(run_dir: str, project: str, entity: str | None, group: str | None, name: str, tags: Sequence[str]) -> WandbLogger:
+def wandb(
+    run_dir: str, project: str, entity: str | None, group: str | None, name: str, tags: Sequence[str]
+) -> WandbLogger:
     """Weights & Biases: offline unless ``WANDB_MODE`` says otherwise.
 
     ``wandb sync`` sends an offline run later. A resumed run keeps its id.
@@ -27,7 +29,7 @@ def wandb(run_dir: str, project: str, entity: str | None, group: str | None, nam
     mode = os.environ.get("WANDB_MODE", "offline")
     if mode == "online" and not library.api.api_key:
         raise UserError("WANDB_MODE=online, but there is no API key; run `wandb login`, or unset WANDB_MODE")
-    return WandbLogger(
+    logger = WandbLogger(
         save_dir=run_dir,
         project=project,
         entity=entity,
@@ -39,6 +41,8 @@ def wandb(run_dir: str, project: str, entity: str | None, group: str | None, nam
         mode=mode,
         settings=library.Settings(silent=mode != "online"),
     )
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it has no effect
+    return logger
 
 
 def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -> MLFlowLogger:

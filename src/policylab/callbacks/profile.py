@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from policylab.callbacks.tables import console, short_path
 
@@ -28,9 +28,7 @@ class Profile(Callback):
         self.rows = rows
         self.profiler: torch.profiler.profile | None = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Starts after the warm-up."""
         if batch_idx == self.skip:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -40,7 +38,7 @@ class Profile(Callback):
             self.profiler.start()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stops, and writes what it found."""
         if self.profiler is None or batch_idx + 1 < self.skip + self.iterations:

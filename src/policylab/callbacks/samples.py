@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from policylab.callbacks.tables import console, pick, samples_table
@@ -35,13 +35,13 @@ class Samples(Callback):
         self.table: Any = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Training samples, now and then."""
         if pl_module.iteration % self.every == 0:
             self.write(trainer, pl_module.samples)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Validation samples."""
         self.write(trainer, pl_module.samples)
         if trainer.is_global_zero and self.show and pl_module.samples:

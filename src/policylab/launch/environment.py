@@ -25,7 +25,9 @@ PACKAGES = (
     "numpy",
     "vaderSentiment",
 )
-SECRET_NAME = re.compile(r"(^|[_-])(api_?key|access_?key|auth|token|secret|password|credentials?)$", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(^|[_-])(api_?key|access_?key|auth|token|secret|password|credentials?)$", re.IGNORECASE
+)
 HIDDEN = "***"
 
 
@@ -49,7 +51,9 @@ def redact(value: Any) -> Any:
         for secret in secrets:
             item = item.replace(secret, HIDDEN)
         # KEY=VALUE, as in a command line
-        return re.sub(r"([\w.]+)=(\S+)", lambda m: f"{m[1]}={HIDDEN}" if SECRET_NAME.search(m[1]) else m[0], item)
+        return re.sub(
+            r"([\w.]+)=(\S+)", lambda m: f"{m[1]}={HIDDEN}" if SECRET_NAME.search(m[1]) else m[0], item
+        )
 
     return clean(value, "")
 

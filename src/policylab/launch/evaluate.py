@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from policylab.callbacks.tables import console, headlines, number, pick, rows, samples_table, short_path
 from policylab.launch.find_run import find_checkpoint, find_run
@@ -44,7 +44,9 @@ def evaluate(run_folder: Path, checkpoint: Path, prompts: int | None, seed: int 
     from policylab.launch.logs import silence_noise
 
     silence_noise()
-    warnings.filterwarnings("ignore", message="(?s).*callbacks used to create the checkpoint")  # left out on purpose
+    warnings.filterwarnings(
+        "ignore", message="(?s).*callbacks used to create the checkpoint"
+    )  # left out on purpose
     config = for_evaluation(load_config(run_folder), prompts, seed)
     experiment = build(config, run_folder)
     module = experiment.module
@@ -63,14 +65,13 @@ def evaluate(run_folder: Path, checkpoint: Path, prompts: int | None, seed: int 
 
 
 def for_evaluation(config: DictConfig, prompts: int | None, seed: int | None) -> DictConfig:
-    """A run's config with nothing that watches or writes."""
-    changes: dict[str, Any] = {"callbacks": None, "logger": None}
+    """A copy of a run's config with nothing that watches or writes."""
+    changed = config.copy()
+    changed.callbacks, changed.logger = {}, {}
     if prompts is not None:
-        changes["validation"] = {"prompts": prompts}
+        changed.validation.prompts = prompts
     if seed is not None:
-        changes["seed"] = seed
-    changed = OmegaConf.merge(config, changes)
-    assert isinstance(changed, DictConfig)
+        changed.seed = seed
     return changed
 
 

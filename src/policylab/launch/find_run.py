@@ -28,7 +28,9 @@ def find_run(run: str | Path) -> Path:
     if str(run) == LATEST:
         path = logs_folder() / LATEST
         if not path.exists():
-            raise UserError(f"run=latest, but {path} does not exist; train first, or give the folder of a run")
+            raise UserError(
+                f"run=latest, but {path} does not exist; train first, or give the folder of a run"
+            )
     else:
         path = Path(run).expanduser()
         if not path.exists():

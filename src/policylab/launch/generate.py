@@ -57,7 +57,9 @@ def load_policy(run_folder: Path, which: str, trained_with: DictConfig) -> Polic
         there = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))
         raise UserError(f"no policy at {folder}; this run has exported {', '.join(there) or 'none'}")
     model = trained_with.model
-    options = LoadOptions(model.dtype, model.attn_implementation, bool(model.get("trust_remote_code")), model.get("chat"))
+    options = LoadOptions(
+        model.dtype, model.attn_implementation, bool(model.get("trust_remote_code")), model.get("chat")
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Policy(from_folder(folder, options, source=str(folder)), critic=False).to(device).eval()
 

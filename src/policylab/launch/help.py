@@ -24,7 +24,9 @@ def help_page(doc: str, script: Path) -> str:
         lines = [describe(group, choices, defaults.get(group)) for group, choices in groups.items()]
         sections.append("Groups: group=choice (* is the default)\n\n" + "\n".join(lines))
     sections.append("Values: name=value, or group.name=value\n\n" + own_values(text))
-    sections.append("All values, with your overrides: --cfg job. Hydra's own flags: --hydra-help. More: docs/runs.md")
+    sections.append(
+        "All values, with your overrides: --cfg job. Hydra's own flags: --hydra-help. More: docs/runs.md"
+    )
     return "\n\n".join(sections)
 
 
@@ -32,9 +34,13 @@ def list_groups(root: Path) -> dict[str, list[str]]:
     """Choices of each config group, and the recipes of ``experiments/``."""
     configs = root / "configs"
     folders = [path for path in sorted(configs.rglob("*")) if path.is_dir()]
-    groups = {str(path.relative_to(configs)): path for path in folders} | {"experiments": root / "experiments"}
+    groups = {str(path.relative_to(configs)): path for path in folders} | {
+        "experiments": root / "experiments"
+    }
     found = {name: sorted(file.stem for file in path.glob("*.yaml")) for name, path in groups.items()}
-    return {name: choices for name, choices in found.items() if choices and name.split("/")[0] not in NOT_SHOWN}
+    return {
+        name: choices for name, choices in found.items() if choices and name.split("/")[0] not in NOT_SHOWN
+    }
 
 
 def describe(group: str, choices: list[str], default: re.Match[str] | None) -> str:

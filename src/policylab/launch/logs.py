@@ -25,14 +25,14 @@ NOISE = (
 FILE_ONLY = {"file_only": True}
 
 
-class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class ConsoleHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stderr`` is at that moment, so that lines appear above a live progress bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
         self.addFilter(lambda record: not getattr(record, "file_only", False))
 
-    @property  # type: ignore[override]
+    @property
     def stream(self) -> TextIO:
         """The current standard error."""
         return sys.stderr

@@ -77,7 +77,9 @@ def known_keys(unknown: str) -> list[str]:
     from hydra import compose, initialize_config_dir
 
     script = Path(sys.argv[0]).resolve()
-    overrides = [word for word in sys.argv[1:] if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)]
+    overrides = [
+        word for word in sys.argv[1:] if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)
+    ]
     try:
         with initialize_config_dir(str(script.parent / "configs"), version_base="1.3"):
             return list(dotted_keys(compose(script.stem, overrides)))
@@ -87,7 +89,7 @@ def known_keys(unknown: str) -> list[str]:
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     """All keys of a config, groups before what they hold; nothing is resolved."""
-    for key in config:
+    for key in map(str, config):
         yield f"{prefix}{key}"
         if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
             value = config[key]

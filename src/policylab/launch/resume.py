@@ -49,7 +49,9 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> No
     for key in IDENTITY:
         old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
         if old != new:
-            raise UserError(f"this run has {key}={old}, the command says {new}; start a new run, without resume")
+            raise UserError(
+                f"this run has {key}={old}, the command says {new}; start a new run, without resume"
+            )
     done = checkpoint_iteration(checkpoint)
     if done >= config.iterations:
         raise UserError(
@@ -88,5 +90,3 @@ def sample_iteration(line: str) -> float:
         return float(json.loads(line)["iteration"])
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")
-
-

@@ -30,7 +30,9 @@ def claim(path: Path) -> Path:
                 continue
             return candidate
     except OSError as error:
-        raise UserError(f"cannot make the run folder {path}: {error.strerror}; set hydra.run.dir=PATH") from None
+        raise UserError(
+            f"cannot make the run folder {path}: {error.strerror}; set hydra.run.dir=PATH"
+        ) from None
     raise AssertionError("unreachable")
 
 

@@ -47,7 +47,10 @@ class Screen:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         lines = [
             ("device", f"{trainer.strategy.root_device} x {trainer.world_size}, {trainer.precision}"),
-            ("parameters", f"{total:,}" + ("" if trained == total else f", of which {trained:,} are trained")),
+            (
+                "parameters",
+                f"{total:,}" + ("" if trained == total else f", of which {trained:,} are trained"),
+            ),
             *module.plan.table(),
             ("iterations", f"{module.iterations}, a validation every {self.config.validation.every}"),
         ]
@@ -59,9 +62,13 @@ class Screen:
         self.console.print()
         if summary["after"]:
             self.console.print(before_after(summary["before"], summary["after"]))
-        lines = [(summary["status"], f"{summary['iterations']} iterations in {duration(summary['wall_seconds'])}")]
+        lines = [
+            (summary["status"], f"{summary['iterations']} iterations in {duration(summary['wall_seconds'])}")
+        ]
         if best := summary["best"]:
-            lines.append(("best", f"{best['metric']} {number(best['value'])} at iteration {best['iteration']}"))
+            lines.append(
+                ("best", f"{best['metric']} {number(best['value'])} at iteration {best['iteration']}")
+            )
         folder = short_path(self.run_dir)
         lines += [("run", folder), ("next", f"python evaluate.py run={folder}")]
         lines.append(("", f"python generate.py run={folder}"))

@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -50,12 +50,12 @@ class StopOnSignal(Callback):
             raise KeyboardInterrupt
         print("stopping after this iteration; Ctrl-C again stops at once", flush=True)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """From here on an iteration is under way."""
         self.training = True
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Between two iterations: stop here if asked to."""
         if self.signum is not None:
@@ -63,6 +63,6 @@ class StopOnSignal(Callback):
             trainer.should_stop = True
             trainer.limit_val_batches = 0
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """No iteration is under way any more."""
         self.training = False

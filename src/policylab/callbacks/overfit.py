@@ -1,0 +1,27 @@
+"""The oldest test of a training loop: can it learn a few examples by heart?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, Trainer
+
+from policylab.errors import UserError
+
+
+class Overfit(Callback):
+    """Trains on the first few prompts alone, again and again.
+
+    Args:
+        prompts: how many.
+    """
+
+    def __init__(self, prompts: int) -> None:
+        if prompts < 1:
+            raise UserError(f"callbacks.overfit.prompts is {prompts}; it must be at least 1")
+        self.prompts = prompts
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Shortens the training data before its loader is made."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.train = data.train[: self.prompts]

@@ -1,0 +1,453 @@
+"""Root scripts, run folder, messages, resume, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from policylab.config import resolvers
+from policylab.errors import UserError
+from policylab.launch.entry import flags_first, quoted
+from policylab.launch.environment import HIDDEN, describe_environment, redact
+from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, find_run
+from policylab.launch.messages import improve, nearest
+from policylab.launch.resume import check_same_run, rewind, with_command_of
+from policylab.launch.run_folder import claim, point_latest, write_atomically
+from policylab.launch.saved_config import plain, refuse_taken_folder
+from policylab.launch.status import RunStatus, read_status
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def make_run(folder: Path, **config: object) -> Path:
+    """A folder that looks like that of a run."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    (folder / "status.json").write_text('{"state": "done"}')
+    return folder
+
+
+# -- the folder -----------------------------------------------------------------------------------------
+
+
+def test_jobs_of_the_same_second_never_share_a_folder(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        claimed = list(pool.map(claim, [tmp_path / "logs" / "a" / "run"] * 32))
+    assert len(set(claimed)) == 32
+    assert {path.name for path in claimed} == {"run", *(f"run_{i}" for i in range(2, 33))}
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot make the run folder .*hydra\.run\.dir"):
+        claim(tmp_path / "file" / "run")
+
+
+def test_run_dir_resolves_to_the_same_folder_again(tmp_path):
+    resolvers.run_dir.cache_clear()
+    first = resolvers.run_dir(None, str(tmp_path / "run"))
+    assert resolvers.run_dir(None, str(tmp_path / "run")) == first
+    resolvers.run_dir.cache_clear()
+    assert resolvers.run_dir(None, str(tmp_path / "run")) == f"{first}_2"
+
+
+def test_run_dir_of_a_resumed_run_is_its_own(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert resolvers.run_dir(str(run), str(tmp_path / "new")) == str(run)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("org/model", "org__model"), ("a b:c", "a_b_c"), ("//", "unnamed")]
+)
+def test_slug(text, name):
+    assert resolvers.slug(text) == name
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+
+    def crash(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file.json", "old")]
+
+
+def test_latest_points_at_the_newest_run(tmp_path):
+    for name in ("a", "b"):
+        run = make_run(tmp_path / "logs" / name)
+        point_latest(run, tmp_path / "logs")
+        assert (tmp_path / "logs" / "latest").resolve() == run
+    assert not os.readlink(tmp_path / "logs" / "latest").startswith("/")
+
+
+def test_a_taken_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="already holds a run"):
+        refuse_taken_folder(make_run(tmp_path / "run"))
+
+
+# -- finding a run --------------------------------------------------------------------------------------
+
+
+def test_a_run_is_found_by_any_path_inside(tmp_path):
+    run = make_run(tmp_path / "run")
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("")
+    assert find_run(run) == find_run(checkpoint) == run
+    assert find_checkpoint(run, "last") == checkpoint_to_resume(str(run)) == checkpoint
+    assert checkpoint_to_resume(str(checkpoint)) == checkpoint
+    with pytest.raises(UserError, match=r"no checkpoint at .*best\.ckpt; this run has last"):
+        find_checkpoint(run, "best")
+
+
+def test_wrong_runs_are_told(tmp_path):
+    with pytest.raises(UserError, match="no run at"):
+        find_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is no run folder"):
+        find_run(tmp_path)
+
+
+# -- what is saved --------------------------------------------------------------------------------------
+
+
+def test_secrets_are_hidden(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    before = {
+        "logger": {"wandb": {"api_key": "x", "project": "p"}},
+        "rollout": {"max_new_tokens": 24},
+        "note": ["holds 0123456789abcdef inside"],
+        "command": "train.py hf_token=abc seed=1",
+    }
+    after = {
+        "logger": {"wandb": {"api_key": HIDDEN, "project": "p"}},
+        "rollout": {"max_new_tokens": 24},
+        "note": [f"holds {HIDDEN} inside"],
+        "command": f"train.py hf_token={HIDDEN} seed=1",
+    }
+    assert redact(before) == after
+
+
+def test_the_saved_config_is_plain_and_resolved(compose):
+    config = plain(compose())
+    assert config["paths"]["run"].endswith("/run")
+    assert "${" not in json.dumps(config)
+
+
+def test_environment_tells_versions_and_commit():
+    environment = describe_environment(ROOT)
+    assert {"python", "packages", "platform", "cpu", "gpus", "git", "command"} <= set(environment)
+    assert {"torch", "lightning", "transformers"} <= set(environment["packages"])
+    assert set(environment["git"]) == {"commit", "dirty"}
+
+
+# -- status ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(None, "done"), (ValueError("boom"), "failed"), (KeyboardInterrupt(), "interrupted")]
+)
+def test_status_tells_how_a_run_ended(tmp_path, error, state):
+    try:
+        with RunStatus(tmp_path, iterations=3) as status:
+            assert read_status(tmp_path)["state"] == "running"
+            status.write(iteration=2)
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    content = read_status(tmp_path)
+    assert (content["state"], content["iteration"], content["iterations"]) == (state, 2, 3)
+    assert content["exception"] == ("ValueError: boom" if state == "failed" else None)
+    assert content["finished"]
+
+
+def test_seconds_of_a_resumed_run_add_up(tmp_path):
+    (tmp_path / "status.json").write_text('{"wall_seconds": 100.0, "iteration": 7, "started": "then"}')
+    with RunStatus(tmp_path, iterations=9):
+        pass
+    content = read_status(tmp_path)
+    assert content["wall_seconds"] >= 100
+    assert (content["iteration"], content["started"]) == (7, "then")
+
+
+# -- messages -------------------------------------------------------------------------------------------
+
+
+def test_suggestions():
+    known = ["optim.lr", "seed", "rollout.temperature"]
+    assert nearest("lr", known) == "did you mean optim.lr? "
+    assert nearest("rollout.temprature", known) == "did you mean rollout.temperature? "
+    assert nearest("xyz", known) == ""
+
+
+def test_hydra_messages_fit_one_line():
+    message = improve(
+        "In 'train': Could not find 'algo/ppoo'\n\nConfig search path:\n\tpath=file://"
+        + str(ROOT / "configs")
+    )
+    assert message.startswith("algo=ppoo does not exist; did you mean ppo? choose from: ")
+    assert (
+        improve("Missing mandatory value: run\n    full_key: run\n    object_type=dict")
+        == "run must be given: run=..."
+    )
+    assert "\n" not in improve("one\ntwo\n    full_key: x")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.py", "optim.lrr=1"], "optim.lrr is not in the config; did you mean optim.lr?"),
+        (["train.py", "algo=ppoo"], "algo=ppoo does not exist; did you mean ppo?"),
+        (["train.py", "experiments=nothing"], "experiments=nothing does not exist"),
+        (["train.py", "seed=["], "cannot read 'seed=['"),
+        (["train.py", "model=hf"], "model.name must be given"),
+        (["train.py", "resume=/nowhere"], "no run at /nowhere"),
+        (["evaluate.py"], "run must be given"),
+        (["evaluate.py", "run=/nowhere"], "no run at /nowhere"),
+        (["generate.py", "run=/nowhere", "prompt=it's [a, test"], "no run at /nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(words, message):
+    done = script(*words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["it's [so] good", 'a "quote" b', "back\\slash", "end\\", "a, b=c {d} ${e} $f", '\\"x', "null", "3", ""],
+)
+def test_free_text_needs_no_quotes(text):
+    override = OverridesParser.create().parse_override(quoted(f"prompt={text}", ["prompt"]))
+    assert OmegaConf.create({"prompt": override.value()}).prompt == text
+
+
+def test_other_words_are_left_alone():
+    assert quoted("algo=ppo", ["prompt"]) == "algo=ppo"
+    assert quoted("debug=nan", []) == 'debug="nan"', "a name, not a number"
+    assert flags_first(["algo=ppo", "-m", "seed=0,1"]) == ["-m", "algo=ppo", "seed=0,1"]
+
+
+# -- help -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate"])
+def test_help_is_fast_and_says_everything(name):
+    started = time.perf_counter()
+    done = script(f"{name}.py", "--help")
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0
+    for key in OmegaConf.load(ROOT / "configs" / f"{name}.yaml"):
+        assert key in ("defaults", "hydra") or f"{key}:" in done.stdout
+    # Half a second on a free machine; here other tests may be running.
+    assert seconds < 2
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']; runpy.run_path('train.py', run_name='__main__');"
+        "heavy = {'torch', 'lightning', 'transformers', 'wandb'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = script("-c", code)
+    assert done.returncode == 0, done.stderr
+    for group in ("algo", "model", "task", "reward", "experiments"):
+        assert f"\n  {group} " in done.stdout
+
+
+# -- resume ---------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_repeats_its_command(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "env.json").write_text(
+        json.dumps({"overrides": ["algo=reinforce", "seed=3", "+x.y=1", "iterations=10"]})
+    )
+    assert with_command_of([f"resume={run}", "iterations=20", "x.y=2"]) == [
+        "algo=reinforce",
+        "seed=3",
+        f"resume={run}",
+        "iterations=20",
+        "x.y=2",
+    ]
+    assert with_command_of(["algo=ppo"]) == ["algo=ppo"]
+
+
+def test_records_after_the_checkpoint_are_dropped(tmp_path):
+    (tmp_path / "metrics.csv").write_text("iteration,x\n1,1\n2,2\n3,3\n")
+    (tmp_path / "samples.jsonl").write_text('{"iteration": 2}\n{"iteration": 3}\n{"iterat')
+    rewind(tmp_path, 2)
+    assert (tmp_path / "metrics.csv").read_text() == "iteration,x\n1,1\n2,2\n"
+    assert (tmp_path / "samples.jsonl").read_text() == '{"iteration": 2}\n'
+
+
+def test_another_run_cannot_be_resumed(tmp_path):
+    run = make_run(
+        tmp_path / "run",
+        algo={"name": "ppo"},
+        model={"name": "tiny"},
+        task={"name": "reviews"},
+        seed=0,
+        resume="x",
+    )
+    config = OmegaConf.load(run / "config.yaml")
+    with pytest.raises(UserError, match=r"leave out hydra\.run\.dir"):
+        check_same_run(config, tmp_path / "elsewhere", run / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="this run has seed=0, the command says 1"):
+        check_same_run(OmegaConf.merge(config, {"seed": 1}), run, run / "checkpoints" / "last.ckpt")
+
+
+# -- whole runs, in this process ------------------------------------------------------------------------
+
+SMALL = ["debug=fast", "model=tiny_scratch", "hardware=cpu", "callbacks.console=null"]
+
+
+@pytest.fixture
+def train(compose, tmp_path):
+    """``train(["iterations=4"])`` trains in ``tmp_path / "run"`` and returns that folder."""
+
+    def run(overrides: list[str], stop_at: int | None = None) -> Path:
+        from policylab.launch import run as job
+
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        if stop_at is not None:
+            overrides = [
+                *overrides,
+                f"+callbacks.stop._target_={__name__}.SignalAt",
+                f"+callbacks.stop.at={stop_at}",
+            ]
+        words = (
+            with_command_of([*SMALL, *overrides])
+            if "resume" not in str(overrides)
+            else with_command_of(overrides)
+        )
+        job.train(compose(words), folder, words)
+        return folder
+
+    return run
+
+
+def SignalAt(at: int):
+    """A callback that sends this process SIGINT at the start of an iteration."""
+    from lightning import Callback
+
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.iteration == at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    return Signal()
+
+
+def test_a_run_leaves_all_its_files(train):
+    run = train([])
+    for name in (
+        "config.yaml",
+        "env.json",
+        "status.json",
+        "metrics.csv",
+        "samples.jsonl",
+        "summary.json",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "model/best/model.safetensors",
+        "model/final/tokenizer.json",
+    ):
+        assert (run / name).is_file(), name
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["iterations"] == 2
+    assert summary["before"]["iteration"] == 0
+    assert summary["after"]["iteration"] == 2
+    assert summary["best"]["metric"] == "val/reward"
+    assert summary["tokens_generated"] > 0
+    assert summary["tokens_trained"] > 0
+    assert not list(run.rglob(".*")), "nothing half-written stays behind"
+
+
+def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
+    from policylab.callbacks.metrics_file import read_rows
+    from policylab.launch.signals import Interrupted
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped:
+        train(["iterations=4", "callbacks.checkpoint.every=100"], stop_at=1)
+    assert stopped.value.exit_code == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    run = tmp_path / "run"
+    assert (
+        read_status(run)["state"] == json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    )
+    assert read_status(run)["iteration"] == 2
+
+    train([f"resume={run}", "~callbacks.stop"])
+    assert [row["iteration"] for row in read_rows(run / "metrics.csv")] == [0, 1, 2, 3, 4]
+    assert all("val/reward" in row for row in read_rows(run / "metrics.csv")), (
+        "also that of the interrupted one"
+    )
+    assert read_status(run)["state"] == "done"
+    with pytest.raises(UserError, match="has done 4 of 4 iterations"):
+        train([f"resume={run}"])
+
+
+def test_a_failure_is_on_record(train, tmp_path):
+    with pytest.raises(UserError, match=r"is not measured; choose from: .*val/reward"):
+        train(["callbacks.checkpoint.monitor=val/nothing"])
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "failed"
+    assert "val/nothing" in status["exception"]
+
+
+@pytest.mark.parametrize("debug", ["overfit", "profile", "'nan'"])
+def test_debug_presets_run(train, debug):
+    run = train([f"debug={debug}", "iterations=4" if debug == "profile" else "iterations=1", *QUICK])
+    assert read_status(run)["state"] == "done"
+    assert (run / "profile" / "operators.txt").is_file() == (debug == "profile")
+
+
+QUICK = ["rollout.prompts=4", "rollout.group_size=2", "rollout.max_new_tokens=4", "validation.prompts=4"]
+
+
+def test_evaluate_and_generate_read_a_run(train, tmp_path):
+    from policylab.launch.evaluate import evaluate
+    from policylab.launch.generate import completions, load_policy
+    from policylab.launch.saved_config import load_config
+
+    run = train([])
+    result = evaluate(run, find_checkpoint(run, "last"), prompts=None, seed=None)
+    after = json.loads((run / "summary.json").read_text())["after"]
+    assert result["iteration"] == 2
+    assert result["metrics"]["val/reward"] == pytest.approx(after["val/reward"], abs=1e-6), (
+        "the run's own validation"
+    )
+    assert len(result["samples"]) == 8
+    assert len(evaluate(run, find_checkpoint(run, "best"), prompts=5, seed=1)["samples"]) == 5
+
+    policy = load_policy(run, "final", load_config(run))
+    options = OmegaConf.create({"n": 3, "temperature": None, "max_new_tokens": 5, "seed": 0})
+    texts = completions(policy, "the film", options, load_config(run))
+    assert len(texts) == 3
+    assert texts == completions(policy, "the film", options, load_config(run)), "the same seed, the same text"
+    with pytest.raises(UserError, match="this run has exported best, final"):
+        load_policy(run, "start", load_config(run))
