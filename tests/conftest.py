@@ -85,8 +85,6 @@ def brief(config: DictConfig) -> DictConfig:
     config.validation.every = 2
     config.validation.prompts = 4
     config.rollout.prompts = 4
-    if "update" in config.algo:  # a minibatch tuned for a full-size rollout need not divide a small one
-        config.algo["update"].minibatch_size = None  # config.algo.update is a method of every DictConfig
     return config
 
 

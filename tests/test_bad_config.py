@@ -24,7 +24,7 @@ from policylab.errors import UserError
         (["validation.every=0"], r"validation\.every is 0"),
         (["validation.prompts=100000"], "holds out 256 prompts"),
         (["rollout.temperature=0"], "it must be above 0"),
-        (["algo.update.minibatch_size=7"], "cannot be cut into minibatches of 7"),
+        (["algo.update.minibatches=7"], "cannot be cut into 7 minibatches"),
         (["optim.schedule=square"], "is not one of constant, linear, cosine"),
     ],
 )

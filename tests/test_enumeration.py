@@ -75,7 +75,7 @@ def algorithm(advantage, surrogate, beta: float = 0.0) -> Algorithm:
         surrogate=surrogate,
         reduction=SequenceSum(constant=1.0),
         kl=KLPenalty("reward", "k1", FixedCoefficient(beta)),
-        update=MinibatchEpochs(1, None, None),
+        update=MinibatchEpochs(1, 1, None),
         critic=Critic(0.0, None),
         entropy_coef=0.0,
     )

@@ -70,7 +70,9 @@ class TestLogProbs:
         torch.testing.assert_close(entropy(logp), torch.tensor(expected))
 
     def test_entropy_of_uniform_is_log_of_size(self):
-        torch.testing.assert_close(entropy(log_distribution(torch.zeros(1, 7), 1.0)), torch.tensor([math.log(7)]))
+        torch.testing.assert_close(
+            entropy(log_distribution(torch.zeros(1, 7), 1.0)), torch.tensor([math.log(7)])
+        )
 
 
 class TestKL:

@@ -42,7 +42,7 @@ def ppo(reduction, place="loss", estimator="exact") -> Algorithm:
         surrogate=ClippedRatio(0.2, 0.2),
         reduction=reduction,
         kl=KLPenalty(place, estimator, FixedCoefficient(0.1)),
-        update=MinibatchEpochs(2, None, None),
+        update=MinibatchEpochs(2, 1, None),
         critic=Critic(0.1, 0.2),
         entropy_coef=0.01,
     )
@@ -81,7 +81,9 @@ def gradient(policy, reference, algorithm, rollout, parts):
     return total, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("reduction", [TokenMean(), SequenceMean(), SequenceSum(10.0)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "reduction", [TokenMean(), SequenceMean(), SequenceSum(10.0)], ids=lambda r: type(r).__name__
+)
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_micro_batches_change_nothing(rewarded, reduction, size):
     policy, reference, rollout = rewarded

@@ -101,9 +101,7 @@ class KLPenalty:
         return estimate.masked_fill(~rollout.action_mask, 0.0)
 
 
-def shaped_token_rewards(
-    rollout: Rollout, penalty: KLPenalty, coefficient: float
-) -> Float[Tensor, "B T"]:
+def shaped_token_rewards(rollout: Rollout, penalty: KLPenalty, coefficient: float) -> Float[Tensor, "B T"]:
     """The sequence's reward at its last action, minus the KL penalty of each action when it counts there.
 
     ``R_t = [t = last] r - beta KL_t``; arXiv:1909.08593, eq. 2.

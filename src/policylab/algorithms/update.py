@@ -11,11 +11,11 @@ class MinibatchEpochs:
 
     Args:
         epochs: passes over the rollout.
-        minibatch_size: sequences an optimizer step over all processes; None takes the whole rollout.
+        minibatches: optimizer steps a pass, each on an equal share of the rollout.
         kl_stop: ends the iteration's updates, before the step, once the policy is this far from the one that
             sampled (k3, nats a token); None never.
     """
 
     epochs: int
-    minibatch_size: int | None
+    minibatches: int
     kl_stop: float | None

@@ -49,7 +49,9 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     algorithm = instantiate(config.algo)
     plan = batch_plan(config, algorithm)
     optim = instantiate(config.optim)
-    engine = instantiate(OmegaConf.masked_copy(config.rollout, [k for k in config.rollout if k not in PLANNED]))
+    engine = instantiate(
+        OmegaConf.masked_copy(config.rollout, [k for k in config.rollout if k not in PLANNED])
+    )
     reward = instantiate(config.reward)
     task = instantiate(config.task)
     val = take_validation(task, config.validation.prompts)
@@ -126,13 +128,13 @@ def batch_plan(config: DictConfig, algorithm: Algorithm | Supervised) -> BatchPl
     processes = devices * config.hardware.num_nodes
     micro_batch = config.optim.micro_batch_size
     if isinstance(algorithm, Supervised):
-        return BatchPlan(algorithm.batch_size, 1, 1, None, micro_batch, processes)
+        return BatchPlan(algorithm.batch_size, 1, 1, 1, micro_batch, processes)
     update = algorithm.update
     return BatchPlan(
         config.rollout.prompts,
         config.rollout.group_size,
         update.epochs,
-        update.minibatch_size,
+        update.minibatches,
         micro_batch,
         processes,
     )
@@ -150,7 +152,9 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
     """Lightning's trainer: one epoch is the whole run, one batch an iteration."""
     hardware = config.hardware
     if hardware.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("hardware=gpu, but torch sees no GPU; take hardware=cpu, or install a CUDA build of torch")
+        raise UserError(
+            "hardware=gpu, but torch sees no GPU; take hardware=cpu, or install a CUDA build of torch"
+        )
     return Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
@@ -182,5 +186,5 @@ def parts(group: DictConfig | None, kind: type) -> list[Any]:
     built = {name: instantiate(node) for name, node in (group or {}).items() if node is not None}
     for name, part in built.items():
         if not isinstance(part, kind):
-            raise UserError(f"{name} is a {type(part).__name__}; its group holds {kind.__name__}s only")
+            raise UserError(f"{name!s} is a {type(part).__name__}; its group holds {kind.__name__}s only")
     return list(built.values())

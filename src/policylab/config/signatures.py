@@ -35,7 +35,7 @@ def check_signatures(config: DictConfig, path: str, ignore: frozenset[str]) -> N
         _check_node(config, path, ignore)
     for key, value in config.items():
         if isinstance(value, DictConfig):
-            check_signatures(value, f"{path}.{key}" if path else str(key), frozenset())
+            check_signatures(value, f"{path}.{key!s}", frozenset())
 
 
 def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
@@ -98,5 +98,11 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(option) for option in get_args(hint))
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return plain.get(hint, getattr(hint, "__name__", str(hint)))

@@ -68,9 +68,11 @@ class Policy(nn.Module):
         """
         if self.chat:
             message = instruction.format(text=text) if instruction else text
-            tokens = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False
+            templated = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
             )
+            # The template has written its own special tokens.
+            tokens = self.tokenizer(templated, add_special_tokens=False)["input_ids"]
         else:
             tokens = self.tokenizer(text)["input_ids"]
         target = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
@@ -84,7 +86,7 @@ class Policy(nn.Module):
 
     def decode(self, tokens: list[int]) -> str:
         """Text for rewards and people; never encoded back."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def evaluate(
         self, rollout: Rollout, temperature: float, entropy_gradient: bool, reference: Self | None

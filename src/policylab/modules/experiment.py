@@ -75,7 +75,9 @@ class ExperimentModule(LightningModule):
 
     # -- one iteration, in pieces --------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], group_size: int, stream: int, samples: Sequence[int]) -> Rollout:
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, stream: int, samples: Sequence[int]
+    ) -> Rollout:
         """Samples completions with the noise that belongs to these samples of this iteration."""
         iteration = self.iteration if stream != VALIDATION else 0
         noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
@@ -128,9 +130,13 @@ class ExperimentModule(LightningModule):
         parts = self.micro_batches(rows) if len(rows) else [rows]
         for i, part in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else self.hold_synchronization():
-                loss = loss_of(part) if len(part) else sum(p.sum() for p in self.policy.parameters()) * 0.0
+                loss = loss_of(part) if len(part) else self.zero_loss()
                 # Data-parallel strategies average gradients; the denominators want their sum.
                 self.manual_backward(loss * self.trainer.world_size)
+
+    def zero_loss(self) -> Tensor:
+        """A zero that is tied to every parameter."""
+        return torch.stack([parameter.sum() for parameter in self.policy.parameters()]).sum() * 0.0
 
     def hold_synchronization(self) -> AbstractContextManager[None]:
         """Keeps a backward pass from averaging gradients over processes."""
@@ -280,7 +286,9 @@ class ExperimentModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The reference never changes and comes from where the policy came from: it is not saved again.
         checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("reference.")
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if not name.startswith("reference.")
         }
         checkpoint["policylab"] = {
             "iteration": self.iteration,
@@ -292,7 +300,9 @@ class ExperimentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "policylab" not in checkpoint:
-            raise UserError("the checkpoint was not written by policylab; take one of a run's checkpoints/ folder")
+            raise UserError(
+                "the checkpoint was not written by policylab; take one of a run's checkpoints/ folder"
+            )
         state = checkpoint["policylab"]
         self.iteration = state["iteration"]
         self.kl_coef = state["kl_coef"]
@@ -312,7 +322,7 @@ class ExperimentModule(LightningModule):
     def _over_processes(self, x: Tensor, operation: str) -> Tensor:
         if self.trainer.world_size == 1:
             return x
-        return self.trainer.strategy.reduce(x.clone(), reduce_op=operation)  # type: ignore[return-value]
+        return self.trainer.strategy.reduce(x.clone(), reduce_op=operation)
 
     def _completion(self, rollout: Rollout, row: int, prompt: Prompt) -> Completion:
         tokens = rollout.tokens[row, : int(rollout.lengths[row])].tolist()

@@ -51,7 +51,11 @@ class AdamW:
         in_head = {id(p) for p in head}
         body = [p for p in policy.parameters() if p.requires_grad and id(p) not in in_head]
         groups = [
-            {"params": [p for p in body if p.ndim >= 2], "weight_decay": self.weight_decay, "base_lr": self.lr},
+            {
+                "params": [p for p in body if p.ndim >= 2],
+                "weight_decay": self.weight_decay,
+                "base_lr": self.lr,
+            },
             {"params": [p for p in body if p.ndim < 2], "weight_decay": 0.0, "base_lr": self.lr},
             {
                 "params": head,
@@ -60,7 +64,11 @@ class AdamW:
             },
         ]
         return torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=True
+            [g for g in groups if g["params"]],
+            lr=self.lr,
+            betas=(self.betas[0], self.betas[1]),
+            eps=self.eps,
+            fused=True,
         )
 
     def factor(self, iteration: int, iterations: int) -> float:

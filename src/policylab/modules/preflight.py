@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from policylab.modules.experiment import ExperimentModule
 
 #: Prompts that are tried.
-PROMPTS = 8
+PROMPTS = 32
 #: Largest difference of two log-probs of the same token, in nats, for fp32 weights and for others. fp32 decoding
 #: agrees with the full forward pass to a few 1e-5; bf16 drifts by up to 0.2.
 TOLERANCE = {torch.float32: 1e-3}
@@ -80,4 +80,6 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
 def _demand(recorded: Tensor, recomputed: Tensor, tolerance: float, what: str, cause: str) -> None:
     difference = float((recorded - recomputed).abs().max())
     if not difference <= tolerance:
-        raise UserError(f"preflight: {what}, by up to {difference:.2g} (limit {tolerance:.2g}); likely cause: {cause}")
+        raise UserError(
+            f"preflight: {what}, by up to {difference:.2g} (limit {tolerance:.2g}); likely cause: {cause}"
+        )

@@ -89,11 +89,15 @@ class Rollout:
     logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the sampling policy
     values: Float[Tensor, "B T"] | None = None  #: the critic's at sampling time; None without a critic
     ref_logprobs: Float[Tensor, "B T"] | None = None  #: under the reference; None without one
-    exact_kl: Float[Tensor, "B T"] | None = None  #: KL(policy | reference) over the vocabulary, when asked for
+    exact_kl: Float[Tensor, "B T"] | None = (
+        None  #: KL(policy | reference) over the vocabulary, when asked for
+    )
     rewards: Float[Tensor, " B"] | None = None  #: the task's reward of each sequence
     reward_parts: Float[Tensor, "B K"] | None = None
     part_names: tuple[str, ...] = ()
-    token_rewards: Float[Tensor, "B T"] | None = None  #: what the advantage sees: reward at the end plus shaping
+    token_rewards: Float[Tensor, "B T"] | None = (
+        None  #: what the advantage sees: reward at the end plus shaping
+    )
     advantages: Float[Tensor, "B T"] | None = None  #: credit of each action
     returns: Float[Tensor, "B T"] | None = None  #: the critic's target
 
