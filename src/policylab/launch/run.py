@@ -68,7 +68,8 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
 
         with StopOnSignal() as stop, closed_loggers():
             experiment = prepare(config, run_dir, overrides)
-            experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # before the checkpoint callback  # type: ignore[attr-defined]
+            # before the checkpoint callback
+            experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # type: ignore[attr-defined]
             screen.plan(experiment)
             run(experiment, run_dir, checkpoint, stop)
         if stop.stopped:
