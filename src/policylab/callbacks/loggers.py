@@ -54,14 +54,14 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
     if find_spec("mlflow") is None:
         raise UserError("logger=mlflow needs mlflow; install it with: pip install -e '.[mlflow]'")
     id_file = Path(run_dir) / "mlflow" / "id.txt"
+    id_file.parent.mkdir(parents=True, exist_ok=True)
     logger = MLFlowLogger(
         experiment_name=experiment,
         run_name=name,
-        tracking_uri=tracking_uri or f"file:{run_dir}/mlflow/runs",
+        tracking_uri=tracking_uri or f"sqlite:///{run_dir}/mlflow/mlflow.db",
         run_id=id_file.read_text() if id_file.is_file() else None,
     )
     if not id_file.is_file():
-        id_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(id_file, str(logger.run_id))
     return logger
 

@@ -91,10 +91,10 @@ def instantiate(config: DictConfig) -> Any:
     try:
         return hydra.utils.instantiate(config, _convert_="all")
     except hydra.errors.InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        raise cause or error from None if cause else error
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise
 
 
 def check(config: DictConfig) -> None:

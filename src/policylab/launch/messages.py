@@ -36,7 +36,9 @@ def one_line(error: BaseException) -> str | None:
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The error, what it was raised from, and so on."""
     current: BaseException | None = error
-    while current is not None:
+    seen = set[int]()  # an error may name itself as its cause
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
         yield current
         current = current.__cause__ or current.__context__
 

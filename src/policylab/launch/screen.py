@@ -60,7 +60,7 @@ class Screen:
     def ending(self, summary: dict[str, Any]) -> None:
         """Before and after, where things are, and what to do next."""
         self.console.print()
-        if summary["after"]:
+        if summary["after"].get("iteration"):  # something after the baseline
             self.console.print(before_after(summary["before"], summary["after"]))
         lines = [
             (summary["status"], f"{summary['iterations']} iterations in {duration(summary['wall_seconds'])}")

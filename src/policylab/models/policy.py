@@ -79,7 +79,7 @@ class Policy(nn.Module):
         return Prompt(
             id=id,
             text=text,
-            tokens=tuple(tokens),
+            tokens=tuple(tokens) or (self.eos_id,),  # GPT-2's tokenizer makes nothing of an empty text
             reference=reference,
             target=(*target, self.eos_id) if completion else (),
         )
