@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +28,8 @@ def one_line(error: BaseException) -> str | None:
             return str(cause)
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: {improve(str(error))}; write name=value, text with commas in quotes"
+    if isinstance(error, InstantiationException):
+        return None  # what a part raised while it was built is told with its traceback
     if isinstance(error, HydraException | OmegaConfBaseException):
         return improve(str(error))
     return None
