@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from policylab.callbacks.metrics_file import read_rows
 from policylab.config import resolvers
 from policylab.errors import UserError
 from policylab.launch.entry import flags_first, quoted
@@ -387,7 +389,6 @@ def test_a_run_leaves_all_its_files(train):
 
 
 def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
-    from policylab.callbacks.metrics_file import read_rows
     from policylab.launch.signals import Interrupted
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -409,6 +410,27 @@ def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
     assert read_status(run)["state"] == "done"
     with pytest.raises(UserError, match="has done 4 of 4 iterations"):
         train([f"resume={run}"])
+
+
+def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
+    """Bit for bit, whether it was cut between two checkpoints or had finished and is prolonged."""
+
+    def state(run: Path) -> dict[str, torch.Tensor]:
+        return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+    options = ["validation.every=2", "callbacks.checkpoint.every=1", "optim.lr=1e-3"]
+    through = train([*options, "iterations=5"]).rename(tmp_path / "through")
+    run = train([*options, "iterations=2"])
+    train([f"resume={run}", "iterations=5"])
+    expected, resumed = state(through), state(run)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    columns = [{k for k in row if not k.startswith("perf/")} for row in read_rows(through / "metrics.csv")]
+    rows = [
+        [{k: row[k] for k in names} for row, names in zip(read_rows(r / "metrics.csv"), columns, strict=True)]
+        for r in (through, run)
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_a_failure_is_on_record(train, tmp_path):

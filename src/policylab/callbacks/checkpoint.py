@@ -55,6 +55,10 @@ class Checkpoint(Callback):
         if done % self.every == 0 or done == pl_module.iterations or trainer.should_stop:
             self.save_last(trainer, pl_module)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Lets a finished run be prolonged: whether a batch was the last is for the resuming command to say."""
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the best."""
         if pl_module.iteration > 0 and not trainer.sanity_checking:

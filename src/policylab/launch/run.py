@@ -59,7 +59,6 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
     else:
         refuse_taken_folder(run_dir)
     save_config(config, run_dir)
-    point_latest(run_dir, Path(config.paths.logs))
     screen = Screen(config, run_dir)
     with RunStatus(run_dir, config.iterations) as status, log_failure():
         screen.opening(overrides)  # stands before the seconds of heavy imports
@@ -68,6 +67,9 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
 
         with StopOnSignal() as stop, closed_loggers():
             experiment = prepare(config, run_dir, overrides)
+            point_latest(
+                run_dir, Path(config.paths.logs)
+            )  # a run that could not be built is nothing to point at
             # before the checkpoint callback
             experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # type: ignore[attr-defined]
             screen.plan(experiment)
@@ -107,6 +109,8 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
         if iteration % experiment.config.validation.every == 0 and not is_validated(run_dir, iteration):
             trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if module.iteration < module.iterations and not trainer.should_stop:
+            raise RuntimeError(f"training ended after {module.iteration} of {module.iterations} iterations")
         if not stop.stopped and not is_validated(run_dir, module.iteration):
             trainer.validate(module, datamodule=data, verbose=False)
 
