@@ -433,14 +433,17 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
 
 
 def test_wandb_online_without_a_key_fails_at_once(tmp_path, monkeypatch):
-    import wandb
-
     from policylab.callbacks import loggers
 
+    netrc = tmp_path / "netrc"
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=None))
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="wandb login"):
         loggers.wandb(str(tmp_path), "p", None, None, "name", [])
+    netrc.write_text("machine api.wandb.ai login user password key\n")
+    assert loggers.wandb(str(tmp_path), "p", None, None, "name", [])._wandb_init["mode"] == "online"
 
 
 def test_mlflow_names_its_extra(tmp_path, monkeypatch):

@@ -433,6 +433,11 @@ def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_metrics_csv_cannot_be_switched_off(train):
+    with pytest.raises(UserError, match="leave it on"):
+        train(["logger.csv=null"])
+
+
 def test_a_failure_is_on_record(train, tmp_path):
     with pytest.raises(UserError, match=r"is not measured; choose from: .*val/reward"):
         train(["callbacks.checkpoint.monitor=val/nothing"])

@@ -6,7 +6,9 @@ import os
 import secrets
 from collections.abc import Sequence
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
@@ -27,7 +29,7 @@ def wandb(
     import wandb as library
 
     mode = os.environ.get("WANDB_MODE", "offline")
-    if mode == "online" and not library.api.api_key:
+    if mode == "online" and not has_wandb_key():
         raise UserError("WANDB_MODE=online, but there is no API key; run `wandb login`, or unset WANDB_MODE")
     logger = WandbLogger(
         save_dir=run_dir,
@@ -64,6 +66,17 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
     if not id_file.is_file():
         write_atomically(id_file, str(logger.run_id))
     return logger
+
+
+def has_wandb_key() -> bool:
+    """Whether ``wandb login`` or ``WANDB_API_KEY`` has left a key. wandb itself would ask, or wait for the net."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def kept_id(file: Path) -> str:

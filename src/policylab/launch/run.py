@@ -52,6 +52,8 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
         UserError: when the config is wrong.
         Interrupted: after a signal, when everything is saved.
     """
+    if not (config.logger and config.logger.get("csv")):
+        raise UserError("logger.csv is off, but summary and resume read metrics.csv; leave it on")
     checkpoint = checkpoint_to_resume(config.resume) if config.resume else None
     if checkpoint:
         check_same_run(config, run_dir, checkpoint)
