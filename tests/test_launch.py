@@ -39,7 +39,7 @@ def make_run(folder: Path, **config: object) -> Path:
     """A folder that looks like that of a run."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    (folder / "status.json").write_text('{"state": "done"}')
+    (folder / "status.json").write_text('{"status": "done"}')
     return folder
 
 
@@ -170,14 +170,14 @@ def test_environment_tells_versions_and_commit():
 def test_status_tells_how_a_run_ended(tmp_path, error, state):
     try:
         with RunStatus(tmp_path, iterations=3) as status:
-            assert read_status(tmp_path)["state"] == "running"
+            assert read_status(tmp_path)["status"] == "running"
             status.write(iteration=2)
             if error:
                 raise error
     except (ValueError, KeyboardInterrupt):
         pass
     content = read_status(tmp_path)
-    assert (content["state"], content["iteration"], content["iterations"]) == (state, 2, 3)
+    assert (content["status"], content["iteration"], content["iterations"]) == (state, 2, 3)
     assert content["exception"] == ("ValueError: boom" if state == "failed" else None)
     assert content["finished"]
 
@@ -398,7 +398,7 @@ def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     run = tmp_path / "run"
     assert (
-        read_status(run)["state"] == json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+        read_status(run)["status"] == json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     )
     assert read_status(run)["iteration"] == 2
 
@@ -407,7 +407,7 @@ def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
     assert all("val/reward" in row for row in read_rows(run / "metrics.csv")), (
         "also that of the interrupted one"
     )
-    assert read_status(run)["state"] == "done"
+    assert read_status(run)["status"] == "done"
     with pytest.raises(UserError, match="has done 4 of 4 iterations"):
         train([f"resume={run}"])
 
@@ -442,14 +442,14 @@ def test_a_failure_is_on_record(train, tmp_path):
     with pytest.raises(UserError, match=r"is not measured; choose from: .*val/reward"):
         train(["callbacks.checkpoint.monitor=val/nothing"])
     status = read_status(tmp_path / "run")
-    assert status["state"] == "failed"
+    assert status["status"] == "failed"
     assert "val/nothing" in status["exception"]
 
 
 @pytest.mark.parametrize("debug", ["overfit", "profile", "'nan'"])
 def test_debug_presets_run(train, debug):
     run = train([f"debug={debug}", "iterations=4" if debug == "profile" else "iterations=1", *QUICK])
-    assert read_status(run)["state"] == "done"
+    assert read_status(run)["status"] == "done"
     assert (run / "profile" / "operators.txt").is_file() == (debug == "profile")
 
 

@@ -68,7 +68,7 @@ def make_run(folder: Path, seed: int, after: float, status: str = "done", **chan
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
     OmegaConf.save(config, folder / "config.yaml")
-    (folder / "status.json").write_text(json.dumps({"state": status}))
+    (folder / "status.json").write_text(json.dumps({"status": status}))
     if status == "done":
         (folder / "summary.json").write_text(
             json.dumps({"wall_seconds": 10.0 + seed, "tokens_generated": 1000})

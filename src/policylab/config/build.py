@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.algorithms import Algorithm, Supervised
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
+from policylab.launch.saved_config import plain
 from policylab.models.policy import Policy
 from policylab.modules import PolicyGradient, SupervisedTraining
 from policylab.modules.experiment import ExperimentModule
@@ -24,6 +26,11 @@ from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example, Task, take_validation
 from policylab.tasks.datamodule import PromptData
 
+#: All that stands at the root of a config.
+ROOT_KEYS = {
+    "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "model", "name", "optim", "paths",
+    "resume", "reward", "rollout", "seed", "tags", "task", "validation",
+}  # fmt: skip
 #: Keys of ``rollout`` that the batch plan uses, not the engine.
 PLANNED = frozenset({"prompts", "group_size"})
 
@@ -77,7 +84,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         plan=plan,
         seed=config.seed,
         iterations=config.iterations,
-        resolved_config=OmegaConf.to_yaml(config, resolve=True),
+        resolved_config=OmegaConf.to_yaml(OmegaConf.create(plain(config))),
     )
     return Experiment(module, data, trainer(config, run_dir), config)
 
@@ -103,6 +110,11 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: naming the value and what to do.
     """
+    unknown = sorted(set(map(str, config)) - ROOT_KEYS)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], ROOT_KEYS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(ROOT_KEYS))}"
+        raise UserError(f"{unknown[0]} is not a key of the config; {hint}")
     if config.iterations < 1:
         raise UserError(f"iterations is {config.iterations}; it must be at least 1")
     if config.validation.every < 1:
@@ -173,7 +185,7 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
-        detect_anomaly=bool(config.get("detect_anomaly", False)),
+        detect_anomaly=config.detect_anomaly,
     )
 
 

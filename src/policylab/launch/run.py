@@ -64,6 +64,7 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
     screen = Screen(config, run_dir)
     with RunStatus(run_dir, config.iterations) as status, log_failure():
         screen.opening(overrides)  # stands before the seconds of heavy imports
+        demand_model(config)
         from policylab.launch.follow import FollowStatus
         from policylab.launch.signals import Interrupted, StopOnSignal
 
@@ -84,6 +85,19 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
         if stop.stopped and stop.signum:
             raise Interrupted(stop.signum)
     return summary["best"]["value"] if summary["best"] else None
+
+
+def demand_model(config: DictConfig) -> None:
+    """A model that is neither here nor within reach is told before seconds of imports, not after them.
+
+    Raises:
+        UserError: naming the model, where it was looked for, and what works offline.
+    """
+    if config.model["_target_"] == "policylab.models.loading.from_hub" and config.model.path is None:
+        from policylab.models import hub
+
+        if not hub.is_cached(config.model.name):
+            hub.demand_reachable(config.model.name)
 
 
 def prepare(config: DictConfig, run_dir: Path, overrides: list[str]) -> Experiment:

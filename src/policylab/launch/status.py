@@ -39,7 +39,7 @@ class RunStatus:
         self.clock = time.monotonic()
         self.seconds_before = float(before.get("wall_seconds", 0.0))
         self.content: dict[str, Any] = {
-            "state": RUNNING,
+            "status": RUNNING,
             "iteration": int(before.get("iteration", 0)),
             "iterations": iterations,
             "exception": None,
@@ -57,7 +57,7 @@ class RunStatus:
     @property
     def state(self) -> str:
         """One of running, done, failed, interrupted."""
-        return str(self.content["state"])
+        return str(self.content["status"])
 
     def write(self, **changes: Any) -> None:
         """Changes some fields and writes the file."""
@@ -66,7 +66,7 @@ class RunStatus:
 
     def interrupted(self) -> None:
         """The run was asked to stop."""
-        self.write(state=INTERRUPTED, finished=now())
+        self.write(status=INTERRUPTED, finished=now())
 
     def __enter__(self) -> Self:
         self.write()
@@ -75,8 +75,8 @@ class RunStatus:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             if self.state == RUNNING:
-                self.write(state=DONE, finished=now())
+                self.write(status=DONE, finished=now())
         elif isinstance(error, KeyboardInterrupt):
             self.interrupted()
         else:
-            self.write(state=FAILED, finished=now(), exception=f"{type(error).__name__}: {error}")
+            self.write(status=FAILED, finished=now(), exception=f"{type(error).__name__}: {error}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import get_session
+
+from policylab.errors import UserError
 
 PROBE_SECONDS = 3.0
 OFFLINE_CHOICES = (
@@ -18,6 +19,24 @@ OFFLINE_CHOICES = (
 def cache_folder() -> str:
     """Where downloads are kept (``HF_HUB_CACHE``, ``HF_HOME``)."""
     return constants.HF_HUB_CACHE
+
+
+def is_cached(name: str) -> bool:
+    """Whether something of a model lies in the local cache; loading tells whether all of it does."""
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def demand_reachable(name: str) -> None:
+    """Asks before anything heavy is imported or tried.
+
+    Raises:
+        UserError: when a model that is not in the cache cannot be fetched, saying what was looked for, where, and
+            what works offline.
+    """
+    if (reason := why_unreachable()) is not None:
+        raise UserError(
+            f"model {name} is not in the local cache ({cache_folder()}) and {reason}; {OFFLINE_CHOICES}"
+        )
 
 
 def why_unreachable() -> str | None:

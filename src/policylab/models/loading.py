@@ -121,13 +121,14 @@ def from_cache(name: str, options: LoadOptions) -> LoadedModel | None:
 
 def download(name: str, options: LoadOptions) -> LoadedModel:
     """The hub's model ``name``, fetched now, if one short probe says that the hub is there."""
-    looked_for = f"model {name} is not in the local cache ({hub.cache_folder()})"
-    if (reason := hub.why_unreachable()) is not None:
-        raise UserError(f"{looked_for} and {reason}; {hub.OFFLINE_CHOICES}")
+    hub.demand_reachable(name)
     try:
         return load(name, options, source=f"{name} from the hub", local_only=False)
     except OSError as error:
-        raise UserError(f"{looked_for} and the hub did not give it: {first_line(error)}") from error
+        raise UserError(
+            f"model {name} is not in the local cache ({hub.cache_folder()}) and the hub did not give it: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> LoadedModel:

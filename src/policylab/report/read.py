@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         config={str(key): value for key, value in config.items()},
-        status=json.loads((folder / "status.json").read_text())["state"],
+        status=json.loads((folder / "status.json").read_text())["status"],
         summary=json.loads(summary.read_text()) if summary.is_file() else {},
         curves=_read_curves(folder / "metrics.csv"),
     )
