@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -255,15 +254,11 @@ def test_other_words_are_left_alone():
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "generate"])
-def test_help_is_fast_and_says_everything(name):
-    started = time.perf_counter()
+def test_help_says_everything(name):
     done = script(f"{name}.py", "--help")
-    seconds = time.perf_counter() - started
     assert done.returncode == 0
     for key in OmegaConf.load(ROOT / "configs" / f"{name}.yaml"):
         assert key in ("defaults", "hydra") or f"{key}:" in done.stdout
-    # Half a second on a free machine; here other tests may be running.
-    assert seconds < 2
 
 
 def test_help_imports_nothing_heavy():
@@ -398,7 +393,9 @@ def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     run = tmp_path / "run"
     assert (
-        read_status(run)["status"] == json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+        read_status(run)["status"]
+        == json.loads((run / "summary.json").read_text())["status"]
+        == "interrupted"
     )
     assert read_status(run)["iteration"] == 2
 

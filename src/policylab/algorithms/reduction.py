@@ -10,19 +10,21 @@ from torch import Tensor
 
 from policylab.functional.reduction import sequence_mean_sum, token_sum
 
+PerToken = Float[Tensor, "B T"]
+Mask = Bool[Tensor, "B T"]
+Scalar = Float[Tensor, ""]
+
 
 @runtime_checkable
 class Reduction(Protocol):
     """``denominator`` is summed over micro-batches and processes, then ``__call__`` divides by the sum."""
 
-    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]: ...
+    def denominator(self, mask: Mask) -> Scalar: ...
 
-    def __call__(
-        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
-    ) -> Float[Tensor, ""]: ...
+    def __call__(self, x: PerToken, mask: Mask, denominator: Scalar) -> Scalar: ...
 
 
-def _sequences(mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+def _sequences(mask: Mask) -> Scalar:
     return mask.any(-1).sum().float()
 
 
@@ -30,12 +32,10 @@ def _sequences(mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
 class TokenMean:
     """Every token of the minibatch weighs the same."""
 
-    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    def denominator(self, mask: Mask) -> Scalar:
         return mask.sum().float()
 
-    def __call__(
-        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
-    ) -> Float[Tensor, ""]:
+    def __call__(self, x: PerToken, mask: Mask, denominator: Scalar) -> Scalar:
         return token_sum(x, mask, denominator)
 
 
@@ -43,12 +43,10 @@ class TokenMean:
 class SequenceMean:
     """Every sequence weighs the same; a token of a long sequence weighs less (GRPO, arXiv:2402.03300)."""
 
-    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    def denominator(self, mask: Mask) -> Scalar:
         return _sequences(mask)
 
-    def __call__(
-        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
-    ) -> Float[Tensor, ""]:
+    def __call__(self, x: PerToken, mask: Mask, denominator: Scalar) -> Scalar:
         return sequence_mean_sum(x, mask, denominator)
 
 
@@ -61,10 +59,8 @@ class SequenceSum:
 
     constant: int | float
 
-    def denominator(self, mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+    def denominator(self, mask: Mask) -> Scalar:
         return _sequences(mask) * self.constant
 
-    def __call__(
-        self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], denominator: Float[Tensor, ""]
-    ) -> Float[Tensor, ""]:
+    def __call__(self, x: PerToken, mask: Mask, denominator: Scalar) -> Scalar:
         return token_sum(x, mask, denominator)

@@ -11,44 +11,26 @@ from torch import Tensor
 
 from policylab.functional.surrogates import clipped, clipped_ratio_loss, logprob_loss
 
+PerToken = Float[Tensor, "B T"]
+
 
 @runtime_checkable
 class Surrogate(Protocol):
-    """Per-token loss, and which tokens its bounds have silenced."""
+    """Per-token loss, and 1 where its bounds have silenced a token."""
 
-    def loss(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]: ...
+    def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken: ...
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]: ...
+    def clipped(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken: ...
 
 
 @dataclass(frozen=True)
 class LogProb:
     """REINFORCE: ``-A log pi``. Right for one update a rollout; more would be off-policy without correction."""
 
-    def loss(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken:
         return logprob_loss(logprobs, advantages)
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def clipped(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken:
         return torch.zeros_like(logprobs)
 
 
@@ -64,18 +46,8 @@ class ClippedRatio:
     clip_low: float
     clip_high: float
 
-    def loss(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken:
         return clipped_ratio_loss(logprobs, old_logprobs, advantages, self.clip_low, self.clip_high)
 
-    def clipped(
-        self,
-        logprobs: Float[Tensor, "B T"],
-        old_logprobs: Float[Tensor, "B T"],
-        advantages: Float[Tensor, "B T"],
-    ) -> Float[Tensor, "B T"]:
+    def clipped(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken:
         return clipped(logprobs, old_logprobs, advantages, self.clip_low, self.clip_high)

@@ -20,7 +20,7 @@ from policylab.errors import UserError
 from policylab.launch.saved_config import plain
 from policylab.models.policy import Policy
 from policylab.modules import PolicyGradient, SupervisedTraining
-from policylab.modules.experiment import ExperimentModule
+from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example, Task, take_validation
@@ -73,10 +73,8 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         seed=config.seed,
         iterations=config.iterations,
     )
-    module_class: Any = PolicyGradient if is_policy_gradient else SupervisedTraining
-    module = module_class(
+    parts = Parts(
         policy=policy,
-        algorithm=algorithm,
         engine=engine,
         reward=reward,
         task=task,
@@ -86,6 +84,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         iterations=config.iterations,
         resolved_config=OmegaConf.to_yaml(OmegaConf.create(plain(config))),
     )
+    module = PolicyGradient(algorithm, parts) if is_policy_gradient else SupervisedTraining(algorithm, parts)
     return Experiment(module, data, trainer(config, run_dir), config)
 
 
@@ -173,8 +172,8 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         num_nodes=hardware.num_nodes,
         strategy=hardware.strategy,
         precision=hardware.precision,
-        logger=parts(config.logger, Logger),
-        callbacks=parts(config.callbacks, Callback),
+        logger=named_parts(config.logger, Logger),
+        callbacks=named_parts(config.callbacks, Callback),
         max_epochs=1,
         val_check_interval=min(config.validation.every, config.iterations),
         num_sanity_val_steps=0,
@@ -189,7 +188,7 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
     )
 
 
-def parts(group: DictConfig | None, kind: type) -> list[Any]:
+def named_parts(group: DictConfig | None, kind: type) -> list[Any]:
     """The named parts of a config group; a part set to null is off.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 

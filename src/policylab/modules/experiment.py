@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,21 @@ from policylab.rollouts.types import Completion, Prompt, PromptBatch, Rollout, S
 from policylab.tasks.base import Task
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What every module is made of, whatever its algorithm."""
+
+    policy: Policy
+    engine: CachedEngine
+    reward: Reward
+    task: Task
+    optim: AdamW
+    plan: BatchPlan
+    seed: int  #: of the sampling noise and the order of minibatches
+    iterations: int  #: of the whole run
+    resolved_config: str  #: YAML; makes a checkpoint loadable without its folder
+
+
 class ExperimentModule(LightningModule):
     """Base of the modules. One Lightning batch is one iteration; optimization is manual.
 
@@ -35,30 +51,19 @@ class ExperimentModule(LightningModule):
         rollout: the last one that was trained on.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        engine: CachedEngine,
-        reward: Reward,
-        task: Task,
-        optim: AdamW,
-        plan: BatchPlan,
-        seed: int,
-        iterations: int,
-        resolved_config: str,
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.policy = policy.eval()  # dropout is off in every forward pass
+        self.policy = parts.policy.eval()  # dropout is off in every forward pass
         self.reference: Policy | None = None
-        self.engine = engine
-        self.reward = reward
-        self.task = task
-        self.optim = optim
-        self.plan = plan
-        self.seed = seed
-        self.iterations = iterations
-        self.resolved_config = resolved_config
+        self.engine = parts.engine
+        self.reward = parts.reward
+        self.task = parts.task
+        self.optim = parts.optim
+        self.plan = parts.plan
+        self.seed = parts.seed
+        self.iterations = parts.iterations
+        self.resolved_config = parts.resolved_config
         self.iteration = 0
         self.tokens_generated = 0
         self.tokens_trained = 0

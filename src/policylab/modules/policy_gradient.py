@@ -12,38 +12,21 @@ from policylab.algorithms import Algorithm
 from policylab.functional import kl
 from policylab.functional.advantages import explained_variance
 from policylab.functional.masks import masked_moments
-from policylab.models.policy import Policy
-from policylab.modules.experiment import ExperimentModule
-from policylab.modules.optimizer import AdamW
+from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.modules.preflight import Pace
-from policylab.rewards.base import Reward
-from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN
-from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Prompt, PromptBatch, Rollout
-from policylab.tasks.base import Task
 
 
 class PolicyGradient(ExperimentModule):
     """Trains the policy with an :class:`~policylab.algorithms.Algorithm`."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        algorithm: Algorithm,
-        engine: CachedEngine,
-        reward: Reward,
-        task: Task,
-        optim: AdamW,
-        plan: BatchPlan,
-        seed: int,
-        iterations: int,
-        resolved_config: str,
-    ) -> None:
-        super().__init__(policy, engine, reward, task, optim, plan, seed, iterations, resolved_config)
+    def __init__(self, algorithm: Algorithm, parts: Parts) -> None:
+        super().__init__(parts)
         self.algorithm = algorithm
-        self.reference = policy.frozen_copy()
+        self.reference = parts.policy.frozen_copy()
         self.kl_coef = algorithm.kl.controller.initial
+        self._ratio_max = torch.ones(())
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: prompts -> rollout -> reward -> shaping -> advantages -> updates -> record."""

@@ -12,34 +12,17 @@ from policylab.algorithms import Supervised
 from policylab.errors import UserError
 from policylab.functional.masks import length_mask
 from policylab.functional.reduction import token_sum
-from policylab.models.policy import Policy
-from policylab.modules.experiment import ExperimentModule
-from policylab.modules.optimizer import AdamW
+from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.modules.preflight import Pace
-from policylab.rewards.base import Reward
-from policylab.rollouts.cached import CachedEngine, pad_left
-from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.cached import pad_left
 from policylab.rollouts.types import Prompt, PromptBatch, Rollout
-from policylab.tasks.base import Task
 
 
 class SupervisedTraining(ExperimentModule):
     """Maximum likelihood, with the same validation as the policy-gradient methods beside its own loss."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        algorithm: Supervised,
-        engine: CachedEngine,
-        reward: Reward,
-        task: Task,
-        optim: AdamW,
-        plan: BatchPlan,
-        seed: int,
-        iterations: int,
-        resolved_config: str,
-    ) -> None:
-        super().__init__(policy, engine, reward, task, optim, plan, seed, iterations, resolved_config)
+    def __init__(self, algorithm: Supervised, parts: Parts) -> None:
+        super().__init__(parts)
         self.algorithm = algorithm
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
