@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from policylab.launch.environment import HIDDEN, describe_environment, redact
 from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, find_run
 from policylab.launch.messages import improve, nearest
 from policylab.launch.resume import check_same_run, rewind, with_command_of
-from policylab.launch.run_folder import claim, point_latest, write_atomically
+from policylab.launch.run_folder import claim, point_latest, write_atomically, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder
-from policylab.launch.status import RunStatus, read_status
+from policylab.launch.status import RunStatus, read_status, running_process
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,6 +180,16 @@ def test_status_tells_how_a_run_ended(tmp_path, error, state):
     assert (content["status"], content["iteration"], content["iterations"]) == (state, 2, 3)
     assert content["exception"] == ("ValueError: boom" if state == "failed" else None)
     assert content["finished"]
+
+
+def test_a_run_that_still_runs_is_known_by_its_process(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        write_json(
+            tmp_path / "status.json", {"status": "running", "host": platform.node(), "process": other.pid}
+        )
+        assert running_process(tmp_path) == other.pid
+        other.communicate(b"\n")
+    assert running_process(tmp_path) is None, "killed: its last words were 'running', but nobody is there"
 
 
 def test_seconds_of_a_resumed_run_add_up(tmp_path):

@@ -13,6 +13,7 @@ from policylab.callbacks.metrics_file import read_rows, write_rows
 from policylab.errors import UserError
 from policylab.launch.find_run import find_run
 from policylab.launch.run_folder import write_atomically
+from policylab.launch.status import running_process
 
 #: Values that make another run of it rather than the same one continued.
 IDENTITY = ("algo.name", "model.name", "task.name", "seed")
@@ -41,8 +42,11 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> No
     """Refuses to go on with a run as if it were another one.
 
     Raises:
-        UserError: when folder, algorithm, model, task or seed differ, or nothing is left to do.
+        UserError: when folder, algorithm, model, task or seed differ, nothing is left to do, or the run is still
+            running: two processes would spoil each other's records.
     """
+    if (process := running_process(run_folder)) is not None:
+        raise UserError(f"{run_folder} is still running, as process {process}; wait for its end, or stop it first")
     if not checkpoint.is_relative_to(run_folder.resolve()):
         raise UserError(f"resume={config.resume} goes on in the folder of that run; leave out hydra.run.dir")
     before = OmegaConf.load(run_folder / "config.yaml")

@@ -26,6 +26,21 @@ def read_status(run_folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def running_process(run_folder: Path) -> int | None:
+    """The process that is at work in a run folder on this machine, or None; another machine's cannot be seen."""
+    status = read_status(run_folder)
+    if status.get("status") != RUNNING or status.get("host") != platform.node():
+        return None
+    process = int(status["process"])
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # somebody else's, but alive
+    return process if process != os.getpid() else None
+
+
 class RunStatus:
     """Keeps ``status.json`` true from the first moment to the last, whatever ends the run.
 
