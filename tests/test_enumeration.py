@@ -25,6 +25,7 @@ from policylab.algorithms import (
     ReturnToGo,
     SequenceSum,
 )
+from policylab.functional import kl
 from policylab.rollouts.types import Evaluation, Rollout
 
 V, T = 3, 3
@@ -68,13 +69,15 @@ def probabilities(logits: Tensor) -> Tensor:
     return (logprobs_of(logits) + torch.where(MASK, 0.0, uniform)).sum(-1).exp()
 
 
-def algorithm(advantage, surrogate, beta: float = 0.0) -> Algorithm:
+def algorithm(
+    advantage, surrogate, beta: float = 0.0, place: str = "reward", estimator: str = "k1"
+) -> Algorithm:
     return Algorithm(
         name="test",
         advantage=advantage,
         surrogate=surrogate,
         reduction=SequenceSum(constant=1.0),
-        kl=KLPenalty("reward", "k1", FixedCoefficient(beta)),
+        kl=KLPenalty(place, estimator, FixedCoefficient(beta)),
         update=MinibatchEpochs(1, 1, None),
         critic=Critic(0.0, None),
         entropy_coef=0.0,
@@ -102,9 +105,13 @@ def loss_of(algo: Algorithm, rows: list[int], world) -> Tensor:
         rewards=rewards[rows],
     )
     rollout = algo.estimate_advantages(algo.shape_rewards(rollout, algo.kl.controller.initial), same)
-    evaluation = Evaluation(logprobs, torch.zeros_like(logprobs), rollout.values, None)
+    states = STATES[rows]
+    exact = kl.exact(logits.log_softmax(-1), ref_logits.log_softmax(-1))[states].masked_fill(~mask, 0.0)
+    evaluation = Evaluation(logprobs, torch.zeros_like(logprobs), rollout.values, exact)
     terms = algo.loss_terms(rollout, evaluation)
-    return algo.reduction(algo.loss(terms, 0.0), mask, algo.reduction.denominator(mask).double())
+    return algo.reduction(
+        algo.loss(terms, algo.kl.controller.initial), mask, algo.reduction.denominator(mask).double()
+    )
 
 
 def expected_gradient(algo: Algorithm, world, batch: int) -> Tensor:
@@ -156,3 +163,26 @@ def test_a_wrong_critic_biases_when_lambda_is_below_one(world):
     """The documented bias of GAE: the test above would notice a wrong estimator."""
     algo = algorithm(GAE(1.0, 0.5, False), LogProb())
     assert (expected_gradient(algo, world, 1) - true_gradient(world)).abs().max() > 0.01
+
+
+def kl_gradient(world, estimator: str) -> Tensor:
+    """Expected gradient of the penalty alone: the loss with it minus the loss without."""
+    advantage, surrogate = ReturnToGo(1.0, "none", False), LogProb()
+    with_kl = algorithm(advantage, surrogate, 0.3, "loss", estimator)
+    return expected_gradient(with_kl, world, 1) - expected_gradient(algorithm(advantage, surrogate), world, 1)
+
+
+def test_k2_in_the_loss_has_the_gradient_of_the_exact_kl(world):
+    """Of the KL in the states that were visited; the effect on which states are visited is left out."""
+    torch.testing.assert_close(kl_gradient(world, "k2"), kl_gradient(world, "exact"))
+
+
+def test_near_the_reference_every_kl_in_the_loss_is_the_whole_penalty(world):
+    """To first order in the distance, what is left out vanishes: it is a KL times a gradient."""
+    logits, _, rewards, values = world
+    near = logits.detach() + 1e-3 * torch.randn(logits.shape, dtype=torch.double, generator=torch.Generator())
+    world = (logits, near, rewards, values)
+    penalty = true_gradient(world, 0.3) - true_gradient(world, 0.0)
+    for estimator in ("k2", "k3", "exact"):
+        error = (kl_gradient(world, estimator) - penalty).norm() / penalty.norm()
+        assert error < 0.02, estimator

@@ -75,7 +75,7 @@ class TestInverseCDF:
 class TestEngine:
     def test_sampled_logprobs_and_values_equal_recomputed_ones(self, policy, engine):
         rollout = engine.sample(policy, PROMPTS, GROUP, noise())
-        evaluation = policy.evaluate(rollout, engine.temperature, False, None)
+        evaluation = policy.evaluate(rollout, engine.temperature, entropy_gradient=False, reference=None)
         torch.testing.assert_close(rollout.logprobs, evaluation.logprobs.detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(rollout.values, evaluation.values.detach(), atol=1e-4, rtol=0)
         assert rollout.ended.any()
@@ -130,7 +130,7 @@ class TestGrid:
     def test_padding_changes_nothing(self, policy, engine):
         """Wider padding on both sides of the grid: the same log-probs, entropies and values."""
         rollout = engine.sample(policy, PROMPTS, GROUP, noise())
-        plain = policy.evaluate(rollout, 1.0, False, None)
+        plain = policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None)
         left, right = 3, 2
 
         def widen(x):
@@ -143,7 +143,7 @@ class TestGrid:
             logprobs=widen(rollout.logprobs),
             values=widen(rollout.values),
         )
-        padded = policy.evaluate(wide, 1.0, False, None)
+        padded = policy.evaluate(wide, 1.0, entropy_gradient=False, reference=None)
         for name in ("logprobs", "entropy", "values"):
             expected = widen(getattr(plain, name))
             torch.testing.assert_close(getattr(padded, name), expected, atol=1e-5, rtol=0)
@@ -153,8 +153,8 @@ class TestGrid:
         rows = rollout.lengths.argsort()[:4]
         piece = rollout.select(rows)
         assert piece.tokens.shape[1] == int(rollout.lengths[rows].max())
-        evaluated = policy.evaluate(piece, 1.0, False, None).logprobs
-        whole = policy.evaluate(rollout, 1.0, False, None).logprobs[rows, : evaluated.shape[1]]
+        evaluated = policy.logprobs_of(piece, 1.0)
+        whole = policy.logprobs_of(rollout, 1.0)[rows, : evaluated.shape[1]]
         torch.testing.assert_close(evaluated, whole, atol=1e-5, rtol=0)
 
     def test_pad_left(self):

@@ -57,7 +57,7 @@ def rewarded(request):
     reference = policy.frozen_copy()
     engine = CachedEngine(1.0, 10)
     rollout = engine.sample(policy, PROMPTS, 2, uniforms(0, TRAIN, 0, range(8), 10))
-    ref = reference.evaluate(rollout, 1.0, False, None).logprobs
+    ref = reference.logprobs_of(rollout, 1.0)
     rollout = rollout.replace(ref_logprobs=ref, rewards=torch.linspace(-1, 1, 8))
     with torch.no_grad():
         for parameter in policy.lm.parameters():
@@ -73,7 +73,7 @@ def gradient(policy, reference, algorithm, rollout, parts):
     total = 0.0
     for rows in parts:
         piece = rollout.select(rows)
-        evaluation = policy.evaluate(piece, 1.0, True, reference)
+        evaluation = policy.evaluate(piece, 1.0, entropy_gradient=True, reference=reference)
         loss = algorithm.loss(algorithm.loss_terms(piece, evaluation), 0.1)
         loss = algorithm.reduction(loss, piece.action_mask, denominator)
         loss.backward()
@@ -98,29 +98,33 @@ def test_micro_batches_change_nothing(rewarded, reduction, size):
 def test_on_the_first_pass_the_ratio_is_one_and_the_kl_is_zero(tiny_policy):
     reference = tiny_policy.frozen_copy()
     rollout = CachedEngine(0.7, 10).sample(tiny_policy, PROMPTS, 2, uniforms(0, TRAIN, 0, range(8), 10))
-    evaluation = tiny_policy.evaluate(rollout, 0.7, False, reference)
+    evaluation = tiny_policy.evaluate(rollout, 0.7, entropy_gradient=False, reference=reference)
     ratio = (evaluation.logprobs - rollout.logprobs).exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
     assert evaluation.exact_kl.abs().max() < 1e-6
-    torch.testing.assert_close(
-        reference.evaluate(rollout, 0.7, False, None).logprobs, rollout.logprobs, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(reference.logprobs_of(rollout, 0.7), rollout.logprobs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("place", ["reward", "loss"])
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+@pytest.mark.parametrize(
+    ("place", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3"), ("loss", "exact")]
+)
 def test_every_kl_changes_the_gradient(rewarded, place, estimator):
     policy, reference, rollout = rewarded
-    exact = policy.evaluate(rollout, 1.0, False, reference).exact_kl.detach()
     # As if the moved policy had sampled: the KL in the reward is that of the sampling policy.
-    rollout = rollout.replace(
-        exact_kl=exact, logprobs=policy.evaluate(rollout, 1.0, False, None).logprobs.detach()
-    )
+    rollout = rollout.replace(logprobs=policy.logprobs_of(rollout, 1.0).detach())
     rows = [torch.arange(8)]
     with_kl = gradient(policy, reference, ppo(TokenMean(), place, estimator), rollout, rows)[1]
     without = gradient(policy, reference, ppo(TokenMean(), "none", "k1"), rollout, rows)[1]
     assert (with_kl - without).abs().max() > 1e-6
     assert with_kl.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("place", "estimator"), [("reward", "k2"), ("reward", "k3"), ("reward", "exact"), ("loss", "k1")]
+)
+def test_a_kl_without_its_gradient_is_refused(place, estimator):
+    with pytest.raises(UserError, match="does not have the KL's gradient"):
+        KLPenalty(place, estimator, FixedCoefficient(0.1))
 
 
 def test_reward_stands_at_the_last_action():
@@ -157,7 +161,7 @@ def test_senseless_combinations_are_refused():
     fields = {**base.__dict__}
     with pytest.raises(UserError, match="needs a critic"):
         Algorithm(**{**fields, "critic": None})
-    with pytest.raises(UserError, match="right for one pass"):
+    with pytest.raises(UserError, match="right for one update"):
         Algorithm(**{**fields, "surrogate": LogProb(), "advantage": ReturnToGo(1.0, "mean", False)})
 
 

@@ -6,4 +6,5 @@ from typing import Any, Self
 
 from beartype import BeartypeConf, FrozenDict, beartype
 
-check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
+# An int may stand for a float, as everywhere in Python (PEP 484): YAML writes 1 for 1.0.
+check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any}), is_pep484_tower=True))

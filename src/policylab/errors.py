@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 
 class UserError(Exception):
     """Bad input, told in one line: what is wrong, the value, what to do.
 
     The root scripts print the message without a traceback and exit with code 2.
     """
+
+
+def demand(
+    name: str, value: float | None, low: float, high: float = math.inf, *, above: bool = False
+) -> None:
+    """Refuses a number outside its bounds; None, where a value may be left out, passes.
+
+    Args:
+        name: as the config calls it.
+        low, high: both allowed; with ``above``, ``low`` itself is not.
+
+    Raises:
+        UserError: naming the value and its bounds.
+    """
+    if value is None or (low < value <= high if above else low <= value <= high):
+        return
+    bounds = f"above {low:g}" if above else f"at least {low:g}"
+    if high < math.inf:
+        bounds += f" and at most {high:g}"
+    raise UserError(f"{name} is {value}; it must be {bounds}")

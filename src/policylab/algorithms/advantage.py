@@ -8,6 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.errors import demand
 from policylab.functional.advantages import discounted_returns, gae, subtract_batch_mean
 from policylab.functional.masks import AllSum, whiten
 from policylab.rollouts.types import Rollout
@@ -45,6 +46,9 @@ class ReturnToGo:
     whiten: bool
     needs_values = False
 
+    def __post_init__(self) -> None:
+        demand("algo.advantage.gamma", self.gamma, 0, 1)
+
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         assert rollout.token_rewards is not None
         mask = rollout.action_mask
@@ -67,6 +71,10 @@ class GAE:
     lam: float
     whiten: bool
     needs_values = True
+
+    def __post_init__(self) -> None:
+        demand("algo.advantage.gamma", self.gamma, 0, 1)
+        demand("algo.advantage.lam", self.lam, 0, 1)
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         assert rollout.token_rewards is not None

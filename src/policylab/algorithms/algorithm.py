@@ -37,8 +37,13 @@ class Algorithm:
 
     Args:
         name: names the run.
-        entropy_coef: weight of the entropy bonus (nats a token).
+        advantage: what each action is credited with.
+        surrogate: the loss whose gradient moves the policy.
+        reduction: how much each token weighs.
+        kl: where the distance to the reference counts.
+        update: how a rollout becomes optimizer steps.
         critic: the value head; built only when the advantage needs values.
+        entropy_coef: weight of the entropy bonus (reward a nat).
     """
 
     name: str
@@ -56,10 +61,11 @@ class Algorithm:
                 f"algo.advantage={type(self.advantage).__name__} needs a critic, but algo.critic is none; "
                 "take algo/critic=shared_trunk or another algo/advantage"
             )
-        if isinstance(self.surrogate, LogProb) and self.update.epochs > 1:
+        steps = self.update.epochs * self.update.minibatches
+        if isinstance(self.surrogate, LogProb) and steps > 1:
             raise UserError(
-                f"algo.update.epochs={self.update.epochs} with algo/surrogate=logprob: the log-prob surrogate is "
-                "right for one pass over a rollout only; take algo.update.epochs=1 or algo/surrogate=clipped_ratio"
+                f"algo/surrogate=logprob is right for one update a rollout only, and here are {steps}; take "
+                "algo/update=single_step or algo/surrogate=clipped_ratio"
             )
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from policylab.errors import demand
+
 
 @dataclass(frozen=True)
 class Critic:
@@ -16,3 +18,7 @@ class Critic:
 
     coef: float
     clip: float | None
+
+    def __post_init__(self) -> None:
+        demand("algo.critic.coef", self.coef, 0)
+        demand("algo.critic.clip", self.clip, 0, above=True)

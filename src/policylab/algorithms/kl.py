@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policylab.errors import UserError
+from policylab.errors import UserError, demand
 from policylab.functional.kl import SAMPLED
 from policylab.functional.masks import last_position
 from policylab.rollouts.types import Evaluation, Rollout
@@ -30,6 +30,9 @@ class FixedCoefficient:
 
     initial: float
 
+    def __post_init__(self) -> None:
+        demand("algo.kl.controller.initial", self.initial, 0)
+
     def next(self, coefficient: float, kl: float, sequences: int) -> float:
         return coefficient
 
@@ -49,9 +52,20 @@ class AdaptiveCoefficient:
     target: float
     horizon: int
 
+    def __post_init__(self) -> None:
+        demand("algo.kl.controller.initial", self.initial, 0)
+        demand("algo.kl.controller.target", self.target, 0, above=True)
+        demand("algo.kl.controller.horizon", self.horizon, 1)
+
     def next(self, coefficient: float, kl: float, sequences: int) -> float:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return coefficient * (1 + error * sequences / self.horizon)
+
+
+#: Estimators whose gradient is that of the KL, by place. What is missing was enumerated and is refused:
+#: in the reward, k2 and k3 have no gradient near the reference and ``exact`` depends on the state alone, so an
+#: action never feels its own KL; in the loss, k1 has an expected gradient of zero.
+VALID = {"none": ("k1", "k2", "k3", "exact"), "reward": ("k1",), "loss": ("k2", "k3", "exact")}
 
 
 @dataclass(frozen=True)
@@ -59,10 +73,13 @@ class KLPenalty:
     """Distance to the reference policy.
 
     Args:
-        place: ``reward`` subtracts it from each token's reward, ``loss`` adds it to the loss, ``none`` only
-            measures it.
+        place: ``reward`` subtracts it from each token's reward, which is unbiased; ``loss`` adds it to the loss,
+            which leaves out that an action changes which states come later; ``none`` only measures it.
         estimator: k1, k2, k3 (see :mod:`policylab.functional.kl`) or ``exact`` over the vocabulary.
-        controller: fixed or adaptive coefficient.
+        controller: fixed or adaptive coefficient (reward or loss a nat).
+
+    Raises:
+        UserError: for a pair of place and estimator whose gradient is not that of the KL.
     """
 
     place: Literal["none", "reward", "loss"]
@@ -70,26 +87,23 @@ class KLPenalty:
     controller: Controller
 
     def __post_init__(self) -> None:
-        if self.place not in ("none", "reward", "loss"):
-            raise UserError(f"algo.kl.place is {self.place!r}; take none, reward or loss")
-        if self.estimator not in (*SAMPLED, "exact"):
-            raise UserError(f"algo.kl.estimator is {self.estimator!r}; take k1, k2, k3 or exact")
+        if self.estimator not in VALID[self.place]:
+            raise UserError(
+                f"algo.kl.estimator={self.estimator} in the {self.place} does not have the KL's gradient; "
+                f"take {' or '.join(VALID[self.place])} there"
+            )
 
     @property
     def needs_exact(self) -> bool:
-        """Both whole distributions must be compared."""
-        return self.place != "none" and self.estimator == "exact"
+        """Both whole distributions must be compared in every update."""
+        return self.place == "loss" and self.estimator == "exact"
 
     def of_rollout(self, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Per-token KL of the sampling policy; zero where no action was taken."""
-        if self.estimator == "exact":
-            assert rollout.exact_kl is not None
-            return rollout.exact_kl
-        assert rollout.ref_logprobs is not None
         return self._sampled(rollout.logprobs, rollout)
 
     def of_evaluation(self, evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """Per-token KL of the current policy, with gradient."""
+        """Per-token KL of the current policy, with gradient; zero where no action was taken."""
         if self.estimator == "exact":
             assert evaluation.exact_kl is not None
             return evaluation.exact_kl

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from policylab.errors import demand
 from policylab.functional.reduction import sequence_mean_sum, token_sum
 
 PerToken = Float[Tensor, "B T"]
@@ -57,7 +58,10 @@ class SequenceSum:
     With ``constant: 1`` it is the gradient of the expected reward itself.
     """
 
-    constant: int | float
+    constant: float
+
+    def __post_init__(self) -> None:
+        demand("algo.reduction.constant", self.constant, 0, above=True)
 
     def denominator(self, mask: Mask) -> Scalar:
         return _sequences(mask) * self.constant

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.errors import demand
 from policylab.functional.surrogates import clipped, clipped_ratio_loss, logprob_loss
 
 PerToken = Float[Tensor, "B T"]
@@ -45,6 +46,10 @@ class ClippedRatio:
 
     clip_low: float
     clip_high: float
+
+    def __post_init__(self) -> None:
+        demand("algo.surrogate.clip_low", self.clip_low, 0, 1)
+        demand("algo.surrogate.clip_high", self.clip_high, 0)
 
     def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken:
         return clipped_ratio_loss(logprobs, old_logprobs, advantages, self.clip_low, self.clip_high)

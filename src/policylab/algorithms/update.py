@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from policylab.errors import demand
+
 
 @dataclass(frozen=True)
 class MinibatchEpochs:
@@ -19,3 +21,6 @@ class MinibatchEpochs:
     epochs: int
     minibatches: int
     kl_stop: float | None
+
+    def __post_init__(self) -> None:
+        demand("algo.update.kl_stop", self.kl_stop, 0, above=True)

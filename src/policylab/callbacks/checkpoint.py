@@ -45,7 +45,8 @@ class Checkpoint(Callback):
         """A run that is killed early can go on as well."""
         if pl_module.iteration == 0:
             self.save_last(trainer, pl_module)
-            self.keep_if_best(trainer, pl_module)
+            if pl_module.val_metrics:  # empty in a run that goes on from here: its best is on file already
+                self.keep_if_best(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -15,7 +15,17 @@ class KLMonitor(Callback):
 
     Each is a sum over a completion's tokens, averaged over completions: nats a sequence. Far apart, they tell
     that few samples carry the estimate.
+
+    Args:
+        exact: record ``train/kl_exact`` as well, over the whole vocabulary; two more forward passes.
     """
+
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Asks for the exact KL before the first rollout; it must be taken before the policy moves."""
+        pl_module.track_exact_kl = self.exact
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

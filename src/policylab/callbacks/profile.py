@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, Trainer
 
 from policylab.callbacks.tables import console, short_path
+from policylab.errors import UserError
 
 
 class Profile(Callback):
@@ -27,6 +28,14 @@ class Profile(Callback):
         self.iterations = iterations
         self.rows = rows
         self.profiler: torch.profiler.profile | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuses a run that would end before there is a profile."""
+        if pl_module.iterations < self.skip + self.iterations:
+            raise UserError(
+                f"callbacks.profile skips {self.skip} iterations and profiles {self.iterations}, but the run has "
+                f"{pl_module.iterations}; give iterations={self.skip + self.iterations} or more"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Starts after the warm-up."""

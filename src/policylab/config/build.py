@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,19 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.algorithms import Algorithm, Supervised
+from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.saved_config import plain
 from policylab.models.policy import Policy
 from policylab.modules import PolicyGradient, SupervisedTraining
 from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.rollouts.cached import CachedEngine, check_context
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example, Task, take_validation
 from policylab.tasks.datamodule import PromptData
 
-#: All that stands at the root of a config.
-ROOT_KEYS = {
-    "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "model", "name", "optim", "paths",
-    "resume", "reward", "rollout", "seed", "tags", "task", "validation",
-}  # fmt: skip
 #: Keys of ``rollout`` that the batch plan uses, not the engine.
 PLANNED = frozenset({"prompts", "group_size"})
 
@@ -62,12 +58,16 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     reward = instantiate(config.reward)
     task = instantiate(config.task)
     val = take_validation(task, config.validation.prompts)
+    if isinstance(algorithm, Supervised):
+        demand_completions(task)
 
     is_policy_gradient = isinstance(algorithm, Algorithm)
     policy = Policy(instantiate(config.model), critic=is_policy_gradient and algorithm.uses_critic)
+    train_prompts, val_prompts = prompts(policy, task, task.train), prompts(policy, task, val)
+    check_context(policy, longest(train_prompts + val_prompts, engine))
     data = PromptData(
-        train=prompts(policy, task, task.train),
-        val=prompts(policy, task, val),
+        train=train_prompts,
+        val=val_prompts,
         batch_size=plan.prompts,
         val_batch_size=config.validation.batch_size,
         seed=config.seed,
@@ -103,25 +103,6 @@ def instantiate(config: DictConfig) -> Any:
         raise
 
 
-def check(config: DictConfig) -> None:
-    """Refuses root values that nothing else looks at.
-
-    Raises:
-        UserError: naming the value and what to do.
-    """
-    unknown = sorted(set(map(str, config)) - ROOT_KEYS)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], ROOT_KEYS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(ROOT_KEYS))}"
-        raise UserError(f"{unknown[0]} is not a key of the config; {hint}")
-    if config.iterations < 1:
-        raise UserError(f"iterations is {config.iterations}; it must be at least 1")
-    if config.validation.every < 1:
-        raise UserError(f"validation.every is {config.validation.every}; it must be at least 1")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed is {config.seed}; it must be between 0 and 2^32 - 1")
-
-
 def check_parts(config: DictConfig) -> None:
     """Holds each group against what it builds.
 
@@ -135,8 +116,7 @@ def check_parts(config: DictConfig) -> None:
 
 def batch_plan(config: DictConfig, algorithm: Algorithm | Supervised) -> BatchPlan:
     """How the sequences of an iteration are cut."""
-    devices = config.hardware.devices if isinstance(config.hardware.devices, int) else 1
-    processes = devices * config.hardware.num_nodes
+    processes = config.hardware.devices * config.hardware.num_nodes
     micro_batch = config.optim.micro_batch_size
     if isinstance(algorithm, Supervised):
         return BatchPlan(algorithm.batch_size, 1, 1, 1, micro_batch, processes)
@@ -159,6 +139,25 @@ def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Pro
     ]
 
 
+def demand_completions(task: Task) -> None:
+    """Supervised training needs something to imitate.
+
+    Raises:
+        UserError: naming the first example without a completion.
+    """
+    for number, example in enumerate(task.train):
+        if not example.completion:
+            raise UserError(
+                f"example {number} of task {task.name} ({example.text!r}) has no completion, and algo=sft trains on "
+                "completions; take a task.source that has them (the reviews' own openings have none: task.source=vader)"
+            )
+
+
+def longest(prompts: Sequence[Prompt], engine: CachedEngine) -> int:
+    """Positions that the longest sequence of the run may take."""
+    return max(len(prompt.tokens) + max(engine.max_new_tokens, len(prompt.target)) for prompt in prompts)
+
+
 def trainer(config: DictConfig, run_dir: Path) -> Trainer:
     """Lightning's trainer: one epoch is the whole run, one batch an iteration."""
     hardware = config.hardware
@@ -167,7 +166,10 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
             "hardware=gpu, but torch sees no GPU; take hardware=cpu, or install a CUDA build of torch"
         )
     return Trainer(
-        accelerator=hardware.accelerator,
+        # Not Lightning's own "auto", which takes Apple's GPU: that has no float64, which sampling needs.
+        accelerator="cpu"
+        if hardware.accelerator == "auto" and not torch.cuda.is_available()
+        else hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=hardware.strategy,

@@ -52,9 +52,11 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
             near = difflib.get_close_matches(key, parameters, n=1)
             hint = f"did you mean {path}.{near[0]}?" if near else f"known are {', '.join(parameters)}"
             raise UserError(f"{path}.{key} is not a key of {target.__name__}; {hint}")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in given and not config.get("_partial_"):
-            raise UserError(f"{path}.{name} is missing; {target.__name__} needs it")
+    needed = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
+    if config.get("_partial_"):  # the first parameter comes with the call
+        needed = [name for name in needed if name != next(iter(parameters))]
+    if needed:
+        raise UserError(f"{path}.{needed[0]} is missing; {target.__name__} needs it")
     hints = _hints(target)
     for key, value in given.items():
         if key in hints and not isinstance(value, DictConfig) and not _fits(value, hints[key]):

@@ -60,8 +60,9 @@ def subtract_batch_mean(
 ) -> Float[Tensor, "B T"]:
     """Return-to-go minus the mean, over the sequences of all processes, of their whole return.
 
-    The mean includes the sequence itself, which shrinks the expected gradient by ``(B - 1) / B`` and changes
-    nothing else. A sequence without actions is not counted. Zero outside the mask.
+    The mean includes the sequence itself. With ``gamma = 1`` and a sum over tokens this shrinks the expected
+    gradient by ``(B - 1) / B`` and changes nothing else; otherwise it biases it a little. A sequence without
+    actions is not counted. Zero outside the mask.
     """
     first = mask & (mask.cumsum(-1) == 1)
     total = all_sum(returns.masked_fill(~first, 0.0).sum())

@@ -9,6 +9,9 @@ k2        ``(log r)^2 / 2``        biased, small variance; its gradient is unbia
 k3        ``r - 1 - log r``        unbiased, never negative
 exact     ``sum_v p log(p / q)``   no variance; needs both distributions
 ========  =======================  ==================================================
+
+"Unbiased" speaks of the value. What the gradient is depends on where the estimate stands: see
+:class:`policylab.algorithms.kl.KLPenalty`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def completion_slice(prompt_width: int, width: int) -> slice:
 
 def log_distribution(logits: Float[Tensor, "*B V"], temperature: float) -> Float[Tensor, "*B V"]:
     """``log softmax(logits / temperature)`` in fp32, whatever the precision of the logits."""
-    return torch.log_softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)  # no copy at 1
 
 
 def token_logprobs(logp: Float[Tensor, "*B V"], tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:

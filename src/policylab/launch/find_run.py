@@ -16,17 +16,18 @@ def logs_folder() -> Path:
     return Path(str(OmegaConf.create({"logs": "${repo:}/logs"}).logs))
 
 
-def find_run(run: str | Path) -> Path:
+def find_run(run: str | Path, logs: Path | None = None) -> Path:
     """The folder of a run.
 
     Args:
         run: a run folder, any path inside one (such as a checkpoint), or "latest".
+        logs: where "latest" is looked for; None takes ``logs/`` of the repository.
 
     Raises:
         UserError: when there is no such path, or no run in it.
     """
     if str(run) == LATEST:
-        path = logs_folder() / LATEST
+        path = (logs or logs_folder()) / LATEST
         if not path.exists():
             raise UserError(
                 f"run=latest, but {path} does not exist; train first, or give the folder of a run"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows, write_rows
 from policylab.errors import UserError
-from policylab.launch.find_run import find_run
+from policylab.launch.find_run import LATEST, find_run
 from policylab.launch.run_folder import write_atomically
 from policylab.launch.status import running_process
 
@@ -24,13 +24,22 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
 
     So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
     """
-    resume = [word.removeprefix("resume=") for word in arguments if word.startswith("resume=")]
-    if not resume or resume[-1] in ("", "null"):
+    resume, logs = last_value(arguments, "resume"), last_value(arguments, "paths.logs")
+    if resume in (None, "", "null"):
         return list(arguments)
-    environment = find_run(resume[-1]) / "env.json"
+    folder = find_run(resume, Path(logs) if logs else None)
+    if resume == LATEST:  # from here on the run has a name, so that a newer one cannot slip in
+        arguments = [f"resume={folder}" if word == f"resume={LATEST}" else word for word in arguments]
+    environment = folder / "env.json"
     before = json.loads(environment.read_text())["overrides"] if environment.is_file() else []
     given = {override_key(word) for word in arguments}
     return [word for word in before if override_key(word) not in given] + list(arguments)
+
+
+def last_value(arguments: Sequence[str], key: str) -> str | None:
+    """The value that a command line gives a key; None when it gives none."""
+    values = [word.partition("=")[2] for word in arguments if word.startswith(f"{key}=")]
+    return values[-1] if values else None
 
 
 def override_key(word: str) -> str:
@@ -46,7 +55,9 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> No
             running: two processes would spoil each other's records.
     """
     if (process := running_process(run_folder)) is not None:
-        raise UserError(f"{run_folder} is still running, as process {process}; wait for its end, or stop it first")
+        raise UserError(
+            f"{run_folder} is still running, as process {process}; wait for its end, or stop it first"
+        )
     if not checkpoint.is_relative_to(run_folder.resolve()):
         raise UserError(f"resume={config.resume} goes on in the folder of that run; leave out hydra.run.dir")
     before = OmegaConf.load(run_folder / "config.yaml")

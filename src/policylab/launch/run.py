@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from policylab.callbacks.metrics_file import read_rows, validated
+from policylab.config.checks import check
 from policylab.errors import UserError
 from policylab.launch.find_run import checkpoint_to_resume
 from policylab.launch.logs import FILE_ONLY, silence_noise
@@ -54,13 +56,13 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
     """
     if not (config.logger and config.logger.get("csv")):
         raise UserError("logger.csv is off, but summary and resume read metrics.csv; leave it on")
+    check(config)
     checkpoint = checkpoint_to_resume(config.resume) if config.resume else None
     if checkpoint:
         check_same_run(config, run_dir, checkpoint)
-        rewind(run_dir, checkpoint_iteration(checkpoint))
     else:
         refuse_taken_folder(run_dir)
-    save_config(config, run_dir)
+        save_config(config, run_dir)
     screen = Screen(config, run_dir)
     with RunStatus(run_dir, config.iterations) as status, log_failure():
         screen.opening(overrides)  # stands before the seconds of heavy imports
@@ -70,6 +72,9 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
 
         with StopOnSignal() as stop, closed_loggers():
             experiment = prepare(config, run_dir, overrides)
+            if checkpoint:  # not before all is built: a command that is refused must not cut the records
+                rewind(run_dir, checkpoint_iteration(checkpoint))
+                save_config(config, run_dir)
             point_latest(
                 run_dir, Path(config.paths.logs)
             )  # a run that could not be built is nothing to point at
@@ -93,6 +98,9 @@ def demand_model(config: DictConfig) -> None:
     Raises:
         UserError: naming the model, where it was looked for, and what works offline.
     """
+    path = config.model.get("path")
+    if path is not None and not Path(path).expanduser().is_dir():
+        raise UserError(f"model.path={path}: there is no such folder (looked in {Path.cwd()})")
     if config.model["_target_"] == "policylab.models.loading.from_hub" and config.model.path is None:
         from policylab.models import hub
 
@@ -108,13 +116,21 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str]) -> Experime
     from policylab.launch.environment import describe_environment, redact
 
     silence_noise()
-    environment = {**describe_environment(Path(config.paths.repo)), "overrides": redact(overrides)}
-    write_json(run_dir / "env.json", environment)
     seed_everything(config.seed, workers=True, verbose=False)
     experiment = build(config, run_dir)
+    environment = {**describe_environment(Path(config.paths.repo)), "overrides": redact(overrides)}
+    write_json(run_dir / "env.json", with_earlier_sessions(environment, run_dir / "env.json"))
     for logger in experiment.trainer.loggers:
         logger.log_hyperparams({**plain(config), "environment": environment})
     return experiment
+
+
+def with_earlier_sessions(environment: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The environment of this session, and in a resumed run those of the sessions before it."""
+    if not file.is_file():
+        return environment
+    before = json.loads(file.read_text())
+    return {**environment, "earlier_sessions": [*before.pop("earlier_sessions", []), before]}
 
 
 def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: StopOnSignal) -> None:

@@ -33,7 +33,12 @@ class Screen:
         git = git_state(Path(self.config.paths.repo))
         commit = (git["commit"] or "no git repository")[:10] + (" with changes" if git["dirty"] else "")
         self.console.print(f"[bold]PolicyLab[/] {__version__}   commit {commit}")
-        lines = [("run", short_path(self.run_dir)), ("seed", str(self.config.seed))]
+        hardware = self.config.hardware
+        lines = [
+            ("run", short_path(self.run_dir)),
+            ("device", f"{hardware.accelerator} x {hardware.devices}, {hardware.precision}"),
+            ("seed", str(self.config.seed)),
+        ]
         if self.config.resume:
             lines.insert(1, ("resuming", str(self.config.resume)))
         self.console.print(rows(lines), soft_wrap=True)

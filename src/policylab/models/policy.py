@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from policylab.errors import UserError
 from policylab.functional import kl
 from policylab.functional.logprobs import completion_slice, entropy, log_distribution, token_logprobs
 from policylab.functional.masks import length_mask
@@ -50,6 +51,11 @@ class Policy(nn.Module):
         return next(self.lm.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model's weights."""
+        return next(self.lm.parameters()).dtype
+
+    @property
     def eos_id(self) -> int:
         """The token that ends a completion."""
         return int(self.tokenizer.eos_token_id)
@@ -72,10 +78,10 @@ class Policy(nn.Module):
                 [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
             )
             # The template has written its own special tokens.
-            tokens = self.tokenizer(templated, add_special_tokens=False)["input_ids"]
+            tokens = self._encode(str(templated), special=False)
         else:
-            tokens = self.tokenizer(text)["input_ids"]
-        target = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
+            tokens = self._encode(text, special=True)
+        target = self._encode(completion, special=False)
         return Prompt(
             id=id,
             text=text,
@@ -84,12 +90,29 @@ class Policy(nn.Module):
             target=(*target, self.eos_id) if completion else (),
         )
 
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        except Exception as error:  # the tokenizers library raises no narrower class
+            raise UserError(f"the tokenizer cannot read {text!r}: {error}") from error
+
     def decode(self, tokens: list[int]) -> str:
         """Text for rewards and people; never encoded back."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def values_of(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B"]:
+        """The critic's values, in fp32 whatever the precision of the trunk."""
+        assert self.value_head is not None
+        return self.value_head(hidden.float()).squeeze(-1).float()
+
+    def logprobs_of(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B T"]:
+        """Log-probs of the actions of a rollout, and nothing else."""
+        logits, _ = self._action_logits(rollout)
+        logp = log_distribution(logits, temperature)
+        return _on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout)
+
     def evaluate(
-        self, rollout: Rollout, temperature: float, entropy_gradient: bool, reference: Self | None
+        self, rollout: Rollout, temperature: float, *, entropy_gradient: bool, reference: Self | None
     ) -> Evaluation:
         """What this policy says about the actions of a rollout.
 
@@ -98,7 +121,6 @@ class Policy(nn.Module):
             entropy_gradient: whether the entropy is part of the loss.
             reference: gives the exact KL when it is asked for.
         """
-        mask = rollout.action_mask
         logits, hidden = self._action_logits(rollout)
         logp = log_distribution(logits, temperature)
         exact = None
@@ -108,13 +130,10 @@ class Policy(nn.Module):
             exact = _on_grid(kl.exact(logp, ref_logp), rollout)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropies = entropy(logp)
-        values = None
-        if self.value_head is not None:
-            values = _on_grid(self.value_head(hidden).squeeze(-1).float(), rollout)
         return Evaluation(
-            logprobs=_on_grid(token_logprobs(logp, rollout.tokens[mask]), rollout),
+            logprobs=_on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout),
             entropy=_on_grid(entropies, rollout),
-            values=values,
+            values=None if self.value_head is None else _on_grid(self.values_of(hidden), rollout),
             exact_kl=exact,
         )
 

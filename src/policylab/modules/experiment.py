@@ -97,18 +97,17 @@ class ExperimentModule(LightningModule):
             return rollout
         temperature = self.engine.temperature
         return rollout.replace(
-            ref_logprobs=self.per_token(
-                rollout, lambda piece: reference.evaluate(piece, temperature, False, None).logprobs
-            )
+            ref_logprobs=self.per_token(rollout, lambda piece: reference.logprobs_of(piece, temperature))
         )
 
     @torch.no_grad()
     def per_token(self, rollout: Rollout, evaluate: Callable[[Rollout], Tensor]) -> Tensor:
-        """``evaluate`` over micro-batches, put together again on the rollout's ``[B, T]`` grid."""
+        """``evaluate`` over micro-batches, put together again on the rollout's grid, ``[..., B, T]``."""
         width = rollout.tokens.shape[1]
         rows = torch.arange(len(rollout), device=rollout.tokens.device)
         parts = [evaluate(rollout.select(part)) for part in self.micro_batches(rows)]
-        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+        padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
+        return torch.cat(padded, dim=-2)
 
     def judge(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Completion]]:
         """The rollout with rewards, and its completions as text. ``prompts``: one for each row."""
@@ -163,6 +162,13 @@ class ExperimentModule(LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def reapply_optimizer_settings(self) -> None:
+        """A checkpoint brings the moments back, and with them settings that the config may have changed since."""
+        optimizer: Any = self.optimizers()
+        fresh = self.optim.build(self.policy).param_groups
+        for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "params"})
+
     def set_learning_rate(self) -> float:
         """Sets this iteration's rate and returns the policy's."""
         factor = self.optim.factor(self.iteration, self.iterations)
@@ -192,7 +198,8 @@ class ExperimentModule(LightningModule):
             self.check()
 
     def on_train_start(self) -> None:
-        """A resumed run may have no validation before it trains."""
+        """A resumed run may have no validation before it trains; its optimizer obeys the present config."""
+        self.reapply_optimizer_settings()
         if not self._checked:
             self.check()
 
@@ -200,7 +207,8 @@ class ExperimentModule(LightningModule):
         """Holds sampling against recomputation, and tells how long the run may take at most."""
         generated = self.tokens_generated
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        pace = preflight(self, list(data.train[:PROMPTS]))
+        with self.trainer.precision_plugin.forward_context():
+            pace = preflight(self, list(data.train[:PROMPTS]))
         self.tokens_generated = generated  # the check is not part of the run's account
         self._checked = True
         self.expected_seconds = (self.iterations - self.iteration) * self.seconds_per_iteration(pace)
@@ -220,7 +228,7 @@ class ExperimentModule(LightningModule):
         rollout, completions = self.judge(self.refer(rollout), batch.prompts)
         self.measure(rollout, self._val_means, "val")
         for name, values in self.task.metrics(completions).items():
-            self._val_means.add(f"val/{name}", torch.tensor(values, dtype=torch.double))
+            self._val_means.add(f"val/{name}", torch.tensor(values, dtype=torch.double, device=self.device))
         self.samples += self.describe(rollout, completions, "val")
 
     def on_validation_epoch_end(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -22,6 +24,11 @@ class Means:
             x = x[mask]
         pair = torch.stack([x.sum(), torch.tensor(float(x.numel()), dtype=torch.double, device=x.device)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def declare(self, names: Iterable[str], device: torch.device) -> None:
+        """Names that some process may never add to, so that all hold the same ones."""
+        for name in names:
+            self.add(name, torch.zeros(0, device=device))
 
     def reduce(self, all_sum: AllSum) -> dict[str, float]:
         """Means by name; a name without a single value is left out. All processes must hold the same names."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from policylab.errors import UserError
+from policylab.errors import UserError, demand
 from policylab.models.policy import Policy
 
 
@@ -40,8 +40,15 @@ class AdamW:
     micro_batch_size: int | None
 
     def __post_init__(self) -> None:
-        if self.lr < 0:
-            raise UserError(f"optim.lr is {self.lr}; it must not be negative")
+        demand("optim.lr", self.lr, 0)
+        demand("optim.critic_lr", self.critic_lr, 0)
+        demand("optim.eps", self.eps, 0, above=True)
+        demand("optim.weight_decay", self.weight_decay, 0)
+        demand("optim.max_grad_norm", self.max_grad_norm, 0, above=True)
+        demand("optim.warmup", self.warmup, 0)
+        demand("optim.micro_batch_size", self.micro_batch_size, 1)
+        if len(self.betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
+            raise UserError(f"optim.betas is {self.betas}; it must be two numbers from 0 to below 1")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise UserError(f"optim.schedule is {self.schedule!r}; take constant, linear or cosine")
 

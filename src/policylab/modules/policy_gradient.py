@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +13,19 @@ from policylab.functional.advantages import explained_variance
 from policylab.functional.masks import masked_moments
 from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.modules.preflight import Pace
-from policylab.rollouts.noise import TRAIN
+from policylab.rollouts.noise import SHUFFLE, TRAIN, uniforms
 from policylab.rollouts.types import Prompt, PromptBatch, Rollout
+
+#: Means over the tokens of all updates of an iteration.
+UPDATE_METRICS = (
+    "train/loss",
+    "train/entropy",
+    "train/clip_fraction",
+    "train/kl_old",
+    "train/value_loss",
+    "train/grad_norm",
+    "train/kl_stopped",
+)
 
 
 class PolicyGradient(ExperimentModule):
@@ -26,6 +36,7 @@ class PolicyGradient(ExperimentModule):
         self.algorithm = algorithm
         self.reference = parts.policy.frozen_copy()
         self.kl_coef = algorithm.kl.controller.initial
+        self.track_exact_kl = False  #: set by who wants ``rollout.exact_kl``; it costs two forward passes
         self._ratio_max = torch.ones(())
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -56,17 +67,19 @@ class PolicyGradient(ExperimentModule):
         return self.generate(prompts, group, TRAIN, range(first, first + len(prompts) * group))
 
     def refer(self, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probs and, when the penalty asks for it, the exact KL."""
+        """The rollout with the reference's log-probs and, when somebody watches it, the exact KL."""
         rollout = super().refer(rollout)
-        return rollout.replace(exact_kl=self.exact_kl(rollout)) if self.algorithm.kl.needs_exact else rollout
+        return rollout.replace(exact_kl=self.exact_kl(rollout)) if self.track_exact_kl else rollout
 
     def exact_kl(self, rollout: Rollout) -> Tensor:
         """KL(policy | reference) over the vocabulary at each action, ``[B, T]``."""
 
         def evaluate(piece: Rollout) -> Tensor:
-            exact = self.policy.evaluate(piece, self.engine.temperature, False, self.reference).exact_kl
-            assert exact is not None
-            return exact
+            evaluation = self.policy.evaluate(
+                piece, self.engine.temperature, entropy_gradient=False, reference=self.reference
+            )
+            assert evaluation.exact_kl is not None
+            return evaluation.exact_kl
 
         return self.per_token(rollout, evaluate)
 
@@ -79,7 +92,8 @@ class PolicyGradient(ExperimentModule):
 
     def update(self, rollout: Rollout) -> None:
         """Epochs of minibatches, ended early when the policy has moved too far."""
-        self._ratio_max = torch.ones((), device=rollout.tokens.device)
+        self._ratio_max = torch.ones((), device=self.device)
+        self._means.declare(UPDATE_METRICS, self.device)
         for epoch in range(self.algorithm.update.epochs):
             for rows in self.minibatches(len(rollout), epoch):
                 if not self.step(rollout, rows.to(rollout.tokens.device)):
@@ -91,8 +105,8 @@ class PolicyGradient(ExperimentModule):
         The order is drawn over the sequences of all processes, so that a minibatch holds the same sequences
         however many processes share them.
         """
-        key = np.random.Philox(key=np.array([self.seed, self.iteration], dtype=np.uint64), counter=epoch)
-        order = torch.from_numpy(np.random.Generator(key).permutation(self.plan.sequences))
+        noise = uniforms(self.seed, SHUFFLE, self.iteration, [epoch], self.plan.sequences)
+        order = noise[0].argsort(stable=True)
         first = self.global_rank * local
         return [
             minibatch[(minibatch >= first) & (minibatch < first + local)] - first
@@ -102,7 +116,8 @@ class PolicyGradient(ExperimentModule):
     def step(self, rollout: Rollout, rows: Tensor) -> bool:
         """One optimizer step on a minibatch. False, without a step, when ``kl_stop`` is exceeded."""
         mask = rollout.action_mask[rows]
-        denominator = self.all_sum(self.algorithm.reduction.denominator(mask)).clamp(min=1)
+        denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
+        denominator = torch.where(denominator > 0, denominator, 1.0)  # nothing to sum: zero, not NaN
         moved = [torch.zeros((), device=rollout.tokens.device)]
 
         def loss_of(part: Tensor) -> Tensor:
@@ -117,22 +132,21 @@ class PolicyGradient(ExperimentModule):
             distance = self.all_sum(torch.stack(moved).sum()) / self.all_sum(mask.sum()).clamp(min=1)
             if distance > limit:
                 self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
-                self._means.add("train/kl_stopped", torch.ones(1))
+                self._means.add("train/kl_stopped", torch.ones(1, device=self.device))
                 return False
         self.apply_gradients()
         self.tokens_trained += int(self.all_sum(mask.sum()))
-        self._means.add("train/kl_stopped", torch.zeros(1))
+        self._means.add("train/kl_stopped", torch.zeros(1, device=self.device))
         return True
 
     def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> tuple[Tensor, Tensor]:
         """The rows' share of the minibatch's loss, and their summed distance from the sampling policy."""
         algorithm, mask = self.algorithm, rollout.action_mask
-        exact_in_loss = algorithm.kl.place == "loss" and algorithm.kl.needs_exact
         evaluation = self.policy.evaluate(
             rollout,
             self.engine.temperature,
             entropy_gradient=algorithm.entropy_coef != 0,
-            reference=self.reference if exact_in_loss else None,
+            reference=self.reference if algorithm.kl.needs_exact else None,
         )
         terms = algorithm.loss_terms(rollout, evaluation)
         per_token = algorithm.loss(terms, self.kl_coef)

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from policylab.errors import UserError
 from policylab.rollouts.noise import PREFLIGHT
-from policylab.rollouts.types import Prompt
+from policylab.rollouts.types import Prompt, Rollout
 
 if TYPE_CHECKING:
+    from policylab.models.policy import Policy
     from policylab.modules.experiment import ExperimentModule
 
 #: Prompts that are tried.
 PROMPTS = 32
-#: Largest difference of two log-probs of the same token, in nats, for fp32 weights and for others. fp32 decoding
+#: Largest difference of two log-probs of the same token, in nats, in fp32 and in lower precision. fp32 decoding
 #: agrees with the full forward pass to a few 1e-5; bf16 drifts by up to 0.2.
-TOLERANCE = {torch.float32: 1e-3}
+TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.5
 
 
@@ -40,41 +41,48 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
         UserError: when log-probs or values differ, or when an untrained policy is not at its reference. A run
             would otherwise train on ratios that are wrong from the first step.
     """
-    prompts = prompts[:PROMPTS]
     policy, temperature = module.policy, module.engine.temperature
-    tolerance = TOLERANCE.get(next(policy.parameters()).dtype, LOW_PRECISION_TOLERANCE)
+    exact = module.trainer.precision == "32-true" and policy.dtype == torch.float32
+    tolerance = TOLERANCE if exact else LOW_PRECISION_TOLERANCE
     module.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass through a model is not typical
     start = time.perf_counter()
     rollout = module.generate(prompts, 1, PREFLIGHT, range(len(prompts)))
     sampled = time.perf_counter()
-    evaluation = policy.evaluate(rollout, temperature, False, None)
+    logprobs, *values = module.per_token(rollout, lambda piece: _recompute(policy, piece, temperature))
     done = time.perf_counter()
 
     _demand(
         rollout.logprobs,
-        evaluation.logprobs,
+        logprobs,
         tolerance,
         "log-probs recorded while sampling differ from recomputed ones",
         "the model's cached forward pass is not its full one (custom code, or attention that ignores positions)",
     )
-    if rollout.values is not None and evaluation.values is not None:
-        scale = max(1.0, float(evaluation.values.abs().max()))
+    if rollout.values is not None:
+        scale = max(1.0, float(values[0].abs().max()))
         _demand(
             rollout.values / scale,
-            evaluation.values / scale,
+            values[0] / scale,
             tolerance,
             "values recorded while sampling differ from recomputed ones",
             "the value head read other hidden states than in training",
         )
-    if module.reference is not None and module.iteration == 0:
+    referred = module.refer(rollout)
+    if referred.ref_logprobs is not None and module.iteration == 0:
         _demand(
             rollout.logprobs,
-            module.reference.evaluate(rollout, temperature, False, None).logprobs,
+            referred.ref_logprobs,
             tolerance,
             "the untrained policy is not at its reference",
             "weights were changed after the reference was copied",
         )
     return Pace((sampled - start) / len(prompts), (done - sampled) / len(prompts))
+
+
+def _recompute(policy: Policy, rollout: Rollout, temperature: float) -> Tensor:
+    """Log-probs and, with a critic, values: ``[1 or 2, B, T]``."""
+    evaluation = policy.evaluate(rollout, temperature, entropy_gradient=False, reference=None)
+    return torch.stack([x for x in (evaluation.logprobs, evaluation.values) if x is not None])
 
 
 def _demand(recorded: Tensor, recomputed: Tensor, tolerance: float, what: str, cause: str) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from policylab.algorithms import Supervised
-from policylab.errors import UserError
 from policylab.functional.masks import length_mask
 from policylab.functional.reduction import token_sum
 from policylab.modules.experiment import ExperimentModule, Parts
@@ -36,7 +35,7 @@ class SupervisedTraining(ExperimentModule):
 
             def loss_of(part: Tensor) -> Tensor:
                 piece = grid.select(part)
-                negative = -self.policy.evaluate(piece, 1.0, False, None).logprobs
+                negative = -self.policy.logprobs_of(piece, temperature=1.0)
                 self._means.add("train/loss", negative, piece.action_mask)
                 return token_sum(negative, piece.action_mask, tokens.float())
 
@@ -54,7 +53,7 @@ class SupervisedTraining(ExperimentModule):
         """Loss on the held-out completions, where there are any, and what the policy writes itself."""
         if all(prompt.target for prompt in batch.prompts):
             grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
-            negative = -self.policy.evaluate(grid, 1.0, False, None).logprobs
+            negative = -self.per_token(grid, lambda piece: self.policy.logprobs_of(piece, temperature=1.0))
             self._val_means.add("val/loss", negative, grid.action_mask)
         super().validation_step(batch, batch_idx)
 
@@ -63,16 +62,7 @@ def demonstrations(prompts: Sequence[Prompt], loss_on: str, device: torch.device
     """The completions of a data set on the grid of a rollout, as if the policy had chosen them.
 
     With ``loss_on="full"`` only the first token of the prompt stays a prompt.
-
-    Raises:
-        UserError: when an example has no completion.
     """
-    for prompt in prompts:
-        if not prompt.target:
-            raise UserError(
-                f"example {prompt.id} ({prompt.text!r}) has no completion, and algo=sft trains on completions; "
-                "take a task.source that has them (the reviews' embedded openings have none: task.source=vader)"
-            )
     cut = [1 if loss_on == "full" else len(p.tokens) for p in prompts]
     targets = [(p.tokens[c:] + p.target) for p, c in zip(prompts, cut, strict=True)]
     prompt_tokens, prompt_lengths = pad_left(

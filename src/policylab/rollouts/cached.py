@@ -58,7 +58,7 @@ class CachedEngine:
         """
         device = policy.device
         prompt_tokens, prompt_lengths = pad_left([p.tokens for p in prompts], device)
-        _check_context(policy, prompt_tokens.shape[1] + self.max_new_tokens)
+        check_context(policy, prompt_tokens.shape[1] + self.max_new_tokens)
         batch = _Decoding.prefill(policy, prompt_tokens, prompt_lengths, group_size)
         rows = len(prompts) * group_size
         tokens = torch.zeros(rows, self.max_new_tokens, dtype=torch.long, device=device)
@@ -76,7 +76,7 @@ class CachedEngine:
             tokens[at, t] = drawn[open_rows]
             logprobs[at, t] = token_logprobs(logp, drawn)[open_rows]
             if values is not None:
-                values[at, t] = policy.value_head(batch.hidden).squeeze(-1).float()[open_rows]  # type: ignore[misc]
+                values[at, t] = policy.values_of(batch.hidden)[open_rows]
             lengths[at] = t + 1
             ended[at] = drawn[open_rows] == policy.eos_id
             if t + 1 == self.max_new_tokens or bool(ended.all()):
@@ -166,7 +166,12 @@ def pad_left(
     return tokens, torch.tensor([len(s) for s in sequences], device=device)
 
 
-def _check_context(policy: Policy, needed: int) -> None:
+def check_context(policy: Policy, needed: int) -> None:
+    """Refuses sequences that do not fit.
+
+    Raises:
+        UserError: when ``needed`` positions are more than the model has.
+    """
     limit = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and needed > limit:
         raise UserError(

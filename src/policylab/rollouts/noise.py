@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 #: Independent streams of one seed.
-TRAIN, VALIDATION, PREFLIGHT, GENERATE = range(4)
+TRAIN, VALIDATION, PREFLIGHT, GENERATE, SHUFFLE = range(5)
 
 
 def uniforms(

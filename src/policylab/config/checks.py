@@ -1,0 +1,52 @@
+"""What can be said of a composed config before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from policylab.errors import UserError, demand
+
+#: All that stands at the root of a config.
+ROOT_KEYS = {
+    "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "model", "name", "optim", "paths",
+    "resume", "reward", "rollout", "seed", "tags", "task", "validation",
+}  # fmt: skip
+#: Values outside any ``_target_``, whose type nothing else checks.
+WHOLE_NUMBERS = (
+    "seed", "iterations", "rollout.prompts", "rollout.group_size", "validation.every", "validation.prompts",
+    "validation.batch_size", "hardware.devices", "hardware.num_nodes",
+)  # fmt: skip
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def check(config: DictConfig) -> None:
+    """Refuses root values that nothing else looks at.
+
+    Raises:
+        UserError: naming the value and what to do.
+    """
+    unknown = sorted(set(map(str, config)) - ROOT_KEYS)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], ROOT_KEYS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(ROOT_KEYS))}"
+        raise UserError(f"{unknown[0]} is not a key of the config; {hint}")
+    for path in WHOLE_NUMBERS:
+        value = OmegaConf.select(config, path)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{path}={value!r} is not a whole number")
+        demand(path, value, 0 if path == "seed" else 1)
+    if not isinstance(config.tags, ListConfig):
+        raise UserError(f"tags={config.tags!r} is not a list; write tags=[{config.tags}]")
+    demand("seed", config.seed, 0, 2**32 - 1)
+    if config.hardware.devices * config.hardware.num_nodes > 1:
+        raise UserError(
+            f"hardware.devices={config.hardware.devices}, hardware.num_nodes={config.hardware.num_nodes}: training "
+            "on several processes is not supported yet; take 1"
+        )
+    if config.hardware.precision not in PRECISIONS:
+        raise UserError(
+            f"hardware.precision={config.hardware.precision} is not one of {', '.join(PRECISIONS)}; for weights that "
+            "are bf16 throughout take model.dtype=bfloat16"
+        )
