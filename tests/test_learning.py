@@ -67,7 +67,8 @@ def test_random_walks_get_shorter(compose, algo):
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
 def test_a_shuffled_reward_teaches_nothing(compose, algo):
     overrides = [*WALKS, f"algo={algo}"] + (["iterations=25", "optim.lr=1e-3"] if algo == "reinforce" else [])
-    assert abs(gain(compose(overrides), shuffled=True)) < 0.05
+    # It may well unlearn: noise pushes a good policy nowhere good.
+    assert gain(compose(overrides), shuffled=True) < 0.05
 
 
 @pytest.mark.slow

@@ -23,8 +23,13 @@ from conftest import Compose, Train
 from doc_blocks import ROOT, blocks
 
 README = ROOT / "README.md"
+BLOCKS = blocks([README])
+# What follows a file that the page shows is run with that file by test_docs_examples.py.
 COMMANDS = [
-    (block.where, words) for block in blocks([README]) if block.language == "bash" for words in block.commands
+    (block.where, words)
+    for before, block in zip([None, *BLOCKS], BLOCKS, strict=False)
+    if block.language == "bash" and not (before and before.file_name)
+    for words in block.commands
 ]
 IN_THE_REPOSITORY = ("policylab.models.loading.embedded", "policylab.models.scratch.from_scratch")
 
@@ -92,7 +97,7 @@ def test_every_value() -> None:
 def runs_here(config: DictConfig) -> bool:
     """Whether model and data lie in the repository, and no earlier run is needed."""
     own_model = config.model._target_ in IN_THE_REPOSITORY and config.model.get("path") is None
-    return own_model and config.task.source == "default" and config.resume is None
+    return own_model and config.task.get("source", "default") == "default" and config.resume is None
 
 
 def check_make(arguments: list[str]) -> None:
