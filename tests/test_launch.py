@@ -426,7 +426,9 @@ def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
     def state(run: Path) -> dict[str, torch.Tensor]:
         return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
-    options = ["validation.every=2", "callbacks.checkpoint.every=1", "optim.lr=1e-3"]
+    # The adaptive coefficient is state as well: short horizon, so that every iteration moves it.
+    adaptive = ["algo/kl=in_reward_adaptive", "algo.kl.controller.horizon=20"]
+    options = ["validation.every=2", "callbacks.checkpoint.every=1", "optim.lr=1e-3", *adaptive]
     through = train([*options, "iterations=5"]).rename(tmp_path / "through")
     run = train([*options, "iterations=2"])
     train([f"resume={run}", "iterations=5"])
@@ -486,3 +488,21 @@ def test_evaluate_and_generate_read_a_run(train, tmp_path):
     assert texts == completions(policy, "the film", options, load_config(run)), "the same seed, the same text"
     with pytest.raises(UserError, match="this run has exported best, final"):
         load_policy(run, "start", load_config(run))
+
+
+def test_settings_given_at_a_resume_take_effect(train):
+    """The optimizer's state comes with the settings of old; the command's are the ones that count."""
+    run = train(["iterations=2", "callbacks.checkpoint.every=1"])
+    train([f"resume={run}", "iterations=3", "optim.lr=1e-6", "optim.weight_decay=0.01"])
+    optimizer = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert {group["lr"] for group in optimizer["param_groups"]} == {1e-6}
+    assert max(group["weight_decay"] for group in optimizer["param_groups"]) == 0.01
+    assert read_rows(run / "metrics.csv")[-1]["train/lr"] == 1e-6
+
+
+def test_a_refused_resume_leaves_the_records_alone(train):
+    run = train(["iterations=2", "callbacks.checkpoint.every=1"])
+    records = {name: (run / name).read_text() for name in ("config.yaml", "env.json", "metrics.csv")}
+    with pytest.raises(UserError, match="is not a number"):
+        train([f"resume={run}", "iterations=3", "optim.lr=fast"])
+    assert records == {name: (run / name).read_text() for name in records}

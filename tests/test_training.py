@@ -205,3 +205,35 @@ def _rollout_of(mask):
         prompt_ids=torch.zeros(n, dtype=torch.long),
         logprobs=torch.zeros(n, width),
     )
+
+
+def weights_after_an_iteration(compose, tmp_path, *overrides):
+    """Of the policy, flat, after one iteration of PPO in four updates."""
+    from policylab.config.build import build
+
+    config = compose(
+        ["task=random_walks", "debug=fast", "iterations=1", "callbacks=none", "callbacks.checkpoint=null"]
+        + ["hardware=cpu", "optim.lr=1e-3", *overrides]
+    )
+    (tmp_path / "run").mkdir(exist_ok=True)
+    experiment = build(config, tmp_path)
+    experiment.trainer.fit(experiment.module, datamodule=experiment.data)
+    assert experiment.module.iteration == 1
+    return torch.cat([p.detach().flatten() for p in experiment.module.policy.parameters()])
+
+
+def test_an_iteration_does_not_depend_on_the_micro_batch(compose, tmp_path):
+    """Shuffling, accumulation, clipping and step included."""
+    whole = weights_after_an_iteration(compose, tmp_path)
+    cut = weights_after_an_iteration(compose, tmp_path, "optim.micro_batch_size=3")
+    other = weights_after_an_iteration(compose, tmp_path, "seed=1")
+    # AdamW divides by the gradient's own size, which makes much of rounding where there is hardly a gradient.
+    assert (whole - cut).abs().max() < 1e-4
+    assert (whole - other).abs().max() > 1e-3
+
+
+def test_kl_stop_ends_the_updates(compose, tmp_path):
+    """The first minibatch is at the policy that sampled; after one large step the second is far from it."""
+    stopped = weights_after_an_iteration(compose, tmp_path, "algo.update.kl_stop=1e-9")
+    single = weights_after_an_iteration(compose, tmp_path)
+    assert (stopped - single).abs().max() > 1e-4
