@@ -1,21 +1,21 @@
-"""What every kind of training shares: sampling, scoring, validation, gradient accumulation, records."""
+"""What every kind of training shares: sampling, scoring, validation, records."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from policylab.errors import UserError
 from policylab.functional.masks import masked_sum
 from policylab.models.policy import Policy
 from policylab.modules.means import Means
+from policylab.modules.optimization import ManualOptimization
 from policylab.modules.optimizer import AdamW
 from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, score
@@ -41,7 +41,7 @@ class Parts:
     resolved_config: str  #: YAML; makes a checkpoint loadable without its folder
 
 
-class ExperimentModule(LightningModule):
+class ExperimentModule(ManualOptimization):
     """Base of the modules. One Lightning batch is one iteration; optimization is manual.
 
     Attributes:
@@ -52,19 +52,13 @@ class ExperimentModule(LightningModule):
     """
 
     def __init__(self, parts: Parts) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.policy = parts.policy.eval()  # dropout is off in every forward pass
+        super().__init__(parts.policy, parts.optim, parts.plan, parts.iterations)
         self.reference: Policy | None = None
         self.engine = parts.engine
         self.reward = parts.reward
         self.task = parts.task
-        self.optim = parts.optim
-        self.plan = parts.plan
         self.seed = parts.seed
-        self.iterations = parts.iterations
         self.resolved_config = parts.resolved_config
-        self.iteration = 0
         self.tokens_generated = 0
         self.tokens_trained = 0
         self.kl_coef = 0.0
@@ -73,7 +67,6 @@ class ExperimentModule(LightningModule):
         self.val_metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
         self.rollout: Rollout | None = None
-        self._means = Means()
         self._val_means = Means()
         self._seconds: dict[str, float] = {}
         self._checked = False
@@ -120,62 +113,6 @@ class ExperimentModule(LightningModule):
             part_names=tuple(scores.parts),
         )
         return rewarded, completions
-
-    def micro_batches(self, rows: Tensor) -> Sequence[Tensor]:
-        """Row indices cut into forward passes."""
-        return rows.split(self.plan.micro_batch)
-
-    def accumulate(self, rows: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Adds up the gradient of ``loss_of`` over micro-batches, synchronizing processes in the last one only.
-
-        ``loss_of`` takes row indices and returns their share of the loss, its denominator already counted over
-        all processes. A process without rows takes part with a zero that is tied to every parameter.
-        """
-        parts = self.micro_batches(rows) if len(rows) else [rows]
-        for i, part in enumerate(parts):
-            with nullcontext() if i == len(parts) - 1 else self.hold_synchronization():
-                loss = loss_of(part) if len(part) else self.zero_loss()
-                # Data-parallel strategies average gradients; the denominators want their sum.
-                self.manual_backward(loss * self.trainer.world_size)
-
-    def zero_loss(self) -> Tensor:
-        """A zero that is tied to every parameter."""
-        return torch.stack([parameter.sum() for parameter in self.policy.parameters()]).sum() * 0.0
-
-    def hold_synchronization(self) -> AbstractContextManager[None]:
-        """Keeps a backward pass from averaging gradients over processes."""
-        strategy: Any = self.trainer.strategy
-        return strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext()
-
-    def apply_gradients(self) -> None:
-        """Clips, steps, and clears."""
-        optimizer: Any = self.optimizers()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self.optim.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm is {norm.item()} in iteration {self.iteration + 1}; lower optim.lr, or run with "
-                "debug=nan to find the operation"
-            )
-        self._means.add("train/grad_norm", norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def reapply_optimizer_settings(self) -> None:
-        """A checkpoint brings the moments back, and with them settings that the config may have changed since."""
-        optimizer: Any = self.optimizers()
-        fresh = self.optim.build(self.policy).param_groups
-        for group, settings in zip(optimizer.param_groups, fresh, strict=True):
-            group.update({name: value for name, value in settings.items() if name != "params"})
-
-    def set_learning_rate(self) -> float:
-        """Sets this iteration's rate and returns the policy's."""
-        factor = self.optim.factor(self.iteration, self.iterations)
-        optimizer: Any = self.optimizers()
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        return self.optim.lr * factor
 
     def finish_iteration(self, metrics: dict[str, float], started: float) -> None:
         """Counts the iteration and records its metrics."""
@@ -293,9 +230,6 @@ class ExperimentModule(LightningModule):
 
     # -- state -----------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optim.build(self.policy)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The reference never changes and comes from where the policy came from: it is not saved again.
         checkpoint["state_dict"] = {
@@ -323,19 +257,6 @@ class ExperimentModule(LightningModule):
         self.tokens_trained = state["tokens_trained"]
         own = self.state_dict()
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n.startswith("reference.")})
-
-    def all_sum(self, x: Tensor) -> Tensor:
-        """Sum over processes."""
-        return self._over_processes(x, "sum")
-
-    def all_max(self, x: Tensor) -> Tensor:
-        """Maximum over processes."""
-        return self._over_processes(x, "max")
-
-    def _over_processes(self, x: Tensor, operation: str) -> Tensor:
-        if self.trainer.world_size == 1:
-            return x
-        return self.trainer.strategy.reduce(x.clone(), reduce_op=operation)
 
     def _completion(self, rollout: Rollout, row: int, prompt: Prompt) -> Completion:
         tokens = rollout.tokens[row, : int(rollout.lengths[row])].tolist()
