@@ -28,9 +28,10 @@ def prepare(script: str) -> None:
     Args:
         script: ``__file__`` of the root script.
     """
-    # Threads that wait for one another should sleep, not spin: with another busy process on the same cores,
-    # spinning makes an iteration several times slower. It counts only before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for one another should soon sleep: with another busy process on the same cores, long
+    # spinning makes an iteration several times slower; sleeping at once costs a third on free ones. GNU's OpenMP
+    # reads it when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     resolvers.register(Path(script).resolve().parent)
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # so that a reward of one's own can be named by its module
