@@ -103,3 +103,15 @@ def test_recipe_composes_and_names_its_command(compose, recipe):
 @pytest.mark.parametrize("mode", sorted(p.stem for p in (CONFIGS / "debug").glob("*.yaml")))
 def test_debug_mode_composes(compose, mode):
     OmegaConf.to_yaml(compose([f"debug='{mode}'"]), resolve=True)
+
+
+def test_every_metric_is_in_the_glossary(compose, tmp_path):
+    """All columns of PPO's ``metrics.csv`` but a reward's own parts, which the glossary describes by pattern."""
+    one_iteration(
+        compose(["task=random_walks", *SMALL, "callbacks=default", "callbacks.kl.exact=true"]), tmp_path
+    )
+    (file,) = tmp_path.rglob("metrics.csv")
+    glossary = (ROOT / "docs" / "metrics.md").read_text()
+    columns = file.read_text().splitlines()[0].split(",")
+    missing = [c for c in columns if f"`{c}`" not in glossary and "/reward/" not in c]
+    assert not missing
