@@ -211,10 +211,8 @@ def weights_after_an_iteration(compose, tmp_path, *overrides):
     """Of the policy, flat, after one iteration of PPO in four updates."""
     from policylab.config.build import build
 
-    config = compose(
-        ["task=random_walks", "debug=fast", "iterations=1", "callbacks=none", "callbacks.checkpoint=null"]
-        + ["hardware=cpu", "optim.lr=1e-3", *overrides]
-    )
+    small = ["debug=fast", "iterations=1", "callbacks=none", "callbacks.checkpoint=null", "hardware=cpu"]
+    config = compose(["task=random_walks", "optim.lr=1e-3", *small, *overrides])
     (tmp_path / "run").mkdir(exist_ok=True)
     experiment = build(config, tmp_path)
     experiment.trainer.fit(experiment.module, datamodule=experiment.data)
