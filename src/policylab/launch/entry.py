@@ -29,7 +29,7 @@ def prepare(script: str) -> None:
         script: ``__file__`` of the root script.
     """
     # Threads that wait for one another should soon sleep: with another busy process on the same cores, long
-    # spinning makes an iteration several times slower; sleeping at once costs a third on free ones. GNU's OpenMP
+    # spinning makes an iteration several times slower; sleeping at once costs two fifths on free ones. GNU's OpenMP
     # reads it when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     resolvers.register(Path(script).resolve().parent)

@@ -118,7 +118,11 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str]) -> Experime
     silence_noise()
     seed_everything(config.seed, workers=True, verbose=False)
     experiment = build(config, run_dir)
-    environment = {**describe_environment(Path(config.paths.repo)), "overrides": redact(overrides)}
+    environment = {
+        **describe_environment(Path(config.paths.repo)),
+        "weights": experiment.module.policy.source,
+        "overrides": redact(overrides),
+    }
     write_json(run_dir / "env.json", with_earlier_sessions(environment, run_dir / "env.json"))
     for logger in experiment.trainer.loggers:
         logger.log_hyperparams({**plain(config), "environment": environment})
