@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,17 +23,24 @@ class Estimate:
     returns: Float[Tensor, "B T"]  #: the critic's target
 
 
-@runtime_checkable
-class Advantage(Protocol):
-    """A rollout with token rewards (and values, if it needs them) becomes an :class:`Estimate`."""
+class Advantage(ABC):
+    """A rollout with token rewards becomes an :class:`Estimate`.
 
-    needs_values: bool
+    What a method needs beside the token rewards, it says in these:
+    """
 
-    def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate: ...
+    needs_values: ClassVar[bool] = False  #: ``rollout.values``: a critic is built and trained
+    needs_greedy: ClassVar[bool] = False  #: ``rollout.greedy_rewards``: one more completion a prompt
+    needs_policy_logprobs: ClassVar[bool] = False  #: ``rollout.policy_logprobs``: one more forward pass
+    min_group_size: ClassVar[int] = 1  #: completions of each prompt at least
+
+    @abstractmethod
+    def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
+        """Credit of the actions in ``rollout.loss_mask``; a sequence outside it might as well not be there."""
 
 
 @dataclass(frozen=True)
-class ReturnToGo:
+class ReturnToGo(Advantage):
     """Discounted return from each action on, with or without the batch mean as baseline.
 
     Args:
@@ -44,21 +52,20 @@ class ReturnToGo:
     gamma: float
     baseline: Literal["none", "mean"]
     whiten: bool
-    needs_values = False
 
     def __post_init__(self) -> None:
         demand("algo.advantage.gamma", self.gamma, 0, 1)
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         assert rollout.token_rewards is not None
-        mask = rollout.action_mask
+        mask = rollout.loss_mask
         returns = discounted_returns(rollout.token_rewards, mask, self.gamma)
         advantages = subtract_batch_mean(returns, mask, all_sum) if self.baseline == "mean" else returns
         return Estimate(whiten(advantages, mask, all_sum) if self.whiten else advantages, returns)
 
 
 @dataclass(frozen=True)
-class GAE:
+class GAE(Advantage):
     """Generalized advantage estimation, arXiv:1506.02438, with the critic's values at sampling time.
 
     Args:
@@ -70,7 +77,7 @@ class GAE:
     gamma: float
     lam: float
     whiten: bool
-    needs_values = True
+    needs_values: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         demand("algo.advantage.gamma", self.gamma, 0, 1)
@@ -79,7 +86,7 @@ class GAE:
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         assert rollout.token_rewards is not None
         assert rollout.values is not None
-        mask = rollout.action_mask
+        mask = rollout.loss_mask
         advantages = gae(rollout.token_rewards, rollout.values, mask, self.gamma, self.lam)
         returns = advantages + rollout.values
         return Estimate(whiten(advantages, mask, all_sum) if self.whiten else advantages, returns)

@@ -12,7 +12,7 @@ from policylab.algorithms.advantage import Advantage
 from policylab.algorithms.critic import Critic
 from policylab.algorithms.kl import KLPenalty, shaped_token_rewards
 from policylab.algorithms.reduction import Reduction
-from policylab.algorithms.surrogate import LogProb, Surrogate
+from policylab.algorithms.surrogate import Surrogate
 from policylab.algorithms.update import MinibatchEpochs
 from policylab.errors import UserError
 from policylab.functional.masks import AllSum
@@ -62,9 +62,9 @@ class Algorithm:
                 "take algo/critic=shared_trunk or another algo/advantage"
             )
         steps = self.update.epochs * self.update.minibatches
-        if isinstance(self.surrogate, LogProb) and steps > 1:
+        if self.surrogate.on_policy and steps > 1:
             raise UserError(
-                f"algo/surrogate=logprob is right for one update a rollout only, and here are {steps}; take "
+                f"algo.surrogate={type(self.surrogate).__name__} is right for one update a rollout only, and here are {steps}; take "
                 "algo/update=single_step or algo/surrogate=clipped_ratio"
             )
 
@@ -85,7 +85,7 @@ class Algorithm:
     def loss_terms(self, rollout: Rollout, evaluation: Evaluation) -> LossTerms:
         """The parts of the loss, for the current policy's evaluation of the rollout."""
         assert rollout.advantages is not None
-        new, old = evaluation.logprobs, rollout.logprobs
+        new, old = evaluation.logprobs, rollout.old_logprobs
         value = None
         if self.uses_critic:
             assert self.critic is not None
@@ -94,9 +94,9 @@ class Algorithm:
             assert rollout.returns is not None
             value = value_loss(evaluation.values, rollout.values, rollout.returns, self.critic.clip)
         with torch.no_grad():
-            clipped = self.surrogate.clipped(new, old, rollout.advantages)
+            clipped = self.surrogate.clipped(new, old, rollout.advantages, rollout.loss_mask)
         return LossTerms(
-            surrogate=self.surrogate.loss(new, old, rollout.advantages),
+            surrogate=self.surrogate.loss(new, old, rollout.advantages, rollout.loss_mask),
             entropy=evaluation.entropy,
             value=value,
             kl=self.kl.of_evaluation(evaluation, rollout) if self.kl.place == "loss" else None,

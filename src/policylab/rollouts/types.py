@@ -86,13 +86,16 @@ class Rollout:
     ended: Bool[Tensor, " B"]  #: false when cut at the length limit
     group_ids: Int[Tensor, " B"]  #: rows of one group answer the same prompt
     prompt_ids: Int[Tensor, " B"]
-    logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the sampling policy
+    logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the distribution it was sampled from
+    policy_logprobs: Float[Tensor, "B T"] | None = None  #: under the training policy, recomputed when asked for
+    importance: Float[Tensor, "B T"] | None = None  #: weight of each token, when the sampler is corrected for
     values: Float[Tensor, "B T"] | None = None  #: the critic's at sampling time; None without a critic
     ref_logprobs: Float[Tensor, "B T"] | None = None  #: under the reference; None without one
     exact_kl: Float[Tensor, "B T"] | None = (
         None  #: KL(policy | reference) over the vocabulary, when asked for
     )
     rewards: Float[Tensor, " B"] | None = None  #: the task's reward of each sequence
+    greedy_rewards: Float[Tensor, " B"] | None = None  #: of the likeliest completion of the same prompt
     reward_parts: Float[Tensor, "B K"] | None = None
     part_names: tuple[str, ...] = ()
     token_rewards: Float[Tensor, "B T"] | None = (
@@ -100,6 +103,17 @@ class Rollout:
     )
     advantages: Float[Tensor, "B T"] | None = None  #: credit of each action
     returns: Float[Tensor, "B T"] | None = None  #: the critic's target
+    kept: Bool[Tensor, " B"] | None = None  #: false for sequences left out of training; None keeps all
+
+    @property
+    def loss_mask(self) -> Bool[Tensor, "B T"]:
+        """True at the actions that are trained on."""
+        return self.action_mask if self.kept is None else self.action_mask & self.kept[:, None]
+
+    @property
+    def old_logprobs(self) -> Float[Tensor, "B T"]:
+        """Log-probs that probability ratios are taken against."""
+        return self.logprobs if self.policy_logprobs is None else self.policy_logprobs
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
