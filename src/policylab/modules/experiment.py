@@ -19,6 +19,7 @@ from policylab.modules.optimization import ManualOptimization
 from policylab.modules.optimizer import AdamW
 from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, score
+from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import VALIDATION, uniforms
 from policylab.rollouts.plan import BatchPlan
@@ -74,12 +75,17 @@ class ExperimentModule(ManualOptimization):
     # -- one iteration, in pieces --------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Prompt], group_size: int, stream: int, samples: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        stream: int,
+        samples: Sequence[int],
+        behaviour: Behaviour | None = None,
     ) -> Rollout:
         """Samples completions with the noise that belongs to these samples of this iteration."""
         iteration = self.iteration if stream != VALIDATION else 0
         noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
-        rollout = self.engine.sample(self.policy, prompts, group_size, noise)
+        rollout = self.engine.sample(self.policy, prompts, group_size, noise, behaviour)
         self.tokens_generated += int(self.all_sum(rollout.action_mask.sum()))
         return rollout
 

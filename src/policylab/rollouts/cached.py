@@ -19,6 +19,7 @@ from policylab.functional.logprobs import log_distribution, token_logprobs
 from policylab.functional.masks import length_mask
 from policylab.models.head import watch_head
 from policylab.models.policy import Policy
+from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.sampling import inverse_cdf
 from policylab.rollouts.types import Prompt, Rollout
 
@@ -46,12 +47,18 @@ class CachedEngine:
 
     @torch.no_grad()
     def sample(
-        self, policy: Policy, prompts: Sequence[Prompt], group_size: int, noise: Float[Tensor, "B T"]
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        noise: Float[Tensor, "B T"],
+        behaviour: Behaviour | None = None,
     ) -> Rollout:
         """``group_size`` completions of each prompt, those of one prompt in adjacent rows.
 
         Args:
             noise: uniform numbers, a row for each completion and ``max_new_tokens`` columns.
+            behaviour: what is sampled from; None is the policy itself.
 
         Raises:
             UserError: when prompt and completion do not fit the model's context.
@@ -70,6 +77,7 @@ class CachedEngine:
 
         for t in range(self.max_new_tokens):
             logp = log_distribution(batch.logits, self.temperature)
+            logp = logp if behaviour is None else behaviour(logp)
             drawn = inverse_cdf(logp, noise[batch.rows, t])
             open_rows = ~ended[batch.rows]
             at = batch.rows[open_rows]

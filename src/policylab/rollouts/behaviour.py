@@ -1,0 +1,17 @@
+"""What is sampled from instead of the policy's own distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: The policy's log-distribution becomes the one that tokens are drawn from.
+Behaviour = Callable[[Float[Tensor, "B V"]], Float[Tensor, "B V"]]
+
+
+def greedy(logp: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+    """All probability on the likeliest token (of several, on the first)."""
+    return torch.full_like(logp, float("-inf")).scatter(-1, logp.argmax(-1, keepdim=True), 0.0)
