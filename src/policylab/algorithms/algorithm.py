@@ -10,12 +10,15 @@ from torch import Tensor
 
 from policylab.algorithms.advantage import Advantage
 from policylab.algorithms.critic import Critic
-from policylab.algorithms.kl import KLPenalty, shaped_token_rewards
+from policylab.algorithms.importance import TruncatedImportance
+from policylab.algorithms.kl import KLPenalty, NoPenalty
 from policylab.algorithms.reduction import Reduction
+from policylab.algorithms.sampling import DynamicSampling
 from policylab.algorithms.surrogate import Surrogate
-from policylab.algorithms.update import MinibatchEpochs
+from policylab.algorithms.truncation import Truncation
+from policylab.algorithms.update import MinibatchEpochs, Update
 from policylab.errors import UserError
-from policylab.functional.masks import AllSum
+from policylab.functional.masks import AllSum, last_position
 from policylab.functional.surrogates import value_loss
 from policylab.rollouts.types import Evaluation, Rollout
 
@@ -41,67 +44,109 @@ class Algorithm:
         surrogate: the loss whose gradient moves the policy.
         reduction: how much each token weighs.
         kl: where the distance to the reference counts.
-        update: how a rollout becomes optimizer steps.
+        update: how a rollout becomes steps of the policy.
         critic: the value head; built only when the advantage needs values.
-        entropy_coef: weight of the entropy bonus (reward a nat).
+        sampling: which groups a rollout is made of; None takes them as they come.
+        truncation: what becomes of completions at the length limit; None treats them as all others.
+        importance: corrects for a sampler that is not quite the policy; None takes it to be the policy.
+        entropy_coef: weight of the entropy bonus (loss a nat).
+
+    Raises:
+        UserError: for a combination that makes no sense.
     """
 
     name: str
     advantage: Advantage
     surrogate: Surrogate
     reduction: Reduction
-    kl: KLPenalty
-    update: MinibatchEpochs
+    kl: KLPenalty | NoPenalty
+    update: Update
     critic: Critic | None
+    sampling: DynamicSampling | None
+    truncation: Truncation | None
+    importance: TruncatedImportance | None
     entropy_coef: float
 
     def __post_init__(self) -> None:
-        if self.advantage.needs_values and self.critic is None:
-            raise UserError(
-                f"algo.advantage={type(self.advantage).__name__} needs a critic, but algo.critic is none; "
-                "take algo/critic=shared_trunk or another algo/advantage"
-            )
-        steps = self.update.epochs * self.update.minibatches
-        if self.surrogate.on_policy and steps > 1:
-            raise UserError(
-                f"algo.surrogate={type(self.surrogate).__name__} is right for one update a rollout only, and here are {steps}; take "
-                "algo/update=single_step or algo/surrogate=clipped_ratio"
-            )
+        check_combination(self)
 
     @property
     def uses_critic(self) -> bool:
-        """Whether a value head is built and trained."""
+        """Whether a critic is built and trained."""
         return self.advantage.needs_values
 
+    @property
+    def needs_policy_logprobs(self) -> bool:
+        """Whether the sampled tokens go through the policy once more before the update."""
+        return self.importance is not None or self.advantage.needs_policy_logprobs
+
+    @property
+    def min_group_size(self) -> int:
+        """Completions that each prompt needs."""
+        return max(self.advantage.min_group_size, 1 if self.sampling is None else 2)
+
+    def select(self, rollout: Rollout) -> Rollout:
+        """The rollout with the sequences that are left out of the update marked."""
+        kept = torch.ones_like(rollout.ended)
+        if self.sampling is not None:
+            kept &= self.sampling.spread(rollout)
+        if self.truncation is not None:
+            kept &= self.truncation.keeps(rollout)
+        return rollout.replace(kept=kept)
+
     def shape_rewards(self, rollout: Rollout, kl_coef: float) -> Rollout:
-        """The rollout with token rewards: the sequence's reward at its end, KL penalty on the way."""
-        return rollout.replace(token_rewards=shaped_token_rewards(rollout, self.kl, kl_coef))
+        """The rollout with token rewards: the sequence's reward at its last action, minus what the KL of each
+        action costs when it counts there.
+
+        ``R_t = [t = last] r - beta KL_t``; arXiv:1909.08593, eq. 2.
+        """
+        assert rollout.rewards is not None
+        rewards = rollout.rewards
+        if self.truncation is not None:
+            rewards = rewards + self.truncation.penalty(rollout)
+        token_rewards = torch.where(last_position(rollout.action_mask), rewards[:, None], 0.0)
+        if isinstance(self.kl, KLPenalty) and self.kl.place == "reward":
+            token_rewards = token_rewards - kl_coef * self.kl.of_rollout(rollout)
+        return rollout.replace(token_rewards=token_rewards)
 
     def estimate_advantages(self, rollout: Rollout, all_sum: AllSum) -> Rollout:
         """The rollout with advantages and value targets."""
         estimate = self.advantage(rollout, all_sum)
         return rollout.replace(advantages=estimate.advantages, returns=estimate.returns)
 
+    def correct_sampler(self, rollout: Rollout) -> Rollout:
+        """The rollout with the weights that make up for its sampler."""
+        if self.importance is None:
+            return rollout
+        return rollout.replace(importance=self.importance.weights(rollout))
+
     def loss_terms(self, rollout: Rollout, evaluation: Evaluation) -> LossTerms:
         """The parts of the loss, for the current policy's evaluation of the rollout."""
         assert rollout.advantages is not None
-        new, old = evaluation.logprobs, rollout.old_logprobs
-        value = None
-        if self.uses_critic:
-            assert self.critic is not None
-            assert evaluation.values is not None
-            assert rollout.values is not None
-            assert rollout.returns is not None
-            value = value_loss(evaluation.values, rollout.values, rollout.returns, self.critic.clip)
+        sample = (evaluation.logprobs, rollout.old_logprobs, rollout.advantages, rollout.loss_mask)
+        surrogate = self.surrogate.loss(*sample)
+        if rollout.importance is not None:
+            surrogate = surrogate * rollout.importance
         with torch.no_grad():
-            clipped = self.surrogate.clipped(new, old, rollout.advantages, rollout.loss_mask)
+            clipped = self.surrogate.clipped(*sample)
+        kl = None
+        if isinstance(self.kl, KLPenalty) and self.kl.place == "loss":
+            kl = self.kl.of_evaluation(evaluation, rollout)
         return LossTerms(
-            surrogate=self.surrogate.loss(new, old, rollout.advantages, rollout.loss_mask),
+            surrogate=surrogate,
             entropy=evaluation.entropy,
-            value=value,
-            kl=self.kl.of_evaluation(evaluation, rollout) if self.kl.place == "loss" else None,
+            value=self.value_loss(rollout, evaluation.values) if self.uses_critic else None,
+            kl=kl,
             clipped=clipped,
         )
+
+    def value_loss(self, rollout: Rollout, values: Float[Tensor, "B T"] | None) -> Float[Tensor, "B T"]:
+        """The critic's loss a token, before its coefficient."""
+        assert self.critic is not None
+        assert values is not None
+        assert rollout.values is not None
+        assert rollout.returns is not None
+        return value_loss(values, rollout.values, rollout.returns, self.critic.clip)
 
     def loss(self, terms: LossTerms, kl_coef: float) -> Float[Tensor, "B T"]:
         """``surrogate + c_v value + beta KL - c_e entropy``, a token."""
@@ -114,3 +159,32 @@ class Algorithm:
         if self.entropy_coef:
             loss = loss - self.entropy_coef * terms.entropy
         return loss
+
+
+def check_combination(algorithm: Algorithm) -> None:
+    """Refuses parts that make no sense together.
+
+    Raises:
+        UserError: naming both, the reason, and what to take instead.
+    """
+    advantage, update = type(algorithm.advantage).__name__, algorithm.update
+    if algorithm.advantage.needs_values and algorithm.critic is None:
+        raise UserError(
+            f"algo.advantage={advantage} needs a critic, but algo.critic is none; "
+            "take algo/critic=shared_trunk or another algo/advantage"
+        )
+    steps = update.epochs * update.minibatches
+    if algorithm.surrogate.on_policy and steps > 1:
+        raise UserError(
+            f"algo.surrogate={type(algorithm.surrogate).__name__} is right for one update a rollout only, and here "
+            f"are {steps}; take algo/update=single_step or algo/surrogate=clipped_ratio"
+        )
+    if (
+        isinstance(update, MinibatchEpochs)
+        and update.reestimate
+        and not (algorithm.advantage.needs_values or algorithm.advantage.needs_policy_logprobs)
+    ):
+        raise UserError(
+            f"algo.update.reestimate=true, but algo.advantage={advantage} reads neither critic nor policy and would "
+            "estimate the same again; take false or algo/advantage=gae"
+        )

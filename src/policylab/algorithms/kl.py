@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.algorithms.reference import Reference
 from policylab.errors import UserError, demand
-from policylab.functional.kl import SAMPLED
-from policylab.functional.masks import last_position
+from policylab.functional.kl import SAMPLED, exact_in_reward
 from policylab.rollouts.types import Evaluation, Rollout
 
 
@@ -19,7 +18,8 @@ from policylab.rollouts.types import Evaluation, Rollout
 class Controller(Protocol):
     """Chooses the coefficient of the next iteration from the KL of this one."""
 
-    initial: float
+    @property
+    def initial(self) -> float: ...
 
     def next(self, coefficient: float, kl: float, sequences: int) -> float: ...
 
@@ -62,10 +62,24 @@ class AdaptiveCoefficient:
         return coefficient * (1 + error * sequences / self.horizon)
 
 
+@dataclass(frozen=True)
+class NoPenalty:
+    """The KL to the reference is measured, and costs nothing.
+
+    Args:
+        reference: None measures nothing and keeps no second copy of the weights.
+    """
+
+    reference: Reference | None
+    place: ClassVar[Literal["none"]] = "none"
+    controller: ClassVar[Controller] = FixedCoefficient(0.0)
+    exact_in_reward: ClassVar[bool] = False
+    exact_in_loss: ClassVar[bool] = False
+
+
 #: Estimators whose gradient is that of the KL, by place. What is missing was enumerated and is refused:
-#: in the reward, k2 and k3 have no gradient near the reference and ``exact`` depends on the state alone, so an
-#: action never feels its own KL; in the loss, k1 has an expected gradient of zero.
-VALID = {"none": ("k1", "k2", "k3", "exact"), "reward": ("k1",), "loss": ("k2", "k3", "exact")}
+#: in the reward, k2 and k3 have no gradient near the reference; in the loss, k1 has an expected gradient of zero.
+VALID = {"reward": ("k1", "exact"), "loss": ("k2", "k3", "exact")}
 
 
 @dataclass(frozen=True)
@@ -74,17 +88,19 @@ class KLPenalty:
 
     Args:
         place: ``reward`` subtracts it from each token's reward, which is unbiased; ``loss`` adds it to the loss,
-            which leaves out that an action changes which states come later; ``none`` only measures it.
+            which leaves out that an action changes which states come later.
         estimator: k1, k2, k3 (see :mod:`policylab.functional.kl`) or ``exact`` over the vocabulary.
         controller: fixed or adaptive coefficient (reward or loss a nat).
+        reference: what the distance is to.
 
     Raises:
-        UserError: for a pair of place and estimator whose gradient is not that of the KL.
+        UserError: for a pair of place and estimator whose gradient is not that of the KL, or without reference.
     """
 
-    place: Literal["none", "reward", "loss"]
+    place: Literal["reward", "loss"]
     estimator: Literal["k1", "k2", "k3", "exact"]
     controller: Controller
+    reference: Reference | None
 
     def __post_init__(self) -> None:
         if self.estimator not in VALID[self.place]:
@@ -92,36 +108,41 @@ class KLPenalty:
                 f"algo.kl.estimator={self.estimator} in the {self.place} does not have the KL's gradient; "
                 f"take {' or '.join(VALID[self.place])} there"
             )
+        if self.reference is None:
+            raise UserError(
+                f"algo/kl charges for the KL in the {self.place}, but algo/reference is none; "
+                "take algo/reference=frozen or algo/kl=none"
+            )
 
     @property
-    def needs_exact(self) -> bool:
+    def exact_in_reward(self) -> bool:
+        """Both whole distributions must be compared once for each rollout."""
+        return self.place == "reward" and self.estimator == "exact"
+
+    @property
+    def exact_in_loss(self) -> bool:
         """Both whole distributions must be compared in every update."""
         return self.place == "loss" and self.estimator == "exact"
 
     def of_rollout(self, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """Per-token KL of the sampling policy; zero where no action was taken."""
-        return self._sampled(rollout.logprobs, rollout)
+        """What the sampling policy is charged a token; zero where no action was taken."""
+        if self.estimator == "exact":
+            assert rollout.exact_kl is not None
+            return exact_in_reward(
+                self._sampled("k1", rollout.logprobs, rollout), rollout.exact_kl, rollout.action_mask
+            )
+        return self._sampled(self.estimator, rollout.logprobs, rollout)
 
     def of_evaluation(self, evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Per-token KL of the current policy, with gradient; zero where no action was taken."""
         if self.estimator == "exact":
             assert evaluation.exact_kl is not None
             return evaluation.exact_kl
-        return self._sampled(evaluation.logprobs, rollout)
+        return self._sampled(self.estimator, evaluation.logprobs, rollout)
 
-    def _sampled(self, logprobs: Float[Tensor, "B T"], rollout: Rollout) -> Float[Tensor, "B T"]:
+    def _sampled(
+        self, estimator: str, logprobs: Float[Tensor, "B T"], rollout: Rollout
+    ) -> Float[Tensor, "B T"]:
         assert rollout.ref_logprobs is not None
-        estimate = SAMPLED[self.estimator](logprobs, rollout.ref_logprobs)
+        estimate = SAMPLED[estimator](logprobs, rollout.ref_logprobs)
         return estimate.masked_fill(~rollout.action_mask, 0.0)
-
-
-def shaped_token_rewards(rollout: Rollout, penalty: KLPenalty, coefficient: float) -> Float[Tensor, "B T"]:
-    """The sequence's reward at its last action, minus the KL penalty of each action when it counts there.
-
-    ``R_t = [t = last] r - beta KL_t``; arXiv:1909.08593, eq. 2.
-    """
-    assert rollout.rewards is not None
-    rewards = torch.where(last_position(rollout.action_mask), rollout.rewards[:, None], 0.0)
-    if penalty.place == "reward":
-        rewards = rewards - coefficient * penalty.of_rollout(rollout)
-    return rewards

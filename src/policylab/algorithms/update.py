@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
-from policylab.errors import demand
+from policylab.errors import UserError, demand
+
+
+@runtime_checkable
+class Update(Protocol):
+    """Says how often the rollout is passed over, and in how many parts."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def minibatches(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class SingleStep:
+    """One optimizer step on the whole rollout: the ratio is 1, whatever the surrogate."""
+
+    epochs: ClassVar[int] = 1
+    minibatches: ClassVar[int] = 1
+    kl_stop: ClassVar[None] = None
+    reestimate: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -16,11 +38,22 @@ class MinibatchEpochs:
         minibatches: optimizer steps a pass, each on an equal share of the rollout.
         kl_stop: ends the iteration's updates, before the step, once the policy is this far from the one that
             sampled (k3, nats a token); None never.
+        reestimate: before each pass but the first, the advantages are estimated again with the present critic
+            and policy ("What Matters In On-Policy Reinforcement Learning?", arXiv:2006.05990, section 3.5); one
+            more forward pass.
     """
 
     epochs: int
     minibatches: int
     kl_stop: float | None
+    reestimate: bool
 
     def __post_init__(self) -> None:
+        demand("algo.update.epochs", self.epochs, 1)
+        demand("algo.update.minibatches", self.minibatches, 1)
         demand("algo.update.kl_stop", self.kl_stop, 0, above=True)
+        if self.reestimate and self.epochs == 1:
+            raise UserError(
+                "algo.update.reestimate=true estimates again before the second pass, but algo.update.epochs is 1; "
+                "take more epochs or false"
+            )

@@ -17,7 +17,7 @@ exact     ``sum_v p log(p / q)``   no variance; needs both distributions
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -40,6 +40,27 @@ def k3(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Fl
 def exact(logp: Float[Tensor, "*B V"], ref_logp: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
     """``sum_v p_v (log p_v - log q_v)`` over the whole vocabulary. Tokens with ``p_v = 0`` add nothing."""
     return (logp.exp() * (logp - ref_logp).masked_fill(logp.isneginf(), 0.0)).sum(-1)
+
+
+def exact_in_reward(
+    sampled: Float[Tensor, "B T"], exact_kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Charges each action with its own k1 and the *exact* KL of every later state; zero outside the mask.
+
+    An action must feel its own ``log p - log q``: the exact KL of its state is the same for all actions. What it
+    is charged for later states may be their expectation. ``c_t = k1_t + exact_{t+1} - k1_{t+1}`` adds up to
+    ``k1_t + sum_{s > t} exact_s``: the gradient of k1, without the noise of the later actions.
+
+    Args:
+        sampled: k1 of each action.
+        exact_kl: KL over the vocabulary in each action's state, under the policy that sampled.
+    """
+    charges = torch.zeros_like(sampled)
+    following = torch.zeros_like(sampled[:, 0])
+    for t in reversed(range(sampled.shape[1])):
+        charges[:, t] = torch.where(mask[:, t], sampled[:, t] + following, 0.0)
+        following = torch.where(mask[:, t], exact_kl[:, t] - sampled[:, t], following)
+    return charges
 
 
 #: The estimators that need no more than the sampled token's log-probs.

@@ -7,14 +7,14 @@ import time
 import torch
 from torch import Tensor
 
-from policylab.algorithms import Algorithm
+from policylab.algorithms import Algorithm, MovingReference
 from policylab.functional import kl
 from policylab.functional.advantages import explained_variance
 from policylab.functional.masks import masked_moments
-from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.modules.experiment import Parts
 from policylab.modules.preflight import Pace
-from policylab.rollouts.noise import SHUFFLE, TRAIN, uniforms
-from policylab.rollouts.types import Prompt, PromptBatch, Rollout
+from policylab.rollouts.noise import SHUFFLE, uniforms
+from policylab.rollouts.types import PromptBatch, Rollout
 
 #: Means over the tokens of all updates of an iteration.
 UPDATE_METRICS = (
@@ -28,13 +28,12 @@ UPDATE_METRICS = (
 )
 
 
-class PolicyGradient(ExperimentModule):
+class PolicyGradient(Collection):
     """Trains the policy with an :class:`~policylab.algorithms.Algorithm`."""
 
     def __init__(self, algorithm: Algorithm, parts: Parts) -> None:
-        super().__init__(parts)
-        self.algorithm = algorithm
-        self.reference = parts.policy.frozen_copy()
+        super().__init__(algorithm, parts)
+        self.reference = None if algorithm.kl.reference is None else parts.policy.frozen_copy()
         self.kl_coef = algorithm.kl.controller.initial
         self.track_exact_kl = False  #: set by who wants ``rollout.exact_kl``; it costs two forward passes
         self._ratio_max = torch.ones(())
@@ -43,15 +42,16 @@ class PolicyGradient(ExperimentModule):
         """One iteration: prompts -> rollout -> reward -> shaping -> advantages -> updates -> record."""
         started = time.perf_counter()
         lr = self.set_learning_rate()
-        with self.phase("rollout"):
-            rollout = self.sample(batch.prompts)
-            rollout = self.refer(rollout)
-        with self.phase("reward"):
-            rollout = self.reward_rollout(rollout, batch.prompts)
+        rollout = self.collect(batch.prompts)
         with self.phase("update"):
+            rollout = self.algorithm.select(rollout)
             rollout = self.algorithm.shape_rewards(rollout, self.kl_coef)
+            if self.algorithm.needs_policy_logprobs:
+                rollout = rollout.replace(policy_logprobs=self.recompute(rollout)[0])
+                rollout = self.algorithm.correct_sampler(rollout)
             rollout = self.algorithm.estimate_advantages(rollout, self.all_sum)
             self.update(rollout)
+        self.move_reference()
         metrics = self.observe(rollout)
         self.finish_iteration({**metrics, "train/lr": lr}, started)
 
@@ -60,16 +60,11 @@ class PolicyGradient(ExperimentModule):
         passes = 1 + 3 * self.algorithm.update.epochs
         return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
 
-    def sample(self, prompts: tuple[Prompt, ...]) -> Rollout:
-        """``group_size`` completions of each prompt."""
-        group = self.plan.group_size
-        first = self.global_rank * len(prompts) * group
-        return self.generate(prompts, group, TRAIN, range(first, first + len(prompts) * group))
-
     def refer(self, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probs and, when somebody watches it, the exact KL."""
+        """The rollout with the reference's log-probs and, when it counts or somebody watches it, the exact KL."""
         rollout = super().refer(rollout)
-        return rollout.replace(exact_kl=self.exact_kl(rollout)) if self.track_exact_kl else rollout
+        wanted = self.track_exact_kl or self.algorithm.kl.exact_in_reward
+        return rollout.replace(exact_kl=self.exact_kl(rollout)) if wanted and self.reference else rollout
 
     def exact_kl(self, rollout: Rollout) -> Tensor:
         """KL(policy | reference) over the vocabulary at each action, ``[B, T]``."""
@@ -83,41 +78,46 @@ class PolicyGradient(ExperimentModule):
 
         return self.per_token(rollout, evaluate)
 
-    def reward_rollout(self, rollout: Rollout, prompts: tuple[Prompt, ...]) -> Rollout:
-        """Rewards each completion, and keeps the texts for people."""
-        rows = [prompt for prompt in prompts for _ in range(self.plan.group_size)]
-        rollout, completions = self.judge(rollout, rows)
-        self.samples = self.describe(rollout, completions, "train")
-        return rollout
-
     def update(self, rollout: Rollout) -> None:
         """Epochs of minibatches, ended early when the policy has moved too far."""
         self._ratio_max = torch.ones((), device=self.device)
         self._means.declare(UPDATE_METRICS, self.device)
         for epoch in range(self.algorithm.update.epochs):
-            for rows in self.minibatches(len(rollout), epoch):
-                if not self.step(rollout, rows.to(rollout.tokens.device)):
+            if epoch and self.algorithm.update.reestimate:
+                rollout = self.reestimate(rollout)
+            for rows in self.minibatches(rollout, epoch):
+                if not self.step(rollout, rows):
                     return
 
-    def minibatches(self, local: int, epoch: int) -> list[Tensor]:
-        """This process's rows of each minibatch.
+    def reestimate(self, rollout: Rollout) -> Rollout:
+        """The rollout with advantages and value targets of the present critic and policy."""
+        logprobs, values = self.recompute(rollout)
+        seen = rollout.replace(policy_logprobs=logprobs, values=values)
+        seen = self.algorithm.estimate_advantages(seen, self.all_sum)
+        return rollout.replace(advantages=seen.advantages, returns=seen.returns)
+
+    def minibatches(self, rollout: Rollout, epoch: int) -> list[Tensor]:
+        """This process's rows of each minibatch, without those that are left out of training.
 
         The order is drawn over the sequences of all processes, so that a minibatch holds the same sequences
         however many processes share them.
         """
+        local, kept = len(rollout), rollout.loss_mask.any(-1)
         noise = uniforms(self.seed, SHUFFLE, self.iteration, [epoch], self.plan.sequences)
         order = noise[0].argsort(stable=True)
         first = self.global_rank * local
-        return [
-            minibatch[(minibatch >= first) & (minibatch < first + local)] - first
+        shares = [
+            (minibatch[(minibatch >= first) & (minibatch < first + local)] - first).to(kept.device)
             for minibatch in order.split(self.plan.minibatch)
         ]
+        return [share[kept[share]] for share in shares]
 
     def step(self, rollout: Rollout, rows: Tensor) -> bool:
         """One optimizer step on a minibatch. False, without a step, when ``kl_stop`` is exceeded."""
-        mask = rollout.action_mask[rows]
+        mask = rollout.loss_mask[rows]
         denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
-        denominator = torch.where(denominator > 0, denominator, 1.0)  # nothing to sum: zero, not NaN
+        if denominator == 0:  # nothing to learn from: a step would follow the optimizer's momentum alone
+            return True
         moved = [torch.zeros((), device=rollout.tokens.device)]
 
         def loss_of(part: Tensor) -> Tensor:
@@ -141,22 +141,22 @@ class PolicyGradient(ExperimentModule):
 
     def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> tuple[Tensor, Tensor]:
         """The rows' share of the minibatch's loss, and their summed distance from the sampling policy."""
-        algorithm, mask = self.algorithm, rollout.action_mask
+        algorithm, mask = self.algorithm, rollout.loss_mask
         evaluation = self.policy.evaluate(
             rollout,
             self.engine.temperature,
             entropy_gradient=algorithm.entropy_coef != 0,
-            reference=self.reference if algorithm.kl.needs_exact else None,
+            reference=self.reference if algorithm.kl.exact_in_loss else None,
         )
         terms = algorithm.loss_terms(rollout, evaluation)
         per_token = algorithm.loss(terms, self.kl_coef)
         with torch.no_grad():
-            distance = kl.k3(rollout.logprobs, evaluation.logprobs).masked_fill(~mask, 0.0)
+            distance = kl.k3(rollout.old_logprobs, evaluation.logprobs).masked_fill(~mask, 0.0)
             self._means.add("train/loss", per_token, mask)
             self._means.add("train/entropy", evaluation.entropy, mask)
             self._means.add("train/clip_fraction", terms.clipped, mask)
             self._means.add("train/kl_old", distance, mask)
-            ratio = (evaluation.logprobs - rollout.logprobs).exp()  # 1 outside the mask
+            ratio = (evaluation.logprobs - rollout.old_logprobs).exp()  # 1 outside the mask
             self._ratio_max = torch.maximum(self._ratio_max, ratio.max())
             if terms.value is not None:
                 self._means.add("train/value_loss", terms.value, mask)
@@ -166,6 +166,10 @@ class PolicyGradient(ExperimentModule):
         """Metrics of the iteration, and the next coefficient of the KL penalty."""
         assert rollout.rewards is not None
         self.rollout = rollout
+        if rollout.kept is not None and not (self.algorithm.sampling is self.algorithm.truncation is None):
+            self._means.add("train/kept", rollout.kept)
+        if rollout.importance is not None:
+            self._means.add("train/importance", rollout.importance, rollout.action_mask)
         self.measure(rollout, self._means, "train")
         every = torch.ones_like(rollout.rewards, dtype=torch.bool)
         _, variance = masked_moments(rollout.rewards[:, None], every[:, None], self.all_sum)
@@ -182,9 +186,23 @@ class PolicyGradient(ExperimentModule):
         self.adapt_kl_coefficient(rollout)
         return metrics
 
+    @property
+    def reference_moves(self) -> bool:
+        return isinstance(self.algorithm.kl.reference, MovingReference)
+
+    def move_reference(self) -> None:
+        """A moving reference follows the policy."""
+        moving = self.algorithm.kl.reference
+        if isinstance(moving, MovingReference) and self.reference is not None:
+            pairs = zip(self.reference.lm.parameters(), self.policy.lm.parameters(), strict=True)
+            with torch.no_grad():
+                for reference, policy in pairs:
+                    reference.lerp_(policy, 1 - moving.decay)
+
     def adapt_kl_coefficient(self, rollout: Rollout) -> None:
         """The next iteration's coefficient, from the KL that this one measured."""
-        assert rollout.ref_logprobs is not None
+        if rollout.ref_logprobs is None:
+            return
         total = self.all_sum((rollout.logprobs - rollout.ref_logprobs).sum())
         measured = float(total) / self.plan.sequences
         self.kl_coef = self.algorithm.kl.controller.next(self.kl_coef, measured, self.plan.sequences)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: Independent streams of one seed.
-TRAIN, VALIDATION, PREFLIGHT, GENERATE, SHUFFLE = range(5)
+#: Independent streams of one seed. A number never changes its meaning: finished runs would not be reproduced.
+TRAIN, VALIDATION, PREFLIGHT, GENERATE, SHUFFLE, REFILL, REPLAY = range(7)
 
 
 def uniforms(

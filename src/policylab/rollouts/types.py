@@ -5,12 +5,14 @@ Axes: ``B`` sequences, ``T`` sampled positions, ``P`` prompt length, ``K`` parts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Rollout:
     group_ids: Int[Tensor, " B"]  #: rows of one group answer the same prompt
     prompt_ids: Int[Tensor, " B"]
     logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the distribution it was sampled from
-    policy_logprobs: Float[Tensor, "B T"] | None = None  #: under the training policy, recomputed when asked for
+    policy_logprobs: Float[Tensor, "B T"] | None = (
+        None  #: under the training policy, recomputed when asked for
+    )
     importance: Float[Tensor, "B T"] | None = None  #: weight of each token, when the sampler is corrected for
     values: Float[Tensor, "B T"] | None = None  #: the critic's at sampling time; None without a critic
     ref_logprobs: Float[Tensor, "B T"] | None = None  #: under the reference; None without one
@@ -138,6 +142,23 @@ class Rollout:
                 value = value[:, :width]
             changes[field.name] = value
         return replace(self, **changes)
+
+    @classmethod
+    def concatenate(cls, rollouts: Sequence[Self]) -> Self:
+        """The rows of several rollouts, one after the other, on a grid that fits all. They hold the same fields."""
+        width = max(rollout.tokens.shape[1] for rollout in rollouts)
+        prompt_width = max(rollout.prompt_tokens.shape[1] for rollout in rollouts)
+        changes: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(rollout, field.name) for rollout in rollouts]
+            if not isinstance(values[0], Tensor):
+                continue
+            if field.name == "prompt_tokens":
+                values = [pad(value, (prompt_width - value.shape[1], 0)) for value in values]
+            elif values[0].ndim == 2 and field.name != "reward_parts":
+                values = [pad(value, (0, width - value.shape[1])) for value in values]
+            changes[field.name] = torch.cat(values)
+        return replace(rollouts[0], **changes)
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on another device."""

@@ -1,0 +1,36 @@
+"""The importance axis: what corrects for a sampler that is not quite the policy that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from policylab.errors import demand
+from policylab.rollouts.types import Rollout
+
+
+@dataclass(frozen=True)
+class TruncatedImportance:
+    """Each token's loss is weighted by ``min(pi / mu, cap)``, with ``pi`` the training policy before the update
+    and ``mu`` what the sampler recorded.
+
+    Another engine, or lower precision, samples from a slightly different policy. "IMPALA", arXiv:1802.01561,
+    section 4.1, truncates in the same way; a ratio of ``pi`` over ``pi`` at the start of the update stays that
+    of the surrogate (the decoupled objective of "Batch size-invariance for policy optimization", arXiv:2110.00641).
+
+    Args:
+        cap: largest weight; unbiased when it is never reached.
+    """
+
+    cap: float
+
+    def __post_init__(self) -> None:
+        demand("algo.importance.cap", self.cap, 0, above=True)
+
+    def weights(self, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """Weights of the actions; zero elsewhere."""
+        assert rollout.policy_logprobs is not None
+        weights = (rollout.policy_logprobs - rollout.logprobs).exp().clamp(max=self.cap)
+        return weights.masked_fill(~rollout.action_mask, 0.0)
