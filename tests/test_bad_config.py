@@ -43,6 +43,9 @@ from policylab.errors import UserError
         (["algo.kl.estimator=k3"], "does not have the KL's gradient"),
         (["rollout.max_new_tokens=500"], r"need \d+ positions, but the model has 128"),
         (["algo=sft"], "has no completion, and algo=sft trains on completions"),
+        (["max_tokens=0"], "max_tokens is 0; it must be at least 1"),
+        (["max_tokens=1e4"], r"max_tokens=10000\.0 is not a whole number"),
+        (["algo=sft", "task=random_walks", "max_tokens=100"], "algo=sft samples none; take max_tokens=null"),
         (["optim.schedule=square"], "is not one of constant, linear, cosine"),
     ],
 )

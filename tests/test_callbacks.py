@@ -74,6 +74,7 @@ def module(trainer):
     module = SimpleNamespace(
         iteration=0,
         iterations=10,
+        last_iteration=10,
         expected_seconds=None,
         metrics={},
         val_metrics={},
@@ -351,7 +352,7 @@ def screen(monkeypatch):
 
 def test_plain_output_is_a_line_now_and_then(screen, trainer, module):
     callback = Console(["train/reward", "train/kl", "train/absent"], plain_seconds=1e9, plain_lines=10)
-    module.iterations = 100
+    module.iterations = module.last_iteration = 100
     callback.on_train_start(trainer, module)
     for module.iteration in range(1, 101):
         module.metrics = {"train/reward": 0.25, "train/kl": 1.5}
@@ -369,6 +370,21 @@ def test_long_iterations_get_a_line_each(screen, trainer, module):
     for module.iteration in (1, 2, 3):
         callback.on_train_batch_end(trainer, module, None, None, 0)
     assert len(screen().splitlines()) == 3
+
+
+def test_an_estimated_end_says_so(screen, trainer, module):
+    callback = Console([], plain_seconds=0, plain_lines=10)
+    callback.on_train_start(trainer, module)
+    module.expected_seconds = 75.0
+    for module.iteration, module.last_iteration in ((0, 6), (1, 7), (7, 7)):
+        callback.on_train_batch_start(trainer, module, None, 0)
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert screen().splitlines() == [
+        "expected time: 1 min 15 s for about 6 iterations",
+        "iteration 0/~6  ",
+        "iteration 1/~7  ",
+        "iteration 7/7  ",
+    ]
 
 
 def test_expected_time_and_baseline(screen, trainer, module):

@@ -169,7 +169,7 @@ def test_environment_tells_versions_and_commit():
 )
 def test_status_tells_how_a_run_ended(tmp_path, error, state):
     try:
-        with RunStatus(tmp_path, iterations=3) as status:
+        with RunStatus(tmp_path, iterations=3, max_tokens=None) as status:
             assert read_status(tmp_path)["status"] == "running"
             status.write(iteration=2)
             if error:
@@ -194,7 +194,7 @@ def test_a_run_that_still_runs_is_known_by_its_process(tmp_path):
 
 def test_seconds_of_a_resumed_run_add_up(tmp_path):
     (tmp_path / "status.json").write_text('{"wall_seconds": 100.0, "iteration": 7, "started": "then"}')
-    with RunStatus(tmp_path, iterations=9):
+    with RunStatus(tmp_path, iterations=9, max_tokens=None):
         pass
     content = read_status(tmp_path)
     assert content["wall_seconds"] >= 100
@@ -389,7 +389,7 @@ def test_a_run_leaves_all_its_files(train):
     assert summary["before"]["iteration"] == 0
     assert summary["after"]["iteration"] == 2
     assert summary["best"]["metric"] == "val/reward"
-    assert summary["tokens_generated"] > 0
+    assert summary["tokens_sampled"] > 0
     assert summary["tokens_trained"] > 0
     assert not list(run.rglob(".*")), "nothing half-written stays behind"
 
@@ -441,6 +441,43 @@ def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
         for r in (through, run)
     ]
     assert rows[0] == rows[1]
+
+
+def test_a_token_budget_ends_a_run_and_a_larger_one_prolongs_it(train):
+    options = ["iterations=50", "validation.every=3", "callbacks.checkpoint.every=100"]
+    run = train([*options, "max_tokens=1"])
+    (row,) = read_rows(run / "metrics.csv")[1:]  # after the baseline: the iteration that spent the budget
+    tokens = int(row["train/tokens"])
+    assert "val/reward" in row, "validated at its end, whatever the interval"
+    assert (run / "model" / "final" / "config.json").is_file()
+    status, summary = read_status(run), json.loads((run / "summary.json").read_text())
+    assert status["status"] == summary["status"] == "done"
+    assert (status["iteration"], summary["iterations"], summary["after"]["iteration"]) == (1, 1, 1)
+    assert status["tokens_sampled"] == summary["tokens_sampled"] == tokens, "validation is not counted"
+    assert summary["tokens_trained"] > 0
+
+    with pytest.raises(UserError, match=rf"has sampled {tokens} of max_tokens={tokens} tokens; give max_to"):
+        train([f"resume={run}", f"max_tokens={tokens}"])
+    train([f"resume={run}", f"max_tokens={3 * tokens}"])
+    rows = read_rows(run / "metrics.csv")
+    assert [row["iteration"] for row in rows] == list(range(len(rows)))
+    assert rows[-2]["train/tokens"] < 3 * tokens <= rows[-1]["train/tokens"]
+    assert read_status(run)["max_tokens"] == 3 * tokens
+    assert "val/reward" in rows[-1]
+
+
+def test_the_end_of_a_budget_is_estimated(compose, tmp_path):
+    from policylab.config.build import build
+
+    module = build(compose([*SMALL, "iterations=100", "max_tokens=1000"]), tmp_path).module
+    module.expected_tokens = 30.0  # by the preflight: 1000 / 30 = 33.3
+    assert module.last_iteration == 34
+    module.iteration, module.tokens_sampled = 4, 200  # 50 an iteration: 800 / 50 = 16 more
+    assert module.last_iteration == 20
+    module.iteration, module.tokens_sampled = 4, 20  # 5 an iteration: never, before iterations end it
+    assert module.last_iteration == 100
+    module.iteration, module.tokens_sampled = 7, 1001
+    assert module.last_iteration == 7
 
 
 def test_metrics_csv_cannot_be_switched_off(train):

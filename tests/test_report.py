@@ -71,7 +71,7 @@ def make_run(folder: Path, seed: int, after: float, status: str = "done", **chan
     (folder / "status.json").write_text(json.dumps({"status": status}))
     if status == "done":
         (folder / "summary.json").write_text(
-            json.dumps({"wall_seconds": 10.0 + seed, "tokens_generated": 1000})
+            json.dumps({"wall_seconds": 10.0 + seed, "tokens_sampled": 1000})
         )
     (folder / "metrics.csv").write_text(
         "iteration,train/reward,val/reward,val/kl\n"

@@ -60,15 +60,18 @@ class Console(Callback):
             console=console(),
             expand=True,
         )
-        total, done = pl_module.iterations, pl_module.iteration
+        total, done = pl_module.last_iteration, pl_module.iteration
         self.task = self.progress.add_task("", total=total, completed=done, metrics="")
         self.progress.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Says how long it is going to take, once that is known."""
         if not self.expected_told and pl_module.expected_seconds is not None and trainer.is_global_zero:
-            left = pl_module.iterations - pl_module.iteration
-            console().print(f"expected time: {duration(pl_module.expected_seconds)} for {left} iterations")
+            left = pl_module.last_iteration - pl_module.iteration
+            about = "about " if pl_module.last_iteration < pl_module.iterations else ""
+            console().print(
+                f"expected time: {duration(pl_module.expected_seconds)} for {about}{left} iterations"
+            )
         self.expected_told = True
 
     def on_train_batch_end(
@@ -83,11 +86,16 @@ class Console(Callback):
             if name in pl_module.metrics
         )
         if self.progress is not None:
-            self.progress.update(self.task, completed=pl_module.iteration, metrics=metrics)
-        elif self._line_is_due(pl_module.iteration, pl_module.iterations):
+            self.progress.update(
+                self.task, completed=pl_module.iteration, total=pl_module.last_iteration, metrics=metrics
+            )
+        elif self._line_is_due(pl_module.iteration, pl_module.last_iteration):
             self.last_line = time.monotonic()
+            # with a budget, the last iteration is an estimate until it is there
+            about = "~" if pl_module.iteration < pl_module.last_iteration < pl_module.iterations else ""
             console().print(
-                f"iteration {pl_module.iteration}/{pl_module.iterations}  {metrics}", soft_wrap=True
+                f"iteration {pl_module.iteration}/{about}{pl_module.last_iteration}  {metrics}",
+                soft_wrap=True,
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -18,6 +18,7 @@ from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.saved_config import plain
+from policylab.models.critic import value_model
 from policylab.models.policy import Policy
 from policylab.modules import PolicyGradient, SupervisedTraining
 from policylab.modules.experiment import ExperimentModule, Parts
@@ -59,10 +60,11 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     task = instantiate(config.task)
     val = take_validation(task, config.validation.prompts)
     if isinstance(algorithm, Supervised):
+        demand_no_budget(config)
         demand_completions(task)
 
     is_policy_gradient = isinstance(algorithm, Algorithm)
-    policy = Policy(instantiate(config.model), critic=is_policy_gradient and algorithm.uses_critic)
+    policy = build_policy(config, algorithm)
     train_prompts, val_prompts = prompts(policy, task, task.train), prompts(policy, task, val)
     check_context(policy, longest(train_prompts + val_prompts, engine))
     data = PromptData(
@@ -82,6 +84,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         plan=plan,
         seed=config.seed,
         iterations=config.iterations,
+        max_tokens=config.max_tokens,
         resolved_config=OmegaConf.to_yaml(OmegaConf.create(plain(config))),
     )
     module = PolicyGradient(algorithm, parts) if is_policy_gradient else SupervisedTraining(algorithm, parts)
@@ -114,6 +117,15 @@ def check_parts(config: DictConfig) -> None:
     check_signatures(config.rollout, "rollout", PLANNED)
 
 
+def build_policy(config: DictConfig, algorithm: Algorithm | Supervised) -> Policy:
+    """The model, with a critic where the algorithm uses one."""
+    loaded = instantiate(config.model)
+    if isinstance(algorithm, Supervised) or not algorithm.uses_critic:
+        return Policy(loaded, critic=None)
+    assert algorithm.critic is not None
+    return Policy(loaded, value_model(loaded.lm, algorithm.critic.own_layers, algorithm.critic.init))
+
+
 def batch_plan(config: DictConfig, algorithm: Algorithm | Supervised) -> BatchPlan:
     """How the sequences of an iteration are cut."""
     processes = config.hardware.devices * config.hardware.num_nodes
@@ -137,6 +149,19 @@ def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Pro
         policy.prompt(i, example.text, example.reference, example.completion, task.instruction)
         for i, example in enumerate(examples)
     ]
+
+
+def demand_no_budget(config: DictConfig) -> None:
+    """Supervised training samples nothing that a budget could count.
+
+    Raises:
+        UserError: when it has one.
+    """
+    if config.max_tokens is not None:
+        raise UserError(
+            f"max_tokens={config.max_tokens} counts tokens sampled in training, and algo={config.algo.name} samples "
+            "none; take max_tokens=null, and iterations for its length"
+        )
 
 
 def demand_completions(task: Task) -> None:

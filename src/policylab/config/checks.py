@@ -10,8 +10,8 @@ from policylab.errors import UserError, demand
 
 #: All that stands at the root of a config.
 ROOT_KEYS = {
-    "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "model", "name", "optim", "paths",
-    "resume", "reward", "rollout", "seed", "tags", "task", "validation",
+    "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "max_tokens", "model", "name", "optim",
+    "paths", "resume", "reward", "rollout", "seed", "tags", "task", "validation",
 }  # fmt: skip
 #: Values outside any ``_target_``, whose type nothing else checks.
 WHOLE_NUMBERS = (
@@ -33,10 +33,9 @@ def check(config: DictConfig) -> None:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(ROOT_KEYS))}"
         raise UserError(f"{unknown[0]} is not a key of the config; {hint}")
     for path in WHOLE_NUMBERS:
-        value = OmegaConf.select(config, path)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{path}={value!r} is not a whole number")
-        demand(path, value, 0 if path == "seed" else 1)
+        demand_whole(path, OmegaConf.select(config, path), 0 if path == "seed" else 1)
+    if config.max_tokens is not None:
+        demand_whole("max_tokens", config.max_tokens, 1)
     if not isinstance(config.tags, ListConfig):
         raise UserError(f"tags={config.tags!r} is not a list; write tags=[{config.tags}]")
     demand("seed", config.seed, 0, 2**32 - 1)
@@ -50,3 +49,10 @@ def check(config: DictConfig) -> None:
             f"hardware.precision={config.hardware.precision} is not one of {', '.join(PRECISIONS)}; for weights that "
             "are bf16 throughout take model.dtype=bfloat16"
         )
+
+
+def demand_whole(path: str, value: object, low: int) -> None:
+    """Refuses what is not a whole number, or below its bound."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{path}={value!r} is not a whole number")
+    demand(path, value, low)

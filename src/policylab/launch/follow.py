@@ -10,7 +10,7 @@ from policylab.launch.status import RunStatus
 
 
 class FollowStatus(Callback):
-    """Writes the iteration into ``status.json``."""
+    """Writes the iteration and the tokens sampled into ``status.json``."""
 
     def __init__(self, status: RunStatus) -> None:
         self.status = status
@@ -20,4 +20,4 @@ class FollowStatus(Callback):
     ) -> None:
         """One iteration further."""
         if trainer.is_global_zero:
-            self.status.write(iteration=pl_module.iteration)
+            self.status.write(iteration=pl_module.iteration, tokens_sampled=pl_module.tokens_sampled)

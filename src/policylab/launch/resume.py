@@ -67,15 +67,26 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> No
             raise UserError(
                 f"this run has {key}={old}, the command says {new}; start a new run, without resume"
             )
-    done = checkpoint_iteration(checkpoint)
+    state = checkpoint_state(checkpoint)
+    done, sampled = state["iteration"], state["tokens_sampled"]
     if done >= config.iterations:
         raise UserError(
             f"{run_folder} has done {done} of {config.iterations} iterations; give iterations=N above that to go on"
         )
+    if config.max_tokens is not None and sampled >= config.max_tokens:
+        raise UserError(
+            f"{run_folder} has sampled {sampled} of max_tokens={config.max_tokens} tokens; give max_tokens=N above "
+            "that to go on"
+        )
 
 
 def checkpoint_iteration(checkpoint: Path) -> int:
-    """Iterations that were done when a checkpoint was written.
+    """Iterations that were done when a checkpoint was written."""
+    return int(checkpoint_state(checkpoint)["iteration"])
+
+
+def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
+    """The part of a checkpoint that says how far the run was.
 
     Raises:
         UserError: when the file is damaged, or not one of ours.
@@ -84,7 +95,8 @@ def checkpoint_iteration(checkpoint: Path) -> int:
 
     try:
         content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return int(content["policylab"]["iteration"])
+        state: dict[str, Any] = content["policylab"]
+        return {name: state[name] for name in ("iteration", "tokens_sampled")}
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(f"cannot read the checkpoint {checkpoint}: {error}") from error
 

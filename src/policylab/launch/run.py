@@ -64,7 +64,7 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
         refuse_taken_folder(run_dir)
         save_config(config, run_dir)
     screen = Screen(config, run_dir)
-    with RunStatus(run_dir, config.iterations) as status, log_failure():
+    with RunStatus(run_dir, config.iterations, config.max_tokens) as status, log_failure():
         screen.opening(overrides)  # stands before the seconds of heavy imports
         demand_model(config)
         from policylab.launch.follow import FollowStatus
@@ -174,7 +174,7 @@ def outcome(experiment: Experiment, status: RunStatus) -> dict[str, Any]:
         "status": "done" if status.state == "running" else status.state,
         "iterations": module.iteration,
         "wall_seconds": round(status.wall_seconds, 1),
-        "tokens_generated": module.tokens_generated,
+        "tokens_sampled": module.tokens_sampled,
         "tokens_trained": module.tokens_trained,
     }
 

@@ -57,7 +57,7 @@ class Screen:
                 f"{total:,}" + ("" if trained == total else f", of which {trained:,} are trained"),
             ),
             *module.plan.table(),
-            ("iterations", f"{module.iterations}, a validation every {self.config.validation.every}"),
+            ("iterations", f"{self._length()}, a validation every {self.config.validation.every}"),
         ]
         self.console.print("plan")
         self.console.print(rows([(f"  {label}", value) for label, value in lines]))
@@ -77,6 +77,20 @@ class Screen:
         folder = short_path(self.run_dir)
         lines += [("run", folder), ("next", f"python evaluate.py run={folder}")]
         lines.append(("", f"python generate.py run={folder}"))
-        further = "" if summary["status"] == "interrupted" else f" iterations={2 * self.config.iterations}"
+        further = "" if summary["status"] == "interrupted" else f" {self._twice(summary)}"
         lines.append(("", f"python train.py resume={folder}{further}"))
         self.console.print(rows(lines), soft_wrap=True)
+
+    def _length(self) -> str:
+        """How long the run is, as the plan says it."""
+        iterations, budget = self.config.iterations, self.config.max_tokens
+        if budget is None:
+            return str(iterations)
+        return f"until {budget:,} tokens are sampled, at most {iterations}"
+
+    def _twice(self, summary: dict[str, Any]) -> str:
+        """The override that makes a finished run twice as long: that of the limit which ended it."""
+        budget = self.config.max_tokens
+        if budget is not None and summary["tokens_sampled"] >= budget:
+            return f"max_tokens={2 * budget}"
+        return f"iterations={2 * self.config.iterations}"

@@ -48,7 +48,7 @@ class RunStatus:
     longer lives.
     """
 
-    def __init__(self, run_folder: Path, iterations: int) -> None:
+    def __init__(self, run_folder: Path, iterations: int, max_tokens: int | None) -> None:
         before = read_status(run_folder)
         self.path = run_folder / "status.json"
         self.clock = time.monotonic()
@@ -57,6 +57,8 @@ class RunStatus:
             "status": RUNNING,
             "iteration": int(before.get("iteration", 0)),
             "iterations": iterations,
+            "tokens_sampled": int(before.get("tokens_sampled", 0)),
+            "max_tokens": max_tokens,
             "exception": None,
             "started": before.get("started") or now(),
             "finished": None,

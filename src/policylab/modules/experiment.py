@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, score
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.cached import CachedEngine
-from policylab.rollouts.noise import VALIDATION, uniforms
+from policylab.rollouts.noise import PREFLIGHT, VALIDATION, uniforms
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Completion, Prompt, PromptBatch, Rollout, Sample
 from policylab.tasks.base import Task
@@ -39,6 +40,7 @@ class Parts:
     plan: BatchPlan
     seed: int  #: of the sampling noise and the order of minibatches
     iterations: int  #: of the whole run
+    max_tokens: int | None  #: sampled in training, after which the run ends before its last iteration
     resolved_config: str  #: YAML; makes a checkpoint loadable without its folder
 
 
@@ -47,6 +49,8 @@ class ExperimentModule(ManualOptimization):
 
     Attributes:
         iteration: finished iterations.
+        tokens_sampled: in training, over all processes; what validation and preflight sample does not count.
+        expected_tokens: an iteration, as far as the preflight can tell.
         metrics: of the last iteration; ``val_metrics``: of the last validation.
         samples: completions of the last iteration or validation, for people.
         rollout: the last one that was trained on.
@@ -60,9 +64,12 @@ class ExperimentModule(ManualOptimization):
         self.task = parts.task
         self.seed = parts.seed
         self.resolved_config = parts.resolved_config
-        self.tokens_generated = 0
+        self.max_tokens = parts.max_tokens
+        self.tokens_sampled = 0
+        self._tokens_here = 0  # of the iteration under way, on this process
         self.tokens_trained = 0
         self.kl_coef = 0.0
+        self.expected_tokens = 0.0
         self.expected_seconds: float | None = None
         self.metrics: dict[str, float] = {}
         self.val_metrics: dict[str, float] = {}
@@ -86,8 +93,14 @@ class ExperimentModule(ManualOptimization):
         iteration = self.iteration if stream != VALIDATION else 0
         noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
         rollout = self.engine.sample(self.policy, prompts, group_size, noise, behaviour)
-        self.tokens_generated += int(self.all_sum(rollout.action_mask.sum()))
+        if stream not in (VALIDATION, PREFLIGHT):
+            self._tokens_here += int(rollout.action_mask.sum())
         return rollout
+
+    @property
+    def reference_moves(self) -> bool:
+        """Whether the reference changes in training, and so belongs to the state."""
+        return False
 
     def refer(self, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probs."""
@@ -108,6 +121,16 @@ class ExperimentModule(ManualOptimization):
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
         return torch.cat(padded, dim=-2)
 
+    def recompute(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the actions under the present policy and, with a critic, values; ``[B, T]`` each."""
+
+        def evaluate(piece: Rollout) -> Tensor:
+            now = self.policy.evaluate(piece, self.engine.temperature, entropy_gradient=False, reference=None)
+            return torch.stack([x for x in (now.logprobs, now.values) if x is not None])
+
+        logprobs, *values = self.per_token(rollout, evaluate)
+        return logprobs, values[0] if values else None
+
     def judge(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Completion]]:
         """The rollout with rewards, and its completions as text. ``prompts``: one for each row."""
         completions = [self._completion(rollout, row, prompt) for row, prompt in enumerate(prompts)]
@@ -121,17 +144,31 @@ class ExperimentModule(ManualOptimization):
         return rewarded, completions
 
     def finish_iteration(self, metrics: dict[str, float], started: float) -> None:
-        """Counts the iteration and records its metrics."""
+        """Counts the iteration, records its metrics, and ends the run when its budget is spent."""
         generated = metrics.pop("tokens", 0.0)
         elapsed = time.perf_counter() - started
         perf = {f"perf/{name}_s": seconds for name, seconds in self._seconds.items()}
         perf["perf/tokens_per_s"] = generated / elapsed
         perf["perf/iteration_s"] = elapsed
         self.iteration += 1
-        self.metrics = {**self._means.reduce(self.all_sum), **metrics, **perf}
+        self.tokens_sampled += int(self.all_sum(torch.tensor(self._tokens_here, device=self.device)))
+        self._tokens_here = 0
+        account = {"train/tokens": float(self.tokens_sampled)} if self.tokens_sampled else {}
+        self.metrics = {**self._means.reduce(self.all_sum), **metrics, **account, **perf}
         self._means = Means()
         self._seconds = {}
         self.record(self.metrics)
+        if self.max_tokens is not None and self.tokens_sampled >= self.max_tokens:
+            self.trainer.should_stop = True
+
+    @property
+    def last_iteration(self) -> int:
+        """The iteration after which the run ends: where a budget decides, an estimate from the tokens so far."""
+        if self.max_tokens is None:
+            return self.iterations
+        tokens = self.tokens_sampled / self.iteration if self.iteration else self.expected_tokens
+        left = math.ceil((self.max_tokens - self.tokens_sampled) / max(tokens, 1.0))
+        return min(self.iterations, self.iteration + max(left, 0))
 
     # -- validation ------------------------------------------------------------------------------------
 
@@ -148,13 +185,12 @@ class ExperimentModule(ManualOptimization):
 
     def check(self) -> None:
         """Holds sampling against recomputation, and tells how long the run may take at most."""
-        generated = self.tokens_generated
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         with self.trainer.precision_plugin.forward_context():
             pace = preflight(self, list(data.train[:PROMPTS]))
-        self.tokens_generated = generated  # the check is not part of the run's account
         self._checked = True
-        self.expected_seconds = (self.iterations - self.iteration) * self.seconds_per_iteration(pace)
+        self.expected_tokens = pace.tokens * self.plan.sequences
+        self.expected_seconds = (self.last_iteration - self.iteration) * self.seconds_per_iteration(pace)
 
     def seconds_per_iteration(self, pace: Pace) -> float:
         """Upper bound; a backward pass costs about two forward passes."""
@@ -237,16 +273,16 @@ class ExperimentModule(ManualOptimization):
     # -- state -----------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The reference never changes and comes from where the policy came from: it is not saved again.
+        # A frozen reference comes from where the policy came from: it is not saved again.
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()
-            if not name.startswith("reference.")
+            if self.reference_moves or not name.startswith("reference.")
         }
         checkpoint["policylab"] = {
             "iteration": self.iteration,
             "kl_coef": self.kl_coef,
-            "tokens_generated": self.tokens_generated,
+            "tokens_sampled": self.tokens_sampled,
             "tokens_trained": self.tokens_trained,
             "config": self.resolved_config,
         }
@@ -259,10 +295,11 @@ class ExperimentModule(ManualOptimization):
         state = checkpoint["policylab"]
         self.iteration = state["iteration"]
         self.kl_coef = state["kl_coef"]
-        self.tokens_generated = state["tokens_generated"]
+        self.tokens_sampled = state["tokens_sampled"]
         self.tokens_trained = state["tokens_trained"]
-        own = self.state_dict()
-        checkpoint["state_dict"].update({n: v for n, v in own.items() if n.startswith("reference.")})
+        if not self.reference_moves:
+            own = self.state_dict()
+            checkpoint["state_dict"].update({n: v for n, v in own.items() if n.startswith("reference.")})
 
     def _completion(self, rollout: Rollout, row: int, prompt: Prompt) -> Completion:
         tokens = rollout.tokens[row, : int(rollout.lengths[row])].tolist()

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from policylab.errors import UserError
 from policylab.rollouts.noise import PREFLIGHT
-from policylab.rollouts.types import Prompt, Rollout
+from policylab.rollouts.types import Prompt
 
 if TYPE_CHECKING:
-    from policylab.models.policy import Policy
     from policylab.modules.experiment import ExperimentModule
 
 #: Prompts that are tried.
@@ -27,10 +26,11 @@ LOW_PRECISION_TOLERANCE = 0.5
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds a sequence, measured on a few: an upper bound, as larger batches cost less a sequence."""
+    """What a sequence costs, measured on a few: in seconds an upper bound, as larger batches cost less."""
 
-    sample: float
-    forward: float
+    sample: float  #: seconds
+    forward: float  #: seconds
+    tokens: float  #: sampled
 
 
 @torch.no_grad()
@@ -41,14 +41,13 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
         UserError: when log-probs or values differ, or when an untrained policy is not at its reference. A run
             would otherwise train on ratios that are wrong from the first step.
     """
-    policy, temperature = module.policy, module.engine.temperature
-    exact = module.trainer.precision == "32-true" and policy.dtype == torch.float32
+    exact = module.trainer.precision == "32-true" and module.policy.dtype == torch.float32
     tolerance = TOLERANCE if exact else LOW_PRECISION_TOLERANCE
     module.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass through a model is not typical
     start = time.perf_counter()
     rollout = module.generate(prompts, 1, PREFLIGHT, range(len(prompts)))
     sampled = time.perf_counter()
-    logprobs, *values = module.per_token(rollout, lambda piece: _recompute(policy, piece, temperature))
+    logprobs, values = module.recompute(rollout)
     done = time.perf_counter()
 
     _demand(
@@ -58,11 +57,11 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
         "log-probs recorded while sampling differ from recomputed ones",
         "the model's cached forward pass is not its full one (custom code, or attention that ignores positions)",
     )
-    if rollout.values is not None:
-        scale = max(1.0, float(values[0].abs().max()))
+    if rollout.values is not None and values is not None:
+        scale = max(1.0, float(values.abs().max()))
         _demand(
             rollout.values / scale,
-            values[0] / scale,
+            values / scale,
             tolerance,
             "values recorded while sampling differ from recomputed ones",
             "the value head read other hidden states than in training",
@@ -76,13 +75,11 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
             "the untrained policy is not at its reference",
             "weights were changed after the reference was copied",
         )
-    return Pace((sampled - start) / len(prompts), (done - sampled) / len(prompts))
-
-
-def _recompute(policy: Policy, rollout: Rollout, temperature: float) -> Tensor:
-    """Log-probs and, with a critic, values: ``[1 or 2, B, T]``."""
-    evaluation = policy.evaluate(rollout, temperature, entropy_gradient=False, reference=None)
-    return torch.stack([x for x in (evaluation.logprobs, evaluation.values) if x is not None])
+    return Pace(
+        sample=(sampled - start) / len(prompts),
+        forward=(done - sampled) / len(prompts),
+        tokens=float(rollout.action_mask.sum()) / len(prompts),
+    )
 
 
 def _demand(recorded: Tensor, recomputed: Tensor, tolerance: float, what: str, cause: str) -> None:

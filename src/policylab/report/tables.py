@@ -36,7 +36,7 @@ def _row(group: Group, metric: str) -> tuple[str, ...]:
         _with_interval(estimate([curve[-1] - curve[0] for curve in curves])),
         _mean_of([list(run.curves[KL].values())[-1] for run in group.runs if run.curves.get(KL)], "z.1f"),
         _cost(group, "wall_seconds"),
-        _cost(group, "tokens_generated"),
+        _cost(group, "tokens_sampled"),
     )
 
 
