@@ -135,15 +135,17 @@ def llama_policy(llama: LoadedModel) -> Policy:
     return fresh_policy(llama)
 
 
-def fresh_policy(loaded: LoadedModel) -> Policy:
+def fresh_policy(loaded: LoadedModel, own_layers: int | str = 0) -> Policy:
     """A policy on a copy of the model, its value head not zero, so that values are told apart."""
     from copy import deepcopy
     from dataclasses import replace
 
+    from policylab.models.critic import value_model
     from policylab.models.policy import Policy
 
-    policy = Policy(replace(loaded, lm=deepcopy(loaded.lm)), critic=True).eval()
+    lm = deepcopy(loaded.lm)
+    policy = Policy(replace(loaded, lm=lm), value_model(lm, own_layers, init=None)).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        torch.nn.init.normal_(policy.value_head.weight, std=0.2)
+        torch.nn.init.normal_(policy.critic.head.weight, std=0.2)
     return policy

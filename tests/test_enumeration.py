@@ -79,7 +79,7 @@ def algorithm(
         reduction=SequenceSum(constant=1.0),
         kl=KLPenalty(place, estimator, FixedCoefficient(beta)),
         update=MinibatchEpochs(1, 1, None),
-        critic=Critic(0.0, None),
+        critic=Critic(0.0, None, 0, None),
         entropy_coef=0.0,
     )
 

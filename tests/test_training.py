@@ -43,7 +43,7 @@ def ppo(reduction, place="loss", estimator="exact") -> Algorithm:
         reduction=reduction,
         kl=KLPenalty(place, estimator, FixedCoefficient(0.1)),
         update=MinibatchEpochs(2, 1, None),
-        critic=Critic(0.1, 0.2),
+        critic=Critic(0.1, 0.2, 0, None),
         entropy_coef=0.01,
     )
 

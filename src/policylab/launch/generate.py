@@ -61,7 +61,7 @@ def load_policy(run_folder: Path, which: str, trained_with: DictConfig) -> Polic
         model.dtype, model.attn_implementation, bool(model.get("trust_remote_code")), model.get("chat")
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Policy(from_folder(folder, options, source=str(folder)), critic=False).to(device).eval()
+    return Policy(from_folder(folder, options, source=str(folder)), critic=None).to(device).eval()
 
 
 def prompts(given: str | None) -> Iterator[str]:

@@ -23,20 +23,23 @@ class HeadInput:
 
 
 @contextmanager
-def watch_head(lm: nn.Module, positions: Bool[Tensor, "B S"] | None = None) -> Iterator[HeadInput]:
+def watch_head(
+    lm: nn.Module, positions: Bool[Tensor, "B S"] | None = None, *, run: bool = True
+) -> Iterator[HeadInput]:
     """While active, records the head's input and, given ``positions``, runs the head on those alone.
 
     Args:
         lm: a causal LM with ``get_output_embeddings()``.
         positions: true where logits are wanted; the model then returns logits ``[1, N, V]`` in row-major
             order of the true positions.
+        run: False hands the head nothing, for whom the hidden states are enough.
     """
     seen = HeadInput()
 
     def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0] if positions is None else inputs[0][positions][None]
         seen.hidden = hidden
-        return (hidden,)
+        return (hidden if run else hidden[:, :0],)
 
     handle = lm.get_output_embeddings().register_forward_pre_hook(narrow)  # type: ignore[operator]
     try:

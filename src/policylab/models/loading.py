@@ -16,6 +16,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -158,6 +159,39 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; take a whole checkpoint")
     return finished(lm, tokenizer, options.chat, source)
+
+
+def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
+    """A model for sequence classification with one output, a linear ``score`` of its last hidden state.
+
+    Raises:
+        UserError: when the folder holds no such model, or not all of its weights.
+    """
+    name, folder = f"algo.critic.init={path}", Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name}: no folder with a config.json there (looked in {Path.cwd()})")
+    try:
+        config = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
+        if config.num_labels != 1:
+            raise UserError(f"{name} has {config.num_labels} outputs; a critic takes a reward model with 1")
+        with quiet_bars(True):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
+    if report["missing_keys"]:
+        raise UserError(f"{name} lacks weights: {_some(report['missing_keys'])}; take a whole reward model")
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(
+            f"{name} is a {type(model).__name__}, which has no linear score of a causal LM's states"
+        )
+    return model.eval()
 
 
 def finished(

@@ -1,4 +1,4 @@
-"""The policy: a causal LM with its tokenizer, and a value head when the algorithm has a critic.
+"""The policy: a causal LM with its tokenizer, and a critic when the algorithm has one.
 
 Axes: ``B`` sequences, ``T`` sampled positions, ``P`` prompt length, ``N`` actions, ``H`` hidden size,
 ``V`` vocabulary.
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from policylab.errors import UserError
 from policylab.functional import kl
-from policylab.functional.logprobs import completion_slice, entropy, log_distribution, token_logprobs
-from policylab.functional.masks import length_mask
+from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.models.head import watch_head
+from policylab.models.sequences import Sequences, on_grid
+from policylab.models.trunk import TrunkPass, watch_layers
 from policylab.rollouts.types import Evaluation, Prompt, Rollout
 
 if TYPE_CHECKING:
+    from policylab.models.critic import ValueModel
     from policylab.models.loading import LoadedModel
 
 
@@ -29,21 +31,16 @@ class Policy(nn.Module):
 
     Args:
         loaded: language model and tokenizer, as a function in ``models`` returns them.
-        critic: adds a value head on the model's last hidden state. It starts at zero, so that the first
-            advantages are the rewards themselves.
+        critic: gives the values, as `policylab.models.critic.value_model` makes it; None for a policy alone.
     """
 
-    def __init__(self, loaded: LoadedModel, critic: bool) -> None:
+    def __init__(self, loaded: LoadedModel, critic: ValueModel | None) -> None:
         super().__init__()
         self.lm = loaded.lm
         self.tokenizer = loaded.tokenizer
         self.chat = loaded.chat
         self.source = loaded.source
-        self.value_head: nn.Linear | None = None
-        if critic:
-            self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+        self.critic = critic
 
     @property
     def device(self) -> torch.device:
@@ -61,10 +58,19 @@ class Policy(nn.Module):
         return int(self.tokenizer.eos_token_id)
 
     def frozen_copy(self) -> Self:
-        """A reference: the same weights without gradient or value head."""
+        """A reference: the same weights without gradient or critic."""
         reference = copy.copy(self)
-        reference._modules = {**self._modules, "lm": copy.deepcopy(self.lm), "value_head": None}
+        reference._modules = {**self._modules, "lm": copy.deepcopy(self.lm), "critic": None}
         return reference.requires_grad_(False).eval()
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What trains and is the critic's own: its head, and layers if it has any. Empty without a critic."""
+        return [] if self.critic is None else [p for p in self.critic.parameters() if p.requires_grad]
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """Everything else that trains."""
+        own = set(map(id, self.critic_parameters()))
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in own]
 
     def prompt(self, id: int, text: str, reference: Any, completion: str, instruction: str | None) -> Prompt:
         """Tokenizes one example; a chat model reads it through its template.
@@ -100,16 +106,19 @@ class Policy(nn.Module):
         """Text for rewards and people; never encoded back."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def values_of(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B"]:
-        """The critic's values, in fp32 whatever the precision of the trunk."""
-        assert self.value_head is not None
-        return self.value_head(hidden.float()).squeeze(-1).float()
+    def values(self, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """The critic's values at the actions; their gradient goes into the critic's own parameters alone."""
+        critic = self.critic
+        assert critic is not None
+        sequences = Sequences.of(rollout)
+        with torch.no_grad():
+            trunk = self._read(sequences, head=False) if critic.reads_trunk else None
+        return on_grid(critic(sequences, trunk), rollout)
 
     def logprobs_of(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B T"]:
         """Log-probs of the actions of a rollout, and nothing else."""
-        logits, _ = self._action_logits(rollout)
-        logp = log_distribution(logits, temperature)
-        return _on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout)
+        logp = log_distribution(self._action_logits(rollout), temperature)
+        return on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout)
 
     def evaluate(
         self, rollout: Rollout, temperature: float, *, entropy_gradient: bool, reference: Self | None
@@ -121,41 +130,33 @@ class Policy(nn.Module):
             entropy_gradient: whether the entropy is part of the loss.
             reference: gives the exact KL when it is asked for.
         """
-        logits, hidden = self._action_logits(rollout)
-        logp = log_distribution(logits, temperature)
+        sequences = Sequences.of(rollout)
+        trunk = self._read(sequences, head=True)
+        logp = log_distribution(trunk.logits, temperature)
         exact = None
         if reference is not None:
             with torch.no_grad():
-                ref_logp = log_distribution(reference._action_logits(rollout)[0], temperature)
-            exact = _on_grid(kl.exact(logp, ref_logp), rollout)
+                ref_logp = log_distribution(reference._action_logits(rollout), temperature)
+            exact = on_grid(kl.exact(logp, ref_logp), rollout)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropies = entropy(logp)
         return Evaluation(
-            logprobs=_on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout),
-            entropy=_on_grid(entropies, rollout),
-            values=None if self.value_head is None else _on_grid(self.values_of(hidden), rollout),
+            logprobs=on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout),
+            entropy=on_grid(entropies, rollout),
+            values=None if self.critic is None else on_grid(self.critic(sequences, trunk), rollout),
             exact_kl=exact,
         )
 
-    def _action_logits(self, rollout: Rollout) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N H"]]:
-        """Logits and hidden states that chose each action, in row-major order of the action mask."""
-        prompt_width, width = rollout.prompt_tokens.shape[1], rollout.tokens.shape[1]
-        tokens = torch.cat([rollout.prompt_tokens, rollout.tokens], dim=1)
-        prompt_mask = length_mask(rollout.prompt_lengths, prompt_width).flip(-1)
-        attention = torch.cat([prompt_mask, length_mask(rollout.lengths, width)], dim=1)
-        chosen_at = torch.zeros_like(attention)
-        chosen_at[:, completion_slice(prompt_width, width)] = rollout.action_mask
-        with watch_head(self.lm, chosen_at) as seen:
-            logits = self.lm(
-                input_ids=tokens,
-                attention_mask=attention.long(),
-                position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-            ).logits
+    def _action_logits(self, rollout: Rollout) -> Float[Tensor, "N V"]:
+        """Logits that chose each action, in row-major order of the action mask."""
+        sequences = Sequences.of(rollout)
+        with watch_head(self.lm, sequences.chosen_at):
+            return sequences.through(self.lm).logits[0]
+
+    def _read(self, sequences: Sequences, *, head: bool) -> TrunkPass:
+        """A forward pass that the critic watches; without the head there are no logits."""
+        layers = () if self.critic is None else self.critic.watched(self.lm)
+        with watch_head(self.lm, sequences.chosen_at, run=head) as seen, watch_layers(layers) as calls:
+            logits = sequences.through(self.lm).logits
         assert seen.hidden is not None
-        return logits[0], seen.hidden[0]
-
-
-def _on_grid(x: Float[Tensor, " N"], rollout: Rollout) -> Float[Tensor, "B T"]:
-    """Values of the actions at their places; zero elsewhere."""
-    return x.new_zeros(rollout.action_mask.shape).masked_scatter(rollout.action_mask, x)
+        return TrunkPass(logits[0], seen.hidden[0], calls)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from policylab.errors import UserError, demand
 from policylab.models.policy import Policy
@@ -18,10 +19,10 @@ class AdamW:
 
     Args:
         lr: learning rate of the policy, after warm-up.
-        critic_lr: learning rate of the value head; None takes ``lr``.
+        critic_lr: learning rate of what is the critic's own (value head, layers); None takes ``lr``.
         betas: decay of the gradient's first and second moments.
         eps: added to the root of the second moment.
-        weight_decay: on matrices only, never on biases and norms.
+        weight_decay: on matrices only, never on biases, norms and the value head.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         schedule: what happens after warm-up.
         warmup: iterations over which the rate rises linearly.
@@ -54,21 +55,11 @@ class AdamW:
 
     def build(self, policy: Policy) -> torch.optim.Optimizer:
         """The optimizer over everything in the policy that has a gradient."""
-        head = [] if policy.value_head is None else list(policy.value_head.parameters())
-        in_head = {id(p) for p in head}
-        body = [p for p in policy.parameters() if p.requires_grad and id(p) not in in_head]
+        critic_lr = self.lr if self.critic_lr is None else self.critic_lr
+        head = [] if policy.critic is None else list(policy.critic.head.parameters())
         groups = [
-            {
-                "params": [p for p in body if p.ndim >= 2],
-                "weight_decay": self.weight_decay,
-                "base_lr": self.lr,
-            },
-            {"params": [p for p in body if p.ndim < 2], "weight_decay": 0.0, "base_lr": self.lr},
-            {
-                "params": head,
-                "weight_decay": 0.0,
-                "base_lr": self.lr if self.critic_lr is None else self.critic_lr,
-            },
+            *self._groups(policy.actor_parameters(), self.lr, undecayed=[]),
+            *self._groups(policy.critic_parameters(), critic_lr, undecayed=head),
         ]
         return torch.optim.AdamW(
             [g for g in groups if g["params"]],
@@ -77,6 +68,18 @@ class AdamW:
             eps=self.eps,
             fused=True,
         )
+
+    def _groups(
+        self, parameters: list[nn.Parameter], lr: float, undecayed: list[nn.Parameter]
+    ) -> list[dict[str, Any]]:
+        """Matrices, which decay, apart from the rest."""
+        spared = set(map(id, undecayed))
+        matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in spared]
+        rest = [p for p in parameters if p.ndim < 2 or id(p) in spared]
+        return [
+            {"params": matrices, "weight_decay": self.weight_decay, "base_lr": lr},
+            {"params": rest, "weight_decay": 0.0, "base_lr": lr},
+        ]
 
     def factor(self, iteration: int, iterations: int) -> float:
         """Share of the learning rate in iteration ``iteration`` (0-based) of ``iterations``: no state to save."""

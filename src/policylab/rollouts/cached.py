@@ -70,7 +70,8 @@ class CachedEngine:
         rows = len(prompts) * group_size
         tokens = torch.zeros(rows, self.max_new_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, self.max_new_tokens, device=device)
-        values = torch.zeros_like(logprobs) if policy.value_head is not None else None
+        critic = policy.critic if policy.critic is not None and policy.critic.recorded else None
+        values = None if critic is None else torch.zeros_like(logprobs)
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
         noise = noise.to(device)
@@ -83,8 +84,8 @@ class CachedEngine:
             at = batch.rows[open_rows]
             tokens[at, t] = drawn[open_rows]
             logprobs[at, t] = token_logprobs(logp, drawn)[open_rows]
-            if values is not None:
-                values[at, t] = policy.values_of(batch.hidden)[open_rows]
+            if critic is not None and values is not None:
+                values[at, t] = critic.score(batch.hidden)[open_rows]
             lengths[at] = t + 1
             ended[at] = drawn[open_rows] == policy.eos_id
             if t + 1 == self.max_new_tokens or bool(ended.all()):

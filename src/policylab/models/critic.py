@@ -1,0 +1,202 @@
+"""Critics: a value head on the policy's trunk, on layers of its own, or on a network of its own.
+
+Axes: ``N`` actions, ``H`` hidden size. A value belongs to the state before an action, so each is read from the
+same position as the logits that chose it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from policylab.errors import UserError
+from policylab.models.loading import reward_model
+from policylab.models.sequences import Sequences
+from policylab.models.trunk import TrunkPass, after_layers, cannot_take_apart, decoder_layers, probe
+
+
+class ValueModel(nn.Module):
+    """A critic: hidden states, and a linear head that starts at zero, so that the first advantages are rewards.
+
+    Attributes:
+        reads_trunk: whether it needs the policy's forward pass.
+        recorded: whether the policy's last hidden state is all it reads, so that values come with sampling.
+    """
+
+    reads_trunk: ClassVar[bool]
+    recorded: ClassVar[bool]
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def watched(self, lm: nn.Module) -> Sequence[nn.Module]:
+        """The policy's layers whose calls it wants to see."""
+        return ()
+
+    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
+        """What the head reads for each action. ``trunk`` is None where ``reads_trunk`` is false."""
+        raise NotImplementedError
+
+    def forward(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, " N"]:
+        """The value of the state before each action."""
+        return self.score(self.hidden(sequences, trunk))
+
+    def score(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B"]:
+        """The head alone, in fp32 whatever the precision of what it reads."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.float()).squeeze(-1)
+
+
+class SharedTrunk(ValueModel):
+    """The policy's last hidden state; a gradient of the values goes into the trunk as well."""
+
+    reads_trunk = True
+    recorded = True
+
+    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
+        assert trunk is not None
+        return trunk.hidden
+
+
+class OwnLayers(ValueModel):
+    """Copies of the policy's last layers and final norm, which read the trunk below without moving it.
+
+    Args:
+        lm: the policy's language model.
+        count: layers of its own.
+
+    Raises:
+        UserError: when the model has fewer layers, or is built in a way that its layers cannot be reused.
+    """
+
+    reads_trunk = True
+    recorded = False
+
+    def __init__(self, lm: nn.Module, count: int) -> None:
+        super().__init__(head_width(lm))
+        layers = decoder_layers(lm)
+        if count > len(layers):
+            raise UserError(
+                f"algo.critic.own_layers is {count}, but the policy has {len(layers)} layers; take at most "
+                f"{len(layers)}, or all for a network of its own"
+            )
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers[len(layers) - count :])
+        self.norm = nn.Sequential(*(copy.deepcopy(module) for module in after_layers(lm)))
+        self._check(lm)
+
+    def watched(self, lm: nn.Module) -> Sequence[nn.Module]:
+        layers = decoder_layers(lm)
+        return list(layers)[len(layers) - len(self.layers) :]
+
+    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
+        assert trunk is not None
+        return self._run(trunk)[sequences.chosen_at]
+
+    def _run(self, trunk: TrunkPass) -> Float[Tensor, "B S H"]:
+        hidden = trunk.calls[0].hidden
+        for layer, call in zip(self.layers, trunk.calls, strict=True):
+            hidden = call.repeat(layer, hidden)
+        return self.norm(hidden)
+
+    @torch.no_grad()
+    def _check(self, lm: nn.Module) -> None:
+        """The copies must say what the originals say."""
+        trunk = probe(lm, self.watched(lm))
+        try:
+            own = self._run(trunk)[0]
+        except Exception as error:  # whatever a foreign layer raises when called by another
+            raise cannot_take_apart(lm, f"{type(error).__name__}: {error}") from error
+        _demand_same(lm, own, trunk.hidden)
+
+
+class SeparateNetwork(ValueModel):
+    """A network of its own, which reads the tokens.
+
+    Args:
+        backbone: a Hugging Face model without a head.
+        hidden_size: of its last hidden state.
+    """
+
+    reads_trunk = False
+    recorded = False
+
+    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.backbone = backbone
+
+    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
+        return sequences.through(self.backbone).last_hidden_state[sequences.chosen_at]
+
+
+def value_model(lm: Any, own_layers: int | Literal["all"], init: str | None) -> ValueModel:
+    """The critic of a policy, as `policylab.algorithms.Critic` describes it.
+
+    Args:
+        lm: the policy's language model, with the weights that the critic starts from.
+
+    Raises:
+        UserError: when model and critic do not fit.
+    """
+    if own_layers == 0:
+        return SharedTrunk(head_width(lm))
+    if own_layers != "all":
+        return OwnLayers(lm, own_layers)
+    return copy_of(lm) if init is None else from_reward_model(init, lm)
+
+
+def copy_of(lm: Any) -> SeparateNetwork:
+    """A separate critic with the policy's weights, but for the LM head.
+
+    Raises:
+        UserError: when the model's base is not what its LM head reads.
+    """
+    if lm.base_model is lm:
+        raise cannot_take_apart(lm, "its LM head is not apart from the rest")
+    critic = SeparateNetwork(copy.deepcopy(lm.base_model), head_width(lm))
+    tokens = torch.arange(4, device=lm.device)[None]
+    with torch.no_grad():
+        own = critic.backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    _demand_same(lm, own, probe(lm).hidden)
+    return critic
+
+
+def from_reward_model(path: str, lm: Any) -> SeparateNetwork:
+    """A separate critic that starts as a reward model, whose score of each prefix is its first value.
+
+    "Fine-Tuning Language Models from Human Preferences", arXiv:1909.08593; InstructGPT, arXiv:2203.02155.
+
+    Raises:
+        UserError: when there is none at ``path``, or it does not read the policy's tokens.
+    """
+    model = reward_model(path, lm.dtype, lm.config._attn_implementation)
+    own, policys = (m.get_input_embeddings().num_embeddings for m in (model, lm))
+    if own != policys:
+        raise UserError(
+            f"algo.critic.init={path} embeds {own} tokens, but the policy {policys}; take a reward model with the "
+            "policy's tokenizer"
+        )
+    critic = SeparateNetwork(model.base_model, model.score.weight.shape[1])
+    with torch.no_grad():
+        critic.head.weight.copy_(model.score.weight)
+        if model.score.bias is not None:
+            critic.head.bias.copy_(model.score.bias)
+    return critic
+
+
+def head_width(lm: Any) -> int:
+    """Size of the hidden state that the LM head reads."""
+    return int(lm.get_output_embeddings().weight.shape[1])
+
+
+def _demand_same(lm: nn.Module, own: Tensor, policys: Tensor) -> None:
+    """At the start the critic's hidden states are those that the LM head reads."""
+    if own.shape != policys.shape or not torch.allclose(own, policys, rtol=1e-3, atol=1e-3):
+        raise cannot_take_apart(lm, "its parts, put together again, do not give what its LM head reads")

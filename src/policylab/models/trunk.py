@@ -1,0 +1,136 @@
+"""A Hugging Face causal LM taken apart: its layers, how they were called, what follows the last of them.
+
+Nothing here knows an architecture. Layers are found by their number, what follows them by watching a
+forward pass, and the calls of a layer by hooks; `policylab.models.critic` then checks that the parts, put
+together again, say the same as the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from policylab.errors import UserError
+from policylab.models.head import watch_head
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments with which a model called one of its layers; the first is the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Float[Tensor, "B S H"]:
+        """The hidden state that the layer read, without gradient."""
+        return (self.args[0] if self.args else self.kwargs["hidden_states"]).detach()
+
+    def repeat(self, layer: nn.Module, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S H"]:
+        """Calls another layer in the same way on another hidden state; nothing of the model gets a gradient."""
+        if self.args:
+            out = layer(hidden, *_detached(self.args[1:]), **_detached(self.kwargs))
+        else:
+            out = layer(**{**_detached(self.kwargs), "hidden_states": hidden})
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass(frozen=True)
+class TrunkPass:
+    """What a forward pass of the policy left for a critic to read."""
+
+    logits: Float[Tensor, "N V"]
+    hidden: Float[Tensor, "N H"]  #: that went into the LM head
+    calls: Sequence[LayerCall] = field(default_factory=list)  #: of the layers that were watched, in order
+
+
+@contextmanager
+def watch_layers(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
+    """While active, collects the calls of the given layers."""
+    calls: list[LayerCall] = []
+
+    def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(LayerCall(args, kwargs))
+
+    handles = [layer.register_forward_pre_hook(collect, with_kwargs=True) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The list of the model's layers: the outermost one with as many entries as its config says.
+
+    Raises:
+        UserError: when there is none, or more than one.
+    """
+    count = lm.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    lists = {
+        name: module
+        for name, module in lm.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        raise cannot_take_apart(lm, f"it has {len(outer)} lists of {count} layers, not 1")
+    return outer[0]
+
+
+@torch.no_grad()
+def after_layers(lm: nn.Module) -> list[nn.Module]:
+    """The modules that the last layer's output passes on its way to the LM head, in order: the final norm."""
+    layers = decoder_layers(lm)
+    (owner,) = (m for m in lm.modules() if any(child is layers for child in m.children()))
+    seen: list[nn.Module] = []
+
+    def note(module: nn.Module, *_: Any) -> None:
+        seen.append(module)
+
+    watched = [layers[-1], *(child for child in owner.children() if child is not layers)]
+    handles = [module.register_forward_hook(note) for module in watched]
+    try:
+        probe(lm)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if layers[-1] not in seen:
+        raise cannot_take_apart(lm, "its last layer is not called")
+    return seen[seen.index(layers[-1]) + 1 :]
+
+
+@torch.no_grad()
+def probe(lm: nn.Module, layers: Sequence[nn.Module] = ()) -> TrunkPass:
+    """A forward pass over a few tokens, all of whose positions count."""
+    device = next(lm.parameters()).device
+    tokens = torch.arange(4, device=device)[None] % lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    with watch_head(lm) as seen, watch_layers(layers) as calls:
+        logits = lm(input_ids=tokens, use_cache=False).logits
+    assert seen.hidden is not None
+    return TrunkPass(logits[0], seen.hidden[0], calls)
+
+
+def cannot_take_apart(lm: nn.Module, reason: str) -> UserError:
+    """The error for an architecture that is built otherwise."""
+    return UserError(
+        f"{type(lm).__name__} cannot be taken apart for a critic with layers of its own ({reason}); take "
+        "algo.critic.own_layers=0 (the policy's trunk)"
+    )
+
+
+def _detached(x: Any) -> Any:
+    """The same arguments without gradient."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    if type(x) in (tuple, list):
+        return type(x)(_detached(item) for item in x)
+    if type(x) is dict:
+        return {name: _detached(item) for name, item in x.items()}
+    return x
