@@ -1,29 +1,60 @@
 """What an algorithm is made of: one frozen part for each axis."""
 
-from policylab.algorithms.advantage import GAE, Estimate, ReturnToGo
+from policylab.algorithms.advantage import Advantage, Estimate
 from policylab.algorithms.algorithm import Algorithm, LossTerms
+from policylab.algorithms.baselines import (
+    BestOfGroup,
+    GreedyBaseline,
+    GroupBaseline,
+    LeaveOneOut,
+    ReturnToGo,
+)
 from policylab.algorithms.critic import Critic
-from policylab.algorithms.kl import AdaptiveCoefficient, FixedCoefficient, KLPenalty
+from policylab.algorithms.critic_advantages import GAE, NStep, VTrace
+from policylab.algorithms.importance import TruncatedImportance
+from policylab.algorithms.kl import AdaptiveCoefficient, FixedCoefficient, KLPenalty, NoPenalty
 from policylab.algorithms.reduction import SequenceMean, SequenceSum, TokenMean
+from policylab.algorithms.reference import FrozenReference, MovingReference
+from policylab.algorithms.sampling import DynamicSampling
 from policylab.algorithms.supervised import Supervised
-from policylab.algorithms.surrogate import ClippedRatio, LogProb
-from policylab.algorithms.update import MinibatchEpochs
+from policylab.algorithms.surrogate import CISPO, ClippedRatio, LogProb, Ratio, SequenceRatio, Surrogate
+from policylab.algorithms.truncation import MaskTruncated, OverlongPenalty
+from policylab.algorithms.update import MinibatchEpochs, SingleStep
 
 __all__ = [
+    "CISPO",
     "GAE",
     "AdaptiveCoefficient",
+    "Advantage",
     "Algorithm",
+    "BestOfGroup",
     "ClippedRatio",
     "Critic",
+    "DynamicSampling",
     "Estimate",
     "FixedCoefficient",
+    "FrozenReference",
+    "GreedyBaseline",
+    "GroupBaseline",
     "KLPenalty",
+    "LeaveOneOut",
     "LogProb",
     "LossTerms",
+    "MaskTruncated",
     "MinibatchEpochs",
+    "MovingReference",
+    "NStep",
+    "NoPenalty",
+    "OverlongPenalty",
+    "Ratio",
     "ReturnToGo",
     "SequenceMean",
+    "SequenceRatio",
     "SequenceSum",
+    "SingleStep",
     "Supervised",
+    "Surrogate",
     "TokenMean",
+    "TruncatedImportance",
+    "VTrace",
 ]

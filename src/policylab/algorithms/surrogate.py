@@ -10,7 +10,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from policylab.errors import demand
-from policylab.functional.surrogates import clipped, clipped_ratio_loss, logprob_loss
+from policylab.functional.ratios import sequence_log_ratio
+from policylab.functional.surrogates import (
+    at_bound,
+    clipped,
+    clipped_ratio_loss,
+    logprob_loss,
+    ratio_loss,
+    weighted_logprob_loss,
+)
 
 PerToken = Float[Tensor, "B T"]
 Mask = Bool[Tensor, "B T"]
@@ -22,9 +30,13 @@ class Surrogate(Protocol):
 
     on_policy: ClassVar[bool]  #: right for one update a rollout only
 
-    def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken: ...
+    def loss(
+        self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
+    ) -> PerToken: ...
 
-    def clipped(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken: ...
+    def clipped(
+        self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
+    ) -> PerToken: ...
 
 
 @dataclass(frozen=True)
@@ -36,17 +48,70 @@ class LogProb:
     def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
         return logprob_loss(logprobs, advantages)
 
-    def clipped(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
+    def clipped(
+        self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
+    ) -> PerToken:
+        return torch.zeros_like(logprobs)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """TRPO's ``-ratio A``, arXiv:1502.05477, eq. 14, without bounds: for an update that bounds the step itself."""
+
+    on_policy: ClassVar[bool] = False
+
+    def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
+        return ratio_loss(logprobs - old_logprobs, advantages)
+
+    def clipped(
+        self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
+    ) -> PerToken:
         return torch.zeros_like(logprobs)
 
 
 @dataclass(frozen=True)
 class ClippedRatio:
-    """PPO's clipped ratio, arXiv:1707.06347, eq. 7.
+    """PPO's clipped ratio, arXiv:1707.06347, eq. 7, with the dual clip of arXiv:1912.09729, eq. 5.
 
     Args:
         clip_low: the ratio may fall to ``1 - clip_low`` ...
         clip_high: ... and rise to ``1 + clip_high`` before a token loses its gradient.
+        dual_clip: with a negative advantage a token loses its gradient as well once its ratio is above this; None
+            never, and one token that became likely can then outweigh all others.
+    """
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    on_policy: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        demand("algo.surrogate.clip_low", self.clip_low, 0, 1)
+        demand("algo.surrogate.clip_high", self.clip_high, 0)
+        demand("algo.surrogate.dual_clip", self.dual_clip, 1, above=True)
+
+    def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
+        log_ratio = logprobs - old_logprobs
+        return clipped_ratio_loss(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
+
+    def clipped(
+        self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
+    ) -> PerToken:
+        log_ratio = logprobs - old_logprobs
+        return clipped(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
+
+
+@dataclass(frozen=True)
+class SequenceRatio:
+    """GSPO: one clipped ratio a sequence, the geometric mean of its tokens'. arXiv:2507.18071, eq. 5 to 7.
+
+    Each token holds its sequence's loss, so that the mean over the sequence is the paper's. An advantage that varies
+    within a sequence acts through its mean over the tokens whose bounds allow it.
+
+    Args:
+        clip_low: the sequence's ratio may fall to ``1 - clip_low`` ...
+        clip_high: ... and rise to ``1 + clip_high`` before the sequence loses its gradient. A mean over many tokens
+            moves little: these are a hundred times smaller than PPO's.
     """
 
     clip_low: float
@@ -58,7 +123,40 @@ class ClippedRatio:
         demand("algo.surrogate.clip_high", self.clip_high, 0)
 
     def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
-        return clipped_ratio_loss(logprobs, old_logprobs, advantages, self.clip_low, self.clip_high)
+        log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)
+        return clipped_ratio_loss(log_ratio, advantages, self.clip_low, self.clip_high, None)
 
-    def clipped(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
-        return clipped(logprobs, old_logprobs, advantages, self.clip_low, self.clip_high)
+    def clipped(
+        self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
+    ) -> PerToken:
+        log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)
+        return clipped(log_ratio, advantages, self.clip_low, self.clip_high, None)
+
+
+@dataclass(frozen=True)
+class CISPO:
+    """``-w A log pi`` with a clipped ratio as constant weight ``w``: arXiv:2506.13585, eq. 4 and 5.
+
+    ``clipped`` says where the weight was cut; the token keeps its gradient, that is the point.
+
+    Args:
+        clip_low: the weight is at least ``1 - clip_low``; None sets no lower bound.
+        clip_high: the weight is at most ``1 + clip_high``.
+    """
+
+    clip_low: float | None
+    clip_high: float
+    on_policy: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        demand("algo.surrogate.clip_low", self.clip_low, 0, 1)
+        demand("algo.surrogate.clip_high", self.clip_high, 0)
+
+    def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
+        log_ratio = logprobs - old_logprobs
+        return weighted_logprob_loss(logprobs, log_ratio, advantages, self.clip_low, self.clip_high)
+
+    def clipped(
+        self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
+    ) -> PerToken:
+        return at_bound(logprobs - old_logprobs, self.clip_low, self.clip_high)

@@ -55,6 +55,33 @@ def gae(
     return advantages
 
 
+def n_step(
+    token_rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    gamma: float,
+    n: int,
+) -> Float[Tensor, "B T"]:
+    """``A_t = r_t + ... + gamma^(n-1) r_{t+n-1} + gamma^n V_{t+n} - V_t``; zero outside the mask.
+
+    Values and rewards after the last action are zero. "Asynchronous Methods for Deep Reinforcement Learning",
+    arXiv:1602.01783, section 4. ``n = 1`` is the TD residual; ``n`` of the longest sequence or more gives
+    return minus value.
+    """
+    # Actions side by side, what lies between them at the end: then a step is a column.
+    order = (~mask).int().argsort(dim=-1, stable=True)
+    packed = mask.gather(-1, order)
+    rewards = token_rewards.gather(-1, order).masked_fill(~packed, 0.0)
+    baseline = values.gather(-1, order).masked_fill(~packed, 0.0)
+    width = mask.shape[1]
+    advantages = -baseline
+    for k in range(min(n, width)):
+        advantages[:, : width - k] += gamma**k * rewards[:, k:]
+    if n < width:
+        advantages[:, : width - n] += gamma**n * baseline[:, n:]
+    return torch.zeros_like(values).scatter(-1, order, advantages.masked_fill(~packed, 0.0))
+
+
 def subtract_batch_mean(
     returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], all_sum: AllSum
 ) -> Float[Tensor, "B T"]:

@@ -1,10 +1,15 @@
-"""Per-token losses whose gradient is the policy gradient. Masking and averaging happen elsewhere."""
+"""Per-token losses whose gradient is the policy gradient. Masking and averaging happen elsewhere.
+
+``log_ratio`` is ``log pi(a_t) - log pi_old(a_t)``, or its mean over a sequence, which turns PPO's loss into GSPO's.
+"""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from policylab.functional.ratios import MAX_LOG_RATIO, probability_ratio
 
 
 def logprob_loss(logprobs: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -16,35 +21,81 @@ def logprob_loss(logprobs: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"
     return -advantages * logprobs
 
 
+def ratio_loss(log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """``-ratio A``, with the ratio of the current to the old policy.
+
+    "Trust Region Policy Optimization", arXiv:1502.05477, eq. 14. At ratio 1 its gradient is that of
+    :func:`logprob_loss`. Nothing bounds it: a trust region has to.
+    """
+    return -probability_ratio(log_ratio) * advantages
+
+
 def clipped_ratio_loss(
-    logprobs: Float[Tensor, "B T"],
-    old_logprobs: Float[Tensor, "B T"],
+    log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B T"],
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None,
 ) -> Float[Tensor, "B T"]:
-    """``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)``.
+    """``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)``, and at most ``dual_clip |A|`` where ``A < 0``.
 
-    "Proximal Policy Optimization Algorithms", arXiv:1707.06347, eq. 7, with the two bounds apart. At
-    ratio 1 its gradient is that of :func:`logprob_loss`.
+    "Proximal Policy Optimization Algorithms", arXiv:1707.06347, eq. 7, with the two bounds apart; "Mastering
+    Complex Control in MOBA Games with Deep Reinforcement Learning", arXiv:1912.09729, eq. 5, for the dual
+    clip. The minimum bounds the ratio on one side alone, and the sign of ``A`` says on which: that is how
+    it is written here. At ratio 1 its gradient is that of :func:`logprob_loss`.
     """
-    ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    low, high = _bounds(advantages, clip_low, clip_high, dual_clip)
+    return -probability_ratio(log_ratio).clamp(low, high) * advantages
 
 
 def clipped(
-    logprobs: Float[Tensor, "B T"],
-    old_logprobs: Float[Tensor, "B T"],
+    log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B T"],
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None,
 ) -> Float[Tensor, "B T"]:
-    """1 where the bound of :func:`clipped_ratio_loss` is active (the token has no gradient), else 0."""
-    ratio = (logprobs - old_logprobs).exp()
-    above = (ratio > 1 + clip_high) & (advantages > 0)
-    below = (ratio < 1 - clip_low) & (advantages < 0)
-    return (above | below).to(logprobs.dtype)
+    """1 where a bound of :func:`clipped_ratio_loss` has taken a token's gradient away, else 0."""
+    low, high = _bounds(advantages, clip_low, clip_high, dual_clip)
+    ratio = probability_ratio(log_ratio)
+    outside = (ratio < low) | (ratio > high) | (log_ratio > MAX_LOG_RATIO)
+    return (outside & (advantages != 0)).to(log_ratio.dtype)
+
+
+def _bounds(
+    advantages: Float[Tensor, "B T"], clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Between which the ratio of each token has a gradient."""
+    good = advantages > 0
+    low = torch.where(good, 0.0, torch.full_like(advantages, 1 - clip_low))
+    high = torch.full_like(advantages, torch.inf if dual_clip is None else dual_clip)
+    return low, high.masked_fill(good, 1 + clip_high)
+
+
+def weighted_logprob_loss(
+    logprobs: Float[Tensor, "B T"],
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    clip_low: float | None,
+    clip_high: float,
+) -> Float[Tensor, "B T"]:
+    """``-w A log pi`` with the constant ``w = clip(ratio, 1 - clip_low, 1 + clip_high)``.
+
+    CISPO: "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", arXiv:2506.13585, eq. 4
+    and 5. No gradient flows through ``w``, so every token keeps its own, at a bound as well. Without bounds its
+    gradient is that of :func:`ratio_loss`. ``clip_low`` None: no lower bound.
+    """
+    weight = probability_ratio(log_ratio).clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
+    return -weight.detach() * advantages * logprobs
+
+
+def at_bound(
+    log_ratio: Float[Tensor, "B T"], clip_low: float | None, clip_high: float
+) -> Float[Tensor, "B T"]:
+    """1 where the weight of :func:`weighted_logprob_loss` was cut, else 0."""
+    ratio = probability_ratio(log_ratio)
+    low = 0.0 if clip_low is None else 1 - clip_low
+    return ((ratio < low) | (ratio > 1 + clip_high)).to(log_ratio.dtype)
 
 
 def value_loss(
