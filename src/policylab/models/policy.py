@@ -117,8 +117,12 @@ class Policy(nn.Module):
 
     def logprobs_of(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B T"]:
         """Log-probs of the actions of a rollout, and nothing else."""
-        logp = log_distribution(self._action_logits(rollout), temperature)
+        logp = self.log_distributions(rollout, temperature)
         return on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout)
+
+    def log_distributions(self, rollout: Rollout, temperature: float) -> Float[Tensor, "N V"]:
+        """Log-probs of every token at each action of a rollout, in row-major order of the action mask."""
+        return log_distribution(self._action_logits(rollout), temperature)
 
     def evaluate(
         self, rollout: Rollout, temperature: float, *, entropy_gradient: bool, reference: Self | None
@@ -136,7 +140,7 @@ class Policy(nn.Module):
         exact = None
         if reference is not None:
             with torch.no_grad():
-                ref_logp = log_distribution(reference._action_logits(rollout), temperature)
+                ref_logp = reference.log_distributions(rollout, temperature)
             exact = on_grid(kl.exact(logp, ref_logp), rollout)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropies = entropy(logp)
