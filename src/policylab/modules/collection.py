@@ -52,7 +52,7 @@ class Collection(ExperimentModule):
             batch = self.refill(batch, self.algorithm.sampling)
         self.samples = self.describe(batch.rollout, batch.completions, "train")
         with self.phase("rollout"):
-            rollout = self.refer(batch.rollout)
+            rollout = self.estimate_values(self.refer(batch.rollout))
             if self.algorithm.advantage.needs_greedy:
                 rollout = rollout.replace(greedy_rewards=self.greedy_rewards(batch.prompts))
         return rollout

@@ -97,6 +97,12 @@ class ExperimentModule(ManualOptimization):
             self._tokens_here += int(rollout.action_mask.sum())
         return rollout
 
+    def estimate_values(self, rollout: Rollout) -> Rollout:
+        """The rollout with the critic's values, where they did not come with sampling."""
+        if self.policy.critic is None or rollout.values is not None:
+            return rollout
+        return rollout.replace(values=self.per_token(rollout, self.policy.values))
+
     @property
     def reference_moves(self) -> bool:
         """Whether the reference changes in training, and so belongs to the state."""

@@ -45,7 +45,7 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
     tolerance = TOLERANCE if exact else LOW_PRECISION_TOLERANCE
     module.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass through a model is not typical
     start = time.perf_counter()
-    rollout = module.generate(prompts, 1, PREFLIGHT, range(len(prompts)))
+    rollout = module.estimate_values(module.generate(prompts, 1, PREFLIGHT, range(len(prompts))))
     sampled = time.perf_counter()
     logprobs, values = module.recompute(rollout)
     done = time.perf_counter()
@@ -63,8 +63,8 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
             rollout.values / scale,
             values / scale,
             tolerance,
-            "values recorded while sampling differ from recomputed ones",
-            "the value head read other hidden states than in training",
+            "values recorded at sampling differ from recomputed ones",
+            "the critic read other hidden states than in training",
         )
     referred = module.refer(rollout)
     if referred.ref_logprobs is not None and module.iteration == 0:
