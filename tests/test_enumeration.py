@@ -1,188 +1,327 @@
-"""Exactness: vocabulary 3, length 3, all 27 sequences.
+"""Exactness: vocabulary 3, length 3, every completion listed.
 
-The policy is a table of logits, one row for each prefix. The expected gradient of an estimator is the sum
-over all sequences of probability x gradient of its loss; where theory says that it is unbiased, it equals
-autograd's gradient of the expected reward.
+The expected gradient of an estimator is a sum over all batches of probability x gradient of its loss. Where theory
+says that it is unbiased, it equals the gradient of the expected reward, which autograd finds without sampling.
+Where theory knows a bias, the expected gradient equals that of what is climbed instead.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from policylab.algorithms import (
-    GAE,
-    Algorithm,
-    ClippedRatio,
-    Critic,
-    FixedCoefficient,
-    KLPenalty,
-    LogProb,
-    MinibatchEpochs,
-    ReturnToGo,
-    SequenceSum,
+import enumeration
+from enumeration import (
+    COMPLETIONS,
+    LENGTHS,
+    MASK,
+    World,
+    algorithm,
+    expected_gradient,
+    logprobs_of,
+    occupancy,
+    one_process,
+    penalty,
+    probabilities,
+    true_gradient,
 )
-from policylab.functional import kl
-from policylab.rollouts.types import Evaluation, Rollout
+from policylab.algorithms import (
+    CISPO,
+    GAE,
+    BestOfGroup,
+    ClippedRatio,
+    GreedyBaseline,
+    GroupBaseline,
+    LeaveOneOut,
+    LogProb,
+    NStep,
+    Ratio,
+    ReturnToGo,
+    SequenceMean,
+    SequenceRatio,
+    SequenceSum,
+    TokenMean,
+    VTrace,
+)
+from policylab.rollouts.types import Rollout
 
-V, T = 3, 3
-SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=T)))  # [27, 3]
-PREFIXES = {p: i for i, p in enumerate(p for n in range(T) for p in itertools.product(range(V), repeat=n))}
-STATES = torch.tensor([[PREFIXES[tuple(s[:t])] for t in range(T)] for s in SEQUENCES.tolist()])  # [27, 3]
-# Token 0 ends a sequence: what follows it is padding.
-ENDS = (SEQUENCES == 0).int().cumsum(-1) - (SEQUENCES == 0).int()
-MASK = ENDS == 0
+PLAIN = ReturnToGo(1.0, "none", False)
+FREE = math.inf  # a bound that is never reached
 
-
-def same(x: Tensor) -> Tensor:
-    return x
+close = torch.testing.assert_close
 
 
 @pytest.fixture
-def world():
-    """Logits, reference logits, rewards and values, all random, in float64."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.double)
-
-    logits = random(len(PREFIXES), V).requires_grad_()
-    # The reward depends on the visible part of a sequence alone.
-    table = random(V + 1, V + 1, V + 1)
-    visible = torch.where(MASK, SEQUENCES, V)
-    rewards = table[visible[:, 0], visible[:, 1], visible[:, 2]]
-    return logits, random(len(PREFIXES), V), rewards, random(len(PREFIXES))
+def world() -> World:
+    """Logits, reference, rewards and critic, all random."""
+    return World.random()
 
 
-def logprobs_of(logits: Tensor) -> Tensor:
-    """Log-probs ``[27, 3]`` of every token, zero where a sequence has ended."""
-    logp = logits.log_softmax(-1)[STATES].gather(-1, SEQUENCES[..., None]).squeeze(-1)
-    return logp.masked_fill(~MASK, 0.0)
+@pytest.fixture
+def off_policy(world) -> World:
+    """The same, sampled by another policy."""
+    return world.replace(sampler=World.random(seed=1).logits.detach())
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Of the 27 rows; rows that share their visible part share its probability."""
-    uniform = torch.full((), 1 / V, dtype=torch.double).log()
-    return (logprobs_of(logits) + torch.where(MASK, 0.0, uniform)).sum(-1).exp()
+def distance(gradient: Tensor, truth: Tensor) -> float:
+    """How far a gradient is from the true one, relative to the length of that."""
+    return float((gradient - truth).norm() / truth.norm())
 
 
-def algorithm(
-    advantage, surrogate, beta: float = 0.0, place: str = "reward", estimator: str = "k1"
-) -> Algorithm:
-    return Algorithm(
-        name="test",
-        advantage=advantage,
-        surrogate=surrogate,
-        reduction=SequenceSum(constant=1.0),
-        kl=KLPenalty(place, estimator, FixedCoefficient(beta)),
-        update=MinibatchEpochs(1, 1, None),
-        critic=Critic(0.0, None, 0, None),
-        entropy_coef=0.0,
+def gradient_of(objective: Tensor, world: World) -> Tensor:
+    return torch.autograd.grad(objective, world.logits)[0]
+
+
+def rewarded(world: World, beta: float = 0.0) -> Rollout:
+    """All completions with their token rewards."""
+    return algorithm(PLAIN, kl=penalty(beta)).shape_rewards(world.table(), beta)
+
+
+def local_objective(world: World, action_values: Tensor) -> Tensor:
+    """``sum_s d(s) sum_a pi(a | s) Q(s, a)``: the policy is free in every state that the sampler visits, and changes
+    nothing about which states those are. TRPO's approximation, arXiv:1502.05477, eq. 3."""
+    return (
+        occupancy(world.sampling_logits)[:, None] * world.logits.softmax(-1) * action_values.detach()
+    ).sum()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_batches_are_all_there(world, size):
+    """15 completions are all 27 strings of three tokens, those cut that hold an end; 15^n ordered batches."""
+    rows, orders = enumeration.batches(size)
+    assert orders.sum() == len(COMPLETIONS) ** size
+    close((orders * probabilities(world.logits)[rows].prod(-1)).sum().item(), 1.0)
+
+
+class TestUnbiased:
+    """The expected gradient is that of the expected reward, the price of the KL in it included."""
+
+    ESTIMATORS = (
+        pytest.param(PLAIN, 1, id="return to go"),
+        pytest.param(GreedyBaseline(), 1, id="greedy baseline"),
+        pytest.param(LeaveOneOut(), 2, id="leave one out"),
+        pytest.param(LeaveOneOut(), 4, id="leave one out of four"),
+        pytest.param(GAE(1.0, 1.0, False), 1, id="any critic, lambda 1"),
+        pytest.param(NStep(1.0, 3, False), 1, id="any critic, n as long as the sequence"),
+        pytest.param(VTrace(1.0, FREE, FREE, False), 1, id="v-trace"),
+        pytest.param(VTrace(1.0, 1.0, 1.0, False), 1, id="v-trace on policy, whatever its clips"),
     )
 
+    @pytest.mark.parametrize("beta", [0.0, 0.3])
+    @pytest.mark.parametrize(("advantage", "size"), ESTIMATORS)
+    def test_advantages(self, world, advantage, size, beta):
+        algo = algorithm(advantage, kl=penalty(beta))
+        close(expected_gradient(algo, world, size), true_gradient(world, beta))
 
-def loss_of(algo: Algorithm, rows: list[int], world) -> Tensor:
-    """The loss that the algorithm gives to a batch of these sequences."""
-    logits, ref_logits, rewards, values = world
-    logprobs = logprobs_of(logits)[rows]
-    mask = MASK[rows]
-    n = len(rows)
-    rollout = Rollout(
-        prompt_tokens=torch.zeros(n, 1, dtype=torch.long),
-        prompt_lengths=torch.ones(n, dtype=torch.long),
-        tokens=SEQUENCES[rows],
-        lengths=mask.sum(-1),
-        action_mask=mask,
-        ended=torch.ones(n, dtype=torch.bool),
-        group_ids=torch.zeros(n, dtype=torch.long),
-        prompt_ids=torch.zeros(n, dtype=torch.long),
-        logprobs=logprobs.detach(),
-        ref_logprobs=logprobs_of(ref_logits)[rows],
-        values=values[STATES][rows].masked_fill(~mask, 0.0),
-        rewards=rewards[rows],
+    @pytest.mark.parametrize(
+        "surrogate",
+        [
+            ClippedRatio(0.2, 0.2, None),
+            ClippedRatio(0.2, 0.2, 3.0),
+            Ratio(),
+            CISPO(None, 3.0),
+            CISPO(0.2, 0.2),
+        ],
+        ids=repr,
     )
-    rollout = algo.estimate_advantages(algo.shape_rewards(rollout, algo.kl.controller.initial), same)
-    states = STATES[rows]
-    exact = kl.exact(logits.log_softmax(-1), ref_logits.log_softmax(-1))[states].masked_fill(~mask, 0.0)
-    evaluation = Evaluation(logprobs, torch.zeros_like(logprobs), rollout.values, exact)
-    terms = algo.loss_terms(rollout, evaluation)
-    return algo.reduction(
-        algo.loss(terms, algo.kl.controller.initial), mask, algo.reduction.denominator(mask).double()
+    @pytest.mark.parametrize("beta", [0.0, 0.3])
+    def test_surrogates_at_ratio_one(self, world, surrogate, beta):
+        algo = algorithm(PLAIN, surrogate, kl=penalty(beta))
+        close(expected_gradient(algo, world, 1), true_gradient(world, beta))
+
+    @pytest.mark.parametrize("beta", [0.0, 0.3])
+    def test_sequence_ratio_at_ratio_one(self, world, beta):
+        """With one credit a sequence, and the sum over its tokens in place of the paper's mean."""
+        algo = algorithm(LeaveOneOut(), SequenceRatio(3e-4, 4e-4), kl=penalty(beta))
+        close(expected_gradient(algo, world, 2), true_gradient(world, beta))
+
+    @pytest.mark.parametrize("advantage", [GAE(1.0, 0.5, False), GAE(1.0, 0.0, False), NStep(1.0, 2, False)])
+    def test_a_perfect_critic_biases_nothing(self, world, advantage):
+        perfect = world.replace(values=world.true_values())
+        close(expected_gradient(algorithm(advantage), perfect, 1), true_gradient(world))
+
+    @pytest.mark.parametrize("advantage", [PLAIN, GreedyBaseline(), GAE(1.0, 1.0, False)], ids=repr)
+    def test_exact_kl_in_the_reward(self, world, advantage):
+        algo = algorithm(advantage, kl=penalty(0.3, estimator="exact"))
+        close(expected_gradient(algo, world, 1), true_gradient(world, 0.3))
+
+
+class TestKnownFactor:
+    @pytest.mark.parametrize("size", [2, 3, 4])
+    @pytest.mark.parametrize("advantage", [GroupBaseline(normalize=False), ReturnToGo(1.0, "mean", False)])
+    def test_a_mean_that_includes_the_sequence(self, world, advantage, size):
+        """(G - 1) / G of the gradient, and the same direction."""
+        gradient = expected_gradient(algorithm(advantage), world, size)
+        close(gradient, true_gradient(world) * (size - 1) / size)
+
+
+class TestBiasOfAdvantages:
+    def test_group_standard_deviation_in_pairs_is_a_ranking(self, world):
+        """In a group of two only the sign of the difference is left: what rises is the probability of winning against
+        another sample, ``P(r > r') - P(r < r')``, and not the reward. The size of the reward is lost."""
+        p = probabilities(world.logits)
+        wins = (world.rewards[:, None] - world.rewards).sign() @ p.detach()
+        gradient = expected_gradient(algorithm(GroupBaseline(normalize=True)), world, 2)
+        close(gradient, gradient_of((p * wins).sum(), world) / math.sqrt(2), rtol=1e-4, atol=1e-5)
+        assert distance(gradient / gradient.norm(), true_gradient(world) / true_gradient(world).norm()) > 0.1
+
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_best_of_group_imitates_the_best_of_n(self, world, size):
+        """The expected gradient is that of the log-likelihood of the best of n samples, held fixed, less the groups
+        that hold one completion n times: there nothing was selected."""
+        p = probabilities(world.logits).detach()
+        # P(the best of n is x) = P(all n at most as good) - P(all n worse)
+        at_most = (world.rewards[:, None] >= world.rewards).double() @ p
+        selected = at_most**size - (at_most - p) ** size - p**size
+        objective = (selected * logprobs_of(world.logits).sum(-1)).sum()
+        gradient = expected_gradient(algorithm(BestOfGroup()), world, size)
+        close(gradient, gradient_of(objective, world))
+
+    @pytest.mark.parametrize("advantage", [GAE(1.0, 0.0, False), NStep(1.0, 1, False)], ids=repr)
+    def test_a_wrong_critic_is_believed(self, world, advantage):
+        """lambda 0, n 1: the critic's opinion of the next state stands in for all that follows."""
+        believed = local_objective(world, world.action_values(world.values))
+        gradient = expected_gradient(algorithm(advantage), world, 1)
+        close(gradient, gradient_of(believed, world))
+        assert distance(gradient, true_gradient(world)) > 0.1
+
+    def test_the_bias_of_a_wrong_critic_falls_with_lambda_and_n(self, world):
+        def bias(advantage):
+            return distance(expected_gradient(algorithm(advantage), world, 1), true_gradient(world))
+
+        of_lambda = [bias(GAE(1.0, lam, False)) for lam in (0.0, 0.5, 0.95, 1.0)]
+        of_n = [bias(NStep(1.0, n, False)) for n in (1, 2, 3)]
+        assert of_lambda == sorted(of_lambda, reverse=True)
+        assert of_n == sorted(of_n, reverse=True)
+        assert of_lambda[-1] < 1e-12
+        assert of_n[-1] < 1e-12
+
+    @pytest.mark.parametrize(
+        "advantage", [ReturnToGo(1.0, "none", True), GAE(1.0, 1.0, True), NStep(1.0, 3, True)], ids=repr
     )
+    def test_whitening_couples_the_sequences_of_a_batch(self, world, advantage):
+        """Its mean and its variance hold the sample itself, token by token: another direction, and the less so the
+        larger the batch."""
+        truth = true_gradient(world)
+        gradients = [expected_gradient(algorithm(advantage), world, size) for size in (2, 3, 4)]
+        cosines = [float((g * truth).sum() / g.norm() / truth.norm()) for g in gradients]
+        assert cosines == sorted(cosines)
+        assert cosines[-1] < 0.99
+
+    def test_a_credit_a_sequence_loses_its_own_token_of_the_exact_kl(self, world):
+        """Exact KL in the reward charges an action with its own k1 and with the expected KL of what follows. The sum
+        over the sequence holds the k1 of the first action alone: all others are not charged for themselves."""
+        algo = algorithm(LeaveOneOut(), kl=penalty(0.3, estimator="exact"))
+        assert distance(expected_gradient(algo, world, 2), true_gradient(world, 0.3)) > 0.05
 
 
-def expected_gradient(algo: Algorithm, world, batch: int) -> Tensor:
-    """Minus the expected gradient of the loss over all batches of this size."""
-    logits = world[0]
-    p = probabilities(logits).detach()
-    total = torch.zeros_like(logits)
-    for rows in itertools.product(range(len(SEQUENCES)), repeat=batch):
-        (gradient,) = torch.autograd.grad(loss_of(algo, list(rows), world), logits)
-        total -= p[list(rows)].prod() * gradient
-    return total
+class TestBiasOfReductions:
+    @pytest.mark.parametrize("reduction", [SequenceMean(), TokenMean()])
+    def test_the_mean_over_tokens_climbs_reward_over_length(self, world, reduction):
+        """Of one sequence. A long bad sequence is punished less than a short bad one: lengths grow."""
+        objective = (probabilities(world.logits) * world.rewards / LENGTHS).sum()
+        gradient = expected_gradient(algorithm(PLAIN, reduction=reduction), world, 1)
+        close(gradient, gradient_of(objective, world))
+        assert distance(gradient, true_gradient(world)) > 0.1
+
+    def test_sequence_mean_does_so_in_every_batch(self, world):
+        objective = (probabilities(world.logits) * world.rewards / LENGTHS).sum()
+        algo = algorithm(PLAIN, reduction=SequenceMean())
+        close(expected_gradient(algo, world, 3), gradient_of(objective, world))
+
+    def test_the_constant_divides(self, world):
+        algo = algorithm(PLAIN, reduction=SequenceSum(constant=4.0))
+        close(expected_gradient(algo, world, 1), true_gradient(world) / 4)
 
 
-def true_gradient(world, beta: float = 0.0) -> Tensor:
-    """Of ``E[reward] - beta KL(policy | reference)``."""
-    logits, ref_logits, rewards, _ = world
-    p = probabilities(logits)
-    log_ratio = (logprobs_of(logits) - logprobs_of(ref_logits)).sum(-1)
-    (gradient,) = torch.autograd.grad((p * (rewards - beta * log_ratio)).sum(), logits)
-    return gradient
+class TestOffPolicy:
+    """Sampled by one policy, trained another."""
+
+    @pytest.mark.parametrize("surrogate", [Ratio(), CISPO(None, 1e9), ClippedRatio(1.0, 1e9, None)], ids=repr)
+    def test_a_ratio_climbs_the_local_objective(self, off_policy, surrogate):
+        """Each action is corrected, the states it leads to are not: TRPO's surrogate, with the sampler's values."""
+        sampler = off_policy.replace(logits=off_policy.sampling_logits)
+        objective = local_objective(off_policy, off_policy.action_values(sampler.true_values()))
+        gradient = expected_gradient(algorithm(PLAIN, surrogate), off_policy, 1)
+        close(gradient, gradient_of(objective, off_policy))
+        assert distance(gradient, true_gradient(off_policy)) > 0.1
+
+    @pytest.mark.parametrize("dual_clip", [None, 2.0])
+    def test_clipping_leaves_out_the_tokens_that_it_reports(self, off_policy, dual_clip):
+        surrogate = ClippedRatio(0.2, 0.2, dual_clip)
+        new, old = logprobs_of(off_policy.logits), logprobs_of(off_policy.sampling_logits)
+        credit = off_policy.rewards[:, None].expand_as(new)
+        heard = 1 - surrogate.clipped(new.detach(), old, credit, MASK)
+        sampled = probabilities(off_policy.sampling_logits)[:, None] * MASK
+        objective = (sampled * heard * (new - old).exp() * credit).sum()
+        gradient = expected_gradient(algorithm(PLAIN, surrogate), off_policy, 1)
+        close(gradient, gradient_of(objective, off_policy))
+        assert distance(gradient, expected_gradient(algorithm(PLAIN, Ratio()), off_policy, 1)) > 0.1
+
+    def test_the_dual_clip_silences_more(self, off_policy):
+        new, old = logprobs_of(off_policy.logits), logprobs_of(off_policy.sampling_logits)
+        credit = off_policy.rewards[:, None].expand_as(new)
+        plain, dual = (ClippedRatio(0.2, 0.2, bound).clipped(new, old, credit, MASK) for bound in (None, 2.0))
+        assert (dual >= plain).all()
+        assert dual.sum() > plain.sum()
+
+    def test_sequence_ratio_averages_credits(self, world):
+        """Credits that differ within a sequence act through their mean, which is not the policy gradient."""
+        credit = PLAIN(rewarded(world, 0.3), one_process).advantages.sum(-1) / LENGTHS
+        p = probabilities(world.logits)
+        algo = algorithm(PLAIN, SequenceRatio(3e-4, 4e-4), kl=penalty(0.3))
+        gradient = expected_gradient(algo, world, 1)
+        close(gradient, gradient_of((p * credit).sum(), world))
+        assert distance(gradient, true_gradient(world, 0.3)) > 0.05
+
+    def test_vtrace_values_the_trained_policy(self, off_policy):
+        """Without clips, ``v`` of the first action is an unbiased estimate of the trained policy's value, whatever
+        the critic."""
+        targets = VTrace(1.0, FREE, FREE, False)(rewarded(off_policy), one_process).returns
+        expected = probabilities(off_policy.sampling_logits) @ targets[:, 0]
+        close(expected, off_policy.true_values()[0])
+
+    def test_vtrace_climbs_the_local_objective_of_the_trained_policy(self, off_policy):
+        """Action and value are corrected, the states of the sampler stay (arXiv:1802.01561, section 4.2)."""
+        objective = local_objective(off_policy, off_policy.action_values(off_policy.true_values()))
+        gradient = expected_gradient(algorithm(VTrace(1.0, FREE, FREE, False)), off_policy, 1)
+        close(gradient, gradient_of(objective, off_policy))
+
+    def test_clipped_vtrace_values_a_policy_between_the_two(self, off_policy):
+        """``pi_rho(a) ~ min(rho_clip mu(a), pi(a))``: its values are the fixed point (arXiv:1802.01561, eq. 3)."""
+        mu, pi = off_policy.sampling_logits.softmax(-1), off_policy.logits.softmax(-1)
+        between = torch.minimum(0.8 * mu, pi).log().detach()
+        values = off_policy.replace(logits=between).true_values()
+        rollout = rewarded(off_policy.replace(values=values))
+        targets = VTrace(1.0, 0.8, 0.5, False)(rollout, one_process).returns
+        close(probabilities(off_policy.sampling_logits) @ targets[:, 0], values[0])
 
 
-def test_probabilities_sum_to_one(world):
-    torch.testing.assert_close(probabilities(world[0]).sum().item(), 1.0)
+class TestKLInTheLoss:
+    def gradient(self, world, estimator: str) -> Tensor:
+        """Expected gradient of the penalty alone: the loss with it minus the loss without."""
+        with_kl = expected_gradient(algorithm(PLAIN, kl=penalty(0.3, "loss", estimator)), world, 1)
+        return with_kl - expected_gradient(algorithm(PLAIN), world, 1)
+
+    def test_k2_has_the_gradient_of_the_exact_kl(self, world):
+        """Of the KL in the states that were visited; the effect on which states are visited is left out."""
+        close(self.gradient(world, "k2"), self.gradient(world, "exact"))
+
+    def test_near_the_reference_all_are_the_whole_penalty(self, world):
+        """To first order in the distance, what is left out vanishes: it is a KL times a gradient."""
+        noise = torch.randn(world.logits.shape, dtype=torch.double, generator=torch.Generator())
+        world = world.replace(ref_logits=world.logits.detach() + 1e-3 * noise)
+        whole = true_gradient(world, 0.3) - true_gradient(world)
+        for estimator in ("k2", "k3", "exact"):
+            assert distance(self.gradient(world, estimator), whole) < 0.02, estimator
 
 
-UNBIASED = {
-    "reinforce": (ReturnToGo(1.0, "none", False), LogProb()),
-    "ppo at ratio 1": (ReturnToGo(1.0, "none", False), ClippedRatio(0.2, 0.2)),
-    "any critic, lambda 1": (GAE(1.0, 1.0, False), LogProb()),
-}
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("name", UNBIASED)
-def test_unbiased(world, name, beta):
-    """With the KL in the reward, the gradient is that of the penalized objective."""
-    algo = algorithm(*UNBIASED[name], beta)
-    torch.testing.assert_close(expected_gradient(algo, world, 1), true_gradient(world, beta))
-
-
-def test_batch_mean_baseline_shrinks_by_its_known_factor(world):
-    """A mean that includes the sequence itself: (B - 1) / B of the gradient, here a half."""
-    algo = algorithm(ReturnToGo(1.0, "mean", False), LogProb())
-    torch.testing.assert_close(expected_gradient(algo, world, 2), true_gradient(world) / 2)
-
-
-def test_a_wrong_critic_biases_when_lambda_is_below_one(world):
-    """The documented bias of GAE: the test above would notice a wrong estimator."""
-    algo = algorithm(GAE(1.0, 0.5, False), LogProb())
-    assert (expected_gradient(algo, world, 1) - true_gradient(world)).abs().max() > 0.01
-
-
-def kl_gradient(world, estimator: str) -> Tensor:
-    """Expected gradient of the penalty alone: the loss with it minus the loss without."""
-    advantage, surrogate = ReturnToGo(1.0, "none", False), LogProb()
-    with_kl = algorithm(advantage, surrogate, 0.3, "loss", estimator)
-    return expected_gradient(with_kl, world, 1) - expected_gradient(algorithm(advantage, surrogate), world, 1)
-
-
-def test_k2_in_the_loss_has_the_gradient_of_the_exact_kl(world):
-    """Of the KL in the states that were visited; the effect on which states are visited is left out."""
-    torch.testing.assert_close(kl_gradient(world, "k2"), kl_gradient(world, "exact"))
-
-
-def test_near_the_reference_every_kl_in_the_loss_is_the_whole_penalty(world):
-    """To first order in the distance, what is left out vanishes: it is a KL times a gradient."""
-    logits, _, rewards, values = world
-    near = logits.detach() + 1e-3 * torch.randn(logits.shape, dtype=torch.double, generator=torch.Generator())
-    world = (logits, near, rewards, values)
-    penalty = true_gradient(world, 0.3) - true_gradient(world, 0.0)
-    for estimator in ("k2", "k3", "exact"):
-        error = (kl_gradient(world, estimator) - penalty).norm() / penalty.norm()
-        assert error < 0.02, estimator
+def test_logprob_reads_no_ratio(off_policy):
+    """REINFORCE off policy is not corrected: what it climbs is weighted by the sampler's probabilities."""
+    objective = (probabilities(off_policy.sampling_logits) * off_policy.rewards) @ logprobs_of(
+        off_policy.logits
+    ).sum(-1)
+    close(expected_gradient(algorithm(PLAIN, LogProb()), off_policy, 1), gradient_of(objective, off_policy))

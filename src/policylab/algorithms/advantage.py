@@ -31,6 +31,7 @@ class Advantage(ABC):
     needs_greedy: ClassVar[bool] = False  #: ``rollout.greedy_rewards``: one more completion a prompt
     needs_policy_logprobs: ClassVar[bool] = False  #: ``rollout.policy_logprobs``: one more forward pass
     min_group_size: ClassVar[int] = 1  #: completions of each prompt at least
+    per_sequence: ClassVar[bool] = False  #: credits all actions of a sequence with its whole reward
 
     @abstractmethod
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:

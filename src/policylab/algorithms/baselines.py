@@ -66,6 +66,7 @@ class LeaveOneOut(Advantage):
     """
 
     min_group_size: ClassVar[int] = 2
+    per_sequence: ClassVar[bool] = True
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         return _of_sequences(rollout, leave_one_out)
@@ -85,6 +86,7 @@ class GroupBaseline(Advantage):
 
     normalize: bool
     min_group_size: ClassVar[int] = 2
+    per_sequence: ClassVar[bool] = True
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         return _of_sequences(rollout, group_normalized if self.normalize else group_centered)
@@ -100,6 +102,7 @@ class BestOfGroup(Advantage):
     """
 
     min_group_size: ClassVar[int] = 2
+    per_sequence: ClassVar[bool] = True
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         return _of_sequences(rollout, best_of_group)
