@@ -25,11 +25,12 @@ class ValueModel(nn.Module):
 
     Attributes:
         reads_trunk: whether it needs the policy's forward pass.
-        recorded: whether the policy's last hidden state is all it reads, so that values come with sampling.
+        trains_trunk: whether a gradient of the values goes into the policy. Such a critic reads the policy's last
+            hidden state and nothing else, so that its values come with sampling.
     """
 
     reads_trunk: ClassVar[bool]
-    recorded: ClassVar[bool]
+    trains_trunk: ClassVar[bool]
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class SharedTrunk(ValueModel):
     """The policy's last hidden state; a gradient of the values goes into the trunk as well."""
 
     reads_trunk = True
-    recorded = True
+    trains_trunk = True
 
     def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
         assert trunk is not None
@@ -78,7 +79,7 @@ class OwnLayers(ValueModel):
     """
 
     reads_trunk = True
-    recorded = False
+    trains_trunk = False
 
     def __init__(self, lm: nn.Module, count: int) -> None:
         super().__init__(head_width(lm))
@@ -126,7 +127,7 @@ class SeparateNetwork(ValueModel):
     """
 
     reads_trunk = False
-    recorded = False
+    trains_trunk = False
 
     def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
         super().__init__(hidden_size)

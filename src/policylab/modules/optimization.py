@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from policylab.models.policy import Policy
 from policylab.modules.means import Means
@@ -65,9 +65,10 @@ class ManualOptimization(LightningModule):
     def apply_gradients(self) -> None:
         """Clips, steps, and clears."""
         optimizer: Any = self.optimizers()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self.optim.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        limit = float("inf") if self.optim.max_grad_norm is None else self.optim.max_grad_norm
+        norm = torch.stack(
+            [torch.nn.utils.clip_grad_norm_(part, limit) for part in self.clipped_together()]
+        ).norm()
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"gradient norm is {norm.item()} in iteration {self.iteration + 1}; lower optim.lr, or run with "
@@ -76,6 +77,13 @@ class ManualOptimization(LightningModule):
         self._means.add("train/grad_norm", norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        """What has a gradient norm of its own: everything, or the policy apart from a critic that leaves it alone."""
+        policy = self.policy
+        if policy.critic is None or policy.critic.trains_trunk:
+            return [policy.actor_parameters() + policy.critic_parameters()]
+        return [policy.actor_parameters(), policy.critic_parameters()]
 
     def reapply_optimizer_settings(self) -> None:
         """A checkpoint brings the moments back, and with them settings that the config may have changed since."""

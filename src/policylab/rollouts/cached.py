@@ -70,7 +70,7 @@ class CachedEngine:
         rows = len(prompts) * group_size
         tokens = torch.zeros(rows, self.max_new_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, self.max_new_tokens, device=device)
-        critic = policy.critic if policy.critic is not None and policy.critic.recorded else None
+        critic = policy.critic if policy.critic is not None and policy.critic.trains_trunk else None
         values = None if critic is None else torch.zeros_like(logprobs)
         lengths = torch.zeros(rows, dtype=torch.long, device=device)
         ended = torch.zeros(rows, dtype=torch.bool, device=device)
