@@ -1,0 +1,142 @@
+"""docs/defaults.md says of our presets what the composed YAML says, and leaves no preset out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "defaults.md"
+CODE = re.compile(r"`([^`]+)`")
+EVERY = "every"  # in the first column: each preset that has no row of its own for the key
+OURS = "ours"
+# Methods that learn from data instead of from rollouts: the page is about the others.
+OTHERS = {"sft", "reward_model", "dpo"}
+PRESETS = sorted({path.stem for path in (ROOT / "configs" / "algo").glob("*.yaml")} - OTHERS)
+
+Compose = Callable[..., DictConfig]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: overrides that choose the preset, the keys it is about, and our values."""
+
+    line: int
+    overrides: list[str]
+    keys: list[str]
+    values: list[str]
+    ours: str
+
+    @property
+    def preset(self) -> str:
+        return self.overrides[0]
+
+
+def cells(line: str) -> list[str]:
+    """``| a | b |`` gives ``["a", "b"]``."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def rows(text: str) -> list[Row]:
+    """The rows of every table with a column of ours."""
+    found, ours = list[Row](), -1
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.startswith("|"):
+            ours = -1
+        elif ours < 0:
+            header = cells(line)
+            ours = header.index(OURS) if OURS in header else -1
+        elif not set(line) <= set("|- "):
+            row = cells(line)
+            codes = [CODE.findall(row[column]) for column in (0, 1, ours)]
+            found.append(Row(number, *codes, ours=row[ours]))
+    return found
+
+
+ROWS = rows(PAGE.read_text())
+
+
+def presets_of(row: Row) -> list[str]:
+    """The presets that a row speaks of."""
+    if row.preset != EVERY:
+        return [row.preset]
+    own = {other.preset for other in ROWS if set(other.keys) & set(row.keys)}
+    return [preset for preset in PRESETS if preset not in own]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A config, and the file that was chosen of each of its groups."""
+
+    config: DictConfig
+    choices: DictConfig
+
+
+def composed_value(composed: Composed, key: str) -> Any:
+    """The value of a key; the file chosen of a config group (``algo/kl``); a constant (``policylab.x.Y``)."""
+    if "/" in key:
+        return composed.choices[key]
+    if key.startswith("policylab."):
+        return get_object(key)
+    node = composed.config
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node[parent]
+    assert last in node, f"the config has no {key}"
+    value = node[last]
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_our_figures_are_those_of_the_config(compose: Compose, preset: str) -> None:
+    composed, checked = dict[tuple[str, ...], Composed](), 0
+    for row in ROWS:
+        if preset not in presets_of(row):
+            continue
+        more = tuple(row.overrides[1:])
+        if more not in composed:
+            config = compose([f"algo={preset}", *more])
+            composed[more] = Composed(config, HydraConfig.get().runtime.choices)
+        for key, value in zip(row.keys, row.values, strict=True):
+            found, said = composed_value(composed[more], key), yaml.safe_load(value)
+            assert found == said, (
+                f"docs/defaults.md:{row.line}: {preset} has {key}={found}, the page says {said}"
+            )
+            checked += row.preset == preset
+    assert checked, f"docs/defaults.md has no row on {preset}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"line{row.line}")
+def test_every_row_names_what_it_is_about(row: Row) -> None:
+    """A figure of ours that no key stands for would not be checked."""
+    assert row.overrides, f"docs/defaults.md:{row.line}: no preset in backticks"
+    assert row.preset in {EVERY, *PRESETS}, f"docs/defaults.md:{row.line}: no preset is called {row.preset}"
+    assert row.keys, f"docs/defaults.md:{row.line}: no key in backticks"
+    assert len(row.keys) == len(row.values), f"docs/defaults.md:{row.line}: {row.keys} but {row.values}"
+    bare = CODE.sub("", row.ours)
+    assert not re.search(r"\w", bare), f"docs/defaults.md:{row.line}: {bare!r} is not checked"
+
+
+def test_the_reader_of_tables_reads() -> None:
+    """The parser is itself held against a table, so that the tests above cannot pass on nothing."""
+    page: Sequence[str] = (
+        "| preset | what | paper | ours | why |",
+        "|---|---|---|---|---|",
+        "| `ppo` `model=gpt2` | bounds `a.low` `a.high` | 0.1 | `0.2` `1.0e-3` | less |",
+        "",
+        "| a | table | of | other | things |",
+        "|---|---|---|---|---|",
+        "| 1 | 2 | 3 | 4 | 5 |",
+    )
+    assert rows("\n".join(page)) == [
+        Row(3, ["ppo", "model=gpt2"], ["a.low", "a.high"], ["0.2", "1.0e-3"], "`0.2` `1.0e-3`")
+    ]
