@@ -7,10 +7,11 @@ import time
 import torch
 from torch import Tensor
 
-from policylab.algorithms import Algorithm, MovingReference
+from policylab.algorithms import Algorithm, MinibatchEpochs, MovingReference, SingleStep
 from policylab.functional import kl
 from policylab.functional.advantages import explained_variance
 from policylab.functional.masks import masked_moments
+from policylab.modules.collection import Collection
 from policylab.modules.experiment import Parts
 from policylab.modules.preflight import Pace
 from policylab.rollouts.noise import SHUFFLE, uniforms
@@ -82,11 +83,13 @@ class PolicyGradient(Collection):
         """Epochs of minibatches, ended early when the policy has moved too far."""
         self._ratio_max = torch.ones((), device=self.device)
         self._means.declare(UPDATE_METRICS, self.device)
-        for epoch in range(self.algorithm.update.epochs):
-            if epoch and self.algorithm.update.reestimate:
+        settings = self.algorithm.update
+        assert isinstance(settings, MinibatchEpochs | SingleStep)
+        for epoch in range(settings.epochs):
+            if epoch and settings.reestimate:
                 rollout = self.reestimate(rollout)
-            for rows in self.minibatches(rollout, epoch):
-                if not self.step(rollout, rows):
+            for rows in self.minibatches(rollout, epoch, self.plan.minibatch):
+                if not self.step(rollout, rows, settings.kl_stop):
                     return
 
     def reestimate(self, rollout: Rollout) -> Rollout:
@@ -96,8 +99,8 @@ class PolicyGradient(Collection):
         seen = self.algorithm.estimate_advantages(seen, self.all_sum)
         return rollout.replace(advantages=seen.advantages, returns=seen.returns)
 
-    def minibatches(self, rollout: Rollout, epoch: int) -> list[Tensor]:
-        """This process's rows of each minibatch, without those that are left out of training.
+    def minibatches(self, rollout: Rollout, epoch: int, size: int) -> list[Tensor]:
+        """This process's rows of each minibatch of ``size`` sequences, without those that are left out of training.
 
         The order is drawn over the sequences of all processes, so that a minibatch holds the same sequences
         however many processes share them.
@@ -108,11 +111,11 @@ class PolicyGradient(Collection):
         first = self.global_rank * local
         shares = [
             (minibatch[(minibatch >= first) & (minibatch < first + local)] - first).to(kept.device)
-            for minibatch in order.split(self.plan.minibatch)
+            for minibatch in order.split(size)
         ]
         return [share[kept[share]] for share in shares]
 
-    def step(self, rollout: Rollout, rows: Tensor) -> bool:
+    def step(self, rollout: Rollout, rows: Tensor, kl_stop: float | None) -> bool:
         """One optimizer step on a minibatch. False, without a step, when ``kl_stop`` is exceeded."""
         mask = rollout.loss_mask[rows]
         denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
@@ -127,10 +130,9 @@ class PolicyGradient(Collection):
             return loss
 
         self.accumulate(rows, loss_of)
-        limit = self.algorithm.update.kl_stop
-        if limit is not None:
-            distance = self.all_sum(torch.stack(moved).sum()) / self.all_sum(mask.sum()).clamp(min=1)
-            if distance > limit:
+        if kl_stop is not None:
+            distance = self.all_sum(torch.stack(moved).sum()) / self.all_sum(mask.sum())
+            if distance > kl_stop:
                 self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
                 self._means.add("train/kl_stopped", torch.ones(1, device=self.device))
                 return False
