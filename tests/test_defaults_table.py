@@ -57,8 +57,8 @@ def rows(text: str) -> list[Row]:
             ours = header.index(OURS) if OURS in header else -1
         elif not set(line) <= set("|- "):
             row = cells(line)
-            codes = [CODE.findall(row[column]) for column in (0, 1, ours)]
-            found.append(Row(number, *codes, ours=row[ours]))
+            overrides, keys, values = (CODE.findall(row[column]) for column in (0, 1, ours))
+            found.append(Row(number, overrides, keys, values, row[ours]))
     return found
 
 
@@ -78,7 +78,7 @@ class Composed:
     """A config, and the file that was chosen of each of its groups."""
 
     config: DictConfig
-    choices: DictConfig
+    choices: dict[str, Any]
 
 
 def composed_value(composed: Composed, key: str) -> Any:
