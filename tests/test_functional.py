@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from policylab.functional import kl
-from policylab.functional.advantages import discounted_returns, explained_variance, gae, subtract_batch_mean
 from policylab.functional.logprobs import completion_slice, entropy, log_distribution, token_logprobs
 from policylab.functional.masks import last_position, length_mask, masked_moments, masked_sum, whiten
 from policylab.functional.reduction import sequence_mean_sum, token_sum
-from policylab.functional.surrogates import clipped, clipped_ratio_loss, logprob_loss, value_loss
 
 
 def same(x):
@@ -113,101 +111,6 @@ class TestKL:
         p = torch.tensor([[1.0, 0.0]]).log()
         assert kl.exact(p, self.q).item() == pytest.approx(math.log(4))
         assert kl.exact(p, p).item() == 0
-
-
-class TestReturns:
-    def test_discounted_by_hand(self):
-        rewards = torch.tensor([[1.0, 2.0, 4.0]])
-        # 4; 2 + 4/2 = 4; 1 + 4/2 = 3
-        assert discounted_returns(rewards, torch.ones(1, 3).bool(), 0.5).tolist() == [[3.0, 4.0, 4.0]]
-
-    def test_positions_of_others_are_skipped(self):
-        mask = torch.tensor([[True, False, True]])
-        # the middle is an environment's word: one discount between the two actions, not two
-        assert discounted_returns(torch.tensor([[1.0, 9.0, 4.0]]), mask, 0.5).tolist() == [[3.0, 0.0, 4.0]]
-
-    def test_batch_mean_by_hand(self):
-        returns = torch.tensor([[3.0, 2.0, 1.0], [5.0, 4.0, 0.0]])
-        # whole returns 3 and 5, mean 4
-        expected = [[-1.0, -2.0, -3.0], [1.0, 0.0, 0.0]]
-        assert subtract_batch_mean(returns, MASK, same).tolist() == expected
-
-
-class TestGAE:
-    rewards = torch.tensor([[0.0, 0.0, 1.0]])
-    values = torch.tensor([[0.5, 0.25, 0.75]])
-    mask = torch.ones(1, 3).bool()
-
-    def test_by_hand(self):
-        # gamma 0.9, lam 0.8; deltas: 0.9*0.25-0.5 = -0.275; 0.9*0.75-0.25 = 0.425; 1-0.75 = 0.25
-        # A2 = 0.25; A1 = 0.425 + 0.72*0.25 = 0.605; A0 = -0.275 + 0.72*0.605 = 0.1606
-        result = gae(self.rewards, self.values, self.mask, 0.9, 0.8)
-        torch.testing.assert_close(result, torch.tensor([[0.1606, 0.605, 0.25]]))
-
-    def test_one_one_is_return_minus_value(self):
-        expected = discounted_returns(self.rewards, self.mask, 1.0) - self.values
-        torch.testing.assert_close(gae(self.rewards, self.values, self.mask, 1.0, 1.0), expected)
-
-    def test_zero_is_the_td_residual(self):
-        torch.testing.assert_close(
-            gae(self.rewards, self.values, self.mask, 1.0, 0.0), torch.tensor([[-0.25, 0.5, 0.25]])
-        )
-
-    def test_padding_and_gaps_change_nothing(self):
-        plain = gae(self.rewards, self.values, self.mask, 0.9, 0.8)
-        spread = [0, 2, 3]
-        rewards, values = torch.full((1, 6), 7.0), torch.full((1, 6), 9.0)
-        mask = torch.zeros(1, 6).bool()
-        rewards[:, spread], values[:, spread], mask[:, spread] = self.rewards, self.values, True
-        result = gae(rewards, values, mask, 0.9, 0.8)
-        torch.testing.assert_close(result[:, spread], plain)
-        assert result[~mask].abs().max() == 0
-
-
-class TestExplainedVariance:
-    def test_by_hand(self):
-        returns, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 2.0, 2.0]])
-        # residuals 0, 0, 1: variance 2/9; returns: variance 2/3; 1 - 1/3
-        mask = torch.ones(1, 3).bool()
-        assert explained_variance(values, returns, mask, same).item() == pytest.approx(2 / 3)
-
-    def test_returns_without_spread(self):
-        x = torch.ones(1, 3)
-        assert explained_variance(x, x, x.bool(), same).item() == 0
-
-
-class TestSurrogates:
-    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    old = torch.zeros(1, 4)
-    new = torch.tensor([[1.5, 1.5, 0.5, 0.5]]).log()  # ratios
-
-    def test_clipped_ratio_by_hand(self):
-        # A > 0: min(1.5, 1.2) and min(0.5, 0.8); A < 0: min(-1.5, -1.2) and min(-0.5, -0.8)
-        loss = clipped_ratio_loss(self.new, self.old, self.advantages, 0.2, 0.2)
-        torch.testing.assert_close(loss, torch.tensor([[-1.2, 1.5, -0.5, 0.8]]))
-        assert clipped(self.new, self.old, self.advantages, 0.2, 0.2).tolist() == [[1.0, 0.0, 0.0, 1.0]]
-
-    def test_the_two_bounds_are_apart(self):
-        loss = clipped_ratio_loss(self.new, self.old, self.advantages, 0.4, 0.1)
-        torch.testing.assert_close(loss, torch.tensor([[-1.1, 1.5, -0.5, 0.6]]))
-
-    def test_clipped_tokens_have_no_gradient(self):
-        new = self.new.clone().requires_grad_()
-        clipped_ratio_loss(new, self.old, self.advantages, 0.2, 0.2).sum().backward()
-        assert (new.grad == 0).tolist() == [[True, False, False, True]]
-
-    def test_at_ratio_one_the_gradient_is_reinforce(self):
-        new = torch.randn(1, 4, requires_grad=True)
-        old = new.detach().clone()
-        (ppo,) = torch.autograd.grad(clipped_ratio_loss(new, old, self.advantages, 0.2, 0.2).sum(), new)
-        (reinforce,) = torch.autograd.grad(logprob_loss(new, self.advantages).sum(), new)
-        torch.testing.assert_close(ppo, reinforce)
-
-    def test_value_loss_by_hand(self):
-        values, old, returns = torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]])
-        assert value_loss(values, old, returns, None).item() == 0.5
-        # held within 0.5 of the old value: (0.5 - 3)^2 / 2, the larger of the two
-        assert value_loss(values, old, returns, 0.5).item() == 3.125
 
 
 class TestReduction:
