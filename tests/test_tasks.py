@@ -253,12 +253,23 @@ def test_permutation_is_a_pure_function_of_its_key():
     assert permutation(100, 1, 2) != permutation(100, 1, 3) != permutation(100, 2, 2)
 
 
+def test_a_task_says_how_long_completions_get(compose: Compose):
+    """A walk has at most 10 nodes, the first of which is the prompt; then comes the EOS."""
+    from policylab.config.build import PLANNED, instantiate, without
+
+    config = compose(["task=random_walks"])
+    assert instantiate(without(config.rollout, PLANNED)).max_new_tokens == config.rollout.max_new_tokens == 10
+    assert compose(["task=random_walks", "task.max_length=6"]).rollout.max_new_tokens == 6
+    assert compose(["task=random_walks", "rollout.max_new_tokens=7"]).rollout.max_new_tokens == 7
+    assert compose(["~task.max_new_tokens"]).rollout.max_new_tokens == 24, "a task need not say"
+
+
 @pytest.mark.parametrize("name", ["reviews", "random_walks"])
 def test_the_configs_build_tasks(compose: Compose, name: str):
-    from policylab.config.build import instantiate
+    from policylab.config.build import TAKEN_OVER, instantiate, without
 
     config = compose([f"task={name}"])
-    task, reward = instantiate(config.task), instantiate(config.reward)
+    task, reward = instantiate(without(config.task, TAKEN_OVER)), instantiate(config.reward)
     assert task.name == name
     example = task.val[0]
     completion = Completion(example.text, example.completion or "a", example.reference, (1,), True)

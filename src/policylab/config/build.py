@@ -30,6 +30,8 @@ from policylab.tasks.datamodule import PromptData
 
 #: Keys of ``rollout`` that the batch plan uses, not the engine.
 PLANNED = frozenset({"prompts", "group_size"})
+#: Keys of ``task`` that ``rollout`` takes over, not the task.
+TAKEN_OVER = frozenset({"max_new_tokens"})
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,9 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     algorithm = instantiate(config.algo)
     plan = batch_plan(config, algorithm)
     optim = instantiate(config.optim)
-    engine = instantiate(
-        OmegaConf.masked_copy(config.rollout, [k for k in config.rollout if k not in PLANNED])
-    )
+    engine = instantiate(without(config.rollout, PLANNED))
     reward = instantiate(config.reward)
-    task = instantiate(config.task)
+    task = instantiate(without(config.task, TAKEN_OVER))
     val = take_validation(task, config.validation.prompts)
     if isinstance(algorithm, Supervised):
         demand_no_budget(config)
@@ -106,15 +106,23 @@ def instantiate(config: DictConfig) -> Any:
         raise
 
 
+def without(config: DictConfig, keys: frozenset[str]) -> DictConfig:
+    """A group without the keys that are not for its target; what it refers to elsewhere is filled in."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return OmegaConf.create({key: value for key, value in values.items() if key not in keys})
+
+
 def check_parts(config: DictConfig) -> None:
     """Holds each group against what it builds.
 
     Raises:
         UserError: naming the first key that does not fit.
     """
-    for group in ("algo", "optim", "reward", "task", "model", "callbacks", "logger"):
+    for group in ("algo", "optim", "reward", "model", "callbacks", "logger"):
         check_signatures(config[group], group, frozenset())
     check_signatures(config.rollout, "rollout", PLANNED)
+    check_signatures(config.task, "task", TAKEN_OVER)
 
 
 def build_policy(config: DictConfig, algorithm: Algorithm | Supervised) -> Policy:
