@@ -308,7 +308,7 @@ def test_senseless_critics_are_refused(tiny):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algo.critic.own_layers=99"], "the policy has 2 layers; take at most 2"),
+        (["algo.critic.own_layers=99"], "the policy has 4 layers; take at most 4"),
         (["algo.critic.own_layers=-1"], "must be at least 0"),
         (["algo.critic.own_layers=some"], r"own_layers='some' is not a whole number or one of all"),
         (["algo.critic.init=folder"], "needs a network of its own"),
@@ -374,3 +374,119 @@ def test_other_architectures(architecture):
         torch.testing.assert_close(own, trunk.hidden, atol=1e-5, rtol=1e-5)
         assert touched(policy, policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None).values)
         assert all(p.grad is None for p in policy.lm.parameters())
+
+
+# -- whole runs -----------------------------------------------------------------------------------------
+
+#: Overrides of each variant; ``{folder}`` has a reward model for the tiny vocabulary.
+VARIANTS = {
+    "shared_trunk": [],
+    "own_layers": ["algo/critic=own_layers"],
+    "separate": ["algo/critic=separate"],
+    "reward_model": ["algo/critic=reward_model", "algo.critic.init={folder}"],
+}
+SMALL = ["algo=ppo", "debug=fast", "model=tiny_scratch", "hardware=cpu", "callbacks.console=null"]
+SETTINGS = ["optim.lr=1e-3", "validation.every=2", "callbacks.checkpoint.every=1"]
+
+
+@pytest.fixture
+def train(compose, tmp_path):
+    """``train(["iterations=4"])`` trains in ``tmp_path / "run"`` and returns that folder."""
+
+    def run(overrides: list[str]) -> Path:
+        from policylab.launch import run as job
+        from policylab.launch.resume import with_command_of
+
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        words = with_command_of(overrides)
+        job.train(compose(words), folder, words)
+        return folder
+
+    return run
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, tmp_path) -> list[str]:
+    """Overrides of each variant of the critic."""
+    if request.param == "reward_model":
+        reward_model("gpt2", tmp_path / "judge")
+    return [word.format(folder=tmp_path / "judge") for word in VARIANTS[request.param]]
+
+
+def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
+    """Bit for bit; and what a run leaves can be evaluated and asked, its critic left behind."""
+    from omegaconf import OmegaConf
+    from safetensors.torch import load_file
+
+    from policylab.launch.evaluate import evaluate
+    from policylab.launch.find_run import find_checkpoint
+    from policylab.launch.generate import completions, load_policy
+    from policylab.launch.saved_config import load_config
+
+    def state(run: Path) -> dict[str, torch.Tensor]:
+        return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+    through = train([*SMALL, *SETTINGS, *variant, "iterations=3"]).rename(tmp_path / "through")
+    run = train([*SMALL, *SETTINGS, *variant, "iterations=1"])
+    first = state(run)
+    train([f"resume={run}", "iterations=3"])
+    expected, resumed = state(through), state(run)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    critic = [name for name in expected if name.startswith("policy.critic.")]
+    assert "policy.critic.head.weight" in critic
+    assert any(not torch.equal(first[name], expected[name]) for name in critic)
+
+    exported = load_file(run / "model" / "final" / "model.safetensors")
+    assert not any("critic" in name for name in exported)
+    assert len(evaluate(run, find_checkpoint(run, "last"), prompts=3, seed=None)["samples"]) == 3
+    options = OmegaConf.create({"n": 2, "temperature": None, "max_new_tokens": 3, "seed": 0})
+    assert (
+        len(completions(load_policy(run, "final", load_config(run)), "the film", options, load_config(run)))
+        == 2
+    )
+
+
+def test_a_run_measures_its_critic(compose, tmp_path, variant):
+    """The preflight has held its values against recomputed ones, and both norms are on record."""
+    from policylab.config.build import build
+
+    (tmp_path / "run").mkdir()
+    quiet = ["iterations=1", "callbacks=none", "callbacks.checkpoint=null"]
+    experiment = build(compose([*SMALL[:-1], *quiet, *variant]), tmp_path)
+    module = experiment.module
+    seen: list[torch.Tensor | None] = []
+    check = module.recompute
+    module.recompute = lambda rollout: seen.append(rollout.values) or check(rollout)
+    experiment.trainer.fit(module, datamodule=experiment.data)
+    assert seen[0] is not None, "the preflight's rollout has values"
+    assert {"train/value_loss", "train/explained_variance"} <= module.metrics.keys()
+    assert ("train/critic_grad_norm" in module.metrics) == bool(variant)
+
+
+def test_a_preflight_finds_a_critic_that_reads_otherwise(compose, tmp_path, monkeypatch):
+    from policylab.config.build import build
+
+    (tmp_path / "run").mkdir()
+    quiet = ["iterations=1", "callbacks=none", "callbacks.checkpoint=null"]
+    experiment = build(compose([*SMALL[:-1], *quiet, "algo/critic=own_layers"]), tmp_path)
+    policy = experiment.module.policy
+    values = policy.values
+    torch.nn.init.normal_(policy.critic.head.weight)
+    monkeypatch.setattr(policy, "values", lambda rollout: values(rollout).roll(1, -1))
+    with pytest.raises(UserError, match="values recorded at sampling differ"):
+        experiment.trainer.fit(experiment.module, datamodule=experiment.data)
+
+
+def test_validation_does_not_pay_for_the_critic(compose, tmp_path, monkeypatch):
+    from policylab.config.build import build
+
+    (tmp_path / "run").mkdir()
+    quiet = ["iterations=1", "callbacks=none", "callbacks.checkpoint=null"]
+    experiment = build(compose([*SMALL[:-1], *quiet, "algo/critic=separate"]), tmp_path)
+    monkeypatch.setattr(experiment.module, "check", lambda: None)
+    monkeypatch.setattr(
+        experiment.module.policy, "values", lambda rollout: pytest.fail("values in validation")
+    )
+    experiment.trainer.validate(experiment.module, datamodule=experiment.data, verbose=False)

@@ -66,24 +66,23 @@ class ManualOptimization(LightningModule):
         """Clips, steps, and clears."""
         optimizer: Any = self.optimizers()
         limit = float("inf") if self.optim.max_grad_norm is None else self.optim.max_grad_norm
-        norm = torch.stack(
-            [torch.nn.utils.clip_grad_norm_(part, limit) for part in self.clipped_together()]
-        ).norm()
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm is {norm.item()} in iteration {self.iteration + 1}; lower optim.lr, or run with "
-                "debug=nan to find the operation"
-            )
-        self._means.add("train/grad_norm", norm)
+        for name, parameters in self.clipped_together().items():
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"train/{name} is {norm.item()} in iteration {self.iteration + 1}; lower optim.lr, or run with "
+                    "debug=nan to find the operation"
+                )
+            self._means.add(f"train/{name}", norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def clipped_together(self) -> list[list[nn.Parameter]]:
-        """What has a gradient norm of its own: everything, or the policy apart from a critic that leaves it alone."""
+    def clipped_together(self) -> dict[str, list[nn.Parameter]]:
+        """What has a norm of its own: everything, or the policy apart from a critic that never moves it."""
         policy = self.policy
         if policy.critic is None or policy.critic.trains_trunk:
-            return [policy.actor_parameters() + policy.critic_parameters()]
-        return [policy.actor_parameters(), policy.critic_parameters()]
+            return {"grad_norm": policy.actor_parameters() + policy.critic_parameters()}
+        return {"grad_norm": policy.actor_parameters(), "critic_grad_norm": policy.critic_parameters()}
 
     def reapply_optimizer_settings(self) -> None:
         """A checkpoint brings the moments back, and with them settings that the config may have changed since."""
