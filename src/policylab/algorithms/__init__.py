@@ -19,6 +19,7 @@ from policylab.algorithms.sampling import DynamicSampling
 from policylab.algorithms.supervised import Supervised
 from policylab.algorithms.surrogate import CISPO, ClippedRatio, LogProb, Ratio, SequenceRatio, Surrogate
 from policylab.algorithms.truncation import MaskTruncated, OverlongPenalty
+from policylab.algorithms.trust_region import LineSearch, TrustRegion
 from policylab.algorithms.update import MinibatchEpochs, SingleStep
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "GroupBaseline",
     "KLPenalty",
     "LeaveOneOut",
+    "LineSearch",
     "LogProb",
     "LossTerms",
     "MaskTruncated",
@@ -56,5 +58,6 @@ __all__ = [
     "Surrogate",
     "TokenMean",
     "TruncatedImportance",
+    "TrustRegion",
     "VTrace",
 ]

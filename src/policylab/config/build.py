@@ -13,14 +13,14 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.algorithms import Algorithm, Supervised
+from policylab.algorithms import Algorithm, Supervised, TrustRegion
 from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.saved_config import plain
 from policylab.models.critic import value_model
 from policylab.models.policy import Policy
-from policylab.modules import PolicyGradient, SupervisedTraining
+from policylab.modules import PolicyGradient, SupervisedTraining, TrustRegionPolicyGradient
 from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.rollouts.cached import CachedEngine, check_context
 from policylab.rollouts.plan import BatchPlan
@@ -63,7 +63,6 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         demand_no_budget(config)
         demand_completions(task)
 
-    is_policy_gradient = isinstance(algorithm, Algorithm)
     policy = build_policy(config, algorithm)
     train_prompts, val_prompts = prompts(policy, task, task.train), prompts(policy, task, val)
     check_context(policy, longest(train_prompts + val_prompts, engine))
@@ -87,8 +86,16 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         max_tokens=config.max_tokens,
         resolved_config=OmegaConf.to_yaml(OmegaConf.create(plain(config))),
     )
-    module = PolicyGradient(algorithm, parts) if is_policy_gradient else SupervisedTraining(algorithm, parts)
-    return Experiment(module, data, trainer(config, run_dir), config)
+    return Experiment(module_for(algorithm, parts), data, trainer(config, run_dir), config)
+
+
+def module_for(algorithm: Algorithm | Supervised, parts: Parts) -> ExperimentModule:
+    """The module that trains with this kind of algorithm."""
+    if isinstance(algorithm, Supervised):
+        return SupervisedTraining(algorithm, parts)
+    if isinstance(algorithm.update, TrustRegion):
+        return TrustRegionPolicyGradient(algorithm, parts)
+    return PolicyGradient(algorithm, parts)
 
 
 def instantiate(config: DictConfig) -> Any:
@@ -140,7 +147,13 @@ def batch_plan(config: DictConfig, algorithm: Algorithm | Supervised) -> BatchPl
     micro_batch = config.optim.micro_batch_size
     if isinstance(algorithm, Supervised):
         return BatchPlan(algorithm.batch_size, 1, 1, 1, micro_batch, processes)
-    update = algorithm.update
+    update, group_size = algorithm.update, config.rollout.group_size
+    if group_size < algorithm.min_group_size:
+        part = "sampling=dynamic" if algorithm.advantage.min_group_size == 1 else "advantage"
+        raise UserError(
+            f"algo/{part} compares completions of the same prompt, but rollout.group_size is {group_size}; "
+            f"take rollout.group_size={algorithm.min_group_size} or more"
+        )
     return BatchPlan(
         config.rollout.prompts,
         config.rollout.group_size,

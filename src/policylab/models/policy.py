@@ -136,7 +136,26 @@ class Policy(nn.Module):
         """
         sequences = Sequences.of(rollout)
         trunk = self._read(sequences, head=True)
-        logp = log_distribution(trunk.logits, temperature)
+        return self.evaluate_distributions(
+            rollout,
+            log_distribution(trunk.logits, temperature),
+            temperature,
+            values=None if self.critic is None else on_grid(self.critic(sequences, trunk), rollout),
+            entropy_gradient=entropy_gradient,
+            reference=reference,
+        )
+
+    def evaluate_distributions(
+        self,
+        rollout: Rollout,
+        logp: Float[Tensor, "N V"],
+        temperature: float,
+        *,
+        values: Float[Tensor, "B T"] | None,
+        entropy_gradient: bool,
+        reference: Self | None,
+    ) -> Evaluation:
+        """The same for whole distributions, of whatever weights, that are at hand already."""
         exact = None
         if reference is not None:
             with torch.no_grad():
@@ -147,7 +166,7 @@ class Policy(nn.Module):
         return Evaluation(
             logprobs=on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout),
             entropy=on_grid(entropies, rollout),
-            values=None if self.critic is None else on_grid(self.critic(sequences, trunk), rollout),
+            values=values,
             exact_kl=exact,
         )
 
