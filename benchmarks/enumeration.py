@@ -14,6 +14,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -187,6 +188,7 @@ def algorithm(
     )
 
 
+@cache
 def batches(size: int) -> tuple[Tensor, Tensor]:
     """Every multiset of completions of this size, ``[N, size]``, and in how many orders it can be drawn, ``[N]``."""
     sets = list(itertools.combinations_with_replacement(range(len(COMPLETIONS)), size))

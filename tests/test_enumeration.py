@@ -8,12 +8,14 @@ Where theory knows a bias, the expected gradient equals that of what is climbed 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import enumeration
+import estimator_variance
 from enumeration import (
     COMPLETIONS,
     LENGTHS,
@@ -325,3 +327,8 @@ def test_logprob_reads_no_ratio(off_policy):
         off_policy.logits
     ).sum(-1)
     close(expected_gradient(algorithm(PLAIN, LogProb()), off_policy, 1), gradient_of(objective, off_policy))
+
+
+def test_the_table_in_the_docs_is_what_the_script_prints():
+    page = (Path(__file__).parent.parent / "docs" / "estimators.md").read_text()
+    assert estimator_variance.table() in page
