@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from scipy import stats
 
 from policylab.errors import UserError
 from policylab.report.evidence import portable, write_evidence
 from policylab.report.groups import group_runs
 from policylab.report.read import read_run, read_runs
-from policylab.report.statistics import estimate
+from policylab.report.statistics import estimate, holm, interquartile_mean, iqm_interval, p_above_zero
 
 
 def test_estimate_of_five_seeds() -> None:
@@ -41,6 +46,41 @@ def test_iqm_ignores_one_stray_seed_and_the_mean_does_not() -> None:
 def test_one_seed_has_no_interval() -> None:
     seeds = estimate([0.25])
     assert (seeds.mean, seeds.iqm, seeds.low, seeds.high) == (0.25, 0.25, None, None)
+
+
+def test_bootstrap_interval_of_the_iqm() -> None:
+    assert iqm_interval([0.5]) is None
+    # resamples of two: 0, 1, 1, 2, each a quarter
+    assert iqm_interval([0.0, 2.0]) == (0.0, 2.0)
+    # four: the middle pair is (0, 0) in the 4 x 3 + 1 of 256 resamples with three zeros or more, 5.1 %
+    assert iqm_interval([0.0, 1.0, 10.0, 11.0]) == (0.0, 11.0)
+    # five: of 3,125 resamples, sorted by the mean of their middle three, the 79th and the 3,047th, in fractions
+    resamples = sorted(Fraction(sum(sorted(r)[1:4]), 3) for r in product(range(1, 6), repeat=5))
+    assert (resamples[78], resamples[3046]) == (Fraction(4, 3), Fraction(14, 3))
+    assert iqm_interval([5.0, 1.0, 4.0, 2.0, 3.0]) == pytest.approx((4 / 3, 14 / 3))
+
+
+def test_bootstrap_of_many_seeds_is_drawn_and_repeats() -> None:
+    values = np.random.default_rng(1).normal(size=12)
+    drawn = iqm_interval(list(values))
+    assert drawn == iqm_interval(list(values))
+    other = stats.bootstrap(
+        (values,), interquartile_mean, n_resamples=20_000, method="percentile", confidence_level=0.95
+    )
+    assert drawn == pytest.approx(tuple(other.confidence_interval), abs=0.03)
+
+
+def test_chance_of_a_gain() -> None:
+    # t = 2 / 1 on 1 degree of freedom, where sf(t) = 1/2 - atan(t) / pi
+    assert p_above_zero([1.0, 3.0]) == pytest.approx(0.5 - math.atan(2) / math.pi)
+    assert p_above_zero([-1.0, -3.0]) == pytest.approx(0.5 + math.atan(2) / math.pi)
+    assert (p_above_zero([1.0]), p_above_zero([1.0, 1.0]), p_above_zero([0.0, 0.0])) == (None, 0.0, 1.0)
+
+
+def test_holm() -> None:
+    # 0.01 x 3, 0.03 x 2, 0.04 x 1, none below the one before it
+    assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert holm([0.7, 0.8]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
@@ -84,6 +124,7 @@ def make_run(folder: Path, seed: int, after: float, status: str = "done", **chan
 
 def report(runs: Any, out: Path, **changes: Any) -> str:
     settings: dict[str, Any] = {"metrics": ["val/reward", "val/kl"], "title": "", "labels": []}
+    settings |= {"x": "iteration", "ranked": False}
     return write_evidence(runs, out, **{**settings, **changes})
 
 
@@ -93,8 +134,13 @@ def test_whole_report(tmp_path: Path) -> None:
     table = report(f"{tmp_path}/run_*", tmp_path / "out", title="PPO on reviews")
 
     # after 0.7; gains 0.5, 0.6, 0.7: mean 0.6, s/sqrt(3) = 0.057735, t(0.975, 2) = 4.30265, half 0.248414
+    # t = 0.6 / 0.057735 = 10.392 on 2 degrees: p = (1 - t / sqrt(2 + t^2)) / 2 = 0.0045662
+    # the IQM of 3 cuts none; of 27 resamples one is all 0.6 (3.7 %: beyond 2.5 %), one all 0.8
     # KL (2+3+4)/3 = 3; seconds (10+11+12)/3 = 11
-    row = "| ppo-tiny-reviews | 3 | 0.100 | 0.700 | 0.700 | +0.600 [+0.352, +0.848] | 3.0 | 11 | 1,000 |"
+    row = (
+        "| ppo-tiny-reviews | 3 | 0.100 | 0.700 | 0.700 [0.600, 0.800] | +0.600 [+0.352, +0.848] | 0.0046 "
+        "| 3.0 | 11 | 1,000 |"
+    )
     assert row in table.splitlines()
     assert (tmp_path / "out" / "table.md").read_text() == table
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -122,12 +168,58 @@ def test_groups_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
         make_run(tmp_path / f"c_s{seed}", seed, 0.5, algo__name="reinforce")
     groups = group_runs(read_runs(f"{tmp_path}/*"))
     assert [(group.label, [run.seed for run in group.runs]) for group in groups] == [
-        ("ppo-tiny-reviews optim.lr=0.001", [0, 1]),
-        ("ppo-tiny-reviews optim.lr=0.002", [0, 1]),
-        ("reinforce-tiny-reviews", [0, 1]),
+        ("ppo optim.lr=0.001", [0, 1]),
+        ("ppo optim.lr=0.002", [0, 1]),
+        ("reinforce", [0, 1]),
     ]
     report(f"{tmp_path}/*_s?", tmp_path / "out", labels=["slow", "fast", "plain"])
     assert "| fast | 2 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def make_tokens(run: Path, rows: dict[int, tuple[float | None, float | None]]) -> None:
+    """Iteration: tokens sampled and reward; None leaves a cell empty."""
+    lines = [",".join("" if x is None else f"{x:g}" for x in (i, *cells)) for i, cells in rows.items()]
+    (run / "metrics.csv").write_text("\n".join(["iteration,train/tokens,val/reward", *lines, ""]))
+
+
+def test_curves_over_tokens_are_interpolated_as_far_as_all_seeds_go(tmp_path: Path) -> None:
+    first, second = (make_run(tmp_path / f"run_s{seed}", seed, 0.5) for seed in (0, 1))
+    make_tokens(first, {0: (None, 0.0), 1: (60, None), 2: (100, 1.0)})
+    make_tokens(second, {0: (None, 0.0), 1: (50, 1.0), 2: (200, 3.0)})
+    (group,) = group_runs(read_runs(f"{tmp_path}/run_*"))
+    curve = group.over_seeds("val/reward", "train/tokens")
+    assert list(curve) == [0, 50, 100]
+    # at 50 (1/2 + 1) / 2; at 100 (1 + (1 + 2 x 50/150)) / 2
+    assert [point.mean for point in curve.values()] == pytest.approx([0.0, 0.75, 4 / 3])
+    assert list(group.over_seeds("val/reward", "iteration")) == [0, 2]
+
+    report(f"{tmp_path}/run_*", tmp_path / "out", metrics=["val/reward"], x="train/tokens")
+    assert (tmp_path / "out" / "metrics.csv").read_text().splitlines()[:3] == [
+        "run,seed,iteration,train/tokens,val/reward",
+        "ppo-tiny-reviews,0,0,0,0",
+        "ppo-tiny-reviews,0,2,100,1",
+    ]
+    with pytest.raises(UserError, match="x is seconds; choose iteration or train/tokens"):
+        report(f"{tmp_path}/run_*", tmp_path / "out", x="seconds")
+    plain = make_run(tmp_path / "plain", 0, 0.5)
+    with pytest.raises(UserError, match="plain has no train/tokens for the x axis"):
+        report(str(plain), tmp_path / "out", x="train/tokens")
+
+
+def test_comparison_of_many_methods(tmp_path: Path) -> None:
+    for number in range(9):  # one more than there are colours
+        for seed in (0, 1, 2):
+            after = 0.1 + 0.1 * number + 0.01 * seed
+            make_run(tmp_path / f"{number}_s{seed}", seed, after, algo__name=f"method{number}")
+    table = report(f"{tmp_path}/?_s?", tmp_path / "out", ranked=True)
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| method")]
+    assert [row[0] for row in rows] == [f"| method{number}" for number in reversed(range(9))]
+    # gains 0, 0.01, 0.02: t = sqrt(3) on 2 degrees: (1 - sqrt(3/5)) / 2 = 0.1127, the largest: times 1
+    assert rows[-1][6] == "0.11"
+    # gains 0.80, 0.81, 0.82: t = 0.81 sqrt(3) / 0.01 = 140.3: 1 / (2 t^2) = 2.5e-5, the smallest: times 9
+    assert rows[0][6] == "0.00023"
+    for figure in ("curve.png", "ranking.png"):
+        assert (tmp_path / "out" / figure).read_bytes().startswith(b"\x89PNG")
 
 
 def test_unfinished_run_must_be_named(tmp_path: Path) -> None:

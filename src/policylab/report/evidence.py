@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.errors import UserError
 from policylab.report.groups import group_runs
 from policylab.report.plots import draw_curves
-from policylab.report.read import read_runs
+from policylab.report.ranking import by_gain, draw_ranking
+from policylab.report.read import ITERATION, TOKENS, read_runs
 from policylab.report.tables import markdown_table, write_metrics
 
 
@@ -25,14 +26,24 @@ def report_job(config: DictConfig) -> None:
         metrics=settings["metrics"],
         title=settings["title"],
         labels=settings["labels"],
+        x=settings["x"],
+        ranked=settings["ranked"],
     )
     print(f"{table}\nwritten to {settings['out']}")
 
 
 def write_evidence(
-    runs: str | Sequence[str], out: Path, metrics: Sequence[str], title: str, labels: Sequence[str]
+    runs: str | Sequence[str],
+    out: Path,
+    metrics: Sequence[str],
+    title: str,
+    labels: Sequence[str],
+    x: str,
+    ranked: bool,
 ) -> str:
     """Write ``metrics.csv``, ``curve.png``, ``table.md`` and ``config.yaml`` to a folder.
+
+    Several groups of runs get a ``ranking.png`` as well.
 
     Args:
         runs: run folders, patterns that find them, or "latest".
@@ -40,6 +51,8 @@ def write_evidence(
         metrics: the first one is the table's subject; each is a panel of the curve.
         title: of the curve.
         labels: names of the groups of runs, in order; empty for ``algo-model-task``.
+        x: of the curve: "iteration", or "train/tokens".
+        ranked: the largest gain first; else the order of the runs.
 
     Returns:
         The table, in Markdown.
@@ -49,16 +62,23 @@ def write_evidence(
     """
     if not metrics:
         raise UserError("metrics is empty; name at least one, such as metrics=[val/reward,val/kl]")
+    if x not in (ITERATION, TOKENS):
+        raise UserError(f"x is {x}; choose {ITERATION} or {TOKENS}")
     found = read_runs(runs)
     groups = group_runs(found, labels)
     for run in found:
         curves = [run.curve(metric) for metric in metrics]  # all are looked at before anything is written
         if 0 not in curves[0]:
             raise UserError(f"{run.folder} has no {metrics[0]} at iteration 0: no baseline, so no gain")
+        run.along(metrics[0], x)
+    if ranked:
+        groups = by_gain(groups, metrics[0])
     table = markdown_table(groups, metrics[0])
     out.mkdir(parents=True, exist_ok=True)
-    draw_curves(groups, metrics, title, out / "curve.png")
-    write_metrics(groups, metrics, out / "metrics.csv")
+    draw_curves(groups, metrics, x, title, out / "curve.png")
+    if len(groups) > 1:
+        draw_ranking(groups, metrics, title, out / "ranking.png")
+    write_metrics(groups, metrics, x, out / "metrics.csv")
     (out / "table.md").write_text(table)
     OmegaConf.save(OmegaConf.create(portable(found[0].config)), out / "config.yaml")
     return table

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from policylab.errors import UserError
-from policylab.report.read import Run
+from policylab.report.read import ITERATION, Run
 from policylab.report.statistics import Estimate, estimate
 
 # What a run was called, what watched it and where it lay says nothing about what it did.
@@ -26,11 +28,30 @@ class Group:
     label: str
     runs: tuple[Run, ...]
 
-    def over_seeds(self, metric: str) -> dict[int, Estimate]:
-        """Statistics by iteration, at the iterations that every seed has."""
-        curves = [run.curve(metric) for run in self.runs]
-        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-        return {iteration: estimate([curve[iteration] for curve in curves]) for iteration in shared}
+    def over_seeds(self, metric: str, x: str) -> dict[float, Estimate]:
+        """Statistics along ``x``, as far as every seed goes.
+
+        Args:
+            x: "iteration": at the iterations that every seed has. Another column: seeds come to its values in
+                iterations of their own, so each is interpolated linearly at the points of all.
+        """
+        curves = [run.along(metric, x) for run in self.runs]
+        if x == ITERATION:
+            shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+            return {point: estimate([curve[point] for curve in curves]) for point in shared}
+        end = min(max(curve) for curve in curves)
+        points = sorted({point for curve in curves for point in curve if point <= end})
+        values = [np.interp(points, list(curve), list(curve.values())) for curve in curves]
+        return {point: estimate(column) for point, column in zip(points, np.transpose(values), strict=True)}
+
+    def ends(self, metric: str) -> list[float]:
+        """The last value of each seed."""
+        return [list(run.curve(metric).values())[-1] for run in self.runs]
+
+    def gains(self, metric: str) -> list[float]:
+        """For each seed the last value less the first."""
+        starts = [next(iter(run.curve(metric).values())) for run in self.runs]
+        return [after - before for after, before in zip(self.ends(metric), starts, strict=True)]
 
 
 def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
@@ -38,7 +59,8 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
 
     Args:
         runs: at least one.
-        labels: names for the groups, in order; without any, ``algo-model-task`` and the settings that differ.
+        labels: names for the groups, in order; without any, ``algo-model-task`` and the settings that differ,
+            less what all groups have in common.
 
     Raises:
         UserError: when the runs were not measured alike, a seed appears twice in a group, or the labels
@@ -83,8 +105,15 @@ def _check_seeds(group: Sequence[Run]) -> None:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """``algo-model-task`` for each run; runs that share one add the settings that tell them apart."""
-    bases = [_base_name(run.config) for run in runs]
+    """``algo-model-task`` for each run, without what all have in common, if anything is left.
+
+    Runs that share a name add the settings that tell them apart.
+    """
+    parts = [_name_parts(run.config) for run in runs]
+    telling = [values for values in zip(*parts, strict=True) if len(set(values)) > 1] or list(
+        zip(*parts, strict=True)
+    )
+    bases = ["-".join(part for part in name if part) for name in zip(*telling, strict=True)]
     settings = [_settings(run) for run in runs]
     names = []
     for base, setting in zip(bases, settings, strict=True):
@@ -98,9 +127,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _base_name(config: dict[str, Any]) -> str:
+def _name_parts(config: dict[str, Any]) -> list[str]:
+    """Names of algorithm, model and task; empty where there is none."""
     parts = (config.get(part) for part in ("algo", "model", "task"))
-    return "-".join(str(part["name"]) for part in parts if isinstance(part, dict) and "name" in part)
+    return [str(part["name"]) if isinstance(part, dict) and "name" in part else "" for part in parts]
 
 
 def _settings(run: Run) -> dict[str, Any]:

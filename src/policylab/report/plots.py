@@ -1,9 +1,10 @@
-"""The learning curve of a report: one panel a metric, mean over seeds with its 95 % interval."""
+"""The learning curves of a report: mean over seeds with its 95 % interval, in one panel or one a group."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,22 @@ import matplotlib
 matplotlib.use("Agg")  # a file is drawn; no screen is needed
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from policylab.report.groups import Group
+from policylab.report.read import ITERATION, TOKENS
+from policylab.report.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-AXES = {"val/kl": "val/kl (nats a sequence)"}
+GREY = "#C8C8C8"
+#: Panels side by side where each group has its own.
+COLUMNS = 4
+AXES = {"val/kl": "val/kl (nats a sequence)", TOKENS: "tokens sampled in training"}
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -36,44 +43,82 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_curves(groups: Sequence[Group], metrics: Sequence[str], title: str, path: Path) -> None:
+def draw_curves(groups: Sequence[Group], metrics: Sequence[str], x: str, title: str, path: Path) -> None:
     """Write a PNG that is readable at the width of a README (about 880 pixels).
 
+    As many groups as there are colours share a panel a metric. More of them get a panel each, for the first
+    metric alone, the others in grey behind it.
+
     Args:
-        groups: one line each; a group of one seed has no band.
-        metrics: one panel each, from left to right; a metric without any value is a UserError.
+        groups: a group of one seed has no band.
+        metrics: panels from left to right; a metric without any value is a UserError.
+        x: "iteration", or a column that grows with it.
         title: stands above the panels; may be empty.
         path: of the PNG.
     """
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, len(metrics), figsize=(4.6 * len(metrics), 3.4), squeeze=False, layout="constrained"
-        )
-        for axes, metric in zip(panels[0], metrics, strict=True):
-            _draw_panel(axes, groups, metric)
-        if len(groups) > 1:
-            panels[0][0].legend(loc="best")
-        if title:
-            figure.suptitle("\n".join(textwrap.wrap(title, 44 * len(metrics))), fontsize=11)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        draw = _one_panel_a_metric if len(groups) <= len(COLOURS) else _one_panel_a_group
+        save(draw(groups, metrics, x), title, path)
 
 
-def _draw_panel(axes: Axes, groups: Sequence[Group], metric: str) -> None:
-    for index, group in enumerate(groups):
-        colour = COLOURS[index % len(COLOURS)]
-        curve = group.over_seeds(metric)
-        iterations = list(curve)
-        means = [point.mean for point in curve.values()]
-        axes.plot(iterations, means, color=colour, label=group.label)
-        low = [point.mean if point.low is None else point.low for point in curve.values()]
-        high = [point.mean if point.high is None else point.high for point in curve.values()]
-        axes.fill_between(iterations, low, high, color=colour, alpha=0.18, linewidth=0)
+def save(figure: Figure, title: str, path: Path) -> None:
+    """Write the figure with its title above it, and forget it."""
+    if title:
+        figure.suptitle("\n".join(textwrap.wrap(title, int(9.5 * figure.get_figwidth()))), fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _one_panel_a_metric(groups: Sequence[Group], metrics: Sequence[str], x: str) -> Figure:
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=(4.6 * len(metrics), 3.4), squeeze=False, layout="constrained"
+    )
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        for index, group in enumerate(groups):
+            _draw(axes, group.over_seeds(metric, x), COLOURS[index], group.label)
         if len(groups) == 1:
-            for run in group.runs:  # the seeds themselves: an interval hides the one that went astray
-                points = run.curve(metric)
-                axes.plot(list(points), list(points.values()), color=colour, alpha=0.3, linewidth=0.8)
-    axes.set_xlabel("iteration")
-    axes.set_ylabel(AXES.get(metric, metric))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            for run in groups[0].runs:  # the seeds themselves: an interval hides the one that went astray
+                points = run.along(metric, x)
+                axes.plot(list(points), list(points.values()), color=COLOURS[0], alpha=0.3, linewidth=0.8)
+        axes.set_xlabel(AXES.get(x, x))
+        axes.set_ylabel(AXES.get(metric, metric))
+        _mark(axes, x)
+    if len(groups) > 1:
+        panels[0][0].legend(loc="best")
+    return figure
+
+
+def _one_panel_a_group(groups: Sequence[Group], metrics: Sequence[str], x: str) -> Figure:
+    curves = [group.over_seeds(metrics[0], x) for group in groups]
+    rows = math.ceil(len(groups) / COLUMNS)
+    figure, panels = plt.subplots(
+        rows, COLUMNS, figsize=(9.2, 1.9 * rows), sharex=True, sharey=True, layout="constrained"
+    )
+    for axes in panels.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes, group, own in zip(panels.flat, groups, curves, strict=False):
+        for other in curves:
+            axes.plot(list(other), [point.mean for point in other.values()], color=GREY, linewidth=0.7)
+        _draw(axes, own, COLOURS[0], group.label)
+        axes.set_title(group.label, fontsize=10)
+        _mark(axes, x)
+    figure.supxlabel(AXES.get(x, x), fontsize=10)
+    figure.supylabel(AXES.get(metrics[0], metrics[0]), fontsize=10)
+    return figure
+
+
+def _draw(axes: Axes, curve: Mapping[float, Estimate], colour: str, label: str) -> None:
+    places = list(curve)
+    axes.plot(places, [point.mean for point in curve.values()], color=colour, label=label)
+    low = [point.mean if point.low is None else point.low for point in curve.values()]
+    high = [point.mean if point.high is None else point.high for point in curve.values()]
+    axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _mark(axes: Axes, x: str) -> None:
+    if x == ITERATION:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.01)

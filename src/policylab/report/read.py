@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from policylab.errors import UserError
 from policylab.launch.find_run import find_run
 
+ITERATION, TOKENS = "iteration", "train/tokens"
 FILES = ("config.yaml", "metrics.csv", "status.json")
 
 
@@ -54,6 +55,23 @@ class Run:
                     f"{metric} is {value} at iteration {iteration} of {self.folder}; leave it out"
                 )
         return values
+
+    def along(self, metric: str, x: str) -> dict[float, float]:
+        """The values of a metric by another column of the same iterations, in order of iterations.
+
+        Args:
+            x: "iteration", or a column that grows with it; before the first iteration it is 0.
+
+        Raises:
+            UserError: when the run lacks either.
+        """
+        values = self.curve(metric)
+        if x == ITERATION:
+            return {float(iteration): value for iteration, value in values.items()}
+        if x not in self.curves:
+            raise UserError(f"{self.folder} has no {x} for the x axis; take x=iteration")
+        places = {0: 0.0} | self.curves[x]
+        return {places[iteration]: value for iteration, value in values.items() if iteration in places}
 
 
 def read_runs(runs: str | Sequence[str]) -> list[Run]:

@@ -1,18 +1,23 @@
 """What may be said about a method from a handful of seeds.
 
 Sources: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice"
-(arXiv 2108.13264) for the interquartile mean; Student, "The Probable Error of a Mean" (1908).
+(arXiv 2108.13264) for the interquartile mean and its bootstrap interval; Student, "The Probable Error of a
+Mean" (1908); Holm, "A Simple Sequentially Rejective Multiple Test Procedure" (1979).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
+#: Resamples of a bootstrap: all there are up to this number (6 seeds have 46,656), beyond it so many drawn ones.
+RESAMPLES = 50_000
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,65 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(f"an estimate needs at least one finite value a seed; got {list(values)}")
     mean = float(np.mean(values))
-    iqm = float(stats.trim_mean(values, proportiontocut=0.25))
+    iqm = float(interquartile_mean(np.asarray(values)))
     if len(values) == 1:
         return Estimate(1, mean, iqm, None, None)
     half = float(stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * stats.sem(values))
     return Estimate(len(values), mean, iqm, mean - half, mean + half)
+
+
+def interquartile_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the last axis without its lowest and highest quarter (rounded down to whole values)."""
+    return np.asarray(stats.trim_mean(values, proportiontocut=0.25, axis=-1))
+
+
+def iqm_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the interquartile mean (arXiv 2108.13264, section 4): percentiles over resamples.
+
+    Seeds are drawn with replacement, within one task, so there is one stratum. Up to 6 seeds all resamples are
+    gone through, so no chance is involved; above, they are drawn with a fixed seed. It is what the field reports,
+    and narrower than it says: of 5 normally distributed seeds it covers the truth in 90 % of cases.
+
+    Args:
+        values: one finite number a seed.
+
+    Returns:
+        Both bounds; None for a single seed.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    if count**count <= RESAMPLES:
+        rows = np.array(list(product(range(count), repeat=count)))
+    else:
+        rows = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    resampled = interquartile_mean(np.asarray(values)[rows])
+    low, high = np.quantile(resampled, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2], method="inverted_cdf")
+    return float(low), float(high)
+
+
+def p_above_zero(values: Sequence[float]) -> float | None:
+    """Chance of such a mean, or a higher one, if the true mean were 0: Student's t-test, one-sided.
+
+    None for a single seed.
+    """
+    if len(values) < 2:
+        return None
+    error = stats.sem(values)
+    if error == 0:
+        return 0.0 if np.mean(values) > 0 else 1.0
+    return float(stats.t.sf(np.mean(values) / error, len(values) - 1))
+
+
+def holm(chances: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction: p-values of a family, raised so that rejecting below 5 % errs anywhere in 5 % of families.
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on, none below the one before it. None stays.
+    """
+    known = sorted((p, i) for i, p in enumerate(chances) if p is not None)
+    corrected: list[float | None] = [None] * len(chances)
+    highest = 0.0
+    for rank, (p, i) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        corrected[i] = highest
+    return corrected

@@ -7,42 +7,58 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policylab.report.groups import Group
-from policylab.report.statistics import Estimate, estimate
+from policylab.report.read import ITERATION
+from policylab.report.statistics import Estimate, estimate, holm, iqm_interval, p_above_zero
 
 KL = "val/kl"
+HEADER = (
+    "run", "seeds", "before", "after", "IQM [95 % bootstrap]", "gain [95 % t]", "p", "KL", "seconds", "tokens sampled",
+)  # fmt: skip
 
 
 def markdown_table(groups: Sequence[Group], metric: str) -> str:
     """One row a group: before, after and gain of a metric, and what they cost.
 
-    ``gain`` is the mean over seeds of after minus before, with its 95 % interval (Student's t over seeds);
-    ``IQM`` is the interquartile mean of ``after``.
+    ``IQM`` is the interquartile mean of ``after``; ``gain`` is the mean over seeds of after minus before; ``p`` is
+    the chance of such a gain if there were none in truth, corrected for the number of groups.
     """
-    header = ("run", "seeds", "before", "after", "IQM", "gain [95 %]", "KL", "seconds", "tokens sampled")
-    rows = [header, ("---", *["---:"] * (len(header) - 1)), *(_row(group, metric) for group in groups)]
+    chances = holm([p_above_zero(group.gains(metric)) for group in groups])
+    body = [_row(group, metric, p) for group, p in zip(groups, chances, strict=True)]
+    rows = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *body]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_legend(groups, metric)}\n"
 
 
-def _row(group: Group, metric: str) -> tuple[str, ...]:
-    curves = [list(run.curve(metric).values()) for run in group.runs]
-    after = estimate([curve[-1] for curve in curves])
+def _row(group: Group, metric: str, p: float | None) -> tuple[str, ...]:
+    after = estimate(group.ends(metric))
+    gain = estimate(group.gains(metric))
     return (
         group.label,
         str(len(group.runs)),
-        f"{estimate([curve[0] for curve in curves]).mean:.3f}",
+        f"{after.mean - gain.mean:z.3f}",
         f"{after.mean:.3f}",
-        f"{after.iqm:.3f}",
-        _with_interval(estimate([curve[-1] - curve[0] for curve in curves])),
+        _with_interval(after.iqm, iqm_interval(group.ends(metric)), "z.3f"),
+        _with_interval(gain.mean, _bounds(gain), "+.3f"),
+        _chance(p),
         _mean_of([list(run.curves[KL].values())[-1] for run in group.runs if run.curves.get(KL)], "z.1f"),
         _cost(group, "wall_seconds"),
         _cost(group, "tokens_sampled"),
     )
 
 
-def _with_interval(gain: Estimate) -> str:
-    interval = "one seed" if gain.low is None or gain.high is None else f"{gain.low:+.3f}, {gain.high:+.3f}"
-    return f"{gain.mean:+.3f} [{interval}]"
+def _bounds(value: Estimate) -> tuple[float, float] | None:
+    return None if value.low is None or value.high is None else (value.low, value.high)
+
+
+def _with_interval(value: float, bounds: tuple[float, float] | None, form: str) -> str:
+    interval = "one seed" if bounds is None else f"{bounds[0]:{form}}, {bounds[1]:{form}}"
+    return f"{value:{form}} [{interval}]"
+
+
+def _chance(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def _cost(group: Group, key: str) -> str:
@@ -54,7 +70,14 @@ def _mean_of(values: Sequence[float], form: str) -> str:
 
 
 def _legend(groups: Sequence[Group], metric: str) -> str:
-    lines = [f"{metric}, KL in nats a sequence, seconds and tokens: means over seeds; interval: Student's t."]
+    lines = [
+        f"{metric}, KL in nats a sequence, wall seconds of a run and tokens that training sampled: means over seeds. "
+        "IQM: mean of the middle half of the seeds after training, with percentiles over bootstrap resamples of the "
+        "seeds (of few seeds they cover the truth less often than they say). Gain: after minus before, with Student's "
+        "t interval of the mean. "
+        "p: one-sided t-test that the gain is above 0"
+        + (f", Holm-corrected for {len(groups)} comparisons." if len(groups) > 1 else ".")
+    ]
     for group in groups:
         for run in group.runs:
             if run.status != "done":
@@ -63,19 +86,21 @@ def _legend(groups: Sequence[Group], metric: str) -> str:
     return "\n".join(lines)
 
 
-def write_metrics(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> None:
+def write_metrics(groups: Sequence[Group], metrics: Sequence[str], x: str, path: Path) -> None:
     """A tidy CSV: one line for each run and iteration that has any of the metrics; no value, empty cell.
 
-    Beside each ``val/...`` stands its ``train/...``, where the runs have it.
+    Beside each ``val/...`` stands its ``train/...``, where the runs have it. The x axis comes first.
     """
     runs = [(group.label, run) for group in groups for run in group.runs]
     wanted = [*metrics, *(name.replace("val/", "train/", 1) for name in metrics if name.startswith("val/"))]
     columns = [name for name in wanted if any(run.curves.get(name) for _, run in runs)]
+    axis = [] if x == ITERATION else [x]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "seed", "iteration", *columns])
+        writer.writerow(["run", "seed", "iteration", *axis, *columns])
         for label, run in runs:
             curves = [run.curves.get(name, {}) for name in columns]
             for iteration in sorted(set().union(*curves)):
+                place = [f"{run.curves[name].get(iteration, 0):.0f}" for name in axis]
                 cells = [f"{curve[iteration]:.6g}" if iteration in curve else "" for curve in curves]
-                writer.writerow([label, run.seed, iteration, *cells])
+                writer.writerow([label, run.seed, iteration, *place, *cells])
