@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.algorithms.advantage import Advantage
+from policylab.algorithms.combinations import check_combination
 from policylab.algorithms.critic import Critic
 from policylab.algorithms.importance import TruncatedImportance
 from policylab.algorithms.kl import KLPenalty, NoPenalty
@@ -16,8 +17,7 @@ from policylab.algorithms.reduction import Reduction
 from policylab.algorithms.sampling import DynamicSampling
 from policylab.algorithms.surrogate import Surrogate
 from policylab.algorithms.truncation import Truncation
-from policylab.algorithms.update import MinibatchEpochs, Update
-from policylab.errors import UserError
+from policylab.algorithms.update import Update
 from policylab.functional.masks import AllSum, last_position
 from policylab.functional.surrogates import value_loss
 from policylab.rollouts.types import Evaluation, Rollout
@@ -45,7 +45,7 @@ class Algorithm:
         reduction: how much each token weighs.
         kl: where the distance to the reference counts.
         update: how a rollout becomes steps of the policy.
-        critic: the value head; built only when the advantage needs values.
+        critic: how it is built and trained; used only when the advantage needs values.
         sampling: which groups a rollout is made of; None takes them as they come.
         truncation: what becomes of completions at the length limit; None treats them as all others.
         importance: corrects for a sampler that is not quite the policy; None takes it to be the policy.
@@ -159,32 +159,3 @@ class Algorithm:
         if self.entropy_coef:
             loss = loss - self.entropy_coef * terms.entropy
         return loss
-
-
-def check_combination(algorithm: Algorithm) -> None:
-    """Refuses parts that make no sense together.
-
-    Raises:
-        UserError: naming both, the reason, and what to take instead.
-    """
-    advantage, update = type(algorithm.advantage).__name__, algorithm.update
-    if algorithm.advantage.needs_values and algorithm.critic is None:
-        raise UserError(
-            f"algo.advantage={advantage} needs a critic, but algo.critic is none; "
-            "take algo/critic=shared_trunk or another algo/advantage"
-        )
-    steps = update.epochs * update.minibatches
-    if algorithm.surrogate.on_policy and steps > 1:
-        raise UserError(
-            f"algo.surrogate={type(algorithm.surrogate).__name__} is right for one update a rollout only, and here "
-            f"are {steps}; take algo/update=single_step or algo/surrogate=clipped_ratio"
-        )
-    if (
-        isinstance(update, MinibatchEpochs)
-        and update.reestimate
-        and not (algorithm.advantage.needs_values or algorithm.advantage.needs_policy_logprobs)
-    ):
-        raise UserError(
-            f"algo.update.reestimate=true, but algo.advantage={advantage} reads neither critic nor policy and would "
-            "estimate the same again; take false or algo/advantage=gae"
-        )

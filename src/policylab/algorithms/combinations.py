@@ -1,0 +1,70 @@
+"""Which parts of an algorithm make no sense together, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from policylab.algorithms.critic_advantages import VTrace
+from policylab.algorithms.surrogate import SequenceRatio
+from policylab.algorithms.trust_region import TrustRegion
+from policylab.algorithms.update import MinibatchEpochs
+from policylab.errors import UserError
+
+if TYPE_CHECKING:
+    from policylab.algorithms.algorithm import Algorithm
+
+
+def check_combination(algorithm: Algorithm) -> None:
+    """Refuses parts that make no sense together.
+
+    Raises:
+        UserError: naming them, the reason, and what to take instead.
+    """
+    for refused, reason in _reasons(algorithm):
+        if refused:
+            raise UserError(reason)
+
+
+def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
+    advantage, surrogate, update = algorithm.advantage, algorithm.surrogate, algorithm.update
+    credit, loss = type(advantage).__name__, type(surrogate).__name__
+    steps = update.epochs * update.minibatches
+    return [
+        (
+            advantage.needs_values and algorithm.critic is None,
+            f"algo.advantage={credit} needs a critic, but algo.critic is none; "
+            "take algo/critic=shared_trunk or another algo/advantage",
+        ),
+        (
+            surrogate.on_policy and steps > 1,
+            f"algo.surrogate={loss} is right for one update a rollout only, and here are {steps}; "
+            "take algo/update=single_step or algo/surrogate=clipped_ratio",
+        ),
+        (
+            surrogate.on_policy and isinstance(update, TrustRegion) and update.line_search is not None,
+            f"algo.surrogate={loss} does not tell what a longer step gains, and algo/update=trust_region searches by "
+            "that; take algo/surrogate=ratio",
+        ),
+        (
+            isinstance(surrogate, SequenceRatio) and not advantage.per_sequence,
+            f"algo.surrogate={loss} has one ratio a sequence, and algo.advantage={credit} another credit for each "
+            "token; take algo/advantage=group, group_mean, leave_one_out or best_of_group",
+        ),
+        (
+            algorithm.kl.exact_in_reward and advantage.per_sequence,
+            f"algo.kl.estimator=exact in the reward charges each token for what follows it, and "
+            f"algo.advantage={credit} credits whole sequences, which would bias it; take algo.kl.estimator=k1 or algo/advantage=whitened_return",
+        ),
+        (
+            isinstance(advantage, VTrace) and algorithm.importance is not None,
+            "algo.advantage=VTrace corrects for the sampler itself, and algo/importance=truncated would do so twice; "
+            "take algo/importance=none",
+        ),
+        (
+            isinstance(update, MinibatchEpochs)
+            and update.reestimate
+            and not (advantage.needs_values or advantage.needs_policy_logprobs),
+            f"algo.update.reestimate=true, but algo.advantage={credit} reads neither critic nor policy and would "
+            "estimate the same again; take false or algo/advantage=gae",
+        ),
+    ]
