@@ -53,7 +53,8 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
         (
             algorithm.kl.exact_in_reward and advantage.per_sequence,
             f"algo.kl.estimator=exact in the reward charges each token for what follows it, and "
-            f"algo.advantage={credit} credits whole sequences, which would bias it; take algo.kl.estimator=k1 or algo/advantage=whitened_return",
+            f"algo.advantage={credit} credits whole sequences, "
+            "which would bias it; take algo.kl.estimator=k1 or algo/advantage=whitened_return",
         ),
         (
             isinstance(advantage, VTrace) and algorithm.importance is not None,
