@@ -24,6 +24,8 @@ SMALL = [
 REMOTE = {"model/gpt2", "model/gpt2-medium", "model/hf", "model/smollm2"}
 #: 124 M parameters: composed, not run, in the fast tests.
 LARGE = {"model/gpt2_scratch"}
+#: Needs a folder that test_critic.py makes, and runs there: composed here, not run.
+NEEDS_FILES = {"algo/critic/reward_model"}
 #: Loggers of optional packages or with files of their own: their own tests run them.
 LOGGERS = {"logger/mlflow", "logger/wandb", "logger/tensorboard", "logger/all"}
 #: Not a choice of a training run.
@@ -73,7 +75,7 @@ def test_choice_composes(compose, choice):
     OmegaConf.to_yaml(compose(selecting(choice)), resolve=True)
 
 
-@pytest.mark.parametrize("choice", [c for c in choices() if c not in REMOTE | LARGE | LOGGERS])
+@pytest.mark.parametrize("choice", [c for c in choices() if c not in REMOTE | LARGE | LOGGERS | NEEDS_FILES])
 @pytest.mark.skipif(sys.platform == "win32", reason="the run folder's link needs a POSIX file system")
 def test_choice_runs_an_iteration(compose, tmp_path, choice):
     if choice == "hardware/gpu":

@@ -196,7 +196,7 @@ def reward_model(family: str, folder: Path, **changes: Any) -> Any:
     size: dict[str, Any] = {"vocab_size": 2048, "num_labels": 1, "pad_token_id": 0} | changes
     if family == "gpt2":
         model = GPT2ForSequenceClassification(
-            GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=64, **size)
+            GPT2Config(**{"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64} | size)
         )
     else:
         model = LlamaForSequenceClassification(
@@ -270,6 +270,14 @@ def test_reward_models_that_do_not_fit_are_refused(tiny, tmp_path):
     reward_model("gpt2", tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     refused(tmp_path / "empty", "cannot be loaded")
+
+
+def test_a_reward_model_for_shorter_texts_is_refused(tiny, tmp_path):
+    """Its own table of positions is what counts."""
+    reward_model("gpt2", tmp_path, n_positions=12)
+    policy = Policy(copy.deepcopy(tiny), value_model(tiny.lm, "all", str(tmp_path))).eval()
+    with pytest.raises(UserError, match=r"need 15 positions, but the critic has 12"):
+        sampled(policy)
 
 
 def test_weights_of_another_shape_are_refused(tiny, tmp_path):
@@ -415,7 +423,7 @@ def variant(request, tmp_path) -> list[str]:
 
 
 def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
-    """Bit for bit; and what a run leaves can be evaluated and asked, its critic left behind."""
+    """Two iterations, bit for bit; and what a run leaves can be evaluated and asked, its critic left behind."""
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
@@ -427,10 +435,10 @@ def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
     def state(run: Path) -> dict[str, torch.Tensor]:
         return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
-    through = train([*SMALL, *SETTINGS, *variant, "iterations=3"]).rename(tmp_path / "through")
+    through = train([*SMALL, *SETTINGS, *variant, "iterations=2"]).rename(tmp_path / "through")
     run = train([*SMALL, *SETTINGS, *variant, "iterations=1"])
     first = state(run)
-    train([f"resume={run}", "iterations=3"])
+    train([f"resume={run}", "iterations=2"])
     expected, resumed = state(through), state(run)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)

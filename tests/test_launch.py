@@ -232,6 +232,7 @@ def test_hydra_messages_fit_one_line():
         (["train.py", "experiments=nothing"], "experiments=nothing does not exist"),
         (["train.py", "seed=["], "cannot read 'seed=['"),
         (["train.py", "model=hf"], "model.name must be given"),
+        (["train.py", "algo/critic=reward_model"], "algo.critic.init must be given"),
         (["train.py", "resume=/nowhere"], "no run at /nowhere"),
         (["evaluate.py"], "run must be given"),
         (["evaluate.py", "run=/nowhere"], "no run at /nowhere"),

@@ -16,7 +16,8 @@ from policylab.errors import UserError
 
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<group>[^']+)/(?P<choice>[^'/]+)'")
-MISSING = re.compile(r"Missing mandatory value: (?P<key>\S+)")
+# The key alone, with its path in the next line; or, behind an interpolation, the path at once.
+MISSING = re.compile(r"Missing mandatory value: (?:(\S+)\s+full_key: (?=\S+\.\1\b))?(?P<key>\S+)")
 SEARCHED = re.compile(r"path=file://(\S+)")
 NOISE = ("full_key", "Error parsing override", "object_type", "See http", "reference_type")
 

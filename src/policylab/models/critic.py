@@ -42,6 +42,11 @@ class ValueModel(nn.Module):
         """The policy's layers whose calls it wants to see."""
         return ()
 
+    @property
+    def context(self) -> int | None:
+        """Longest sequence that it can read where it is another model than the policy; None without a limit."""
+        return None
+
     def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
         """What the head reads for each action. ``trunk`` is None where ``reads_trunk`` is false."""
         raise NotImplementedError
@@ -132,6 +137,11 @@ class SeparateNetwork(ValueModel):
     def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
         super().__init__(hidden_size)
         self.backbone = backbone
+
+    @property
+    def context(self) -> int | None:
+        config: Any = self.backbone.config
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
         return sequences.through(self.backbone).last_hidden_state[sequences.chosen_at]

@@ -181,9 +181,11 @@ def check_context(policy: Policy, needed: int) -> None:
     Raises:
         UserError: when ``needed`` positions are more than the model has.
     """
-    limit = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and needed > limit:
-        raise UserError(
-            f"prompt and completion need {needed} positions, but the model has {limit}; "
-            "lower rollout.max_new_tokens or shorten the prompts"
-        )
+    own = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
+    critics = None if policy.critic is None else policy.critic.context
+    for reader, limit in (("the model", own), ("the critic", critics)):
+        if limit is not None and needed > limit:
+            raise UserError(
+                f"prompt and completion need {needed} positions, but {reader} has {limit}; "
+                "lower rollout.max_new_tokens or shorten the prompts"
+            )
