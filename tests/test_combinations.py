@@ -11,7 +11,11 @@ from policylab.config.build import check_parts, instantiate
 from policylab.errors import UserError
 
 ALGO = Path(__file__).parent.parent / "configs" / "algo"
-OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in ALGO.glob("*/*.yaml"))
+#: Axes of Q-learning alone; test_q_learning.py combines them.
+Q_AXES = {"backup", "dueling", "exploration", "target"}
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}" for path in ALGO.glob("*/*.yaml") if path.parent.name not in Q_AXES
+)
 #: One of each kind: a critic and several updates, a group and one update, the KL in the loss, a trust region.
 PRESETS = (
     "ppo",

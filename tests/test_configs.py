@@ -26,6 +26,8 @@ REMOTE = {"model/gpt2", "model/gpt2-medium", "model/hf", "model/smollm2"}
 LARGE = {"model/gpt2_scratch"}
 #: Needs a folder that test_critic.py makes, and runs there: composed here, not run.
 NEEDS_FILES = {"algo/critic/reward_model"}
+#: Axes of Q-learning alone.
+Q_AXES = {"backup", "dueling", "exploration", "target"}
 #: Loggers of optional packages or with files of their own: their own tests run them.
 LOGGERS = {"logger/mlflow", "logger/wandb", "logger/tensorboard", "logger/all"}
 #: Not a choice of a training run.
@@ -48,6 +50,9 @@ def selecting(choice: str) -> list[str]:
         return [f"task={task}", pick, *(["model.name=org/model"] if option == "hf" else [])]
     if group == "task":
         return [pick]
+    if group.removeprefix("algo/") in Q_AXES:
+        preset = "dqn" if option in ("hard", "none", "epsilon", "periodic") else "soft_q"
+        return ["model=tiny_scratch", f"algo={preset}", pick]
     extra = {
         "task/random_walks": ["model=walker_scratch"],
         "reward/optimality": ["task=random_walks", "model=walker_scratch"],

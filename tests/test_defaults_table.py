@@ -21,7 +21,7 @@ EVERY = "every"  # in the first column: each preset that has the key, and no row
 OURS = "ours"
 DEFAULT = "ppo"  # has each key of such rows, so that a misspelt one is found
 # Methods that learn from data instead of from rollouts: the page is about the others.
-OTHERS = {"sft", "reward_model", "dpo"}
+OTHERS = {"sft", "reward_model", "dpo", "dqn", "soft_q"}
 PRESETS = sorted({path.stem for path in (ROOT / "configs" / "algo").glob("*.yaml")} - OTHERS)
 
 Compose = Callable[..., DictConfig]

@@ -13,6 +13,16 @@ from policylab.algorithms.critic import Critic
 from policylab.algorithms.critic_advantages import GAE, NStep, VTrace
 from policylab.algorithms.importance import TruncatedImportance
 from policylab.algorithms.kl import AdaptiveCoefficient, FixedCoefficient, KLPenalty, NoPenalty
+from policylab.algorithms.q_learning import (
+    Boltzmann,
+    Dueling,
+    EpsilonGreedy,
+    HardBackup,
+    QLearning,
+    Replay,
+    SoftBackup,
+    TargetNetwork,
+)
 from policylab.algorithms.reduction import SequenceMean, SequenceSum, TokenMean
 from policylab.algorithms.reference import FrozenReference, MovingReference
 from policylab.algorithms.sampling import DynamicSampling
@@ -29,14 +39,18 @@ __all__ = [
     "Advantage",
     "Algorithm",
     "BestOfGroup",
+    "Boltzmann",
     "ClippedRatio",
     "Critic",
+    "Dueling",
     "DynamicSampling",
+    "EpsilonGreedy",
     "Estimate",
     "FixedCoefficient",
     "FrozenReference",
     "GreedyBaseline",
     "GroupBaseline",
+    "HardBackup",
     "KLPenalty",
     "LeaveOneOut",
     "LineSearch",
@@ -48,14 +62,18 @@ __all__ = [
     "NStep",
     "NoPenalty",
     "OverlongPenalty",
+    "QLearning",
     "Ratio",
+    "Replay",
     "ReturnToGo",
     "SequenceMean",
     "SequenceRatio",
     "SequenceSum",
     "SingleStep",
+    "SoftBackup",
     "Supervised",
     "Surrogate",
+    "TargetNetwork",
     "TokenMean",
     "TruncatedImportance",
     "TrustRegion",

@@ -13,17 +13,17 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.algorithms import Algorithm, Supervised, TrustRegion
+from policylab.algorithms import Algorithm, QLearning, Supervised, TrustRegion
 from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.saved_config import plain
 from policylab.models.critic import value_model
 from policylab.models.policy import Policy
-from policylab.modules import PolicyGradient, SupervisedTraining, TrustRegionPolicyGradient
+from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
 from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.rollouts.cached import CachedEngine, check_context
-from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.plan import BatchPlan, ReplayPlan
 from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example, Task, take_validation
 from policylab.tasks.datamodule import PromptData
@@ -66,6 +66,8 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     policy = build_policy(config, algorithm)
     train_prompts, val_prompts = prompts(policy, task, task.train), prompts(policy, task, val)
     check_context(policy, longest(train_prompts + val_prompts, engine))
+    if isinstance(algorithm, QLearning):
+        algorithm.replay.demand_room(plan.sequences // plan.processes, longest(train_prompts, engine))
     data = PromptData(
         train=train_prompts,
         val=val_prompts,
@@ -89,10 +91,12 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     return Experiment(module_for(algorithm, parts), data, trainer(config, run_dir), config)
 
 
-def module_for(algorithm: Algorithm | Supervised, parts: Parts) -> ExperimentModule:
+def module_for(algorithm: Algorithm | QLearning | Supervised, parts: Parts) -> ExperimentModule:
     """The module that trains with this kind of algorithm."""
     if isinstance(algorithm, Supervised):
         return SupervisedTraining(algorithm, parts)
+    if isinstance(algorithm, QLearning):
+        return QTraining(algorithm, parts)
     if isinstance(algorithm.update, TrustRegion):
         return TrustRegionPolicyGradient(algorithm, parts)
     return PolicyGradient(algorithm, parts)
@@ -132,36 +136,38 @@ def check_parts(config: DictConfig) -> None:
     check_signatures(config.task, "task", TAKEN_OVER)
 
 
-def build_policy(config: DictConfig, algorithm: Algorithm | Supervised) -> Policy:
+def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> Policy:
     """The model, with a critic where the algorithm uses one."""
     loaded = instantiate(config.model)
+    if isinstance(algorithm, QLearning):
+        value = algorithm.dueling
+        return Policy(loaded, value_model(loaded.lm, value.own_layers, init=None) if value else None)
     if isinstance(algorithm, Supervised) or not algorithm.uses_critic:
         return Policy(loaded, critic=None)
     assert algorithm.critic is not None
     return Policy(loaded, value_model(loaded.lm, algorithm.critic.own_layers, algorithm.critic.init))
 
 
-def batch_plan(config: DictConfig, algorithm: Algorithm | Supervised) -> BatchPlan:
+def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> BatchPlan:
     """How the sequences of an iteration are cut."""
     processes = config.hardware.devices * config.hardware.num_nodes
     micro_batch = config.optim.micro_batch_size
     if isinstance(algorithm, Supervised):
         return BatchPlan(algorithm.batch_size, 1, 1, 1, micro_batch, processes)
-    update, group_size = algorithm.update, config.rollout.group_size
+    prompts, group_size = config.rollout.prompts, config.rollout.group_size
+    if isinstance(algorithm, QLearning):
+        replay = algorithm.replay
+        return ReplayPlan(
+            prompts, group_size, 1, 1, micro_batch, processes, replay.batch_size, replay.updates
+        )
+    update = algorithm.update
     if group_size < algorithm.min_group_size:
         part = "sampling=dynamic" if algorithm.advantage.min_group_size == 1 else "advantage"
         raise UserError(
             f"algo/{part} compares completions of the same prompt, but rollout.group_size is {group_size}; "
             f"take rollout.group_size={algorithm.min_group_size} or more"
         )
-    return BatchPlan(
-        config.rollout.prompts,
-        config.rollout.group_size,
-        update.epochs,
-        update.minibatches,
-        micro_batch,
-        processes,
-    )
+    return BatchPlan(prompts, group_size, update.epochs, update.minibatches, micro_batch, processes)
 
 
 def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Prompt]:

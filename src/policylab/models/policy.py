@@ -124,6 +124,15 @@ class Policy(nn.Module):
         """Log-probs of every token at each action of a rollout, in row-major order of the action mask."""
         return log_distribution(self._action_logits(rollout), temperature)
 
+    def scores_of(
+        self, rollout: Rollout, temperature: float
+    ) -> tuple[Float[Tensor, "N V"], Float[Tensor, " N"] | None]:
+        """Logits over the temperature and, with a critic, values at the actions of a rollout, in row-major order."""
+        sequences = Sequences.of(rollout)
+        trunk = self._read(sequences, head=True)
+        values = None if self.critic is None else self.critic(sequences, trunk)
+        return trunk.logits.float() / temperature, values
+
     def evaluate(
         self, rollout: Rollout, temperature: float, *, entropy_gradient: bool, reference: Self | None
     ) -> Evaluation:

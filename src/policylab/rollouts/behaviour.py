@@ -15,3 +15,10 @@ Behaviour = Callable[[Float[Tensor, "B V"]], Float[Tensor, "B V"]]
 def greedy(logp: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """All probability on the likeliest token (of several, on the first)."""
     return torch.full_like(logp, float("-inf")).scatter(-1, logp.argmax(-1, keepdim=True), 0.0)
+
+
+def epsilon_greedy(logp: Float[Tensor, "B V"], epsilon: float) -> Float[Tensor, "B V"]:
+    """``epsilon`` shared evenly among all tokens, the rest on the likeliest one (of several, the first)."""
+    spread = torch.full_like(logp, epsilon / logp.shape[-1])
+    best = logp.argmax(-1, keepdim=True)
+    return spread.scatter_add(-1, best, torch.full_like(logp[:, :1], 1 - epsilon)).log()

@@ -79,3 +79,40 @@ class BatchPlan:
             ),
             ("passes", f"{passes} of {self.micro_batch} sequences an update and process"),
         ]
+
+
+@dataclass(frozen=True)
+class ReplayPlan(BatchPlan):
+    """The same where updates draw from a memory instead of going through the rollout.
+
+    Args:
+        replayed: sequences an optimizer step, over all processes.
+        replay_updates: optimizer steps an iteration.
+
+    Raises:
+        UserError: when processes cannot share the sequences of a step evenly.
+    """
+
+    replayed: int
+    replay_updates: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replayed % self.processes:
+            raise UserError(
+                f"algo.replay.batch_size={self.replayed} cannot be shared by {self.processes} processes; "
+                f"take a multiple of {self.processes}"
+            )
+
+    @property
+    def minibatch(self) -> int:
+        return self.replayed
+
+    @property
+    def updates(self) -> int:
+        return self.replay_updates
+
+    def table(self) -> list[tuple[str, str]]:
+        sequences, _, _, passes = super().table()
+        drawn = f"{self.updates} an iteration, each on {self.minibatch} sequences drawn from the memory"
+        return [sequences, ("updates", drawn), passes]

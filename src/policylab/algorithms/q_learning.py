@@ -1,0 +1,310 @@
+"""Q-learning on tokens, as a choice of ``algo``: frozen parts, as for the policy-gradient methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from policylab.errors import UserError, demand
+from policylab.functional.masks import last_position
+from policylab.functional.q_learning import (
+    LEVELS,
+    best,
+    n_step_targets,
+    scale_gradient,
+    soft_best,
+    taken,
+    td_loss,
+)
+from policylab.rollouts.types import Rollout
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a network says of states and of the tokens chosen there."""
+
+    scores: Float[Tensor, "N V"]  #: Q of every token, up to a term that depends on the state alone
+    values: Float[Tensor, " N"]  #: V: what the state is worth
+    advantages: Float[Tensor, " N"]  #: A = Q - V of the chosen token
+
+    @property
+    def q(self) -> Float[Tensor, " N"]:
+        """Q of the chosen tokens."""
+        return self.values + self.advantages
+
+
+@dataclass(frozen=True)
+class HardBackup:
+    """A state is worth its best action: Q-learning.
+
+    Args:
+        double: the online network names the best action, the target network says what it is worth ("Deep
+            Reinforcement Learning with Double Q-learning", arXiv:1509.06461, eq. 4); false lets the target network
+            do both.
+        corrected: n-step targets are corrected for actions that were not the best (arXiv:1602.04951); false takes
+            them as if they had been (Rainbow, arXiv:1710.02298).
+    """
+
+    double: bool
+    corrected: bool
+    needs_reference: ClassVar[bool] = False
+
+    def value(self, scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
+        return best(scores, scale)
+
+    def bootstrap(
+        self, target: Judgement, online: Judgement
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """What each state is worth, and what its action was short of that (zero without correction)."""
+        values = target.values
+        if self.double:
+            named = online.scores.argmax(-1)
+            values = values - target.scores.amax(-1) + taken(target.scores, named)
+        return values, target.q - values if self.corrected else torch.zeros_like(values)
+
+
+@dataclass(frozen=True)
+class SoftBackup:
+    """A state is worth what the policy ``softmax(Q / scale)`` gets from it, its entropy included.
+
+    Args:
+        prior: ``uniform`` pays ``scale`` a nat of entropy ("Reinforcement Learning with Deep Energy-Based
+            Policies", arXiv:1702.08165); ``reference`` charges ``scale`` a nat of KL to the reference policy instead
+            ("Trust-PCL", arXiv:1707.01891, eq. 5), and the optimum is ``reference * exp(reward / scale)``.
+    """
+
+    prior: Literal["uniform", "reference"]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the advantage is a ratio to the reference's probability."""
+        return self.prior == "reference"
+
+    def value(self, scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
+        return soft_best(scores, scale)
+
+    def bootstrap(
+        self, target: Judgement, online: Judgement
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """What each state is worth, and what its action paid for being no more likely."""
+        return target.values, target.advantages
+
+
+Backup = HardBackup | SoftBackup
+
+
+@dataclass(frozen=True)
+class EpsilonGreedy:
+    """Mostly the best token; with probability epsilon any token, all alike. Validation takes the best.
+
+    Args:
+        start: epsilon in the first iteration.
+        end: epsilon from iteration ``decay`` on; linear in between.
+        decay: iterations.
+    """
+
+    start: float
+    end: float
+    decay: int
+
+    def __post_init__(self) -> None:
+        demand("algo.exploration.start", self.start, 0, 1)
+        demand("algo.exploration.end", self.end, 0, 1)
+        demand("algo.exploration.decay", self.decay, 1)
+
+    def epsilon(self, iteration: int) -> float:
+        """In iteration ``iteration``, counted from 0: no state to save."""
+        return self.start + (self.end - self.start) * min(iteration / self.decay, 1.0)
+
+
+@dataclass(frozen=True)
+class Boltzmann:
+    """A token of probability ``softmax(Q / scale)``: ordinary sampling from the language model."""
+
+
+@dataclass(frozen=True)
+class Dueling:
+    """A value head sets the level of Q in each state; the LM head is left with the differences (arXiv:1511.06581).
+
+    Args:
+        level: what of the LM head's scores is taken off. ``max`` (eq. 8) makes the head's value that of the best
+            token, which then has no gradient of its own; ``mean`` (eq. 9) that of all tokens alike; ``logsumexp``
+            leaves ``scale log pi``.
+        coef: size of the value's gradient beside that of the logits; 1 / scale is that of the plain squared error.
+        own_layers: 0 reads the policy's last hidden state; a number above takes copies of its last layers for the
+            value alone, ``all`` a whole network; then the value's gradient never moves the policy.
+    """
+
+    level: Literal["max", "mean", "logsumexp"]
+    coef: float
+    own_layers: int | Literal["all"]
+
+    def __post_init__(self) -> None:
+        demand("algo.dueling.coef", self.coef, 0, above=True)
+        if self.own_layers != "all":
+            demand("algo.dueling.own_layers", self.own_layers, 0)
+
+
+@dataclass(frozen=True)
+class TargetNetwork:
+    """The slower copy of the network that targets are computed with.
+
+    Args:
+        every: optimizer steps between two moves.
+        rate: share of the way to the online network in a move; 1 copies it.
+    """
+
+    every: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        demand("algo.target.every", self.every, 1)
+        demand("algo.target.rate", self.rate, 0, 1, above=True)
+
+    @property
+    def lags(self) -> bool:
+        """False when the copy is as new as the online network at every update."""
+        return self.every > 1 or self.rate < 1
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The memory of finished sequences, and what is done with it in an iteration.
+
+    Args:
+        capacity: tokens, prompts included, a process; the oldest sequences leave first.
+        warmup: sequences in the memory, over all processes, before the first update.
+        updates: optimizer steps an iteration.
+        batch_size: sequences drawn for each, over all processes.
+    """
+
+    capacity: int
+    warmup: int
+    updates: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "warmup", "updates", "batch_size"):
+            demand(f"algo.replay.{name}", getattr(self, name), 1)
+
+    def demand_room(self, sequences: int, longest: int) -> None:
+        """Refuses a memory that may be too small for an iteration, or for learning ever to start.
+
+        Args:
+            sequences: an iteration and process.
+            longest: tokens of a sequence at most.
+
+        Raises:
+            UserError: with the arithmetic.
+        """
+        needed = max(sequences, self.warmup) * longest
+        if self.capacity < needed:
+            raise UserError(
+                f"algo.replay.capacity={self.capacity} tokens may not hold {max(sequences, self.warmup)} sequences "
+                f"(the larger of an iteration and algo.replay.warmup) of up to {longest} tokens; take at least {needed}"
+            )
+
+
+@dataclass(frozen=True)
+class QLearning:
+    """Learns what each next token is worth; the policy follows from it.
+
+    Args:
+        name: names the run.
+        backup: what a state is worth, given Q.
+        scale: reward a nat: Q is ``scale`` times the logits (over the sampling temperature), up to V.
+        dueling: a value head for V; None takes V from the logits.
+        gamma: discount a token.
+        n_step: tokens whose rewards are counted before the target network's value takes over; None: all of them.
+        huber: TD error (reward) beyond which the loss grows linearly; None: squared throughout.
+        exploration: how rollouts depart from the best token.
+        target: the target network.
+        replay: the memory, and the updates from it.
+    """
+
+    name: str
+    backup: Backup
+    scale: float
+    dueling: Dueling | None
+    gamma: float
+    n_step: int | None
+    huber: float | None
+    exploration: EpsilonGreedy | Boltzmann
+    target: TargetNetwork
+    replay: Replay
+
+    def __post_init__(self) -> None:
+        demand("algo.scale", self.scale, 0, above=True)
+        demand("algo.gamma", self.gamma, 0, 1)
+        demand("algo.n_step", self.n_step, 1)
+        demand("algo.huber", self.huber, 0, above=True)
+        if self.backup.needs_reference and self.dueling is None:
+            raise UserError(
+                "algo.backup.prior=reference makes Q a ratio of two probabilities, which has no level of its own, and "
+                "algo.dueling is null; take algo/dueling=value_head or algo.backup.prior=uniform"
+            )
+        if isinstance(self.backup, SoftBackup) and self.dueling and self.dueling.level != "logsumexp":
+            raise UserError(
+                f"algo.dueling.level={self.dueling.level} does not make the value head that of the soft policy; with "
+                "algo/backup=soft take algo.dueling.level=logsumexp"
+            )
+        if isinstance(self.backup, SoftBackup) and isinstance(self.exploration, EpsilonGreedy):
+            raise UserError(
+                "algo/backup=soft learns the values of the policy softmax(Q / scale), and algo/exploration=epsilon "
+                "never follows that; take algo/exploration=boltzmann or algo/backup=hard"
+            )
+        if isinstance(self.backup, HardBackup) and self.backup.double:
+            if self.n_step is None and not self.backup.corrected:
+                raise UserError(
+                    "algo.backup.double=true, but algo.n_step=null asks no network what a state is worth; take a "
+                    "number for algo.n_step or algo.backup.double=false"
+                )
+            if not self.target.lags:
+                raise UserError(
+                    "algo.backup.double=true needs two networks, but with algo.target.every=1 and algo.target.rate=1 "
+                    "they are the same; raise algo.target.every, or take algo.backup.double=false"
+                )
+
+    def judge(
+        self, z: Float[Tensor, "N V"], rollout: Rollout, values: Float[Tensor, " N"] | None
+    ) -> Judgement:
+        """A network's opinion of the actions of a rollout, in row-major order.
+
+        Args:
+            z: logits over the sampling temperature.
+            values: those of the value head; None without one.
+        """
+        scores, mask = self.scale * z, rollout.action_mask
+        worth = self.backup.value(scores, self.scale)
+        advantages = taken(scores, rollout.tokens[mask]) - worth
+        if self.backup.needs_reference:
+            assert rollout.ref_logprobs is not None
+            advantages = advantages - self.scale * rollout.ref_logprobs[mask]
+        if self.dueling is not None:
+            assert values is not None
+            # The loss is divided by scale: the value's share of the gradient becomes coef x the error.
+            values = scale_gradient(values, self.scale * self.dueling.coef)
+            worth = values + (worth - LEVELS[self.dueling.level](scores, self.scale))
+        return Judgement(scores, worth, advantages)
+
+    def targets(self, target: Judgement, online: Judgement, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """What Q of each action should have been, according to the target network (and the online one, if double)."""
+        assert rollout.rewards is not None
+        mask = rollout.action_mask
+        values, path = self.backup.bootstrap(target, online)
+        rewards = torch.where(last_position(mask), rollout.rewards[:, None], 0.0)
+        return n_step_targets(rewards, grid(values, mask), grid(path, mask), mask, self.gamma, self.n_step)
+
+    def loss(self, errors: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+        """Of TD errors. Divided by ``scale``, so that what reaches the logits is the error itself, as the advantage is
+        in a policy gradient ("Equivalence Between Policy Gradients and Soft Q-Learning", arXiv:1704.06440)."""
+        return td_loss(errors, self.huber) / self.scale
+
+
+def grid(x: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Figures of the actions at their places; zero elsewhere."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)

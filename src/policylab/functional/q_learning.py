@@ -1,0 +1,98 @@
+"""Q-learning on tokens: state values, advantages, targets.
+
+The state is the prompt with the tokens so far, the action the next token. The LM head's scores ``z`` (logits over
+the sampling temperature) rank the actions: ``scale * z`` is Q up to a term that depends on the state alone, so
+``softmax(z)``, from which an LM is sampled anyway, is ``softmax(Q / scale)``. ``scale`` has the unit reward a nat.
+
+Axes: ``N`` actions, ``V`` vocabulary, ``B`` sequences, ``T`` sampled positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from policylab.functional.advantages import discounted_returns
+
+
+def best(scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
+    """``max_a Q(s, a)``: what a state is worth to who takes the best action."""
+    return scores.amax(-1)
+
+
+def soft_best(scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
+    """``scale log sum_a exp(Q(s, a) / scale)``: what it is worth to who samples from ``softmax(Q / scale)`` and is
+    paid ``scale`` a nat of entropy.
+
+    "Reinforcement Learning with Deep Energy-Based Policies", arXiv:1702.08165, eq. 4 to 6.
+    """
+    return scale * (scores / scale).logsumexp(-1)
+
+
+def mean(scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
+    """Mean over the vocabulary."""
+    return scores.mean(-1)
+
+
+#: What a dueling network subtracts from its scores, so that the value head has a level of its own: "Dueling Network
+#: Architectures for Deep Reinforcement Learning", arXiv:1511.06581, eq. 8 (max) and 9 (mean).
+LEVELS = {"max": best, "mean": mean, "logsumexp": soft_best}
+
+
+def taken(scores: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The score of one token each."""
+    return scores.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def n_step_targets(
+    token_rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    path: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    gamma: float,
+    n: int | None,
+) -> Float[Tensor, "B T"]:
+    """``y_t = r_t + sum_{0<k<n} gamma^k (r_{t+k} - A_{t+k}) + gamma^n V_{t+n}``; zero outside the mask.
+
+    Steps count true positions; what lies after the last is worth zero. With ``A = 0`` these are the uncorrected
+    n-step targets of "Rainbow", arXiv:1710.02298, section 3. With ``A_t = Q(s_t, a_t) - V_t`` the sum is one-step
+    target plus later TD errors, right whatever policy chose the tokens: "Q(lambda) with Off-Policy Corrections",
+    arXiv:1602.04951, eq. 4 at lambda 1. With ``A = scale log(pi / prior)`` as well it is path consistency,
+    "Bridging the Gap Between Value and Policy Based Reinforcement Learning", arXiv:1702.08892, eq. 16.
+
+    Args:
+        values: V of the state in which each action was taken.
+        path: A of each action; zeros correct nothing.
+        n: steps before V takes over; None goes to the end of the sequence, and V is not asked.
+    """
+    returns = discounted_returns(token_rewards - path, mask, gamma)
+    targets = returns + path
+    if n is not None:
+        # The window of n steps is the whole return less what V replaces: from t + n on.
+        targets = targets + gamma**n * actions_ahead(values - returns, mask, n)
+    return targets.masked_fill(~mask, 0.0)
+
+
+def actions_ahead(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int) -> Float[Tensor, "B T"]:
+    """At each true position, what stands ``n`` true positions later; zero where there is none."""
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)  # true positions first, in their order
+    packed = x.masked_fill(~mask, 0.0).gather(-1, order)
+    ahead = torch.nn.functional.pad(packed[:, n:], (0, min(n, x.shape[1])))
+    return torch.zeros_like(x).scatter(-1, order, ahead).masked_fill(~mask, 0.0)
+
+
+def td_loss(errors: Float[Tensor, "*B"], huber: float | None) -> Float[Tensor, "*B"]:
+    """``e^2 / 2``; with ``huber``, linear beyond it: ``huber (|e| - huber / 2)``.
+
+    "Human-level control through deep reinforcement learning", Mnih et al., Nature 2015, clips the error this way.
+    """
+    if huber is None:
+        return 0.5 * errors**2
+    size = errors.abs()
+    return torch.where(size <= huber, 0.5 * errors**2, huber * (size - 0.5 * huber))
+
+
+def scale_gradient(x: Float[Tensor, "*B"], factor: float) -> Float[Tensor, "*B"]:
+    """The same values; their gradient multiplied."""
+    return x.detach() + factor * (x - x.detach())

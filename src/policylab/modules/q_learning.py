@@ -1,0 +1,216 @@
+"""Q-learning on tokens: rollouts go into a memory, and updates draw from it."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policylab.algorithms.q_learning import EpsilonGreedy, QLearning, grid
+from policylab.functional.logprobs import entropy
+from policylab.functional.masks import masked_moments
+from policylab.functional.reduction import token_sum
+from policylab.models.policy import Policy
+from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.modules.preflight import Pace
+from policylab.rollouts.behaviour import Behaviour, epsilon_greedy, greedy
+from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
+from policylab.rollouts.replay import ReplayBuffer
+from policylab.rollouts.types import Prompt, PromptBatch, Rollout
+
+#: Means over the actions of all updates of an iteration.
+UPDATE_METRICS = (
+    "train/loss",
+    "train/td_error",
+    "train/q_mean",
+    "train/target_mean",
+    "train/entropy",
+    "train/replay_age",
+    "train/grad_norm",
+)
+
+
+class QTraining(ExperimentModule):
+    """Trains the policy's language model as a Q-function, with a :class:`~policylab.algorithms.QLearning`.
+
+    Attributes:
+        target: the slower copy that targets are computed with.
+        replay: finished sequences of this process.
+        updates: optimizer steps so far.
+    """
+
+    def __init__(self, algorithm: QLearning, parts: Parts) -> None:
+        super().__init__(parts)
+        self.algorithm = algorithm
+        self.reference = parts.policy.frozen_copy()
+        self.target = target_of(parts.policy)
+        self.replay = ReplayBuffer(algorithm.replay.capacity)
+        self.updates = 0
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One iteration: prompts -> rollout -> reward -> memory -> updates from memory -> record."""
+        started = time.perf_counter()
+        lr = self.set_learning_rate()
+        with self.phase("rollout"):
+            rollout = self.explore(batch.prompts)
+            rollout = self.refer(rollout)
+        with self.phase("reward"):
+            rollout = self.reward_rollout(rollout, batch.prompts)
+        with self.phase("update"):
+            self.start_values(rollout)
+            self.replay.add(rollout, self.iteration)
+            for minibatch in self.minibatches():
+                self.step(minibatch)
+                self.move_target()
+        metrics = self.observe(rollout)
+        self.finish_iteration({**metrics, "train/lr": lr}, started)
+
+    # -- acting ----------------------------------------------------------------------------------------
+
+    def explore(self, prompts: tuple[Prompt, ...]) -> Rollout:
+        """``group_size`` completions of each prompt."""
+        group = self.plan.group_size
+        first = self.global_rank * len(prompts) * group
+        return self.generate(prompts, group, TRAIN, range(first, first + len(prompts) * group))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        stream: int,
+        samples: Sequence[int],
+        behaviour: Behaviour | None = None,
+    ) -> Rollout:
+        """As everywhere, but from the policy that this training or validation follows."""
+        return super().generate(prompts, group_size, stream, samples, behaviour or self.behaviour(stream))
+
+    def behaviour(self, stream: int) -> Behaviour | None:
+        """What tokens are drawn from: the language model itself, or mostly its best token."""
+        exploration = self.algorithm.exploration
+        if isinstance(exploration, EpsilonGreedy) and stream == TRAIN:
+            return partial(epsilon_greedy, epsilon=exploration.epsilon(self.iteration))
+        if isinstance(exploration, EpsilonGreedy) and stream == VALIDATION:
+            return greedy
+        return None
+
+    def reward_rollout(self, rollout: Rollout, prompts: tuple[Prompt, ...]) -> Rollout:
+        """Rewards each completion, and keeps the texts for people."""
+        rows = [prompt for prompt in prompts for _ in range(self.plan.group_size)]
+        rollout, completions = self.judge(rollout, rows)
+        self.samples = self.describe(rollout, completions, "train")
+        return rollout
+
+    # -- learning --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_values(self, rollout: Rollout) -> None:
+        """Before the first update, the value head says the mean reward. From zero it would lag behind for a while, and
+        whatever was tried would look better than expected."""
+        if self.iteration or self.policy.critic is None:
+            return
+        assert rollout.rewards is not None
+        mean = self.all_sum(rollout.rewards.sum()) / self.plan.sequences
+        for network in (self.policy, self.target):
+            assert network.critic is not None
+            network.critic.head.bias.fill_(mean)
+
+    def minibatches(self) -> Iterator[Rollout]:
+        """Sequences from the memory for each update; none while it warms up."""
+        replay = self.algorithm.replay
+        self._means.declare(UPDATE_METRICS, self.device)
+        held = self.all_sum(torch.tensor(float(len(self.replay)), device=self.device))
+        if held < replay.warmup:
+            return
+        share = self.plan.minibatch // self.plan.processes
+        first = self.global_rank * replay.updates
+        for row in uniforms(self.seed, REPLAY, self.iteration, range(first, first + replay.updates), share):
+            drawn = self.replay.draw(row)
+            self._means.add(
+                "train/replay_age", (self.iteration - self.replay.memory.iterations[drawn]).to(self.device)
+            )
+            yield self.replay.memory.rollout(drawn)
+
+    def step(self, minibatch: Rollout) -> None:
+        """One optimizer step: Q of the chosen tokens moves towards their targets."""
+        batch = minibatch.to(self.device)
+        rows = torch.arange(len(batch), device=self.device)
+        tokens = self.all_sum(batch.action_mask.sum())
+        self.accumulate(rows, lambda part: self.minibatch_loss(batch.select(part), tokens.float()))
+        self.apply_gradients()
+        self.updates += 1
+        self.tokens_trained += int(tokens)
+
+    def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> Tensor:
+        """The rows' share of the minibatch's loss."""
+        algorithm, mask, temperature = self.algorithm, rollout.action_mask, self.engine.temperature
+        scores, values = self.policy.scores_of(rollout, temperature)
+        judgement = algorithm.judge(scores, rollout, values)
+        with torch.no_grad():
+            target_scores, target_values = self.target.scores_of(rollout, temperature)
+            target = algorithm.judge(target_scores, rollout, target_values)
+            targets = algorithm.targets(target, judgement, rollout)
+        errors = grid(judgement.q, mask) - targets
+        loss = algorithm.loss(errors)
+        with torch.no_grad():
+            self._means.add("train/loss", loss, mask)
+            self._means.add("train/td_error", errors.abs(), mask)
+            self._means.add("train/q_mean", judgement.q)
+            self._means.add("train/target_mean", targets, mask)
+            self._means.add("train/entropy", entropy(scores.log_softmax(-1)))
+        return token_sum(loss, mask, denominator)
+
+    @torch.no_grad()
+    def move_target(self) -> None:
+        """The target network's step towards the online one, when it is due."""
+        settings = self.algorithm.target
+        if self.updates % settings.every:
+            return
+        for slow, fast in zip(self.target.parameters(), self.policy.parameters(), strict=True):
+            slow.lerp_(fast, settings.rate)
+
+    # -- records and state -----------------------------------------------------------------------------
+
+    def seconds_per_iteration(self, pace: Pace) -> float:
+        """Sampling, the reference's forward pass, and three forward passes' worth and the target's an update."""
+        replayed = self.plan.minibatch * self.plan.updates
+        seconds = self.plan.sequences * (pace.sample + pace.forward) + replayed * 4 * pace.forward
+        return seconds / self.plan.processes
+
+    def observe(self, rollout: Rollout) -> dict[str, float]:
+        """Metrics of the iteration."""
+        assert rollout.rewards is not None
+        self.rollout = rollout
+        self.measure(rollout, self._means, "train")
+        every = torch.ones_like(rollout.rewards, dtype=torch.bool)
+        _, variance = masked_moments(rollout.rewards[:, None], every[:, None], self.all_sum)
+        metrics = {
+            "train/reward_std": float(variance.sqrt()),
+            "train/replay_tokens": float(
+                self.all_sum(torch.tensor(float(self.replay.tokens), device=self.device))
+            ),
+            "tokens": float(self.all_sum(rollout.action_mask.sum())),
+        }
+        if isinstance(self.algorithm.exploration, EpsilonGreedy):
+            metrics["train/epsilon"] = self.algorithm.exploration.epsilon(self.iteration)
+        return metrics
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The target network is among the weights; the memory goes beside them."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["policylab"] |= {"replay": self.replay.state_dict(), "updates": self.updates}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.replay.load_state_dict(checkpoint["policylab"]["replay"])
+        self.updates = checkpoint["policylab"]["updates"]
+
+
+def target_of(policy: Policy) -> Policy:
+    """A frozen copy, value head included; the tokenizer is shared."""
+    shared = {id(policy.tokenizer): policy.tokenizer}
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()

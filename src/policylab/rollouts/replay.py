@@ -1,0 +1,155 @@
+"""The memory of finished sequences that off-policy methods learn from.
+
+Flat arrays, one entry a token or a sequence and no padding, so that the bound is honest: a token (of a prompt or
+completion) takes 13 bytes, a sequence 37 on top. They stay in main memory whatever the accelerator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from policylab.functional.masks import length_mask
+from policylab.rollouts.types import Rollout
+
+PER_TOKEN = ("tokens", "actions", "logprobs", "ref_logprobs")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Sequences one after another, the oldest first. ``S`` sequences, ``K`` tokens of all of them."""
+
+    tokens: Int[Tensor, " K"]  #: prompt, completion, prompt, completion, ...
+    actions: Bool[Tensor, " K"]  #: true where the policy chose the token
+    logprobs: Float[Tensor, " K"]  #: under the distribution that the token was sampled from
+    ref_logprobs: Float[Tensor, " K"]  #: under the reference
+    prompt_lengths: Int[Tensor, " S"]
+    lengths: Int[Tensor, " S"]
+    prompt_ids: Int[Tensor, " S"]
+    iterations: Int[Tensor, " S"]  #: in which each was sampled
+    rewards: Float[Tensor, " S"]
+    ended: Bool[Tensor, " S"]
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Nothing yet."""
+        whole, number, yes = (
+            torch.zeros(0, dtype=torch.int32),
+            torch.zeros(0),
+            torch.zeros(0, dtype=torch.bool),
+        )
+        long = whole.long()
+        return cls(whole, yes, number, number, long, long, long, long, number, yes)
+
+    @classmethod
+    def of(cls, rollout: Rollout, iteration: int) -> Self:
+        """The sequences of a rollout that has rewards and the reference's log-probs."""
+        rollout = rollout.to("cpu")
+        prompt = length_mask(rollout.prompt_lengths, rollout.prompt_tokens.shape[1]).flip(-1)
+        real = torch.cat([prompt, length_mask(rollout.lengths, rollout.tokens.shape[1])], 1)
+
+        def flat(of_prompt: Tensor, of_completion: Tensor) -> Tensor:
+            return torch.cat([of_prompt.expand_as(prompt), of_completion], 1)[real]
+
+        assert rollout.rewards is not None
+        assert rollout.ref_logprobs is not None
+        zero = torch.zeros(())
+        return cls(
+            tokens=flat(rollout.prompt_tokens, rollout.tokens).int(),
+            actions=flat(zero.bool(), rollout.action_mask),
+            logprobs=flat(zero, rollout.logprobs),
+            ref_logprobs=flat(zero, rollout.ref_logprobs),
+            prompt_lengths=rollout.prompt_lengths,
+            lengths=rollout.lengths,
+            prompt_ids=rollout.prompt_ids,
+            iterations=torch.full_like(rollout.lengths, iteration),
+            rewards=rollout.rewards,
+            ended=rollout.ended,
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def join(self, later: Self) -> Self:
+        """These sequences, then the later ones."""
+        return type(self)(*[torch.cat([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)])
+
+    def newest(self, capacity: int) -> Self:
+        """The latest sequences that fit into ``capacity`` tokens together."""
+        sizes = self.prompt_lengths + self.lengths
+        from_here_on = sizes.flip(0).cumsum(0).flip(0)
+        gone = int((from_here_on > capacity).sum())
+        gone_tokens = int(sizes[:gone].sum())
+        firsts = [gone_tokens if f.name in PER_TOKEN else gone for f in fields(self)]
+        # Cloned, or the whole would stay in memory behind the view.
+        return type(self)(
+            *[getattr(self, f.name)[k:].clone() for f, k in zip(fields(self), firsts, strict=True)]
+        )
+
+    def rollout(self, rows: Int[Tensor, " N"]) -> Rollout:
+        """The given sequences, padded to the longest of them. Their group is their prompt."""
+        prompt_lengths, lengths = self.prompt_lengths[rows], self.lengths[rows]
+        sizes = self.prompt_lengths + self.lengths
+        starts = (sizes.cumsum(0) - sizes)[rows]
+        prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
+        # Position in the flat arrays; what lies before a prompt or after a completion is masked.
+        at_prompt = (starts + prompt_lengths - prompt_width)[:, None] + torch.arange(prompt_width)
+        at = (starts + prompt_lengths)[:, None] + torch.arange(width)
+        prompt, completion = length_mask(prompt_lengths, prompt_width).flip(-1), length_mask(lengths, width)
+
+        def padded(x: Tensor, where: Tensor, mask: Tensor) -> Tensor:
+            return x[where.masked_fill(~mask, 0)].masked_fill(~mask, 0)
+
+        return Rollout(
+            prompt_tokens=padded(self.tokens, at_prompt, prompt).long(),
+            prompt_lengths=prompt_lengths,
+            tokens=padded(self.tokens, at, completion).long(),
+            lengths=lengths,
+            action_mask=padded(self.actions, at, completion),
+            ended=self.ended[rows],
+            group_ids=self.prompt_ids[rows],
+            prompt_ids=self.prompt_ids[rows],
+            logprobs=padded(self.logprobs, at, completion),
+            ref_logprobs=padded(self.ref_logprobs, at, completion),
+            rewards=self.rewards[rows],
+        )
+
+
+class ReplayBuffer:
+    """First in, first out, bounded in tokens.
+
+    Args:
+        capacity: tokens, prompts included. When sequences of another iteration do not fit, the oldest leave.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.memory = Memory.empty()
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    @property
+    def tokens(self) -> int:
+        """Held now."""
+        return len(self.memory.tokens)
+
+    def add(self, rollout: Rollout, iteration: int) -> None:
+        """Remembers every sequence of a rollout."""
+        self.memory = self.memory.join(Memory.of(rollout, iteration)).newest(self.capacity)
+
+    def draw(self, uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """Sequences, all alike and with replacement, one for each uniform number in [0, 1)."""
+        return (uniform * len(self)).long().clamp(max=len(self) - 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors."""
+        return {f.name: getattr(self.memory, f.name) for f in fields(self.memory)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes up a memory again, under this buffer's own bound."""
+        self.memory = Memory(**{name: value.cpu() for name, value in state.items()}).newest(self.capacity)
