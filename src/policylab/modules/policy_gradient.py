@@ -57,8 +57,12 @@ class PolicyGradient(Collection):
         self.finish_iteration({**metrics, "train/lr": lr}, started)
 
     def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling, the reference's forward pass, and a forward and backward pass each epoch."""
-        passes = 1 + 3 * self.algorithm.update.epochs
+        """Sampling, the forward pass of the reference (and of what else is recomputed), and a forward and backward
+        pass each epoch."""
+        update = self.algorithm.update
+        again = update.epochs - 1 if isinstance(update, MinibatchEpochs) and update.reestimate else 0
+        recomputed = 1 + self.algorithm.needs_policy_logprobs + 2 * self.algorithm.kl.exact_in_reward + again
+        passes = recomputed + 3 * update.epochs
         return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
 
     def refer(self, rollout: Rollout) -> Rollout:
@@ -183,7 +187,7 @@ class PolicyGradient(Collection):
         }
         if rollout.values is not None and rollout.returns is not None:
             metrics["train/explained_variance"] = float(
-                explained_variance(rollout.values, rollout.returns, rollout.action_mask, self.all_sum)
+                explained_variance(rollout.values, rollout.returns, rollout.loss_mask, self.all_sum)
             )
         self.adapt_kl_coefficient(rollout)
         return metrics
