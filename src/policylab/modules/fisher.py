@@ -106,6 +106,7 @@ class FisherProducts:
         self.pieces = pieces
         self.actions = actions
         self.all_sum = all_sum
+        self.kind = kind
         self.of_piece = {"gauss_newton": gauss_newton, "exact_kl": exact_kl}[kind]
         self._kept: Product | None = None
 
@@ -120,6 +121,17 @@ class FisherProducts:
                     total += self.of_piece(self.actor, piece)(v)
         return self.all_sum(total / self.actions)
 
+    def curvature(self, v: Float[Tensor, " n"]) -> float:
+        """``v F v``: the variance of ``J v`` under the policy, for half the price of a product."""
+        if self.kind == "exact_kl":
+            return float(v @ self(v))
+        total = torch.zeros((), device=v.device)
+        with twice_differentiable(v.device):
+            for piece in self.pieces:
+                logp, tangent = _Words(self.actor).moved(piece, v)
+                total += (logp.exp() * tangent**2).sum()
+        return float(self.all_sum(total)) / self.actions
+
 
 def gauss_newton(actor: Actor, rollout: Rollout) -> Product:
     """``v -> sum J' diag(p) J v``: ``J v`` by forward-mode differentiation, the rest by one backward pass.
@@ -130,7 +142,7 @@ def gauss_newton(actor: Actor, rollout: Rollout) -> Product:
     words = _Words(actor)
 
     def product(v: Tensor) -> Tensor:
-        tangent = words.tangent(rollout, v)
+        _, tangent = words.moved(rollout, v)
         return actor.gradient(logp, logp.detach().exp() * tangent, keep=True)
 
     return product
@@ -200,13 +212,14 @@ class _Words(nn.Module):
     def forward(self, rollout: Rollout) -> Tensor:
         return self.actor.log_distributions(rollout)
 
-    def tangent(self, rollout: Rollout, v: Float[Tensor, " n"]) -> Float[Tensor, "N V"]:
-        """``J v``: how the log-distributions change as the weights move along ``v``."""
+    def moved(
+        self, rollout: Rollout, v: Float[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
+        """Log-probs of all words, and ``J v``: how they change as the weights move along ``v``."""
         with torch.no_grad(), forward_ad.dual_level():
             duals = {
                 self.names[i]: forward_ad.make_dual(p.detach(), part)
                 for i, (p, part) in enumerate(zip(self.actor.parameters, self.actor.split(v), strict=True))
             }
-            moved = functional_call(self, duals, (rollout,), tie_weights=True)
-            tangent = forward_ad.unpack_dual(moved).tangent
-        return torch.zeros_like(moved) if tangent is None else tangent
+            logp, tangent = forward_ad.unpack_dual(functional_call(self, duals, (rollout,), tie_weights=True))
+        return logp, torch.zeros_like(logp) if tangent is None else tangent

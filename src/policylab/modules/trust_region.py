@@ -75,10 +75,10 @@ class TrustRegionPolicyGradient(PolicyGradient):
             )
 
     def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling; forward passes: reference, gradient (3), products (6 each), search (2 a step, 2 steps), critic."""
+        """Sampling; forward passes: reference, gradient (3), products (5 each), length (3), search, critic."""
         region = self.region
-        products = region.fisher_share * 6 * (region.cg_iterations + 1)
-        passes = 1 + 3 + products + 4 + (region.critic_epochs * 3 if self.algorithm.uses_critic else 0)
+        products = region.fisher_share * 5 * (region.cg_iterations + 1)
+        passes = 1 + 3 + products + 3 + 4 + (region.critic_epochs if self.algorithm.uses_critic else 0)
         return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
 
     def update(self, rollout: Rollout) -> None:
@@ -156,18 +156,22 @@ class TrustRegionPolicyGradient(PolicyGradient):
         return algorithm.reduction(per_token, rollout.action_mask, denominator), terms
 
     def natural_step(self, actor: Actor, rollout: Rollout, gradient: Float[Tensor, " n"]) -> Step:
-        """``sqrt(2 max_kl / s F s) s`` with ``(F + damping) s = -gradient``."""
+        """``sqrt(2 max_kl / s F s) s`` with ``(F + damping) s = -gradient``.
+
+        A share of the sequences tells the direction well enough, but not the length: the step fits the very tokens
+        that the gradient was taken from, and moves them by more than the Fisher matrix of a few of them can see.
+        """
         region = self.region
-        rows, group = self.fisher_rows(rollout)
-        actions = float(self.all_sum(rollout.action_mask[rows].sum()))
-        if not actions or not gradient.any():
+        every, _ = self.fisher_rows(rollout, 1.0)
+        some, group = self.fisher_rows(rollout, region.fisher_share)
+        if not gradient.any():
             return Step(torch.zeros_like(gradient), 0.0, 0.0)
         diagonal = None
         if region.preconditioner == "diagonal":
-            groups = [self.pieces(rollout, rows[group == i]) for i in range(GROUPS)]
-            diagonal = fisher_diagonal(actor, groups, actions, self.all_sum)
+            groups = [self.pieces(rollout, some[group == i]) for i in range(GROUPS)]
+            diagonal = fisher_diagonal(actor, groups, self.actions(rollout, some), self.all_sum)
         solution = conjugate_gradient(
-            FisherProducts(actor, self.pieces(rollout, rows), actions, region.products, self.all_sum),
+            self.fisher(actor, rollout, some),
             -gradient,
             damping=region.damping,
             diagonal=diagonal,
@@ -175,14 +179,27 @@ class TrustRegionPolicyGradient(PolicyGradient):
             tolerance=region.cg_tolerance,
         )
         self.demand_finite(solution.residual, "residual of the conjugate gradients")
-        curvature = float(solution.x @ solution.product)
-        if not curvature > 0:  # no direction in which the distributions change
+        if region.fisher_share == 1:
+            curvature = float(solution.x @ solution.product)
+        else:
+            curvature = self.fisher(actor, rollout, every).curvature(solution.x)
+        self.demand_finite(curvature, "curvature along the natural gradient")
+        if curvature <= 0:  # no direction in which the distributions change
             return Step(torch.zeros_like(gradient), 0.0, solution.residual)
         scale = math.sqrt(2 * region.max_kl / curvature)
         return Step(scale * solution.x, region.max_kl, solution.residual)
 
-    def fisher_rows(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """This process's part of the sequences that the Fisher matrix is averaged over, and their group.
+    def fisher(self, actor: Actor, rollout: Rollout, rows: Tensor) -> FisherProducts:
+        """Products with the Fisher matrix of these sequences of all processes."""
+        actions = self.actions(rollout, rows)
+        return FisherProducts(actor, self.pieces(rollout, rows), actions, self.region.products, self.all_sum)
+
+    def actions(self, rollout: Rollout, rows: Tensor) -> float:
+        """How many there are in these sequences of all processes."""
+        return float(self.all_sum(rollout.action_mask[rows].sum()))
+
+    def fisher_rows(self, rollout: Rollout, share: float) -> tuple[Tensor, Tensor]:
+        """This process's part of a share of the sequences that are trained on, and their groups.
 
         They are evenly spread over the trained sequences of all processes, and so are the :data:`GROUPS` groups: how
         many processes share them makes no difference.
@@ -193,7 +210,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
         counts = self.all_sum(counts)
         total, before = int(counts.sum()), counts[: self.global_rank].sum()
         number = torch.arange(len(rows), device=rows.device) + before
-        wanted = math.ceil(self.region.fisher_share * total)
+        wanted = math.ceil(share * total)
         place = number * wanted // max(total, 1)
         taken = (number + 1) * wanted // max(total, 1) > place
         return rows[taken], place[taken] % GROUPS
