@@ -112,11 +112,19 @@ def test_debug_mode_composes(compose, mode):
     OmegaConf.to_yaml(compose([f"debug='{mode}'"]), resolve=True)
 
 
-def test_every_metric_is_in_the_glossary(compose, tmp_path):
-    """All columns of PPO's ``metrics.csv`` but a reward's own parts, which the glossary describes by pattern."""
-    one_iteration(
-        compose(["task=random_walks", *SMALL, "callbacks=default", "callbacks.kl.exact=true"]), tmp_path
-    )
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo=ppo", "callbacks.kl.exact=true", "algo/importance=truncated", "algo/critic=own_layers"],
+        ["algo=dapo", "rollout.group_size=2"],
+        ["algo=trpo"],
+        ["algo=dqn"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_metric_is_in_the_glossary(compose, tmp_path, overrides):
+    """All columns of ``metrics.csv`` but a reward's own parts, which the glossary describes by pattern."""
+    one_iteration(compose(["task=random_walks", *SMALL, "callbacks=default", *overrides]), tmp_path)
     (file,) = tmp_path.rglob("metrics.csv")
     glossary = (ROOT / "docs" / "metrics.md").read_text()
     columns = file.read_text().splitlines()[0].split(",")
