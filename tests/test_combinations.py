@@ -54,6 +54,8 @@ def test_an_option_fits_or_is_refused_with_the_reason(compose, preset, option):
         (["algo=grpo", "algo.update.reestimate=true"], "reads neither critic nor policy"),
         (["algo=ppo", "algo/reference=none"], "algo/reference is none"),
         (["algo=ppo", "algo/critic=none"], "needs a critic"),
+        (["algo=a2c", "algo.critic.clip=0.2"], "before a rollout's first update"),
+        (["algo=reinforce", "algo.advantage.whiten=true"], "subtracts the mean itself"),
     ],
 )
 def test_what_makes_no_sense_is_refused(compose, overrides, reason):

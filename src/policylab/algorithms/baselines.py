@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.algorithms.advantage import Advantage, Estimate
-from policylab.errors import demand
+from policylab.errors import UserError, demand
 from policylab.functional.advantages import discounted_returns, subtract_batch_mean
 from policylab.functional.groups import best_of_group, group_centered, group_normalized, leave_one_out
 from policylab.functional.masks import AllSum, masked_sum, whiten
@@ -26,6 +26,9 @@ class ReturnToGo(Advantage):
         gamma: discount a token, in [0, 1].
         baseline: what is subtracted.
         whiten: scale to zero mean and unit variance over all actions.
+
+    Raises:
+        UserError: for a baseline that whitening makes superfluous.
     """
 
     gamma: float
@@ -34,6 +37,11 @@ class ReturnToGo(Advantage):
 
     def __post_init__(self) -> None:
         demand("algo.advantage.gamma", self.gamma, 0, 1)
+        if self.whiten and self.baseline == "mean":
+            raise UserError(
+                "algo.advantage.baseline=mean changes nothing beside algo.advantage.whiten=true, which subtracts the "
+                "mean itself; take algo.advantage.baseline=none"
+            )
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         returns, mask = _returns(rollout, self.gamma), rollout.loss_mask

@@ -29,11 +29,19 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
     advantage, surrogate, update = algorithm.advantage, algorithm.surrogate, algorithm.update
     credit, loss = type(advantage).__name__, type(surrogate).__name__
     steps = update.epochs * update.minibatches
+    critic, critic_steps = algorithm.critic, steps
+    if isinstance(update, TrustRegion):
+        critic_steps = update.critic_epochs * update.critic_minibatches
     return [
         (
             advantage.needs_values and algorithm.critic is None,
             f"algo.advantage={credit} needs a critic, but algo.critic is none; "
             "take algo/critic=shared_trunk or another algo/advantage",
+        ),
+        (
+            advantage.needs_values and critic is not None and critic.clip is not None and critic_steps == 1,
+            f"algo.critic.clip={critic and critic.clip} holds values near those before a rollout's first update, and "
+            "here is but one; take algo.critic.clip=null or algo/update=minibatch_epochs",
         ),
         (
             surrogate.on_policy and steps > 1,
