@@ -51,7 +51,9 @@ def selecting(choice: str) -> list[str]:
     if group == "task":
         return [pick]
     if group.removeprefix("algo/") in Q_AXES:
-        preset = "dqn" if option in ("hard", "none", "epsilon", "periodic") else "soft_q"
+        preset = (
+            "dqn" if option in ("hard", "epsilon", "periodic") or pick == "algo/dueling=none" else "soft_q"
+        )
         return ["model=tiny_scratch", f"algo={preset}", pick]
     extra = {
         "task/random_walks": ["model=walker_scratch"],

@@ -20,7 +20,6 @@ from policylab.algorithms import (
     SoftBackup,
     TargetNetwork,
 )
-from policylab.algorithms.q_learning import grid
 from policylab.errors import UserError
 from policylab.functional.advantages import discounted_returns
 from policylab.functional.q_learning import (
@@ -33,7 +32,7 @@ from policylab.functional.q_learning import (
 )
 from policylab.rollouts.behaviour import epsilon_greedy, greedy
 from policylab.rollouts.cached import CachedEngine
-from policylab.rollouts.noise import REPLAY, TRAIN, uniforms
+from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
 from policylab.rollouts.replay import Memory, ReplayBuffer
 from policylab.rollouts.types import Prompt, Rollout
 
@@ -53,6 +52,7 @@ def dqn(**changes) -> QLearning:
         "gamma": 1.0,
         "n_step": 1,
         "huber": None,
+        "conservative": 0.0,
         "exploration": Boltzmann(),
         "target": TargetNetwork(2, 1.0),
         "replay": Replay(1000, 1, 1, 4),
@@ -185,16 +185,22 @@ def test_against_the_reference_an_untrained_policy_has_no_advantages():
     torch.testing.assert_close(judgement.q, torch.ones(5))
 
 
-def test_gradient_of_the_loss_is_that_of_a_policy_gradient_with_a_critic():
+@pytest.mark.parametrize("conservative", [0.0, 0.3])
+def test_gradient_of_the_loss_is_that_of_a_policy_gradient_with_a_critic(conservative):
     """Soft backup: error x grad log pi, and coef x error for the value (arXiv:1704.06440, section 3)."""
     z = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     value = torch.tensor([0.3], requires_grad=True)
-    algorithm = dqn(backup=SoftBackup("uniform"), dueling=Dueling("logsumexp", 0.1, 0))
-    judgement = algorithm.judge(z, of_tokens(torch.tensor([[2]])), value)
-    error = judgement.q - 1.0
-    algorithm.loss(error).sum().backward()
-    torch.testing.assert_close(value.grad, 0.1 * error.detach())
-    (expected,) = torch.autograd.grad(z.log_softmax(-1)[0, 2] * error.item(), z)
+    algorithm = dqn(
+        backup=SoftBackup("uniform"), dueling=Dueling("logsumexp", 0.1, 0), conservative=conservative
+    )
+    rollout = of_tokens(torch.tensor([[2]]))
+    judgement = algorithm.judge(z, rollout, value)
+    error = algorithm.errors(judgement, torch.ones(1, 1), rollout)
+    algorithm.loss(judgement, error, rollout).sum().backward()
+    torch.testing.assert_close(value.grad, 0.1 * error[0].detach())
+    # The conservative term counts as an error of its own weight, for the logits alone.
+    weight = error.item() - conservative
+    (expected,) = torch.autograd.grad(z.log_softmax(-1)[0, 2] * weight, z)
     torch.testing.assert_close(z.grad, expected)
 
 
@@ -264,7 +270,7 @@ def fitted(algorithm: QLearning, rollout: Rollout, start: Tensor, rounds: int = 
                 target = algorithm.judge(old_z[states], rollout, values(old_v))
                 targets = algorithm.targets(target, judgement, rollout)
             optimizer.zero_grad()
-            algorithm.loss(grid(judgement.q, ACTIONS) - targets).sum().backward()
+            algorithm.loss(judgement, algorithm.errors(judgement, targets, rollout), rollout).sum().backward()
             optimizer.step()
             schedule.step()
     return z.detach(), v.detach()
@@ -342,13 +348,15 @@ def test_soft_q_with_the_reference_finds_the_kl_regularised_optimum(n):
 
 def test_epsilon_greedy_by_hand():
     logp = torch.tensor([[0.1, 0.6, 0.2, 0.1]]).log()
-    expected = torch.tensor([[0.05, 0.85, 0.05, 0.05]])
-    torch.testing.assert_close(epsilon_greedy(logp, 0.2).exp(), expected)
-    torch.testing.assert_close(epsilon_greedy(logp, 0.0), greedy(logp))
+    uniform, policy = torch.tensor([[[0.05, 0.85, 0.05, 0.05]], [[0.02, 0.92, 0.04, 0.02]]])
+    torch.testing.assert_close(epsilon_greedy(logp, 0.2, "uniform").exp(), uniform)
+    torch.testing.assert_close(epsilon_greedy(logp, 0.2, "policy").exp(), policy)
+    torch.testing.assert_close(epsilon_greedy(logp, 0.0, "uniform"), greedy(logp))
+    torch.testing.assert_close(epsilon_greedy(logp, 1.0, "policy"), logp)
 
 
 def test_epsilon_falls_linearly_and_stays():
-    exploration = EpsilonGreedy(0.5, 0.1, 4)
+    exploration = EpsilonGreedy("uniform", 0.5, 0.1, 4)
     assert [exploration.epsilon(i) for i in (0, 1, 2, 4, 9)] == pytest.approx([0.5, 0.4, 0.3, 0.1, 0.1])
 
 
@@ -356,10 +364,13 @@ def test_epsilon_falls_linearly_and_stays():
     ("changes", "message"),
     [
         ({"backup": SoftBackup("reference"), "dueling": None}, "has no level of its own"),
-        ({"backup": SoftBackup("uniform"), "exploration": EpsilonGreedy(1, 0, 1)}, "never follows that"),
+        (
+            {"backup": SoftBackup("uniform"), "exploration": EpsilonGreedy("uniform", 1, 0, 1)},
+            "never follows that",
+        ),
         ({"backup": SoftBackup("uniform"), "dueling": Dueling("max", 1, 0)}, "level=logsumexp"),
         ({"n_step": None}, "asks no network what a state is worth"),
-        ({"target": TargetNetwork(1, 1.0)}, "needs two networks"),
+        ({"target": None}, "needs two networks"),
         ({"scale": 0.0}, "algo.scale is 0.0; it must be above 0"),
     ],
 )
@@ -368,13 +379,19 @@ def test_senseless_combinations_are_refused(changes, message):
         dqn(**changes)
 
 
+def test_a_target_network_that_does_not_lag_is_refused():
+    with pytest.raises(UserError, match="algo/target=none, which saves it"):
+        TargetNetwork(1, 1.0)
+
+
 def test_bounds():
     for wrong in (
-        lambda: EpsilonGreedy(2, 0, 1),
+        lambda: EpsilonGreedy("uniform", 2, 0, 1),
         lambda: Dueling("logsumexp", 0.0, 0),
         lambda: Dueling("logsumexp", 1.0, -1),
         lambda: TargetNetwork(0, 1.0),
         lambda: TargetNetwork(1, 0.0),
+        lambda: EpsilonGreedy("uniform", 0, 0, 0),
         lambda: Replay(0, 1, 1, 1),
     ):
         with pytest.raises(UserError, match="it must be"):
@@ -508,10 +525,13 @@ def test_learning_waits_for_the_warm_up(compose, tmp_path):
 
 
 def test_epsilon_rules_training_and_the_best_token_validation(compose, tmp_path):
-    module = trained(compose, tmp_path, "algo=dqn", "algo/exploration=epsilon", "algo.exploration.start=0.5")
-    assert module.metrics["train/epsilon"] == pytest.approx(module.algorithm.exploration.epsilon(1))
-    assert float(module.rollout.logprobs.min()) < -1  # some tokens were drawn at random
-    again = [module.generate(PROMPTS, 1, 1, range(4)) for _ in range(2)]
+    exploring = ["algo/exploration=epsilon", "algo.exploration.start=0.5", "algo.exploration.others=uniform"]
+    module = trained(compose, tmp_path, "algo=dqn", *exploring)
+    epsilon = module.algorithm.exploration.epsilon(1)
+    assert module.metrics["train/epsilon"] == pytest.approx(epsilon)
+    lowest = math.log(epsilon / module.policy.lm.config.vocab_size)  # of a token that is not the best
+    assert float(module.rollout.logprobs.min()) == pytest.approx(lowest, abs=1e-4)
+    again = [module.generate(PROMPTS, 1, VALIDATION, range(4)) for _ in range(2)]
     assert not again[0].logprobs.any()  # certain
     assert torch.equal(again[0].tokens, again[1].tokens)
 
@@ -555,14 +575,15 @@ def test_a_resumed_run_equals_one_that_went_through(compose, tmp_path, name):
         return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
     options = [*BRIEF[:-1], "callbacks.checkpoint.export=false", f"algo={name}", "algo.replay.capacity=100"]
+    options += ["algo/target=polyak", "algo.target.every=3"] if name == "dqn" else []
     through = run(*options, "validation.every=2", "iterations=4").rename(tmp_path / "through")
     run(*options, "validation.every=2", "iterations=2")
     resumed = run(f"resume={folder}", "iterations=4")
     expected, found = state(through), state(resumed)
     assert expected.keys() == found.keys()
+    assert any(key.startswith("target.") for key in expected) == (name == "dqn")
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert len(found["lengths"]) < 4 * 8  # some have left
-    assert any(key.startswith("target.") for key in expected)
     assert figures(through) == figures(resumed)
 
 

@@ -74,7 +74,7 @@ class SoftBackup:
     Args:
         prior: ``uniform`` pays ``scale`` a nat of entropy ("Reinforcement Learning with Deep Energy-Based
             Policies", arXiv:1702.08165); ``reference`` charges ``scale`` a nat of KL to the reference policy instead
-            ("Trust-PCL", arXiv:1707.01891, eq. 5), and the optimum is ``reference * exp(reward / scale)``.
+            ("Trust-PCL", arXiv:1707.01891), and the optimum is ``reference * exp(reward / scale)``.
     """
 
     prior: Literal["uniform", "reference"]
@@ -99,14 +99,17 @@ Backup = HardBackup | SoftBackup
 
 @dataclass(frozen=True)
 class EpsilonGreedy:
-    """Mostly the best token; with probability epsilon any token, all alike. Validation takes the best.
+    """Mostly the best token; with probability epsilon another draw. Validation takes the best.
 
     Args:
+        others: what that draw is from: ``uniform``, all tokens alike; ``policy``, ``softmax(Q / scale)``, which keeps
+            to what the language model might say.
         start: epsilon in the first iteration.
         end: epsilon from iteration ``decay`` on; linear in between.
         decay: iterations.
     """
 
+    others: Literal["uniform", "policy"]
     start: float
     end: float
     decay: int
@@ -164,11 +167,11 @@ class TargetNetwork:
     def __post_init__(self) -> None:
         demand("algo.target.every", self.every, 1)
         demand("algo.target.rate", self.rate, 0, 1, above=True)
-
-    @property
-    def lags(self) -> bool:
-        """False when the copy is as new as the online network at every update."""
-        return self.every > 1 or self.rate < 1
+        if self.every == self.rate == 1:
+            raise UserError(
+                "algo.target.every=1 and algo.target.rate=1 keep the target network equal to the online one; take "
+                "algo/target=none, which saves it, or another number"
+            )
 
 
 @dataclass(frozen=True)
@@ -221,8 +224,11 @@ class QLearning:
         gamma: discount a token.
         n_step: tokens whose rewards are counted before the target network's value takes over; None: all of them.
         huber: TD error (reward) beyond which the loss grows linearly; None: squared throughout.
+        conservative: weight of ``logsumexp(Q / scale) - Q_a / scale``, which holds down what was never tried
+            ("Conservative Q-Learning", arXiv:2006.04779, eq. 4; for language models ILQL, arXiv:2206.11871), in
+            units of the TD error; 0 leaves it out.
         exploration: how rollouts depart from the best token.
-        target: the target network.
+        target: the target network; None takes targets from the online one.
         replay: the memory, and the updates from it.
     """
 
@@ -233,8 +239,9 @@ class QLearning:
     gamma: float
     n_step: int | None
     huber: float | None
+    conservative: float
     exploration: EpsilonGreedy | Boltzmann
-    target: TargetNetwork
+    target: TargetNetwork | None
     replay: Replay
 
     def __post_init__(self) -> None:
@@ -242,6 +249,7 @@ class QLearning:
         demand("algo.gamma", self.gamma, 0, 1)
         demand("algo.n_step", self.n_step, 1)
         demand("algo.huber", self.huber, 0, above=True)
+        demand("algo.conservative", self.conservative, 0)
         if self.backup.needs_reference and self.dueling is None:
             raise UserError(
                 "algo.backup.prior=reference makes Q a ratio of two probabilities, which has no level of its own, and "
@@ -263,10 +271,10 @@ class QLearning:
                     "algo.backup.double=true, but algo.n_step=null asks no network what a state is worth; take a "
                     "number for algo.n_step or algo.backup.double=false"
                 )
-            if not self.target.lags:
+            if self.target is None:
                 raise UserError(
-                    "algo.backup.double=true needs two networks, but with algo.target.every=1 and algo.target.rate=1 "
-                    "they are the same; raise algo.target.every, or take algo.backup.double=false"
+                    "algo.backup.double=true needs two networks, but algo.target is null; take algo/target=periodic or "
+                    "algo.backup.double=false"
                 )
 
     def judge(
@@ -299,10 +307,26 @@ class QLearning:
         rewards = torch.where(last_position(mask), rollout.rewards[:, None], 0.0)
         return n_step_targets(rewards, grid(values, mask), grid(path, mask), mask, self.gamma, self.n_step)
 
-    def loss(self, errors: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """Of TD errors. Divided by ``scale``, so that what reaches the logits is the error itself, as the advantage is
-        in a policy gradient ("Equivalence Between Policy Gradients and Soft Q-Learning", arXiv:1704.06440)."""
-        return td_loss(errors, self.huber) / self.scale
+    def errors(
+        self, opinion: Judgement, targets: Float[Tensor, "B T"], rollout: Rollout
+    ) -> Float[Tensor, "B T"]:
+        """TD errors: what Q is above its target."""
+        return grid(opinion.q, rollout.action_mask) - targets
+
+    def loss(
+        self, opinion: Judgement, errors: Float[Tensor, "B T"], rollout: Rollout
+    ) -> Float[Tensor, "B T"]:
+        """Of TD errors, and of how little Q sets the tokens of the memory apart from the others.
+
+        Divided by ``scale``, so that what reaches the logits is the error itself, as the advantage is in a policy
+        gradient ("Equivalence Between Policy Gradients and Soft Q-Learning", arXiv:1704.06440).
+        """
+        loss = td_loss(errors, self.huber) / self.scale
+        if self.conservative:
+            chosen = taken(opinion.scores, rollout.tokens[rollout.action_mask])
+            gap = (soft_best(opinion.scores, self.scale) - chosen) / self.scale
+            loss = loss + self.conservative * grid(gap, rollout.action_mask)
+        return loss
 
 
 def grid(x: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

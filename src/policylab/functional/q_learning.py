@@ -56,10 +56,10 @@ def n_step_targets(
     """``y_t = r_t + sum_{0<k<n} gamma^k (r_{t+k} - A_{t+k}) + gamma^n V_{t+n}``; zero outside the mask.
 
     Steps count true positions; what lies after the last is worth zero. With ``A = 0`` these are the uncorrected
-    n-step targets of "Rainbow", arXiv:1710.02298, section 3. With ``A_t = Q(s_t, a_t) - V_t`` the sum is one-step
-    target plus later TD errors, right whatever policy chose the tokens: "Q(lambda) with Off-Policy Corrections",
-    arXiv:1602.04951, eq. 4 at lambda 1. With ``A = scale log(pi / prior)`` as well it is path consistency,
-    "Bridging the Gap Between Value and Policy Based Reinforcement Learning", arXiv:1702.08892, eq. 16.
+    n-step targets of "Rainbow", arXiv:1710.02298 ("Multi-step learning"). With ``A_t = Q(s_t, a_t) - V_t`` the sum
+    is the one-step target plus later TD errors, right whatever policy chose the tokens: "Q(lambda) with Off-Policy
+    Corrections", arXiv:1602.04951, at lambda 1. With ``A = scale log(pi / prior)`` as well it is path consistency,
+    "Bridging the Gap Between Value and Policy Based Reinforcement Learning", arXiv:1702.08892, section 4.
 
     Args:
         values: V of the state in which each action was taken.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policylab.algorithms.q_learning import EpsilonGreedy, QLearning, grid
+from policylab.algorithms.q_learning import EpsilonGreedy, QLearning
 from policylab.functional.logprobs import entropy
 from policylab.functional.masks import masked_moments
 from policylab.functional.reduction import token_sum
@@ -39,7 +39,7 @@ class QTraining(ExperimentModule):
     """Trains the policy's language model as a Q-function, with a :class:`~policylab.algorithms.QLearning`.
 
     Attributes:
-        target: the slower copy that targets are computed with.
+        target: the slower copy that targets are computed with, if there is one.
         replay: finished sequences of this process.
         updates: optimizer steps so far.
     """
@@ -48,7 +48,7 @@ class QTraining(ExperimentModule):
         super().__init__(parts)
         self.algorithm = algorithm
         self.reference = parts.policy.frozen_copy()
-        self.target = target_of(parts.policy)
+        self.target = None if algorithm.target is None else target_of(parts.policy)
         self.replay = ReplayBuffer(algorithm.replay.capacity)
         self.updates = 0
 
@@ -93,7 +93,8 @@ class QTraining(ExperimentModule):
         """What tokens are drawn from: the language model itself, or mostly its best token."""
         exploration = self.algorithm.exploration
         if isinstance(exploration, EpsilonGreedy) and stream == TRAIN:
-            return partial(epsilon_greedy, epsilon=exploration.epsilon(self.iteration))
+            epsilon = exploration.epsilon(self.iteration)
+            return partial(epsilon_greedy, epsilon=epsilon, others=exploration.others)
         if isinstance(exploration, EpsilonGreedy) and stream == VALIDATION:
             return greedy
         return None
@@ -116,8 +117,8 @@ class QTraining(ExperimentModule):
         assert rollout.rewards is not None
         mean = self.all_sum(rollout.rewards.sum()) / self.plan.sequences
         for network in (self.policy, self.target):
-            assert network.critic is not None
-            network.critic.head.bias.fill_(mean)
+            if network is not None and network.critic is not None:
+                network.critic.head.bias.fill_(mean)
 
     def minibatches(self) -> Iterator[Rollout]:
         """Sequences from the memory for each update; none while it warms up."""
@@ -151,11 +152,13 @@ class QTraining(ExperimentModule):
         scores, values = self.policy.scores_of(rollout, temperature)
         judgement = algorithm.judge(scores, rollout, values)
         with torch.no_grad():
-            target_scores, target_values = self.target.scores_of(rollout, temperature)
-            target = algorithm.judge(target_scores, rollout, target_values)
+            target = judgement
+            if self.target is not None:
+                target_scores, target_values = self.target.scores_of(rollout, temperature)
+                target = algorithm.judge(target_scores, rollout, target_values)
             targets = algorithm.targets(target, judgement, rollout)
-        errors = grid(judgement.q, mask) - targets
-        loss = algorithm.loss(errors)
+        errors = algorithm.errors(judgement, targets, rollout)
+        loss = algorithm.loss(judgement, errors, rollout)
         with torch.no_grad():
             self._means.add("train/loss", loss, mask)
             self._means.add("train/td_error", errors.abs(), mask)
@@ -168,7 +171,7 @@ class QTraining(ExperimentModule):
     def move_target(self) -> None:
         """The target network's step towards the online one, when it is due."""
         settings = self.algorithm.target
-        if self.updates % settings.every:
+        if settings is None or self.target is None or self.updates % settings.every:
             return
         for slow, fast in zip(self.target.parameters(), self.policy.parameters(), strict=True):
             slow.lerp_(fast, settings.rate)
@@ -176,9 +179,10 @@ class QTraining(ExperimentModule):
     # -- records and state -----------------------------------------------------------------------------
 
     def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling, the reference's forward pass, and three forward passes' worth and the target's an update."""
-        replayed = self.plan.minibatch * self.plan.updates
-        seconds = self.plan.sequences * (pace.sample + pace.forward) + replayed * 4 * pace.forward
+        """Sampling, the reference's forward pass, and a forward and backward pass (and the target's) an update."""
+        passes = 3 if self.target is None else 4
+        replayed = self.plan.minibatch * self.plan.updates * passes
+        seconds = self.plan.sequences * (pace.sample + pace.forward) + replayed * pace.forward
         return seconds / self.plan.processes
 
     def observe(self, rollout: Rollout) -> dict[str, float]:

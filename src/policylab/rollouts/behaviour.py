@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,10 @@ def greedy(logp: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     return torch.full_like(logp, float("-inf")).scatter(-1, logp.argmax(-1, keepdim=True), 0.0)
 
 
-def epsilon_greedy(logp: Float[Tensor, "B V"], epsilon: float) -> Float[Tensor, "B V"]:
-    """``epsilon`` shared evenly among all tokens, the rest on the likeliest one (of several, the first)."""
-    spread = torch.full_like(logp, epsilon / logp.shape[-1])
+def epsilon_greedy(
+    logp: Float[Tensor, "B V"], epsilon: float, others: Literal["uniform", "policy"]
+) -> Float[Tensor, "B V"]:
+    """``epsilon`` shared among all tokens, evenly or as the policy would, the rest on the likeliest one."""
+    spread = epsilon * (logp.exp() if others == "policy" else torch.full_like(logp, 1 / logp.shape[-1]))
     best = logp.argmax(-1, keepdim=True)
     return spread.scatter_add(-1, best, torch.full_like(logp[:, :1], 1 - epsilon)).log()
