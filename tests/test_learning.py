@@ -77,3 +77,17 @@ def test_the_default_run_learns_kindness(compose, shuffled):
     """The recipe of README's first minute; its negative control moves by less than noise would."""
     rise = gain(compose(["hardware=cpu", "callbacks=none", "callbacks.checkpoint=null"]), shuffled)
     assert rise < 0.15 if shuffled else rise > 0.4
+
+
+Q_WALKS = [word for word in WALKS if not word.startswith(("algo.kl", "iterations"))] + ["iterations=25"]
+
+
+@pytest.mark.parametrize("algo", ["dqn", "soft_q"])
+def test_q_learning_finds_shorter_walks(compose, algo):
+    """dqn is validated by its best tokens, which score 0.85 from the start; soft_q by samples, which score 0.76."""
+    assert gain(compose([*Q_WALKS, f"algo={algo}"]), shuffled=False) > 0.08
+
+
+@pytest.mark.parametrize("algo", ["dqn", "soft_q"])
+def test_a_shuffled_reward_teaches_no_q(compose, algo):
+    assert gain(compose([*Q_WALKS, f"algo={algo}"]), shuffled=True) < 0.05
