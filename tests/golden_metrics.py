@@ -1,0 +1,116 @@
+"""Golden metrics: what three iterations of each preset on ``model=tiny`` measure, to the last bit.
+
+A refactor that changes no number leaves ``tests/golden/`` as it is. After a change that is meant to change numbers::
+
+    python tests/golden_metrics.py            # all presets
+    python tests/golden_metrics.py ppo grpo   # some
+
+Bits depend on the machine and on the libraries: each file says whose they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})  # before the libraries that read them
+
+import torch
+import transformers
+
+from small_runs import PRESETS, algo, assemble, base, train
+
+FOLDER = Path(__file__).parent / "golden"
+
+#: All numbers that a preset does not set itself, so that no default of another group matters.
+SETTING = {
+    "iterations": 3,
+    "seed": 0,
+    "task.source": "default",
+    "task.prompt_words": 4,
+    "task.held_out": 1700,  # what is held out is not read
+    "rollout.prompts": 4,
+    "rollout.group_size": 2,
+    "rollout.max_new_tokens": 8,
+    "rollout.temperature": 1.0,
+    "optim.lr": 1e-3,
+    "optim.critic_lr": None,
+    "optim.betas": [0.9, 0.95],
+    "optim.eps": 1e-5,
+    "optim.weight_decay": 0.0,
+    "optim.max_grad_norm": 1.0,
+    "optim.schedule": "constant",
+    "optim.warmup": 0,
+    "optim.micro_batch_size": None,
+}
+
+
+def run(preset: str) -> list[dict[str, float]]:
+    """Metrics of each iteration; and how far the weights have moved, which the metrics of the last do not show."""
+    # The openings have no completions, which supervised training needs.
+    supervised = preset == "sft"
+    task = ["task=random_walks", "model=walker"] if supervised else ["task=reviews", "model=tiny"]
+    setting = {k: v for k, v in SETTING.items() if not (supervised and k.startswith("task."))}
+    trace = train(assemble(base(*task), algo(preset), setting), reward=None)
+    weights = torch.cat([trace.policy, trace.critic]).double()
+    return [*trace.metrics[:-1], trace.metrics[-1] | {"weights/norm": float(weights.norm())}]
+
+
+def fingerprint() -> dict[str, str]:
+    """Whose bits these are."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": processor(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def processor() -> str:
+    """Model of the CPU: libraries choose their kernels by it."""
+    info = Path("/proc/cpuinfo")
+    fields = dict[str, str]()
+    for line in info.read_text().split("\n\n")[0].splitlines() if info.exists() else []:
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
+    names = ("vendor_id", "cpu family", "model", "model name")
+    return " ".join(fields[name] for name in names if name in fields) or platform.processor()
+
+
+def file_of(preset: str) -> Path:
+    return FOLDER / f"{preset}.json"
+
+
+def read(preset: str) -> dict[str, Any]:
+    """``platform`` and ``metrics``, a list with a dict for each iteration."""
+    return json.loads(file_of(preset).read_text())
+
+
+def write(preset: str, metrics: list[dict[str, float]], platform: Mapping[str, str]) -> None:
+    """As JSON, whose floats are read back to the bit."""
+    FOLDER.mkdir(exist_ok=True)
+    text = json.dumps({"platform": platform, "metrics": metrics}, indent=1, sort_keys=True, allow_nan=False)
+    file_of(preset).write_text(text + "\n")
+
+
+def main(presets: list[str]) -> None:
+    torch.set_num_threads(1)
+    for preset in presets or PRESETS:
+        metrics = run(preset)
+        same = file_of(preset).exists() and read(preset)["metrics"] == metrics
+        write(preset, metrics, fingerprint())
+        print(f"{preset}: {'as it was' if same else 'written'}")
+    for stale in set(FOLDER.glob("*.json")) - set(map(file_of, PRESETS)):
+        stale.unlink()
+        print(f"{stale.stem}: gone")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

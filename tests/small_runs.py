@@ -1,0 +1,206 @@
+"""Training in this process, so small that a preset takes a quarter of a second; what it did, to the bit.
+
+One base config serves all presets, and only its ``algo`` differs: what is compared does not hang on numbers that are
+tuned for a pair of algorithm and model.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from policylab.config import resolvers
+from policylab.rewards.base import Reward
+from policylab.rollouts.types import Completion, Rollout
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+PRESETS = sorted(path.stem for path in (CONFIGS / "algo").glob("*.yaml"))
+resolvers.register(ROOT)
+
+#: A policy of 4,000 weights on 22 letters, whose completions end or are cut, about half of them each. Adam with so
+#: large an epsilon follows the size of the gradient, which Adam otherwise forgets: a factor before the loss acts.
+SMALL = {
+    "iterations": 3,
+    "seed": 0,
+    "task.walks": 40,
+    "task.held_out": 1,
+    "model.architecture.n_layer": 1,
+    "model.architecture.n_embd": 16,
+    "model.architecture.n_head": 2,
+    "rollout.prompts": 4,
+    "rollout.group_size": 3,
+    "rollout.max_new_tokens": 8,
+    "rollout.temperature": 1.0,
+    "optim.lr": 0.3,
+    "optim.critic_lr": None,
+    "optim.betas": [0.9, 0.95],
+    "optim.eps": 0.1,
+    "optim.weight_decay": 0.0,
+    "optim.max_grad_norm": None,
+    "optim.schedule": "constant",
+    "optim.warmup": 0,
+    "optim.micro_batch_size": None,
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run has done.
+
+    Attributes:
+        metrics: of each iteration, without timings.
+        policy: all weights of the language model after the last one, flat.
+        critic: of the critic; empty without one.
+        passes: forward passes of the language model.
+    """
+
+    metrics: list[dict[str, float]]
+    policy: Tensor
+    critic: Tensor
+    passes: int
+
+    def distance(self, other: Self) -> float:
+        """Largest difference of two weights of the policy."""
+        return float((self.policy - other.policy).abs().max())
+
+
+@cache
+def algo(preset: str, *overrides: str) -> DictConfig:
+    """The ``algo`` of a preset, with other options of its axes, such as ``algo/kl=none``."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(f"algo/{preset}", list(overrides)).algo
+
+
+@cache
+def base(*overrides: str) -> DictConfig:
+    """A training config to put an ``algo`` into. It watches nothing and writes nothing."""
+    quiet = ["callbacks=none", "callbacks.checkpoint=null", "logger.csv=null", "hardware=cpu", "~algo_model"]
+    nowhere = ["paths.run=nowhere", "validation.prompts=1"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", [*overrides, *quiet, *nowhere])
+
+
+def assemble(start: DictConfig, algo: DictConfig, changes: Mapping[str, Any]) -> DictConfig:
+    """A copy of ``start`` with this ``algo``, and then with these values, by dotted path."""
+    config = copy.deepcopy(start)
+    with open_dict(config):
+        config.algo = copy.deepcopy(algo)
+        for path, value in changes.items():
+            OmegaConf.update(config, path, value, merge=False)
+    return config
+
+
+def small(algo: DictConfig, changes: Mapping[str, Any]) -> DictConfig:
+    """The small config with this ``algo``; the changes come last."""
+    return assemble(base("task=random_walks", "model=walker_scratch"), algo, SMALL | dict(changes))
+
+
+def levels(completions: Sequence[Completion]) -> list[float]:
+    """A reward of three levels by the sum of token ids: most groups have spread, and some have none."""
+    return [(0.0, 0.0, 1.0, 0.3)[sum(completion.tokens) % 4] for completion in completions]
+
+
+class Changed:
+    """An engine whose rollouts are changed."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def sample(self, *args: Any, **kwargs: Any) -> Rollout:
+        return self.change(self._engine.sample(*args, **kwargs))
+
+    def change(self, rollout: Rollout) -> Rollout:
+        raise NotImplementedError
+
+
+class Drifting(Changed):
+    """Records log-probs that are off by up to 0.7 nats: a sampler that is not quite the policy."""
+
+    def change(self, rollout: Rollout) -> Rollout:
+        place = torch.arange(rollout.logprobs.numel()).reshape(rollout.logprobs.shape)
+        drifted = rollout.logprobs + 0.7 * torch.sin(place)
+        return rollout.replace(logprobs=drifted.masked_fill(~rollout.action_mask, 0.0))
+
+
+class Padded(Changed):
+    """Three more columns of completion, two more of prompt, and tokens in the padding that mean something."""
+
+    def change(self, rollout: Rollout) -> Rollout:
+        present = [
+            f for f in ("tokens", "action_mask", "logprobs", "values") if getattr(rollout, f) is not None
+        ]
+        wide = {field: pad(getattr(rollout, field), (0, 3)) for field in present}
+        behind = torch.arange(wide["tokens"].shape[1]) >= rollout.lengths[:, None]
+        prompt = pad(rollout.prompt_tokens, (2, 0))
+        before = torch.arange(prompt.shape[1]) < prompt.shape[1] - rollout.prompt_lengths[:, None]
+        wide["tokens"] = wide["tokens"].masked_fill(behind, 5)
+        return rollout.replace(**wide, prompt_tokens=prompt.masked_fill(before, 7))
+
+
+def train(
+    config: DictConfig, reward: Reward | None = levels, engine: Callable[[Any], Any] = lambda engine: engine
+) -> Trace:
+    """Trains in this process, without validation and preflight.
+
+    Args:
+        reward: None takes the config's.
+        engine: what becomes of the config's engine.
+
+    Raises:
+        UserError: when the config is refused.
+    """
+    from policylab.config.build import build
+
+    with quiet():
+        experiment = build(config, Path("nowhere"))
+    module, trainer = experiment.module, experiment.trainer
+    trainer.limit_val_batches = 0
+    module._checked = True
+    module.engine = engine(module.engine)
+    module.reward = module.reward if reward is None else reward
+    metrics = list[dict[str, float]]()
+    passes = list[None]()
+    module.record = lambda new: metrics.append({k: v for k, v in new.items() if not k.startswith("perf/")})
+    module.policy.lm.register_forward_pre_hook(lambda *_: passes.append(None))
+    with quiet():
+        trainer.fit(module, datamodule=experiment.data)
+    critic = module.policy.critic
+    return Trace(
+        metrics=metrics,
+        policy=flat(module.policy.lm.parameters()),
+        critic=flat([] if critic is None else critic.parameters()),
+        passes=len(passes),
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning has something to say of every trainer, and hundreds of them are made here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def flat(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """All in one vector."""
+    return torch.cat([torch.zeros(0), *(parameter.detach().flatten() for parameter in parameters)])
