@@ -98,6 +98,8 @@ def assemble(start: DictConfig, algo: DictConfig, changes: Mapping[str, Any]) ->
     config = copy.deepcopy(start)
     with open_dict(config):
         config.algo = copy.deepcopy(algo)
+        if "replay" in algo:  # 64 sequences an update are most of what a small run would do
+            config.algo.replay.batch_size = 12
         for path, value in changes.items():
             OmegaConf.update(config, path, value, merge=False)
     return config

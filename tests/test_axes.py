@@ -121,7 +121,8 @@ def test_greedy_takes_the_likeliest_token_and_needs_no_noise(tiny_policy):
     prompts = [Prompt(i, "", (1, 2 + i), None, ()) for i in range(3)]
     engine = CachedEngine(0.7, 6)
     one, other = (
-        engine.sample(tiny_policy, prompts, 1, uniforms(seed, TRAIN, 0, range(3), 6), greedy) for seed in (0, 1)
+        engine.sample(tiny_policy, prompts, 1, uniforms(seed, TRAIN, 0, range(3), 6), greedy)
+        for seed in (0, 1)
     )
     assert torch.equal(one.tokens, other.tokens)
     assert not one.logprobs.any()  # certain
@@ -151,7 +152,7 @@ def test_rows_of_different_widths_are_put_together():
     [
         (
             {"update": MinibatchEpochs(2, 1, None, True), "surrogate": Ratio()},
-            "reads neither critic nor policy",
+            "reads no critic",
         ),
         ({"update": MinibatchEpochs(2, 1, None, False)}, "right for one update a rollout only"),
     ],
@@ -189,8 +190,19 @@ class Flat:
 def module_of(compose, tmp_path, overrides):
     from policylab.config.build import build
 
-    small = ["model=tiny_scratch", "rollout.prompts=4", "rollout.group_size=2", "iterations=2", "hardware=cpu"]
-    light = ["callbacks=none", "callbacks.checkpoint=null", "validation.prompts=4", "rollout.max_new_tokens=6"]
+    small = [
+        "model=tiny_scratch",
+        "rollout.prompts=4",
+        "rollout.group_size=2",
+        "iterations=2",
+        "hardware=cpu",
+    ]
+    light = [
+        "callbacks=none",
+        "callbacks.checkpoint=null",
+        "validation.prompts=4",
+        "rollout.max_new_tokens=6",
+    ]
     config = compose([*small, *light, *overrides])
     experiment = build(config, tmp_path)
     (tmp_path / "run").mkdir(exist_ok=True)
@@ -215,7 +227,8 @@ def test_flat_groups_are_replaced(compose, tmp_path):
     assert seen[:2] == [(0, [0, 1, 2, 3]), (1, [0, 1])]
     assert module.rollout.kept.all()
     assert module.metrics["train/kept"] == 1.0
-    assert module.metrics["train/flat_groups"] == pytest.approx(0.25)  # 2 of 4, then 0 of 4
+    assert module.metrics["train/flat_groups"] == pytest.approx(2 / 6)  # 2 of 4, then 0 of the 2 fresh ones
+    assert all(sample.kl is not None for sample in module.samples)
 
 
 def test_what_stays_flat_is_left_out_and_nothing_to_learn_is_no_step(compose, tmp_path):

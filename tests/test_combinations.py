@@ -24,7 +24,7 @@ PRESETS = (
     pytest.param("trpo", marks=pytest.mark.slow),
 )
 REASONS = (
-    "needs a critic|right for one update|reads neither|algo/reference is none|searches by that|one ratio a sequence"
+    "needs a critic|right for one update|reads no critic|algo/reference is none|searches by that|one ratio a sequence"
     "|credits whole sequences|corrects for the sampler"
 )
 
@@ -48,10 +48,15 @@ def test_an_option_fits_or_is_refused_with_the_reason(compose, preset, option):
     [
         (["algo=grpo", "algo/surrogate=logprob"], "right for one update"),
         (["algo=trpo", "algo/surrogate=logprob"], "searches by that"),
+        (["algo=trpo", "algo/surrogate=cispo"], "searches by that"),
+        (["algo=ppo", "algo/advantage=vtrace", "algo.update.reestimate=true"], "does already"),
+        (["algo=gspo", "algo/importance=truncated"], "a weight for each token"),
+        (["algo=ppo", "algo.entropy_coef=-1"], "entropy_coef is -1"),
+        (["algo=ppo", "algo.surrogate.dual_clip=1.1"], "dual_clip is 1.1"),
         (["algo=ppo", "algo/surrogate=sequence_ratio"], "one ratio a sequence"),
         (["algo=rloo", "algo.kl.estimator=exact"], "credits whole sequences"),
         (["algo=ppo", "algo/advantage=vtrace", "algo/importance=truncated"], "corrects for the sampler"),
-        (["algo=grpo", "algo.update.reestimate=true"], "reads neither critic nor policy"),
+        (["algo=grpo", "algo.update.reestimate=true"], "reads no critic"),
         (["algo=ppo", "algo/reference=none"], "algo/reference is none"),
         (["algo=ppo", "algo/critic=none"], "needs a critic"),
         (["algo=a2c", "algo.critic.clip=0.2"], "before a rollout's first update"),

@@ -18,6 +18,7 @@ from policylab.algorithms.sampling import DynamicSampling
 from policylab.algorithms.surrogate import Surrogate
 from policylab.algorithms.truncation import Truncation
 from policylab.algorithms.update import Update
+from policylab.errors import demand
 from policylab.functional.masks import AllSum, last_position
 from policylab.functional.surrogates import value_loss
 from policylab.rollouts.types import Evaluation, Rollout
@@ -68,6 +69,7 @@ class Algorithm:
     entropy_coef: float
 
     def __post_init__(self) -> None:
+        demand("algo.entropy_coef", self.entropy_coef, 0)
         check_combination(self)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from policylab.algorithms.critic_advantages import VTrace
-from policylab.algorithms.surrogate import SequenceRatio
+from policylab.algorithms.surrogate import CISPO, LogProb, SequenceRatio
 from policylab.algorithms.trust_region import TrustRegion
 from policylab.algorithms.update import MinibatchEpochs
 from policylab.errors import UserError
@@ -49,7 +49,9 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
             "take algo/update=single_step or algo/surrogate=clipped_ratio",
         ),
         (
-            surrogate.on_policy and isinstance(update, TrustRegion) and update.line_search is not None,
+            isinstance(surrogate, LogProb | CISPO)
+            and isinstance(update, TrustRegion)
+            and update.line_search is not None,
             f"algo.surrogate={loss} does not tell what a longer step gains, and algo/update=trust_region searches by "
             "that; take algo/surrogate=ratio",
         ),
@@ -65,15 +67,23 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
             "which would bias it; take algo.kl.estimator=k1 or algo/advantage=whitened_return",
         ),
         (
+            isinstance(advantage, VTrace) and isinstance(update, MinibatchEpochs) and update.reestimate,
+            "algo.update.reestimate=true makes algo.advantage=VTrace weigh tokens by the present policy, which the "
+            "surrogate's ratio does already; take algo.update.reestimate=false or algo/advantage=gae",
+        ),
+        (
+            isinstance(surrogate, SequenceRatio) and algorithm.importance is not None,
+            f"algo.surrogate={loss} has one ratio a sequence, and algo/importance=truncated a weight for each token; "
+            "take algo/importance=none",
+        ),
+        (
             isinstance(advantage, VTrace) and algorithm.importance is not None,
             "algo.advantage=VTrace corrects for the sampler itself, and algo/importance=truncated would do so twice; "
             "take algo/importance=none",
         ),
         (
-            isinstance(update, MinibatchEpochs)
-            and update.reestimate
-            and not (advantage.needs_values or advantage.needs_policy_logprobs),
-            f"algo.update.reestimate=true, but algo.advantage={credit} reads neither critic nor policy and would "
-            "estimate the same again; take false or algo/advantage=gae",
+            isinstance(update, MinibatchEpochs) and update.reestimate and not advantage.needs_values,
+            f"algo.update.reestimate=true, but algo.advantage={credit} reads no critic and would estimate the "
+            "same again; take false or algo/advantage=gae",
         ),
     ]

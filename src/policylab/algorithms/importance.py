@@ -21,7 +21,8 @@ class TruncatedImportance:
     of the surrogate (the decoupled objective of "Batch size-invariance for policy optimization", arXiv:2110.00641).
 
     Args:
-        cap: largest weight; unbiased when it is never reached.
+        cap: largest weight. Never reached, each action is corrected for; which states are visited stays the
+            sampler's.
     """
 
     cap: float

@@ -53,7 +53,7 @@ class AdaptiveCoefficient:
     horizon: int
 
     def __post_init__(self) -> None:
-        demand("algo.kl.controller.initial", self.initial, 0)
+        demand("algo.kl.controller.initial", self.initial, 0, above=True)
         demand("algo.kl.controller.target", self.target, 0, above=True)
         demand("algo.kl.controller.horizon", self.horizon, 1)
 
@@ -125,13 +125,13 @@ class KLPenalty:
         return self.place == "loss" and self.estimator == "exact"
 
     def of_rollout(self, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """What the sampling policy is charged a token; zero where no action was taken."""
+        """What the policy before the update is charged a token; zero where no action was taken."""
         if self.estimator == "exact":
             assert rollout.exact_kl is not None
             return exact_in_reward(
-                self._sampled("k1", rollout.logprobs, rollout), rollout.exact_kl, rollout.action_mask
+                self._sampled("k1", rollout.old_logprobs, rollout), rollout.exact_kl, rollout.action_mask
             )
-        return self._sampled(self.estimator, rollout.logprobs, rollout)
+        return self._sampled(self.estimator, rollout.old_logprobs, rollout)
 
     def of_evaluation(self, evaluation: Evaluation, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Per-token KL of the current policy, with gradient; zero where no action was taken."""

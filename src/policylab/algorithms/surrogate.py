@@ -88,7 +88,7 @@ class ClippedRatio:
     def __post_init__(self) -> None:
         demand("algo.surrogate.clip_low", self.clip_low, 0, 1)
         demand("algo.surrogate.clip_high", self.clip_high, 0)
-        demand("algo.surrogate.dual_clip", self.dual_clip, 1, above=True)
+        demand("algo.surrogate.dual_clip", self.dual_clip, 1 + self.clip_high, above=True)
 
     def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
         log_ratio = logprobs - old_logprobs

@@ -39,7 +39,7 @@ class MinibatchEpochs:
         kl_stop: ends the iteration's updates, before the step, once the policy is this far from the one that
             sampled (k3, nats a token); None never.
         reestimate: before each pass but the first, the advantages are estimated again with the present critic
-            and policy ("What Matters In On-Policy Reinforcement Learning?", arXiv:2006.05990, section 3.5); one
+            ("What Matters In On-Policy Reinforcement Learning?", arXiv:2006.05990, section 3.5); one
             more forward pass.
     """
 

@@ -50,11 +50,11 @@ class Collection(ExperimentModule):
         batch = self.sample(prompts, range(len(prompts)), round=0)
         if self.algorithm.sampling is not None:
             batch = self.refill(batch, self.algorithm.sampling)
-        self.samples = self.describe(batch.rollout, batch.completions, "train")
         with self.phase("rollout"):
             rollout = self.estimate_values(self.refer(batch.rollout))
             if self.algorithm.advantage.needs_greedy:
                 rollout = rollout.replace(greedy_rewards=self.greedy_rewards(batch.prompts))
+        self.samples = self.describe(rollout, batch.completions, "train")
         return rollout
 
     def sample(self, prompts: Sequence[Prompt], slots: Sequence[int], round: int) -> Batch:
@@ -83,10 +83,11 @@ class Collection(ExperimentModule):
         share the slots.
         """
         size = self.plan.group_size
+        empty, fresh = list(range(len(batch.prompts))), batch
         for round in range(1, dynamic.rounds + 1):
-            spread = dynamic.spread(batch.rollout)[::size].tolist()
-            self._means.add("train/flat_groups", torch.tensor([not s for s in spread], dtype=torch.double))
-            empty = [slot for slot, has_spread in enumerate(spread) if not has_spread]
+            flat = (~dynamic.spread(fresh.rollout)[::size]).tolist()
+            self._means.add("train/flat_groups", torch.tensor(flat, dtype=torch.double))
+            empty = [slot for slot, is_flat in zip(empty, flat, strict=True) if is_flat]
             if not empty:
                 return batch
             fresh = self.sample([self.fresh_prompt(slot, round) for slot in empty], empty, round)

@@ -46,10 +46,10 @@ class PolicyGradient(Collection):
         rollout = self.collect(batch.prompts)
         with self.phase("update"):
             rollout = self.algorithm.select(rollout)
-            rollout = self.algorithm.shape_rewards(rollout, self.kl_coef)
             if self.algorithm.needs_policy_logprobs:
                 rollout = rollout.replace(policy_logprobs=self.recompute(rollout)[0])
                 rollout = self.algorithm.correct_sampler(rollout)
+            rollout = self.algorithm.shape_rewards(rollout, self.kl_coef)
             rollout = self.algorithm.estimate_advantages(rollout, self.all_sum)
             self.update(rollout)
         self.move_reference()
@@ -97,10 +97,9 @@ class PolicyGradient(Collection):
                     return
 
     def reestimate(self, rollout: Rollout) -> Rollout:
-        """The rollout with advantages and value targets of the present critic and policy."""
-        logprobs, values = self.recompute(rollout)
-        seen = rollout.replace(policy_logprobs=logprobs, values=values)
-        seen = self.algorithm.estimate_advantages(seen, self.all_sum)
+        """The rollout with advantages and value targets of the present critic."""
+        _, values = self.recompute(rollout)
+        seen = self.algorithm.estimate_advantages(rollout.replace(values=values), self.all_sum)
         return rollout.replace(advantages=seen.advantages, returns=seen.returns)
 
     def minibatches(self, rollout: Rollout, epoch: int, size: int) -> list[Tensor]:
