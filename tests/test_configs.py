@@ -59,6 +59,9 @@ def selecting(choice: str) -> list[str]:
         "task/random_walks": ["model=walker_scratch"],
         "reward/optimality": ["task=random_walks", "model=walker_scratch"],
         "algo/sft": ["task=random_walks", "model=walker_scratch"],
+        "algo/reference/none": ["model=tiny_scratch", "algo/kl=none"],
+        "algo/surrogate/sequence_ratio": ["model=tiny_scratch", "algo=gspo"],
+        "algo/truncation/mask": ["task=random_walks"],  # a policy whose completions end
         "algo/critic/none": ["algo/advantage=mean_baseline"],
         "algo/surrogate/logprob": ["algo/update=single_step"],
     }.get(choice, ["model=tiny_scratch"])
