@@ -245,6 +245,12 @@ class TestGroups:
         x, ids = torch.tensor([1.0, 4.0, 4.0]), torch.zeros(3, dtype=torch.long)
         assert best_of_group(x, ids, torch.ones(3, dtype=torch.bool)).tolist() == [0.0, 3.0, 0.0]
 
+    def test_rounding_selects_nothing(self):
+        """A KL that is zero but for rounding, taken from equal rewards: no best, or the first."""
+        x = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0]) + torch.tensor([0.0, 3e-6, 0.0, 1e-6, 2e-6])
+        ids = torch.tensor([0, 0, 1, 1, 1])
+        assert best_of_group(x, ids, torch.ones(5, dtype=torch.bool)).tolist() == [0.0, 0.0, 0.0, 3.0, 0.0]
+
     def test_a_row_that_is_left_out_is_no_peer(self):
         present = torch.tensor([True, True, True, True, False, True])
         # group 0 without the 6: 1 - 2 and 2 - 1

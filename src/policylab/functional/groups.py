@@ -13,6 +13,9 @@ from torch import Tensor
 
 #: Added to a group's standard deviation. Far below any spread of rewards that means something.
 STD_EPS = 1e-6
+#: Rewards that differ by less are equally good: the KL of a policy that has not moved yet is no exact zero, and what
+#: is selected must not hang on its rounding.
+TIE = 1e-4
 
 
 def leave_one_out(
@@ -61,12 +64,13 @@ def best_of_group(
     """The size of the group for its largest value (of equal ones the first row), zero for the others.
 
     So the mean over all rows is the mean over the best of each group: "RAFT: Reward rAnked FineTuning",
-    arXiv:2304.06767, algorithm 1. Where all are equal nothing was selected, and all get zero.
+    arXiv:2304.06767, algorithm 1. Where all are equal nothing was selected, and all get zero. Equal is what differs
+    by less than :data:`TIE`.
     """
     peers = _peers(group_ids, present)
     above = _above_lowest(x, peers)
     highest = above.expand_as(peers).masked_fill(~peers, 0.0).amax(-1)
-    is_best = present & (above == highest) & (highest > 0)
+    is_best = present & (highest - above < TIE) & (highest >= TIE)
     first = (peers & is_best).int().argmax(-1)
     rows = torch.arange(len(x), device=x.device)
     return torch.where(is_best & (rows == first), peers.sum(-1).to(x.dtype), 0.0)
