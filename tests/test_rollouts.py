@@ -7,7 +7,8 @@ import torch
 
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
-from policylab.rollouts.cached import CachedEngine, pad_left
+from policylab.rollouts.cached import CachedEngine
+from policylab.rollouts.engine import pad_left
 from policylab.rollouts.noise import TRAIN, VALIDATION, uniforms
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.sampling import inverse_cdf

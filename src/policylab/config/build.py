@@ -22,7 +22,7 @@ from policylab.models.critic import value_model
 from policylab.models.policy import Policy
 from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
 from policylab.modules.experiment import ExperimentModule, Parts
-from policylab.rollouts.cached import CachedEngine, check_context
+from policylab.rollouts.engine import Engine, check_context
 from policylab.rollouts.plan import BatchPlan, ReplayPlan
 from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example, Task, take_validation
@@ -205,7 +205,7 @@ def demand_completions(task: Task) -> None:
             )
 
 
-def longest(prompts: Sequence[Prompt], engine: CachedEngine) -> int:
+def longest(prompts: Sequence[Prompt], engine: Engine) -> int:
     """Positions that the longest sequence of the run may take."""
     return max(len(prompt.tokens) + max(engine.max_new_tokens, len(prompt.target)) for prompt in prompts)
 

@@ -21,7 +21,7 @@ from policylab.modules.optimizer import AdamW
 from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, score
 from policylab.rollouts.behaviour import Behaviour
-from policylab.rollouts.cached import CachedEngine
+from policylab.rollouts.engine import Engine
 from policylab.rollouts.noise import PREFLIGHT, VALIDATION, uniforms
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Completion, Prompt, PromptBatch, Rollout, Sample
@@ -33,7 +33,7 @@ class Parts:
     """What every module is made of, whatever its algorithm."""
 
     policy: Policy
-    engine: CachedEngine
+    engine: Engine
     reward: Reward
     task: Task
     optim: AdamW

@@ -13,7 +13,7 @@ from policylab.functional.masks import length_mask
 from policylab.functional.reduction import token_sum
 from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.modules.preflight import Pace
-from policylab.rollouts.cached import pad_left
+from policylab.rollouts.engine import pad_left
 from policylab.rollouts.types import Prompt, PromptBatch, Rollout
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution, token_logprobs
 from policylab.functional.masks import length_mask
 from policylab.models.head import watch_head
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
+from policylab.rollouts.engine import check_context, check_settings, pad_left
 from policylab.rollouts.sampling import inverse_cdf
 from policylab.rollouts.types import Prompt, Rollout
 
@@ -39,11 +40,10 @@ class CachedEngine:
     temperature: float
     max_new_tokens: int
 
+    exact: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"rollout.temperature is {self.temperature}; it must be above 0")
-        if self.max_new_tokens < 1:
-            raise UserError(f"rollout.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_settings(self.temperature, self.max_new_tokens)
 
     @torch.no_grad()
     def sample(
@@ -164,28 +164,3 @@ class _Decoding:
         assert seen.hidden is not None
         self.logits = out.logits[:, -1]
         self.hidden = seen.hidden[:, -1]
-
-
-def pad_left(
-    sequences: Sequence[Sequence[int]], device: torch.device | str
-) -> tuple[Int[Tensor, "B P"], Int[Tensor, " B"]]:
-    """Token ids with padding in front, and how many are real. The padding id is 0 and means nothing."""
-    width = max(len(s) for s in sequences)
-    tokens = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences], device=device)
-    return tokens, torch.tensor([len(s) for s in sequences], device=device)
-
-
-def check_context(policy: Policy, needed: int) -> None:
-    """Refuses sequences that do not fit.
-
-    Raises:
-        UserError: when ``needed`` positions are more than the model has.
-    """
-    own = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
-    critics = None if policy.critic is None else policy.critic.context
-    for reader, limit in (("the model", own), ("the critic", critics)):
-        if limit is not None and needed > limit:
-            raise UserError(
-                f"prompt and completion need {needed} positions, but {reader} has {limit}; "
-                "lower rollout.max_new_tokens or shorten the prompts"
-            )
