@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from policylab.errors import UserError
+from policylab.functional.masks import length_mask
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.types import Prompt, Rollout
@@ -54,6 +55,32 @@ class Engine(Protocol):
             UserError: when prompt and completion do not fit the model's context.
         """
         ...
+
+
+def assemble(
+    prompts: Sequence[Prompt],
+    group_size: int,
+    tokens: Int[Tensor, "B T"],
+    lengths: Int[Tensor, " B"],
+    ended: Bool[Tensor, " B"],
+    logprobs: Float[Tensor, "B T"],
+) -> Rollout:
+    """The rollout of an engine that records nothing else. What stands behind a row's end is dropped."""
+    width, device = int(lengths.max()), tokens.device
+    mask = length_mask(lengths, width)
+    prompt_tokens, prompt_lengths = pad_left([prompt.tokens for prompt in prompts], device)
+    groups = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+    return Rollout(
+        prompt_tokens=prompt_tokens[groups],
+        prompt_lengths=prompt_lengths[groups],
+        tokens=tokens[:, :width].masked_fill(~mask, 0),
+        lengths=lengths,
+        action_mask=mask,
+        ended=ended,
+        group_ids=groups,
+        prompt_ids=torch.tensor([prompt.id for prompt in prompts], device=device)[groups],
+        logprobs=logprobs[:, :width].masked_fill(~mask, 0.0),
+    )
 
 
 def check_settings(temperature: float, max_new_tokens: int) -> None:

@@ -1,0 +1,123 @@
+"""The reference engine: Hugging Face ``generate``, made to draw our tokens.
+
+It knows nothing of caches, positions or batches: what every causal LM of the library does by itself is done. So it is
+what a doubtful engine is held against, and what runs where none of ours can. The slowest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+
+from policylab.functional.logprobs import log_distribution, token_logprobs
+from policylab.models.policy import Policy
+from policylab.rollouts.behaviour import Behaviour
+from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
+from policylab.rollouts.sampling import inverse_cdf
+from policylab.rollouts.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class GenerateEngine:
+    """Samples completions (see `policylab.rollouts.engine.Engine`).
+
+    Args:
+        temperature: divides the logits, above 0. Training divides by the same number.
+        max_new_tokens: completions are cut here.
+    """
+
+    temperature: float
+    max_new_tokens: int
+
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(self.temperature, self.max_new_tokens)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        noise: Float[Tensor, "B T"],
+        behaviour: Behaviour | None = None,
+    ) -> Rollout:
+        """As every engine. Values are left to be computed afterwards."""
+        tokens, lengths = pad_left([prompt.tokens for prompt in prompts], policy.device)
+        width = tokens.shape[1]
+        check_context(policy, width + self.max_new_tokens)
+        attention = torch.arange(width, device=policy.device) >= width - lengths[:, None]
+        draw = KeyedDraw(self.temperature, noise.to(policy.device), behaviour, width)
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,  # of what KeyedDraw leaves, there is but one token
+            eos_token_id=policy.eos_id,
+            pad_token_id=policy.eos_id,
+        )
+        with only(settings, policy.lm) as lm:
+            written = lm.generate(
+                tokens.repeat_interleave(group_size, 0),
+                attention_mask=attention.long().repeat_interleave(group_size, 0),
+                generation_config=settings,
+                logits_processor=[draw],
+            )[:, width:]
+        is_eos = written == policy.eos_id
+        ended = is_eos.any(-1)
+        first_eos = is_eos.int().argmax(-1)
+        return assemble(
+            prompts,
+            group_size,
+            tokens=written,
+            lengths=torch.where(ended, first_eos + 1, written.shape[1]),
+            ended=ended,
+            logprobs=torch.stack(draw.logprobs, dim=1),
+        )
+
+
+class KeyedDraw(LogitsProcessor):
+    """Leaves ``generate`` the one token that our noise draws at this step, and records its log-prob.
+
+    Args:
+        noise: of the completions, a column a step.
+        prompt_width: columns before the first step.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        noise: Float[Tensor, "B T"],
+        behaviour: Behaviour | None,
+        prompt_width: int,
+    ) -> None:
+        self.temperature = temperature
+        self.noise = noise
+        self.behaviour = behaviour
+        self.prompt_width = prompt_width
+        self.logprobs: list[Float[Tensor, " B"]] = []
+
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """``scores``: the logits of the next token."""
+        logp = log_distribution(scores, self.temperature)
+        logp = logp if self.behaviour is None else self.behaviour(logp)
+        drawn = inverse_cdf(logp, self.noise[:, input_ids.shape[1] - self.prompt_width])
+        self.logprobs.append(token_logprobs(logp, drawn))
+        return torch.full_like(scores, float("-inf")).scatter(-1, drawn[:, None], 0.0)
+
+
+@contextmanager
+def only(settings: GenerationConfig, lm: Any) -> Iterator[Any]:
+    """Hides the defaults of the checkpoint, which ``generate`` would mix in: top-k, penalties, other EOS tokens."""
+    own = lm.generation_config
+    lm.generation_config = settings
+    try:
+        yield lm
+    finally:
+        lm.generation_config = own
