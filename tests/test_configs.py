@@ -28,6 +28,8 @@ LARGE = {"model/gpt2_scratch"}
 NEEDS_FILES = {"algo/critic/reward_model"}
 #: Axes of Q-learning alone.
 Q_AXES = {"backup", "dueling", "exploration", "target"}
+#: Needs a GPU and an optional package: test_vllm_engine.py runs it on a stand-in.
+NEEDS_GPU = {"rollout/vllm"}
 #: Loggers of optional packages or with files of their own: their own tests run them.
 LOGGERS = {"logger/mlflow", "logger/wandb", "logger/tensorboard", "logger/all"}
 #: Not a choice of a training run.
@@ -85,7 +87,9 @@ def test_choice_composes(compose, choice):
     OmegaConf.to_yaml(compose(selecting(choice)), resolve=True)
 
 
-@pytest.mark.parametrize("choice", [c for c in choices() if c not in REMOTE | LARGE | LOGGERS | NEEDS_FILES])
+@pytest.mark.parametrize(
+    "choice", [c for c in choices() if c not in REMOTE | LARGE | LOGGERS | NEEDS_FILES | NEEDS_GPU]
+)
 @pytest.mark.skipif(sys.platform == "win32", reason="the run folder's link needs a POSIX file system")
 def test_choice_runs_an_iteration(compose, tmp_path, choice):
     if choice == "hardware/gpu":

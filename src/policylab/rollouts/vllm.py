@@ -1,0 +1,201 @@
+"""vLLM in the training process (extra ``[vllm]``), for rollouts where a GPU has room for a second copy of the weights.
+
+It samples with kernels and noise of its own: its tokens are not those of our engines, though a run repeats on the same
+machine, and its log-probs are close to the policy's but not equal (``exact`` is False), so training corrects for them.
+
+Written against vLLM 0.30 to 0.33. The tests hold it against a small stand-in for vLLM: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from policylab.errors import UserError, demand
+from policylab.models.policy import Policy
+from policylab.rollouts.behaviour import Behaviour, greedy
+from policylab.rollouts.engine import assemble, check_context, check_settings
+from policylab.rollouts.types import Prompt, Rollout
+
+
+class VllmEngine:
+    """Samples completions (see `policylab.rollouts.engine.Engine`).
+
+    vLLM starts with the first rollout, from the policy's architecture alone; its weights are overwritten in place with
+    the policy's before each rollout, which costs a copy within the GPU.
+
+    Args:
+        temperature: divides the logits, above 0. Training divides by the same number.
+        max_new_tokens: completions are cut here.
+        gpu_memory: share of the GPU's memory for vLLM's weights and KV cache, above 0 and at most 1.
+        dtype: of vLLM's weights, such as ``bfloat16``; None takes the policy's.
+        context: positions of the longest sequence that vLLM keeps room for; None takes the model's own.
+        sleep: give most of that memory back while the policy trains.
+
+    Raises:
+        UserError: when vLLM is not installed, or a setting is out of its bounds.
+    """
+
+    exact: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        temperature: float,
+        max_new_tokens: int,
+        gpu_memory: float,
+        dtype: str | None,
+        context: int | None,
+        sleep: bool,
+    ) -> None:
+        check_settings(temperature, max_new_tokens)
+        demand("rollout.gpu_memory", gpu_memory, 0, 1, above=True)
+        demand("rollout.context", context, 2)
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.gpu_memory = gpu_memory
+        self.dtype = dtype
+        self.context = context
+        self.sleep = sleep
+        self.vllm = import_vllm()
+        self.llm: Any = None  #: vLLM itself, once it is started
+
+    @torch.no_grad()
+    def sample(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        noise: Float[Tensor, "B T"],
+        behaviour: Behaviour | None = None,
+    ) -> Rollout:
+        """As every engine. Values are left to be computed afterwards.
+
+        The noise keys vLLM's own: a row is drawn anew by the same row of noise.
+
+        Raises:
+            UserError: when the sequences do not fit the context, or the behaviour is neither the policy's own nor
+                greedy: vLLM draws from no other.
+        """
+        if behaviour not in (None, greedy):
+            raise UserError(
+                "rollout=vllm samples from the policy itself or greedily, and this algorithm explores otherwise; "
+                "take rollout=cached"
+            )
+        longest = max(len(prompt.tokens) for prompt in prompts) + self.max_new_tokens
+        check_context(policy, longest)
+        if self.context is not None and longest > self.context:
+            raise UserError(
+                f"prompt and completion need {longest} positions, but rollout.context={self.context}; raise it"
+            )
+        with torch.autocast(policy.device.type, enabled=False):  # vLLM has a precision of its own
+            llm = self.awake(policy)
+            outputs = llm.generate(
+                [{"prompt_token_ids": list(p.tokens)} for p in prompts for _ in range(group_size)],
+                [self.request(policy, row, behaviour) for row in noise],
+                use_tqdm=False,
+            )
+            if self.sleep:
+                llm.sleep(level=1)
+        return self.rollout(policy, prompts, group_size, outputs, behaviour)
+
+    def awake(self, policy: Policy) -> Any:
+        """vLLM with the policy's present weights, and nothing remembered of earlier ones."""
+        if self.llm is None:
+            self.llm = self.start(policy)
+        elif self.sleep:
+            self.llm.wake_up()
+        self.llm.apply_model(lambda model: hand_over(policy, model))
+        self.llm.reset_prefix_cache()
+        return self.llm
+
+    def start(self, policy: Policy) -> Any:
+        """vLLM for the policy's architecture, its weights not set yet."""
+        with tempfile.TemporaryDirectory() as folder:
+            policy.lm.config.save_pretrained(folder)
+            return self.vllm.LLM(
+                model=folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                generation_config="vllm",  # no sampling defaults of the checkpoint
+                logprobs_mode="processed_logprobs",  # after the temperature, as tokens are drawn
+                dtype=self.dtype or str(policy.dtype).removeprefix("torch."),
+                max_model_len=self.context,
+                gpu_memory_utilization=self.gpu_memory,
+                enable_sleep_mode=self.sleep,
+            )
+
+    def request(self, policy: Policy, noise: Float[Tensor, " T"], behaviour: Behaviour | None) -> Any:
+        """How one completion is drawn."""
+        return self.vllm.SamplingParams(
+            temperature=0.0 if behaviour is greedy else self.temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=int(float(noise[0]) * 2**53),
+            max_tokens=self.max_new_tokens,
+            logprobs=0,  # that of the drawn token
+            detokenize=False,
+            ignore_eos=True,  # without a tokenizer it knows none: the policy's it is
+            stop_token_ids=[policy.eos_id],
+        )
+
+    def rollout(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        outputs: Sequence[Any],
+        behaviour: Behaviour | None,
+    ) -> Rollout:
+        """What vLLM answered, on the grid."""
+        answers = [output.outputs[0] for output in outputs]
+        lengths = torch.tensor([len(answer.token_ids) for answer in answers])
+        tokens = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long)
+        logprobs = torch.zeros(tokens.shape)
+        for row, answer in enumerate(answers):
+            drawn = list(answer.token_ids)
+            tokens[row, : len(drawn)] = torch.tensor(drawn)
+            if behaviour is None:  # a greedy token is certain: its log-prob is zero
+                logprobs[row, : len(drawn)] = torch.tensor(
+                    [seen[token].logprob for token, seen in zip(drawn, answer.logprobs, strict=True)]
+                )
+        ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == policy.eos_id
+        return assemble(prompts, group_size, tokens, lengths, ended, logprobs).to(policy.device)
+
+
+def hand_over(policy: Policy, model: Any) -> None:
+    """Overwrites the weights of vLLM's model with the policy's.
+
+    Raises:
+        UserError: when vLLM's model has weights that the policy does not give it: it would write nonsense with them.
+    """
+    taken = model.load_weights((name, weight.detach()) for name, weight in policy.lm.named_parameters())
+    missing = sorted({name for name, _ in model.named_parameters()} - set(taken))
+    if missing:
+        raise UserError(
+            f"rollout=vllm: vLLM's {type(model).__name__} found no weights for {missing[0]} ({len(missing)} in all) in "
+            f"the policy's {type(policy.lm).__name__}; take rollout=cached"
+        )
+
+
+def import_vllm() -> Any:
+    """vLLM, set up to run in this process, where the weights can be handed over.
+
+    Raises:
+        UserError: when it cannot be imported.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise UserError(
+            f"rollout=vllm cannot import vLLM ({error}); pip install 'policylab[vllm]' on a machine with a GPU, or "
+            "take rollout=cached"
+        ) from error
