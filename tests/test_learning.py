@@ -125,10 +125,7 @@ GROUP_WALKS = [
     ],
 )
 def test_every_other_preset_learns_and_not_from_noise(compose, algo, shuffled):
-    """With the rates of ``algo_model``; from 0.76, a gain of 0.1 is two fifths of what there is to gain.
-
-    npg, which is trpo without its search, takes longer (0.06 here).
-    """
+    """With the rates of ``algo_model``; from 0.76, a gain of 0.1 is two fifths of what there is to gain."""
     if algo == "raft" and shuffled:
         pytest.skip("imitating samples picked at random sharpens the policy; where it drifts to is chance")
     rise = gain(compose([*GROUP_WALKS, f"algo={algo}"]), shuffled)
