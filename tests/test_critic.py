@@ -67,7 +67,7 @@ def moved(policy: Policy) -> None:
 def test_at_the_start_own_layers_see_what_the_lm_head_sees(loaded, own_layers):
     """Left padding included: the rows' prompts differ in length."""
     policy = fresh_policy(loaded, own_layers)
-    sequences = Sequences.of(sampled(policy))
+    sequences = Sequences.of(sampled(policy), packed=policy.packs)
     with torch.no_grad():
         trunk = policy._read(sequences, head=True)
         own = policy.critic.hidden(sequences, trunk)
@@ -375,7 +375,7 @@ def test_other_architectures(architecture):
     for own_layers in (1, 2, "all"):
         policy = fresh_policy(loaded, own_layers)
         rollout = sampled(policy)
-        sequences = Sequences.of(rollout)
+        sequences = Sequences.of(rollout, packed=policy.packs)
         with torch.no_grad():
             trunk = policy._read(sequences, head=True)
             own = policy.critic.hidden(sequences, trunk)

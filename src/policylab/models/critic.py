@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from policylab.errors import UserError
 from policylab.models.loading import reward_model
-from policylab.models.sequences import Sequences
+from policylab.models.sequences import Sequences, can_pack
 from policylab.models.trunk import TrunkPass, after_layers, cannot_take_apart, decoder_layers, probe
 
 
@@ -94,7 +94,10 @@ class OwnLayers(ValueModel):
                 f"algo.critic.own_layers is {count}, but the policy has {len(layers)} layers; take at most "
                 f"{len(layers)}, or all for a network of its own"
             )
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers[len(layers) - count :])
+        # The copies keep the policy's config: what it says of attention while a pass lasts is true for both.
+        self.config = lm.config
+        shared: dict[int, Any] = {id(lm.config): lm.config}
+        self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in layers[len(layers) - count :])
         self.norm = nn.Sequential(*(copy.deepcopy(module) for module in after_layers(lm)))
         self._check(lm)
 
@@ -104,7 +107,8 @@ class OwnLayers(ValueModel):
 
     def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
         assert trunk is not None
-        return self._run(trunk)[sequences.chosen_at]
+        with sequences.read_by(self.config):
+            return sequences.at_actions(self._run(trunk))
 
     def _run(self, trunk: TrunkPass) -> Float[Tensor, "B S H"]:
         hidden = trunk.calls[0].hidden
@@ -137,6 +141,7 @@ class SeparateNetwork(ValueModel):
     def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
         super().__init__(hidden_size)
         self.backbone = backbone
+        self.packs = can_pack(backbone)
 
     @property
     def context(self) -> int | None:
@@ -144,7 +149,8 @@ class SeparateNetwork(ValueModel):
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
-        return sequences.through(self.backbone).last_hidden_state[sequences.chosen_at]
+        own = Sequences.of(sequences.rollout, packed=self.packs)
+        return own.at_actions(own.through(self.backbone).last_hidden_state)
 
 
 def value_model(lm: Any, own_layers: int | Literal["all"], init: str | None) -> ValueModel:

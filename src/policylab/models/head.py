@@ -7,11 +7,12 @@ result equals the full forward at those positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from jaxtyping import Bool
+import torch
 from torch import Tensor, nn
 
 
@@ -24,25 +25,38 @@ class HeadInput:
 
 @contextmanager
 def watch_head(
-    lm: nn.Module, positions: Bool[Tensor, "B S"] | None = None, *, run: bool = True
+    lm: nn.Module, narrow: Callable[[Tensor], Tensor] | None = None, *, run: bool = True
 ) -> Iterator[HeadInput]:
-    """While active, records the head's input and, given ``positions``, runs the head on those alone.
+    """While active, records the head's input and may run the head on a part of it alone.
 
     Args:
         lm: a causal LM with ``get_output_embeddings()``.
-        positions: true where logits are wanted; the model then returns logits ``[1, N, V]`` in row-major
-            order of the true positions.
+        narrow: takes hidden states ``[B, S, H]`` to the ``[N, H]`` for which logits are wanted; the model then
+            returns logits ``[1, N, V]``.
         run: False hands the head nothing, for whom the hidden states are enough.
     """
     seen = HeadInput()
 
-    def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0] if positions is None else inputs[0][positions][None]
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0] if narrow is None else narrow(inputs[0])[None]
         seen.hidden = hidden
         return (hidden if run else hidden[:, :0],)
 
-    handle = lm.get_output_embeddings().register_forward_pre_hook(narrow)  # type: ignore[operator]
+    handle = lm.get_output_embeddings().register_forward_pre_hook(before)  # type: ignore[operator]
     try:
         yield seen
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def is_plain(lm: Any) -> bool:
+    """Whether logits are the LM head's linear map of the hidden states, and nothing is done to them afterwards."""
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    tokens = torch.arange(4, device=head.weight.device)[None] % lm.get_input_embeddings().num_embeddings
+    with watch_head(lm) as seen:
+        logits = lm(input_ids=tokens, use_cache=False).logits
+    assert seen.hidden is not None
+    return bool(torch.equal(logits, nn.functional.linear(seen.hidden, head.weight, head.bias)))

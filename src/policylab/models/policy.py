@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from policylab.errors import UserError
 from policylab.functional import kl
+from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
-from policylab.models.head import watch_head
-from policylab.models.sequences import Sequences, on_grid
+from policylab.models.head import is_plain, watch_head
+from policylab.models.sequences import Sequences, can_pack, on_grid
 from policylab.models.trunk import TrunkPass, watch_layers
 from policylab.rollouts.types import Evaluation, Prompt, Rollout
 
@@ -41,6 +42,10 @@ class Policy(nn.Module):
         self.chat = loaded.chat
         self.source = loaded.source
         self.critic = critic
+        self.packs = can_pack(
+            loaded.lm
+        )  #: whether the language model reads a rollout as one row without padding
+        self.plain_head = is_plain(loaded.lm)  #: whether nothing happens to the logits after the LM head
 
     @property
     def device(self) -> torch.device:
@@ -110,25 +115,26 @@ class Policy(nn.Module):
         """The critic's values at the actions; their gradient goes into the critic's own parameters alone."""
         critic = self.critic
         assert critic is not None
-        sequences = Sequences.of(rollout)
+        sequences = Sequences.of(rollout, packed=self.packs)
         with torch.no_grad():
             trunk = self._read(sequences, head=False) if critic.reads_trunk else None
         return on_grid(critic(sequences, trunk), rollout)
 
     def logprobs_of(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B T"]:
         """Log-probs of the actions of a rollout, and nothing else."""
-        logp = self.log_distributions(rollout, temperature)
-        return on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout)
+        sequences = Sequences.of(rollout, packed=self.packs)
+        return on_grid(self._figures(sequences, temperature, False, None)[0].logprobs, rollout)
 
     def log_distributions(self, rollout: Rollout, temperature: float) -> Float[Tensor, "N V"]:
         """Log-probs of every token at each action of a rollout, in row-major order of the action mask."""
-        return log_distribution(self._action_logits(rollout), temperature)
+        trunk = self._read(Sequences.of(rollout, packed=self.packs), head=True)
+        return log_distribution(trunk.logits, temperature)
 
     def scores_of(
         self, rollout: Rollout, temperature: float
     ) -> tuple[Float[Tensor, "N V"], Float[Tensor, " N"] | None]:
         """Logits over the temperature and, with a critic, values at the actions of a rollout, in row-major order."""
-        sequences = Sequences.of(rollout)
+        sequences = Sequences.of(rollout, packed=self.packs)
         trunk = self._read(sequences, head=True)
         values = None if self.critic is None else self.critic(sequences, trunk)
         return trunk.logits.float() / temperature, values
@@ -143,15 +149,13 @@ class Policy(nn.Module):
             entropy_gradient: whether the entropy is part of the loss.
             reference: gives the exact KL when it is asked for.
         """
-        sequences = Sequences.of(rollout)
-        trunk = self._read(sequences, head=True)
-        return self.evaluate_distributions(
-            rollout,
-            log_distribution(trunk.logits, temperature),
-            temperature,
+        sequences = Sequences.of(rollout, packed=self.packs)
+        figures, trunk = self._figures(sequences, temperature, entropy_gradient, reference)
+        return Evaluation(
+            logprobs=on_grid(figures.logprobs, rollout),
+            entropy=on_grid(figures.entropy, rollout),
             values=None if self.critic is None else on_grid(self.critic(sequences, trunk), rollout),
-            entropy_gradient=entropy_gradient,
-            reference=reference,
+            exact_kl=None if figures.exact_kl is None else on_grid(figures.exact_kl, rollout),
         )
 
     def evaluate_distributions(
@@ -165,30 +169,67 @@ class Policy(nn.Module):
         reference: Self | None,
     ) -> Evaluation:
         """The same for whole distributions, of whatever weights, that are at hand already."""
+        figures = self._figures_of(rollout, logp, temperature, entropy_gradient, reference)
+        return Evaluation(
+            logprobs=on_grid(figures.logprobs, rollout),
+            entropy=on_grid(figures.entropy, rollout),
+            values=values,
+            exact_kl=None if figures.exact_kl is None else on_grid(figures.exact_kl, rollout),
+        )
+
+    def _figures(
+        self, sequences: Sequences, temperature: float, entropy_gradient: bool, reference: Self | None
+    ) -> tuple[HeadFigures, TrunkPass]:
+        """Figures of the actions, and the forward pass that they come from (without logits, if it can be)."""
+        chunked = self.plain_head and (reference is None or reference.plain_head)
+        trunk = self._read(sequences, head=not chunked)
+        if not chunked:
+            logp = log_distribution(trunk.logits, temperature)
+            return self._figures_of(sequences.rollout, logp, temperature, entropy_gradient, reference), trunk
+        other = None
+        if reference is not None:
+            own = Sequences.of(sequences.rollout, packed=reference.packs)
+            with torch.no_grad():
+                other = (reference.head(temperature), reference._read(own, head=False).hidden)
+        figures = head_figures(
+            self.head(temperature),
+            trunk.hidden,
+            sequences.rollout.tokens[sequences.rollout.action_mask],
+            entropy_gradient=entropy_gradient,
+            other=other,
+        )
+        return figures, trunk
+
+    def _figures_of(
+        self,
+        rollout: Rollout,
+        logp: Float[Tensor, "N V"],
+        temperature: float,
+        entropy_gradient: bool,
+        reference: Self | None,
+    ) -> HeadFigures:
+        """The same from whole distributions."""
         exact = None
         if reference is not None:
             with torch.no_grad():
                 ref_logp = reference.log_distributions(rollout, temperature)
-            exact = on_grid(kl.exact(logp, ref_logp), rollout)
+            exact = kl.exact(logp, ref_logp)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropies = entropy(logp)
-        return Evaluation(
-            logprobs=on_grid(token_logprobs(logp, rollout.tokens[rollout.action_mask]), rollout),
-            entropy=on_grid(entropies, rollout),
-            values=values,
-            exact_kl=exact,
-        )
+        return HeadFigures(token_logprobs(logp, rollout.tokens[rollout.action_mask]), entropies, exact)
 
-    def _action_logits(self, rollout: Rollout) -> Float[Tensor, "N V"]:
-        """Logits that chose each action, in row-major order of the action mask."""
-        sequences = Sequences.of(rollout)
-        with watch_head(self.lm, sequences.chosen_at):
-            return sequences.through(self.lm).logits[0]
+    def head(self, temperature: float) -> Head:
+        """The LM head of a policy whose head is plain."""
+        layer: Any = self.lm.get_output_embeddings()
+        return Head(layer.weight, layer.bias, temperature)
 
     def _read(self, sequences: Sequences, *, head: bool) -> TrunkPass:
         """A forward pass that the critic watches; without the head there are no logits."""
         layers = () if self.critic is None else self.critic.watched(self.lm)
-        with watch_head(self.lm, sequences.chosen_at, run=head) as seen, watch_layers(layers) as calls:
+        with (
+            watch_head(self.lm, sequences.at_actions, run=head) as seen,
+            watch_layers(layers) as calls,
+        ):
             logits = sequences.through(self.lm).logits
         assert seen.hidden is not None
         return TrunkPass(logits[0], seen.hidden[0], calls)

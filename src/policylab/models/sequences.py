@@ -1,10 +1,12 @@
-"""A rollout as a model reads it: prompt and completion in one row.
+"""A rollout as a model reads it: prompt and completion in one row, or all in one row without padding.
 
-Axes: ``B`` sequences, ``S`` positions of prompt and completion, ``T`` sampled positions, ``N`` actions.
+Axes: ``B`` sequences, ``T`` sampled positions, ``U`` distinct prompts, ``R`` rows and ``S`` positions of what the model
+reads, ``N`` actions.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,37 +16,124 @@ from torch import Tensor, nn
 
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
+from policylab.models.packing import REPLACED, CannotPackError, Packing, packed, rows_of
 from policylab.rollouts.types import Rollout
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Rows of tokens with padding on both sides, and the positions whose outputs chose an action."""
+    """Tokens, and the positions whose outputs chose an action."""
 
-    tokens: Int[Tensor, "B S"]
-    attention: Bool[Tensor, "B S"]  #: false at padding
-    chosen_at: Bool[Tensor, "B S"]  #: one true position for each action: the one before it
+    rollout: Rollout
+    tokens: Int[Tensor, "R S"]
+    positions: Int[Tensor, "R S"]
+    attention: Bool[Tensor, "R S"] | None  #: false at padding; None without any
+    packing: Packing | None  #: how the one row is packed; None for a row each
+    chosen_at: Int[
+        Tensor, " N"
+    ]  #: flat position of the token before each action, in order of the action mask
 
     @classmethod
-    def of(cls, rollout: Rollout) -> Self:
-        """Prompt and completion side by side."""
+    def of(cls, rollout: Rollout, *, packed: bool) -> Self:
+        """The rollout in the form that suits a model (see `policylab.models.packing.can_pack`)."""
+        return cls._packed(rollout) if packed else cls._padded(rollout)
+
+    @classmethod
+    def _padded(cls, rollout: Rollout) -> Self:
         prompt_width, width = rollout.prompt_tokens.shape[1], rollout.tokens.shape[1]
         prompt_mask = length_mask(rollout.prompt_lengths, prompt_width).flip(-1)
         attention = torch.cat([prompt_mask, length_mask(rollout.lengths, width)], dim=1)
-        chosen_at = torch.zeros_like(attention)
-        chosen_at[:, completion_slice(prompt_width, width)] = rollout.action_mask
-        return cls(torch.cat([rollout.prompt_tokens, rollout.tokens], dim=1), attention, chosen_at)
+        chosen = torch.zeros_like(attention)
+        chosen[:, completion_slice(prompt_width, width)] = rollout.action_mask
+        return cls(
+            rollout=rollout,
+            tokens=torch.cat([rollout.prompt_tokens, rollout.tokens], dim=1),
+            positions=(attention.cumsum(-1) - 1).clamp(min=0),
+            attention=attention,
+            packing=None,
+            chosen_at=chosen.flatten().nonzero().squeeze(-1),
+        )
+
+    @classmethod
+    def _packed(cls, rollout: Rollout) -> Self:
+        """Each distinct prompt, then each completion but for its last token, which chooses nothing."""
+        keys = torch.cat([rollout.prompt_lengths[:, None], rollout.prompt_tokens], dim=1)
+        distinct, prompt_of = torch.unique(keys, dim=0, return_inverse=True)
+        prompt_lengths, prompts = distinct[:, 0], distinct[:, 1:]
+        lengths = rollout.lengths - 1
+        packing = Packing.of(prompt_lengths, prompt_of, lengths)
+        is_prompt = length_mask(prompt_lengths, prompts.shape[1])
+        is_input = length_mask(lengths, packing.completions.width)
+        prompt_places = torch.arange(prompts.shape[1], device=prompts.device).expand_as(is_prompt)
+        places = torch.arange(is_input.shape[1], device=prompts.device) + prompt_lengths[prompt_of][:, None]
+        # The first action follows the prompt's last token, each other one the token before it.
+        before_first = (prompt_lengths.cumsum(0) - 1)[prompt_of]
+        first_input = packing.prompts.count + lengths.cumsum(0) - lengths
+        steps = torch.arange(rollout.tokens.shape[1], device=prompts.device)
+        chosen_at = torch.where(steps == 0, before_first[:, None], first_input[:, None] + steps - 1)
+        inputs = rollout.tokens[:, : is_input.shape[1]]
+        return cls(
+            rollout=rollout,
+            tokens=torch.cat([prompts[is_prompt.flip(-1)], inputs[is_input]])[None],
+            positions=torch.cat([prompt_places[is_prompt], places[is_input]])[None],
+            attention=None,
+            packing=packing,
+            chosen_at=chosen_at[rollout.action_mask],
+        )
 
     def through(self, model: nn.Module) -> Any:
         """What a Hugging Face model says to them, without a cache."""
-        return model(
-            input_ids=self.tokens,
-            attention_mask=self.attention.long(),
-            position_ids=(self.attention.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        )
+        with self.read_by(model.config):
+            return model(
+                input_ids=self.tokens,
+                attention_mask=None if self.attention is None else self.attention.long(),
+                position_ids=self.positions,
+                use_cache=False,
+            )
+
+    def read_by(self, config: Any) -> AbstractContextManager[None]:
+        """While active, models with this config understand how the tokens are packed."""
+        return nullcontext() if self.packing is None else packed(config, self.packing)
+
+    def at_actions(self, x: Float[Tensor, "R S H"]) -> Float[Tensor, "N H"]:
+        """The states that chose each action."""
+        return rows_of(x.flatten(0, 1), self.chosen_at)
 
 
 def on_grid(x: Float[Tensor, " N"], rollout: Rollout) -> Float[Tensor, "B T"]:
     """Figures of the actions, in row-major order, at their places; zero elsewhere."""
     return x.new_zeros(rollout.action_mask.shape).masked_scatter(rollout.action_mask, x)
+
+
+@torch.no_grad()
+def can_pack(model: Any) -> bool:
+    """Whether a Hugging Face model gives the same for a packed row as for rows of their own: tried, not presumed.
+
+    False for attention that transformers cannot replace (recurrent models, or a fused kernel that was asked for) or
+    that does more than `policylab.models.packing` knows of (a sliding window).
+    """
+    if model.config._attn_implementation not in REPLACED or not model._supports_attention_backend:
+        return False
+    device = next(model.parameters()).device
+    grid = (torch.arange(9, device=device) % model.get_input_embeddings().num_embeddings).view(3, 3)
+    rows = torch.tensor([0, 1, 0], device=device)
+    lengths = torch.tensor([3, 1, 2], device=device)
+    trial = Rollout(
+        prompt_tokens=grid[rows],
+        prompt_lengths=torch.tensor([1, 3], device=device)[rows],
+        tokens=grid,
+        lengths=lengths,
+        action_mask=length_mask(lengths, 3),
+        ended=lengths < 3,
+        group_ids=rows,
+        prompt_ids=rows,
+        logprobs=torch.zeros(3, 3, device=device),
+    )
+    rows_apart, one_row = (Sequences.of(trial, packed=packed) for packed in (False, True))
+    try:
+        ours = one_row.at_actions(one_row.through(model)[0]).float()
+    except CannotPackError:
+        return False
+    theirs = rows_apart.at_actions(rows_apart.through(model)[0]).float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())

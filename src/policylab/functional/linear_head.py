@@ -1,0 +1,147 @@
+"""What a linear LM head says of sampled tokens, without ever holding the logits of all positions.
+
+Positions go through the head in chunks: in the forward pass a chunk's logits ``z`` leave behind a few numbers a
+position, in the backward pass they are computed once more. Only where one chunk is all there is are they kept. The
+gradients are written out, because autograd would go through a chunk's ``[N, V]`` numbers several times more:
+with ``p = softmax(z)``, ``H`` the entropy and ``K = KL(p | q)``,
+
+    d log p_a / dz = 1[a] - p,    dH / dz = -p (log p + H),    dK / dz = p (log p - log q - K).
+
+Axes: ``N`` positions, ``H`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+#: Logits that are held at a time, in elements (128 MiB of fp32).
+CHUNK = 2**25
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear map from hidden states to logits, and the temperature that divides them."""
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None
+    temperature: float
+
+    def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """In fp32, over the temperature; new memory that the caller may write to."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        return z if self.temperature == 1 else z.div_(self.temperature)
+
+
+@dataclass(frozen=True)
+class HeadFigures:
+    """Figures of each position."""
+
+    logprobs: Float[Tensor, " N"]  #: of its token
+    entropy: Float[Tensor, " N"]  #: nats
+    exact_kl: Float[Tensor, " N"] | None  #: KL to the other head's distribution; None without one
+
+
+def head_figures(
+    head: Head,
+    hidden: Float[Tensor, "N H"],
+    tokens: Int[Tensor, " N"],
+    *,
+    entropy_gradient: bool,
+    other: tuple[Head, Float[Tensor, "N H"]] | None,
+    chunk: int = CHUNK,
+) -> HeadFigures:
+    """Log-prob of each token, entropy, and KL to what another head says of its own states.
+
+    Args:
+        entropy_gradient: whether the entropy has a gradient.
+        other: the other head with its hidden states; it gets no gradient.
+        chunk: elements of logits that are held at a time.
+    """
+    logprobs, entropy, exact_kl = _HeadFigures.apply(
+        hidden, head.weight, head.bias, tokens, head.temperature, entropy_gradient, other, chunk
+    )
+    return HeadFigures(logprobs, entropy, None if other is None else exact_kl)
+
+
+class _HeadFigures(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        entropy_gradient: bool,
+        other: tuple[Head, Tensor] | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Under autocast the products are in its precision; sums and exponentials never are.
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        head = Head(weight, bias, temperature)
+        rows = max(1, chunk // weight.shape[0])
+        logprobs, entropy, exact_kl, normalizer = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
+        kept = None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                z = head.logits(hidden[part])
+                lse = z.logsumexp(-1)
+                p = torch.sub(z, lse[:, None]).exp_()
+                normalizer[part] = lse
+                logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - lse
+                entropy[part] = lse - torch.linalg.vecdot(p, z)
+                if other is not None:
+                    q = other[0].logits(other[1][part])
+                    cross = torch.linalg.vecdot(p, q) - q.logsumexp(-1)
+                    exact_kl[part] = -entropy[part] - cross
+                kept = z if rows >= len(hidden) and other is None else None
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy, exact_kl)
+        ctx.head, ctx.other, ctx.rows, ctx.kept = head, other, rows, kept
+        ctx.entropy_gradient = entropy_gradient
+        return logprobs, entropy, exact_kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        hidden, weight, bias, tokens, normalizer, entropy, exact_kl = ctx.saved_tensors
+        of_logprob, of_entropy, of_kl = grads
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        to_hidden = torch.empty_like(hidden) if wants_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            z = ctx.head.logits(hidden[part]) if ctx.kept is None else ctx.kept
+            ctx.kept = None  # it is written to: a second backward pass computes it again
+            logp = z.sub_(normalizer[part, None])
+            slope = -of_logprob[part, None]
+            if ctx.entropy_gradient:
+                slope = slope - of_entropy[part, None] * (logp + entropy[part, None])
+            if ctx.other is not None:
+                head, states = ctx.other
+                logq = head.logits(states[part]).log_softmax(-1)
+                slope = slope + of_kl[part, None] * (logp - logq - exact_kl[part, None])
+            dz = logp.exp_().mul_(slope)
+            dz.scatter_add_(-1, tokens[part, None], of_logprob[part, None])
+            if ctx.head.temperature != 1:
+                dz.div_(ctx.head.temperature)
+            dz = dz.to(weight.dtype)
+            if to_hidden is not None:
+                torch.mm(dz, weight, out=to_hidden[part])
+            if to_weight is not None:
+                if to_weight.dtype == dz.dtype:
+                    to_weight.addmm_(dz.T, hidden[part])
+                else:
+                    to_weight += dz.T @ hidden[part]
+            if to_bias is not None:
+                to_bias += dz.sum(0)
+        return to_hidden, to_weight, to_bias, None, None, None, None, None

@@ -1,0 +1,150 @@
+"""Sequences through a Hugging Face model without padding, and each distinct prompt once.
+
+All that a transformer does to a token alone (embeddings, norms, projections, MLP) is done on one long row of real
+tokens; only attention needs to know which tokens belong together. transformers lets one register an attention of
+one's own by name, so this works for every architecture whose attention goes through that registry, with the
+model's own code around it.
+
+Axes: ``U`` distinct prompts, ``P`` tokens of the longest, ``B`` completions, ``T`` tokens of the longest,
+``N`` tokens in all, ``A`` heads, ``D`` size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import embedding, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from policylab.functional.masks import length_mask
+from policylab.functional.ragged import Ragged
+
+#: The name under which transformers knows `_attend`.
+ATTENTION = "policylab_packed"
+#: Implementations that `_attend` stands in for: it gives their numbers, up to rounding.
+REPLACED = ("sdpa", "eager")
+#: What an attention may be asked for beyond that.
+BEYOND = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
+
+
+class CannotPackError(Exception):
+    """The model's attention does more than `_attend` knows of."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """``[prompt 1 | prompt 2 | ... | completion 1 | completion 2 | ...]`` as one row of ``N`` tokens."""
+
+    prompts: Ragged  #: on ``[U, P]``
+    completions: Ragged  #: on ``[B, T]``
+    prompt_of: Int[Tensor, " B"]  #: the prompt that each completion answers
+    bias: Float[Tensor, "B 1 T S"]  #: 0 where a completion's token may look, -inf elsewhere; ``S = P + T``
+
+    @classmethod
+    def of(
+        cls, prompt_lengths: Int[Tensor, " U"], prompt_of: Int[Tensor, " B"], lengths: Int[Tensor, " B"]
+    ) -> Self:
+        """Prompts of these lengths, and completions of those, each after its prompt."""
+        prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
+        sees_prompt = length_mask(prompt_lengths[prompt_of], prompt_width)[:, None].expand(-1, width, -1)
+        causal = torch.ones(width, width, dtype=torch.bool, device=lengths.device).tril()
+        seen = torch.cat([sees_prompt, causal.expand(len(lengths), -1, -1)], dim=-1)[:, None]
+        return cls(
+            prompts=Ragged.of(prompt_lengths, prompt_width),
+            completions=Ragged.of(lengths, width),
+            prompt_of=prompt_of,
+            bias=torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf")),
+        )
+
+    def attend(
+        self, query: Float[Tensor, "N A D"], key: Tensor, value: Tensor, scale: float | None
+    ) -> Float[Tensor, "N A D"]:
+        """Causal attention of each prompt to itself, and of each completion to its prompt and itself."""
+        n = self.prompts.count
+        q, k, v = (self.prompts.pad(x[:n]) for x in (query, key, value))
+        of_prompts = self.prompts.pack(_attention(q, k, v, scale, None))
+        if self.completions.count == 0:
+            return of_prompts
+        q, own_k, own_v = (self.completions.pad(x[n:]) for x in (query, key, value))
+        keys = torch.cat([rows_of(k, self.prompt_of), own_k], dim=1)
+        values = torch.cat([rows_of(v, self.prompt_of), own_v], dim=1)
+        of_completions = self.completions.pack(_attention(q, keys, values, scale, self.bias))
+        return torch.cat([of_prompts, of_completions])
+
+
+def rows_of(x: Tensor, index: Int[Tensor, " R"]) -> Tensor:
+    """``x[index]``, by the operation whose gradient is quick where rows repeat."""
+    return embedding(index, x.flatten(1)).unflatten(1, x.shape[1:]) if x.ndim > 1 else x[index]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+    """``[R, W, A, D]`` in and out. Without a bias it is causal, and padding behind a row is never looked at."""
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if bias is None else bias.to(q.dtype),
+        is_causal=bias is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Active:
+    """What `_attend` works with while a packed row goes through a model."""
+
+    packing: Packing
+    eager: bool  #: whether the model wants attention without fused kernels
+
+
+_active: ContextVar[_Active] = ContextVar("packing")
+
+
+def _attend(
+    module: Any,
+    query: Float[Tensor, "1 A N D"],
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Float[Tensor, "1 N A D"], None]:
+    """As transformers calls an attention.
+
+    Raises:
+        CannotPackError: when asked for something that would change the numbers, such as a sliding window.
+    """
+    asked = [name for name in BEYOND if others.get(name) is not None]
+    if asked or dropout or attention_mask is not None:
+        raise CannotPackError(", ".join(asked) or "dropout or a mask of its own")
+    active = _active.get()
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    with sdpa_kernel(SDPBackend.MATH) if active.eager else nullcontext():
+        return active.packing.attend(q, k, v, scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+@contextmanager
+def packed(config: Any, packing: Packing) -> Iterator[None]:
+    """While active, models with this very config take their input for one row packed in this way."""
+    own = config._attn_implementation
+    token = _active.set(_Active(packing, eager=own == "eager"))
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+        _active.reset(token)
