@@ -52,7 +52,11 @@ def selecting(choice: str) -> list[str]:
         return [f"task={task}", pick, *(["model.name=org/model"] if option == "hf" else [])]
     if group == "algo_model":  # numbers for a pair, picked by picking both
         algo, model = option.rsplit("_", 1)
-        return [f"task={'random_walks' if model == 'walker' else 'reviews'}", f"algo={algo}", f"model={model}"]
+        return [
+            f"task={'random_walks' if model == 'walker' else 'reviews'}",
+            f"algo={algo}",
+            f"model={model}",
+        ]
     if group == "task":
         return [pick]
     if group.removeprefix("algo/") in Q_AXES:
