@@ -22,6 +22,7 @@ from policylab.models.critic import value_model
 from policylab.models.policy import Policy
 from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
 from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.rewards.pool import pooled
 from policylab.rollouts.engine import Engine, check_context
 from policylab.rollouts.plan import BatchPlan, ReplayPlan
 from policylab.rollouts.types import Prompt
@@ -32,6 +33,8 @@ from policylab.tasks.datamodule import PromptData
 PLANNED = frozenset({"prompts", "group_size"})
 #: Keys of ``task`` that ``rollout`` takes over, not the task.
 TAKEN_OVER = frozenset({"max_new_tokens"})
+#: Keys of ``reward`` that say who computes it.
+POOLED = frozenset({"workers", "pool"})
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     plan = batch_plan(config, algorithm)
     optim = instantiate(config.optim)
     engine = instantiate(without(config.rollout, PLANNED))
-    reward = instantiate(config.reward)
+    reward = pooled(
+        instantiate(without(config.reward, POOLED)), config.reward.get("workers"), config.reward.get("pool")
+    )
     task = instantiate(without(config.task, TAKEN_OVER))
     val = take_validation(task, config.validation.prompts)
     if isinstance(algorithm, Supervised):
@@ -130,8 +135,9 @@ def check_parts(config: DictConfig) -> None:
     Raises:
         UserError: naming the first key that does not fit.
     """
-    for group in ("algo", "optim", "reward", "model", "callbacks", "logger"):
+    for group in ("algo", "optim", "model", "callbacks", "logger"):
         check_signatures(config[group], group, frozenset())
+    check_signatures(config.reward, "reward", POOLED)
     check_signatures(config.rollout, "rollout", PLANNED)
     check_signatures(config.task, "task", TAKEN_OVER)
 

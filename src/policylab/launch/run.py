@@ -23,6 +23,7 @@ from policylab.launch.saved_config import plain, refuse_taken_folder, save_confi
 from policylab.launch.screen import Screen
 from policylab.launch.status import RunStatus
 from policylab.launch.summary import summarize, write_summary
+from policylab.rewards.pool import ended_workers
 
 if TYPE_CHECKING:
     from policylab.config.build import Experiment
@@ -81,7 +82,8 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
             # before the checkpoint callback
             experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # type: ignore[attr-defined]
             screen.plan(experiment)
-            run(experiment, run_dir, checkpoint, stop)
+            with ended_workers(experiment.module.reward):
+                run(experiment, run_dir, checkpoint, stop)
         if stop.stopped:
             status.interrupted()
         summary = summarize(config, run_dir, outcome(experiment, status))

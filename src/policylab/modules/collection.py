@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from policylab.algorithms import Algorithm, DynamicSampling
-from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.modules.experiment import ExperimentModule, Parts, rewarded
+from policylab.rewards.pool import Pending
 from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.noise import REFILL, TRAIN, uniforms
 from policylab.rollouts.types import Completion, Prompt, Rollout
@@ -17,11 +18,12 @@ from policylab.rollouts.types import Completion, Prompt, Rollout
 
 @dataclass(frozen=True)
 class Batch:
-    """A rewarded rollout with its prompts, one a slot, and its completions as text, one a row."""
+    """A rollout with its prompts, one a slot, its completions as text, one a row, and their scores to come."""
 
     prompts: tuple[Prompt, ...]
     rollout: Rollout
     completions: list[Completion]
+    scores: Pending | None  #: None once the rollout has its rewards
 
     def with_groups(self, slots: Sequence[int], fresh: Batch, size: int) -> Batch:
         """A copy in which the groups of ``fresh`` stand at ``slots``, ``size`` rows each."""
@@ -34,6 +36,7 @@ class Batch:
             prompts=tuple(prompts[group] for group in order),
             rollout=both.select(torch.tensor(rows, device=both.tokens.device)),
             completions=[completions[row] for row in rows],
+            scores=None,
         )
 
 
@@ -51,14 +54,16 @@ class Collection(ExperimentModule):
         if self.algorithm.sampling is not None:
             batch = self.refill(batch, self.algorithm.sampling)
         with self.phase("rollout"):
-            rollout = self.estimate_values(self.refer(batch.rollout))
+            batch = replace(batch, rollout=self.estimate_values(self.refer(batch.rollout)))
+        rollout = self.reward_batch(batch).rollout  # not before: workers score while the reference is asked
+        with self.phase("rollout"):
             if self.algorithm.advantage.needs_greedy:
                 rollout = rollout.replace(greedy_rewards=self.greedy_rewards(batch.prompts))
         self.samples = self.describe(rollout, batch.completions, "train")
         return rollout
 
     def sample(self, prompts: Sequence[Prompt], slots: Sequence[int], round: int) -> Batch:
-        """``group_size`` completions of each prompt, rewarded.
+        """``group_size`` completions of each prompt; their scoring has begun.
 
         Args:
             slots: place of each prompt among those of this process. With ``round`` it keys the sampling noise.
@@ -73,16 +78,24 @@ class Collection(ExperimentModule):
             rollout = rollout.replace(group_ids=groups)
         with self.phase("reward"):
             rows = [prompt for prompt in prompts for _ in range(size)]
-            rollout, completions = self.judge(rollout, rows)
-        return Batch(tuple(prompts), rollout, completions)
+            completions, scores = self.begin_scoring(rollout, rows)
+        return Batch(tuple(prompts), rollout, completions, scores)
+
+    def reward_batch(self, batch: Batch) -> Batch:
+        """The batch with its rewards, as soon as they are there."""
+        if batch.scores is None:
+            return batch
+        with self.phase("reward"):
+            return replace(batch, rollout=rewarded(batch.rollout, batch.scores()), scores=None)
 
     def refill(self, batch: Batch, dynamic: DynamicSampling) -> Batch:
-        """The batch with groups without spread replaced by those of fresh prompts, up to ``rounds`` times.
+        """The rewarded batch with groups without spread replaced by those of fresh prompts, up to ``rounds`` times.
 
         Each slot has a sequence of prompts of its own, so that the outcome does not depend on how many processes
         share the slots.
         """
         size = self.plan.group_size
+        batch = self.reward_batch(batch)
         empty, fresh = list(range(len(batch.prompts))), batch
         for round in range(1, dynamic.rounds + 1):
             flat = (~dynamic.spread(fresh.rollout)[::size]).tolist()
@@ -90,7 +103,8 @@ class Collection(ExperimentModule):
             empty = [slot for slot, is_flat in zip(empty, flat, strict=True) if is_flat]
             if not empty:
                 return batch
-            fresh = self.sample([self.fresh_prompt(slot, round) for slot in empty], empty, round)
+            prompts = [self.fresh_prompt(slot, round) for slot in empty]
+            fresh = self.reward_batch(self.sample(prompts, empty, round))
             batch = batch.with_groups(empty, fresh, size)
         return batch
 

@@ -19,7 +19,8 @@ from policylab.modules.means import Means
 from policylab.modules.optimization import ManualOptimization
 from policylab.modules.optimizer import AdamW
 from policylab.modules.preflight import PROMPTS, Pace, preflight
-from policylab.rewards.base import Reward, score
+from policylab.rewards.base import Reward, Scores
+from policylab.rewards.pool import Pending, begin
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.noise import PREFLIGHT, VALIDATION, uniforms
@@ -137,17 +138,15 @@ class ExperimentModule(ManualOptimization):
         logprobs, *values = self.per_token(rollout, evaluate)
         return logprobs, values[0] if values else None
 
+    def begin_scoring(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[list[Completion], Pending]:
+        """The rollout's completions as text, and their scores to come. ``prompts``: one for each row."""
+        completions = [self._completion(rollout, row, prompt) for row, prompt in enumerate(prompts)]
+        return completions, begin(self.reward, completions)
+
     def judge(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Completion]]:
         """The rollout with rewards, and its completions as text. ``prompts``: one for each row."""
-        completions = [self._completion(rollout, row, prompt) for row, prompt in enumerate(prompts)]
-        scores = score(self.reward, completions)
-        parts = torch.tensor(list(scores.parts.values()), dtype=torch.float32).reshape(-1, len(rollout)).T
-        rewarded = rollout.replace(
-            rewards=torch.tensor(scores.total, dtype=torch.float32, device=rollout.tokens.device),
-            reward_parts=parts.to(rollout.tokens.device),
-            part_names=tuple(scores.parts),
-        )
-        return rewarded, completions
+        completions, scores = self.begin_scoring(rollout, prompts)
+        return rewarded(rollout, scores()), completions
 
     def finish_iteration(self, metrics: dict[str, float], started: float) -> None:
         """Counts the iteration, records its metrics, and ends the run when its budget is spent."""
@@ -210,7 +209,8 @@ class ExperimentModule(ManualOptimization):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Samples one completion a prompt, with noise that is the same at every validation."""
         rollout = self.generate(batch.prompts, 1, VALIDATION, [p.id for p in batch.prompts])
-        rollout, completions = self.judge(self.refer(rollout), batch.prompts)
+        completions, scores = self.begin_scoring(rollout, batch.prompts)
+        rollout = rewarded(self.refer(rollout), scores())
         self.measure(rollout, self._val_means, "val")
         for name, values in self.task.metrics(completions).items():
             self._val_means.add(f"val/{name}", torch.tensor(values, dtype=torch.double, device=self.device))
@@ -311,3 +311,14 @@ class ExperimentModule(ManualOptimization):
         tokens = rollout.tokens[row, : int(rollout.lengths[row])].tolist()
         ended = bool(rollout.ended[row])
         return Completion(prompt.text, self.policy.decode(tokens), prompt.reference, tuple(tokens), ended)
+
+
+def rewarded(rollout: Rollout, scores: Scores) -> Rollout:
+    """The rollout with the scores of its rows."""
+    device = rollout.tokens.device
+    parts = torch.tensor(list(scores.parts.values()), dtype=torch.float32).reshape(-1, len(rollout)).T
+    return rollout.replace(
+        rewards=torch.tensor(scores.total, dtype=torch.float32, device=device),
+        reward_parts=parts.to(device),
+        part_names=tuple(scores.parts),
+    )

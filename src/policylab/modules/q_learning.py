@@ -16,7 +16,7 @@ from policylab.functional.logprobs import entropy
 from policylab.functional.masks import masked_moments
 from policylab.functional.reduction import token_sum
 from policylab.models.policy import Policy
-from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.modules.experiment import ExperimentModule, Parts, rewarded
 from policylab.modules.preflight import Pace
 from policylab.rollouts.behaviour import Behaviour, epsilon_greedy, greedy
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
@@ -58,9 +58,14 @@ class QTraining(ExperimentModule):
         lr = self.set_learning_rate()
         with self.phase("rollout"):
             rollout = self.explore(batch.prompts)
+        with self.phase("reward"):
+            rows = [prompt for prompt in batch.prompts for _ in range(self.plan.group_size)]
+            completions, scores = self.begin_scoring(rollout, rows)
+        with self.phase("rollout"):
             rollout = self.refer(rollout)
         with self.phase("reward"):
-            rollout = self.reward_rollout(rollout, batch.prompts)
+            rollout = rewarded(rollout, scores())
+        self.samples = self.describe(rollout, completions, "train")
         with self.phase("update"):
             self.start_values(rollout)
             self.replay.add(rollout, self.iteration)
@@ -98,13 +103,6 @@ class QTraining(ExperimentModule):
         if isinstance(exploration, EpsilonGreedy) and stream == VALIDATION:
             return greedy
         return None
-
-    def reward_rollout(self, rollout: Rollout, prompts: tuple[Prompt, ...]) -> Rollout:
-        """Rewards each completion, and keeps the texts for people."""
-        rows = [prompt for prompt in prompts for _ in range(self.plan.group_size)]
-        rollout, completions = self.judge(rollout, rows)
-        self.samples = self.describe(rollout, completions, "train")
-        return rollout
 
     # -- learning --------------------------------------------------------------------------------------
 

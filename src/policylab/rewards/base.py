@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policylab.errors import UserError
-from policylab.rollouts.types import Completion
+from policylab.rollouts.text import Completion
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,15 @@ def score(reward: Reward, completions: Sequence[Completion]) -> Scores:
             number, or other parts for one completion than for the first.
     """
     name = reward_name(reward)
-    answers = _answers(name, reward(completions), len(completions))
+    return checked(name, answers_of(name, reward(completions), len(completions)))
+
+
+def checked(name: str, answers: Sequence[Score]) -> Scores:
+    """The scores that a reward of this name gave, one for each completion.
+
+    Raises:
+        UserError: when one is no finite number, or has other parts than the first.
+    """
     parts = list(answers[0].parts) if answers else []
     for index, answer in enumerate(answers):
         if answer.parts.keys() != set(parts):
@@ -69,8 +77,12 @@ def score(reward: Reward, completions: Sequence[Completion]) -> Scores:
     )
 
 
-def _answers(name: str, given: Any, expected: int) -> list[Score]:
-    """One ``Score`` a completion, whatever sequence the reward returned."""
+def answers_of(name: str, given: Any, expected: int) -> list[Score]:
+    """One ``Score`` a completion, whatever sequence the reward returned.
+
+    Raises:
+        UserError: when it returned another number of them.
+    """
     try:
         answers = list(given)
     except TypeError:

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from policylab.errors import UserError
 from policylab.rewards.base import Score
-from policylab.rollouts.types import Completion
+from policylab.rollouts.text import Completion
 
 
 class Map(TypedDict):

@@ -8,7 +8,7 @@ from functools import cache
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from policylab.rewards.base import Score
-from policylab.rollouts.types import Completion
+from policylab.rollouts.text import Completion
 
 
 @cache

@@ -1,0 +1,234 @@
+"""Rewards computed beside the training process, so that their cost lies off the critical path.
+
+Scoring is begun when the completions are there, and its outcome asked for when it is needed; in between the
+reference's log-probs are computed. Each worker gets its share of the completions, and answers come in their order.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from typing import Any, Literal, Protocol
+
+from policylab.errors import UserError, demand
+from policylab.rewards.base import Reward, Score, Scores, answers_of, checked, reward_name, score
+from policylab.rollouts.text import Completion
+
+#: Gives the scores that are being computed, when they are there.
+Pending = Callable[[], Scores]
+#: The same for the answers to a share of the completions.
+Answers = Callable[[], list[Score]]
+
+
+class Workers(Protocol):
+    """Who scores."""
+
+    def begin(self, shares: Sequence[Sequence[Completion]]) -> list[Answers]:
+        """Hands each worker its share, and returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Ends them."""
+        ...
+
+
+class PooledReward:
+    """A reward whose completions are scored by several workers at once.
+
+    Args:
+        reward: scores each completion by itself: a worker sees none but its share.
+        workers: how many, at least 1.
+        pool: ``process`` for rewards that compute, ``thread`` for those that wait.
+
+    Raises:
+        UserError: when the reward cannot be sent to a process.
+    """
+
+    def __init__(self, reward: Reward, workers: int, pool: Literal["process", "thread"]) -> None:
+        self.name = reward_name(reward)
+        self.count = workers
+        self.workers: Workers = Processes(reward, workers) if pool == "process" else Threads(reward, workers)
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Score]:
+        """As any reward: the answers, when they are there."""
+        return [answer for share in self.workers.begin(self.shares(completions)) for answer in share()]
+
+    def begin(self, completions: Sequence[Completion]) -> Pending:
+        """Scoring under way."""
+        shares = self.workers.begin(self.shares(completions))
+        return lambda: checked(self.name, [answer for share in shares for answer in share()])
+
+    def shares(self, completions: Sequence[Completion]) -> list[Sequence[Completion]]:
+        """Adjacent completions, as many for each worker as for the next, up to one."""
+        count = min(self.count, len(completions))
+        cuts = [len(completions) * i // count for i in range(count + 1)] if count else []
+        return [completions[first:last] for first, last in pairwise(cuts)]
+
+
+class Threads:
+    """Workers in this process."""
+
+    def __init__(self, reward: Reward, count: int) -> None:
+        self.reward = reward
+        self.name = reward_name(reward)
+        self.executor = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{self.name}")
+
+    def begin(self, shares: Sequence[Sequence[Completion]]) -> list[Answers]:
+        return [self.executor.submit(self._answer, share).result for share in shares]
+
+    def close(self) -> None:
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, share: Sequence[Completion]) -> list[Score]:
+        return answers_of(self.name, self.reward(share), len(share))
+
+
+class Processes:
+    """Workers in processes of their own, started afresh with the first completions: nothing of this one is forked.
+
+    They end when their pipe does, in whatever way this process ends; signals are for this process to answer.
+    """
+
+    def __init__(self, reward: Reward, count: int) -> None:
+        self.name = reward_name(reward)
+        self.count = count
+        try:
+            self.sent = pickle.dumps(reward)
+        except Exception as error:  # pickle raises what it likes
+            raise UserError(
+                f"reward {self.name} cannot be sent to a process ({error}); take reward.pool=thread or reward.workers=0"
+            ) from error
+        self.running: list[tuple[Any, Connection]] = []
+        self.asked = 0
+
+    def begin(self, shares: Sequence[Sequence[Completion]]) -> list[Answers]:
+        if not self.running:
+            self._start()
+        self.asked += 1
+        pending: list[Answers] = []
+        for (process, connection), share in zip(self.running, shares, strict=False):
+            try:
+                connection.send((self.asked, share))
+            except (BrokenPipeError, ConnectionResetError):
+                raise self._ended(process) from None
+            pending.append(partial(self._receive, process, connection, self.asked))
+        return pending
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for _, connection in self.running:
+            connection.close()
+        for process, _ in self.running:
+            process.join(timeout=1)
+            if process.is_alive():  # in the middle of an answer that nobody waits for
+                process.kill()
+        self.running = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        atexit.register(self.close)
+        for number in range(self.count):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=serve, args=(there, self.sent), name=f"reward-{self.name}-{number}"
+            )
+            process.start()
+            there.close()
+            self.running.append((process, here))
+
+    def _receive(self, process: Any, connection: Connection, question: int) -> list[Score]:
+        answered = -1
+        while answered != question:  # what was begun and never asked for is passed over
+            try:
+                answered, answer = connection.recv()
+            except (EOFError, ConnectionResetError):
+                raise self._ended(process) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _ended(self, process: Any) -> RuntimeError:
+        process.join(timeout=1)
+        return RuntimeError(f"a process of reward {self.name} ended by itself, with code {process.exitcode}")
+
+
+def serve(connection: Connection, sent: bytes) -> None:
+    """The life of a worker process: answers each share, until nobody asks any more."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    reward: Reward | None = None
+    while True:
+        try:
+            question, share = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        answer: list[Score] | Exception
+        try:
+            if reward is None:  # here, so that what is wrong with it is told
+                reward = pickle.loads(sent)
+            answer = answers_of(reward_name(reward), reward(share), len(share))
+        except Exception as error:
+            answer = portable(error)
+        connection.send((question, answer))
+
+
+def portable(error: Exception) -> Exception:
+    """The error as it can be sent, with the traceback that stays behind as a note."""
+    where = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an error that cannot be rebuilt elsewhere
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"in a process of the reward:\n{where}")
+    return error
+
+
+def pooled(reward: Reward, workers: int | None, pool: str | None) -> Reward:
+    """The reward itself, or in the hands of workers.
+
+    Args:
+        workers: None or 0 scores in the caller's thread.
+        pool: ``process`` or ``thread``.
+
+    Raises:
+        UserError: when a setting is out of its bounds, or the reward cannot be sent to a process.
+    """
+    if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool)):
+        raise UserError(f"reward.workers={workers!r} is not a whole number")
+    demand("reward.workers", workers, 0)
+    if not workers:
+        return reward
+    if pool not in ("process", "thread"):
+        raise UserError(f"reward.pool={pool} is not one of process, thread")
+    return PooledReward(reward, workers, pool)  # type: ignore[arg-type]
+
+
+def begin(reward: Reward, completions: Sequence[Completion]) -> Pending:
+    """Scores to come; of a reward without workers they are there at once.
+
+    Raises:
+        UserError: as `policylab.rewards.base.score`, now or when the scores are asked for.
+    """
+    if isinstance(reward, PooledReward):
+        return reward.begin(completions)
+    scores = score(reward, completions)
+    return lambda: scores
+
+
+@contextmanager
+def ended_workers(reward: Reward) -> Iterator[None]:
+    """Ends the workers of a reward, if it has any."""
+    try:
+        yield
+    finally:
+        if isinstance(reward, PooledReward):
+            reward.workers.close()

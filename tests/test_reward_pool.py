@@ -1,0 +1,245 @@
+"""reward.workers: the same scores, computed elsewhere; what goes wrong there is told as it would be here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from policylab.errors import UserError
+from policylab.rewards.base import Score, score
+from policylab.rewards.optimality import optimality
+from policylab.rewards.pool import PooledReward, begin, ended_workers, pooled
+from policylab.rewards.sentiment import sentiment
+from policylab.rollouts.text import Completion
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [f" a {word} film" for word in ("good", "bad", "great", "dull", "moving", "long", "fine")]
+COMPLETIONS = [Completion("it is", text, None, (1, 2, i), True) for i, text in enumerate(TEXTS)]
+
+
+def place(completions: Sequence[Completion], scale: float) -> list[Score]:
+    """The last token, with the process and the size of the share as parts."""
+    return [
+        Score(scale * c.tokens[-1], {"process": float(os.getpid()), "share": float(len(completions))})
+        for c in completions
+    ]
+
+
+def one_too_few(completions: Sequence[Completion]) -> list[float]:
+    return [1.0] * (len(completions) - 1)
+
+
+def not_finite(completions: Sequence[Completion]) -> list[float]:
+    return [float("nan") if c.tokens[-1] == 5 else 1.0 for c in completions]
+
+
+class Odd(Exception):
+    """An error that cannot be rebuilt from its message."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def fails(completions: Sequence[Completion]) -> list[float]:
+    raise ValueError("no server there")
+
+
+def fails_oddly(completions: Sequence[Completion]) -> list[float]:
+    raise Odd("odd", "very")
+
+
+def dies(completions: Sequence[Completion]) -> list[float]:
+    os._exit(7)
+
+
+def slow(completions: Sequence[Completion]) -> list[float]:
+    time.sleep(0.3)
+    return [1.0] * len(completions)
+
+
+@pytest.fixture(params=["process", "thread"])
+def pool(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def hands() -> Iterator:
+    """``hands(reward, workers, pool)``, ended after the test."""
+    made: list[PooledReward] = []
+
+    def give(reward, workers: int, pool: str) -> PooledReward:
+        made.append(pooled(reward, workers, pool))
+        return made[-1]
+
+    yield give
+    for reward in made:
+        with ended_workers(reward):
+            pass
+
+
+class TestScores:
+    @pytest.mark.parametrize("workers", [1, 2, 3, 9])
+    def test_the_same_as_without(self, hands, workers):
+        reward = hands(sentiment, workers, "thread")
+        assert begin(reward, COMPLETIONS)() == score(sentiment, COMPLETIONS)
+        assert begin(reward, [])() == score(sentiment, [])
+
+    def test_the_same_from_processes_in_order_and_in_even_shares(self, hands):
+        reward = hands(partial(place, scale=2.0), 3, "process")
+        for _ in range(2):  # the same processes, the same shares
+            scores = begin(reward, COMPLETIONS)()
+            assert scores.total == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
+            assert scores.parts["share"] == [2, 2, 2, 2, 3, 3, 3]
+            assert len(set(scores.parts["process"])) == 3
+            assert os.getpid() not in scores.parts["process"]
+        assert [answer.total for answer in reward(COMPLETIONS[:2])] == [0.0, 2.0]
+
+    def test_scoring_is_under_way_while_something_else_is_done(self, hands, pool):
+        reward = hands(slow, 2, pool)
+        begin(reward, COMPLETIONS)()  # processes are up
+        start = time.perf_counter()
+        scores = begin(reward, COMPLETIONS)
+        begun = time.perf_counter() - start
+        scores()
+        assert begun < 0.2
+        assert time.perf_counter() - start > 0.25
+
+    def test_what_was_never_asked_for_is_passed_over(self, hands):
+        reward = hands(partial(place, scale=1.0), 2, "process")
+        begin(reward, COMPLETIONS[:2])
+        assert begin(reward, COMPLETIONS[4:])().total == [4.0, 5.0, 6.0]
+
+    def test_no_workers_is_the_reward_itself(self):
+        assert pooled(sentiment, 0, "process") is sentiment
+        assert pooled(sentiment, None, None) is sentiment
+        assert begin(sentiment, COMPLETIONS)() == score(sentiment, COMPLETIONS)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("reward", "message"),
+        [
+            (
+                not_finite,
+                "reward not_finite gave nan as the score of completion 5; it must be a finite number",
+            ),
+            (one_too_few, "reward one_too_few returned 2 scores for 3 completions"),
+            (optimality, "reward=optimality found no map beside the prompt"),
+        ],
+    )
+    def test_bad_scores_are_told_in_the_same_line(self, hands, pool, reward, message):
+        with pytest.raises(UserError, match=message):
+            begin(hands(reward, 2, pool), COMPLETIONS[1:] if reward is one_too_few else COMPLETIONS)()
+
+    def test_an_error_of_the_reward_comes_with_its_traceback(self, hands):
+        with pytest.raises(ValueError, match="no server there") as caught:
+            begin(hands(fails, 2, "process"), COMPLETIONS)()
+        assert "in fails" in "".join(caught.value.__notes__)
+        with pytest.raises(RuntimeError, match="Odd: odd: very"):
+            begin(hands(fails_oddly, 2, "process"), COMPLETIONS)()
+
+    def test_a_process_that_dies_is_told(self, hands):
+        with pytest.raises(RuntimeError, match="a process of reward dies ended by itself, with code 7"):
+            begin(hands(dies, 2, "process"), COMPLETIONS)()
+
+    def test_a_reward_that_cannot_be_sent_is_refused_at_once(self):
+        with pytest.raises(
+            UserError, match=r"reward <lambda> cannot be sent to a process .*reward.pool=thread"
+        ):
+            pooled(lambda completions: [1.0], 2, "process")
+
+    @pytest.mark.parametrize(
+        ("workers", "pool", "message"),
+        [
+            (-1, "process", "reward.workers is -1"),
+            (1.5, "process", "reward.workers=1.5 is not a whole number"),
+            (2, "fork", "reward.pool=fork is not one of process, thread"),
+        ],
+    )
+    def test_senseless_settings_are_refused(self, workers, pool, message):
+        with pytest.raises(UserError, match=message):
+            pooled(sentiment, workers, pool)
+
+
+class TestEnd:
+    def test_workers_end_with_the_run(self, hands):
+        reward = hands(partial(place, scale=1.0), 2, "process")
+        with ended_workers(reward):
+            processes = {int(p) for p in begin(reward, COMPLETIONS)().parts["process"]}
+        assert len(processes) == 2
+        assert gone(processes)
+
+    def test_threads_end_with_the_run(self, hands):
+        reward = hands(slow, 2, "thread")
+        with ended_workers(reward):
+            begin(reward, COMPLETIONS)()
+        wait_for(lambda: not any(t.name.startswith("reward-slow") for t in threading.enumerate()))
+
+    @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+    def test_no_process_is_left_behind(self, tmp_path, signum):
+        """However the main process ends; and a signal to the whole group is for the main process to answer."""
+        script = tmp_path / "main.py"
+        script.write_text(
+            "import sys, time, functools\n"
+            "from test_reward_pool import COMPLETIONS, place\n"
+            "from policylab.rewards.pool import begin, pooled\n"
+            "if __name__ == '__main__':\n"
+            "    reward = pooled(functools.partial(place, scale=1.0), 2, 'process')\n"
+            "    print(*{int(p) for p in begin(reward, COMPLETIONS)().parts['process']}, flush=True)\n"
+            "    time.sleep(60)\n"
+        )
+        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'src'}"}
+        main = subprocess.Popen(
+            [sys.executable, str(script)],
+            env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        assert main.stdout is not None
+        processes = {int(word) for word in main.stdout.readline().split()}
+        assert len(processes) == 2
+        if signum == signal.SIGTERM:
+            os.killpg(main.pid, signum)
+        else:
+            main.send_signal(signum)
+        main.wait(timeout=10)
+        assert gone(processes)
+
+
+def gone(processes: set[int]) -> bool:
+    wait_for(lambda: not any(Path(f"/proc/{number}").exists() and alive(number) for number in processes))
+    return True
+
+
+def alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_scores_alike_with_workers(train_briefly, tmp_path):
+    """The metrics of a run do not depend on who computes its reward."""
+    rewards = []
+    for words in ([], ["reward.workers=2"]):
+        folder = train_briefly(["model=tiny_scratch", "callbacks=none", *words])
+        lines = (folder / "metrics.csv").read_text().splitlines()
+        columns = lines[0].split(",")
+        rewards.append([line.split(",")[columns.index("train/reward")] for line in lines[1:]])
+        folder.rename(tmp_path / f"run{len(rewards)}")
+    assert rewards[0] == rewards[1]
+    assert any(rewards[0])
