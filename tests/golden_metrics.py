@@ -46,7 +46,7 @@ SETTING = {
     "optim.max_grad_norm": 1.0,
     "optim.schedule": "constant",
     "optim.warmup": 0,
-    "optim.micro_batch_size": None,
+    "optim.micro_batch_tokens": None,
 }
 
 

@@ -114,7 +114,7 @@ def turns(reward_model: Path) -> dict[str, Turn]:
         "TrustRegion.line_search": Turn(part("LineSearch", max_steps=5, shrink=0.5), given=far),
         "TrustRegion.cg_iterations": Turn(1),
         "TrustRegion.cg_tolerance": Turn(0.9),
-        # 12 sequences in 5 parts are 4 parts of 3.
+        # 12 sequences cannot be cut into 5 parts.
         "TrustRegion.critic_minibatches": Turn(2),
         "LineSearch.max_steps": Turn(1, given=far),
         "LineSearch.shrink": Turn(given=far),
@@ -135,7 +135,7 @@ def turns(reward_model: Path) -> dict[str, Turn]:
         "AdamW.max_grad_norm": Turn(0.1),
         "AdamW.betas": Turn([0.5, 0.95]),
         # Memory, never results.
-        "AdamW.micro_batch_size": Turn(1, seen_in="passes"),
+        "AdamW.micro_batch_tokens": Turn(12, seen_in="passes"),
     }
 
 

@@ -52,7 +52,7 @@ SMALL = {
     "optim.max_grad_norm": None,
     "optim.schedule": "constant",
     "optim.warmup": 0,
-    "optim.micro_batch_size": None,
+    "optim.micro_batch_tokens": None,
 }
 
 

@@ -234,8 +234,8 @@ def test_the_small_runs_give_each_knob_a_chance():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_size_of_micro_batches_changes_nothing(preset):
     whole = untouched(preset)
-    for size in (1, 5):
-        cut = outcome(Specimen(preset), {"optim.micro_batch_size": size}, None)
+    for tokens in (1, 60):
+        cut = outcome(Specimen(preset), {"optim.micro_batch_tokens": tokens}, None)
         assert isinstance(cut, Trace), cut
         assert cut.passes > whole.passes
         demand_same(cut, whole)

@@ -166,15 +166,15 @@ class TestGrid:
 
 class TestPlan:
     def test_by_hand(self):
-        plan = BatchPlan(8, 4, 2, 2, 3, 2)
-        assert (plan.sequences, plan.minibatch, plan.micro_batch, plan.updates) == (32, 16, 3, 4)
+        plan = BatchPlan(8, 4, 2, 2, 2)
+        assert (plan.sequences, plan.minibatch, plan.updates) == (32, 16, 4)
 
     @pytest.mark.parametrize(
         ("numbers", "message"),
         [
-            ((8, 4, 1, 12, None, 1), "8 prompts x 4 = 32 sequences cannot be cut into 12 minibatches"),
-            ((7, 4, 1, 1, None, 2), "rollout.prompts=7 cannot be shared by 2 processes"),
-            ((8, 0, 1, 1, None, 1), "group_size is 0"),
+            ((8, 4, 1, 12, 1), "8 prompts x 4 = 32 sequences cannot be cut into 12 minibatches"),
+            ((7, 4, 1, 1, 2), "rollout.prompts=7 cannot be shared by 2 processes"),
+            ((8, 0, 1, 1, 1), "group_size is 0"),
         ],
     )
     def test_what_does_not_divide_is_refused(self, numbers, message):

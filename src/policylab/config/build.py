@@ -157,15 +157,12 @@ def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervis
 def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> BatchPlan:
     """How the sequences of an iteration are cut."""
     processes = config.hardware.devices * config.hardware.num_nodes
-    micro_batch = config.optim.micro_batch_size
     if isinstance(algorithm, Supervised):
-        return BatchPlan(algorithm.batch_size, 1, 1, 1, micro_batch, processes)
+        return BatchPlan(algorithm.batch_size, 1, 1, 1, processes)
     prompts, group_size = config.rollout.prompts, config.rollout.group_size
     if isinstance(algorithm, QLearning):
         replay = algorithm.replay
-        return ReplayPlan(
-            prompts, group_size, 1, 1, micro_batch, processes, replay.batch_size, replay.updates
-        )
+        return ReplayPlan(prompts, group_size, 1, 1, processes, replay.batch_size, replay.updates)
     update = algorithm.update
     if group_size < algorithm.min_group_size:
         part = "sampling=dynamic" if algorithm.advantage.min_group_size == 1 else "advantage"
@@ -173,7 +170,10 @@ def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised
             f"algo/{part} compares completions of the same prompt, but rollout.group_size is {group_size}; "
             f"take rollout.group_size={algorithm.min_group_size} or more"
         )
-    return BatchPlan(prompts, group_size, update.epochs, update.minibatches, micro_batch, processes)
+    plan = BatchPlan(prompts, group_size, update.epochs, update.minibatches, processes)
+    if isinstance(update, TrustRegion) and algorithm.uses_critic:
+        update.demand_shares(plan.sequences)
+    return plan
 
 
 def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Prompt]:

@@ -1,8 +1,8 @@
 """What a linear LM head says of sampled tokens, without ever holding the logits of all positions.
 
 Positions go through the head in chunks: in the forward pass a chunk's logits ``z`` leave behind a few numbers a
-position, in the backward pass they are computed once more. Only where one chunk is all there is are they kept. The
-gradients are written out, because autograd would go through a chunk's ``[N, V]`` numbers several times more:
+position, in the backward pass they are computed once more. Only where one chunk is all there is are its probabilities
+kept. The gradients are written out, because autograd would go through a chunk's ``[N, V]`` numbers several times more:
 with ``p = softmax(z)``, ``H`` the entropy and ``K = KL(p | q)``,
 
     d log p_a / dz = 1[a] - p,    dH / dz = -p (log p + H),    dK / dz = p (log p - log q - K).
@@ -95,16 +95,19 @@ class _HeadFigures(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 z = head.logits(hidden[part])
-                lse = z.logsumexp(-1)
-                p = torch.sub(z, lse[:, None]).exp_()
-                normalizer[part] = lse
+                top = z.amax(-1)
+                p = torch.sub(z, top[:, None]).exp_()
+                mass = p.sum(-1)
+                lse = top + mass.log()
                 logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - lse
-                entropy[part] = lse - torch.linalg.vecdot(p, z)
+                entropy[part] = lse - torch.linalg.vecdot(p, z) / mass
+                normalizer[part] = lse
                 if other is not None:
                     q = other[0].logits(other[1][part])
-                    cross = torch.linalg.vecdot(p, q) - q.logsumexp(-1)
+                    cross = torch.linalg.vecdot(p, q) / mass - q.logsumexp(-1)
                     exact_kl[part] = -entropy[part] - cross
-                kept = z if rows >= len(hidden) and other is None else None
+                if rows >= len(hidden) and other is None and not entropy_gradient:
+                    kept = p.div_(mass[:, None])
         ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy, exact_kl)
         ctx.head, ctx.other, ctx.rows, ctx.kept = head, other, rows, kept
         ctx.entropy_gradient = entropy_gradient
@@ -120,17 +123,19 @@ class _HeadFigures(torch.autograd.Function):
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
-            z = ctx.head.logits(hidden[part]) if ctx.kept is None else ctx.kept
-            ctx.kept = None  # it is written to: a second backward pass computes it again
-            logp = z.sub_(normalizer[part, None])
             slope = -of_logprob[part, None]
-            if ctx.entropy_gradient:
-                slope = slope - of_entropy[part, None] * (logp + entropy[part, None])
-            if ctx.other is not None:
-                head, states = ctx.other
-                logq = head.logits(states[part]).log_softmax(-1)
-                slope = slope + of_kl[part, None] * (logp - logq - exact_kl[part, None])
-            dz = logp.exp_().mul_(slope)
+            if ctx.kept is not None:
+                dz = ctx.kept.mul_(slope)
+                ctx.kept = None  # written to: a second backward pass computes it again
+            else:
+                logp = ctx.head.logits(hidden[part]).sub_(normalizer[part, None])
+                if ctx.entropy_gradient:
+                    slope = slope - of_entropy[part, None] * (logp + entropy[part, None])
+                if ctx.other is not None:
+                    head, states = ctx.other
+                    logq = head.logits(states[part]).log_softmax(-1)
+                    slope = slope + of_kl[part, None] * (logp - logq - exact_kl[part, None])
+                dz = logp.exp_().mul_(slope)
             dz.scatter_add_(-1, tokens[part, None], of_logprob[part, None])
             if ctx.head.temperature != 1:
                 dz.div_(ctx.head.temperature)

@@ -122,11 +122,17 @@ class ExperimentModule(ManualOptimization):
     @torch.no_grad()
     def per_token(self, rollout: Rollout, evaluate: Callable[[Rollout], Tensor]) -> Tensor:
         """``evaluate`` over micro-batches, put together again on the rollout's grid, ``[..., B, T]``."""
-        width = rollout.tokens.shape[1]
         rows = torch.arange(len(rollout), device=rollout.tokens.device)
-        parts = [evaluate(rollout.select(part)) for part in self.micro_batches(rows)]
-        padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
-        return torch.cat(padded, dim=-2)
+
+        def attempt() -> Tensor:
+            parts = self.micro_batches(rollout, rows)
+            figures = [evaluate(rollout.select(part)) for part in parts]
+            whole = figures[0].new_zeros(*figures[0].shape[:-2], *rollout.tokens.shape)
+            for part, values in zip(parts, figures, strict=True):
+                whole[..., part, : values.shape[-1]] = values
+            return whole
+
+        return self.within_memory(attempt)
 
     def recompute(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
         """Log-probs of the actions under the present policy and, with a critic, values; ``[B, T]`` each."""
@@ -290,6 +296,7 @@ class ExperimentModule(ManualOptimization):
             "kl_coef": self.kl_coef,
             "tokens_sampled": self.tokens_sampled,
             "tokens_trained": self.tokens_trained,
+            "micro_batch_tokens": self.micro_batch_tokens,
             "config": self.resolved_config,
         }
 
@@ -303,6 +310,8 @@ class ExperimentModule(ManualOptimization):
         self.kl_coef = state["kl_coef"]
         self.tokens_sampled = state["tokens_sampled"]
         self.tokens_trained = state["tokens_trained"]
+        if self.optim.micro_batch_tokens is None:  # what was found then cuts the work as it was cut then
+            self._micro_batch_tokens = state["micro_batch_tokens"]
         if not self.reference_moves:
             own = self.state_dict()
             checkpoint["state_dict"].update({n: v for n, v in own.items() if n.startswith("reference.")})

@@ -25,10 +25,20 @@ class Means:
         pair = torch.stack([x.sum(), torch.tensor(float(x.numel()), dtype=torch.double, device=x.device)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def merge(self, other: Means) -> None:
+        """Counts all that ``other`` has counted."""
+        for name, pair in other._sums.items():
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
     def declare(self, names: Iterable[str], device: torch.device) -> None:
         """Names that some process may never add to, so that all hold the same ones."""
         for name in names:
             self.add(name, torch.zeros(0, device=device))
+
+    def mean(self, name: str, all_sum: AllSum) -> float:
+        """The mean of one name over all processes, some of which may not have added to it; NaN without a value."""
+        total, count = all_sum(self._sums.get(name, torch.zeros(2, dtype=torch.double))).tolist()
+        return total / count if count else float("nan")
 
     def reduce(self, all_sum: AllSum) -> dict[str, float]:
         """Means by name; a name without a single value is left out. All processes must hold the same names."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from policylab.errors import UserError
 from policylab.models.policy import Policy
 from policylab.modules.means import Means
+from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.modules.optimizer import AdamW
 from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.types import Rollout
+
+T = TypeVar("T")
 
 
 class ManualOptimization(LightningModule):
@@ -32,26 +38,75 @@ class ManualOptimization(LightningModule):
         self.iterations = iterations
         self.iteration = 0
         self._means = Means()  # of the iteration under way
+        self._micro_batch_tokens: int | None = None  # known once the policy is where it runs
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optim.build(self.policy)
 
-    def micro_batches(self, rows: Tensor) -> Sequence[Tensor]:
-        """Row indices cut into forward passes."""
-        return rows.split(self.plan.micro_batch)
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens a forward pass and process, as far as is known."""
+        if self._micro_batch_tokens is None:
+            self._micro_batch_tokens = self.optim.micro_batch_tokens or tokens_that_fit(self.policy)
+        return self._micro_batch_tokens
 
-    def accumulate(self, rows: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
+    def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
+        """Row indices cut into forward passes; their order is not that of ``rows``."""
+        return cut(rollout, rows, self.micro_batch_tokens, packs=self.policy.packs)
+
+    def accumulate(self, rollout: Rollout, rows: Tensor, loss_of: Callable[[Rollout], Tensor]) -> Means:
         """Adds up the gradient of ``loss_of`` over micro-batches, synchronizing processes in the last one only.
 
-        ``loss_of`` takes row indices and returns their share of the loss, its denominator already counted over
-        all processes. A process without rows takes part with a zero that is tied to every parameter.
+        ``loss_of`` takes some of the rows and returns their share of the loss, its denominator already counted over
+        all processes. A process without rows takes part with a zero that is tied to every parameter. When memory
+        runs out, all is done again in micro-batches of half the size.
+
+        Returns:
+            The means that ``loss_of`` added to; they are counted in the iteration's.
         """
-        parts = self.micro_batches(rows) if len(rows) else [rows]
-        for i, part in enumerate(parts):
-            with nullcontext() if i == len(parts) - 1 else self.hold_synchronization():
-                loss = loss_of(part) if len(part) else self.zero_loss()
-                # Data-parallel strategies average gradients; the denominators want their sum.
-                self.manual_backward(loss * self.trainer.world_size)
+        outer = self._means
+
+        def attempt() -> Means:
+            self._means = Means()
+            parts = self.micro_batches(rollout, rows) or [rows]
+            for i, part in enumerate(parts):
+                with nullcontext() if i == len(parts) - 1 else self.hold_synchronization():
+                    loss = loss_of(rollout.select(part)) if len(part) else self.zero_loss()
+                    # Data-parallel strategies average gradients; the denominators want their sum.
+                    self.manual_backward(loss * self.trainer.world_size)
+            return self._means
+
+        try:
+            seen = self.within_memory(attempt)
+        finally:
+            self._means = outer
+        outer.merge(seen)
+        return seen
+
+    def within_memory(self, attempt: Callable[[], T]) -> T:
+        """What ``attempt`` gives; when memory runs out, again with half the tokens a forward pass, and so on.
+
+        Raises:
+            UserError: when not even small passes fit, or when several processes would have to agree.
+        """
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                tokens = self.micro_batch_tokens // 2
+                if tokens < 1 or self.trainer.world_size > 1:
+                    raise UserError(
+                        f"out of memory with {self.micro_batch_tokens} tokens a forward pass; take a smaller "
+                        "optim.micro_batch_tokens, or a smaller model"
+                    ) from error
+            self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
+            torch.cuda.empty_cache()
+            warnings.warn(
+                f"out of memory: from here on {tokens} tokens a forward pass, not {self.micro_batch_tokens}; "
+                f"optim.micro_batch_tokens={tokens} would have saved the attempt",
+                stacklevel=2,
+            )
+            self._micro_batch_tokens = tokens
 
     def zero_loss(self) -> Tensor:
         """A zero that is tied to every parameter."""
@@ -76,6 +131,8 @@ class ManualOptimization(LightningModule):
             self._means.add(f"train/{name}", norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        # Autocast keeps the weights that it has cast for as long as it lasts, here a whole iteration.
+        torch.clear_autocast_cache()
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
         """What has a norm of its own: everything, or the policy apart from a critic that never moves it."""

@@ -26,8 +26,8 @@ class AdamW:
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         schedule: what happens after warm-up.
         warmup: iterations over which the rate rises linearly.
-        micro_batch_size: sequences a forward pass and process; None takes the whole minibatch. It changes
-            memory, never results.
+        micro_batch_tokens: tokens a forward pass and process; None takes as many as should fit in memory. It
+            changes memory, never results.
     """
 
     lr: float
@@ -38,7 +38,7 @@ class AdamW:
     max_grad_norm: float | None
     schedule: Literal["constant", "linear", "cosine"]
     warmup: int
-    micro_batch_size: int | None
+    micro_batch_tokens: int | None
 
     def __post_init__(self) -> None:
         demand("optim.lr", self.lr, 0)
@@ -47,7 +47,7 @@ class AdamW:
         demand("optim.weight_decay", self.weight_decay, 0)
         demand("optim.max_grad_norm", self.max_grad_norm, 0, above=True)
         demand("optim.warmup", self.warmup, 0)
-        demand("optim.micro_batch_size", self.micro_batch_size, 1)
+        demand("optim.micro_batch_tokens", self.micro_batch_tokens, 1)
         if len(self.betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
             raise UserError(f"optim.betas is {self.betas}; it must be two numbers from 0 to below 1")
         if self.schedule not in ("constant", "linear", "cosine"):

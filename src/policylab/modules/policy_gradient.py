@@ -124,28 +124,18 @@ class PolicyGradient(Collection):
         denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
         if denominator == 0:  # nothing to learn from: a step would follow the optimizer's momentum alone
             return True
-        moved = [torch.zeros((), device=rollout.tokens.device)]
-
-        def loss_of(part: Tensor) -> Tensor:
-            piece = rollout.select(part)
-            loss, distance = self.minibatch_loss(piece, denominator)
-            moved.append(distance)
-            return loss
-
-        self.accumulate(rows, loss_of)
-        if kl_stop is not None:
-            distance = self.all_sum(torch.stack(moved).sum()) / self.all_sum(mask.sum())
-            if distance > kl_stop:
-                self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
-                self._means.add("train/kl_stopped", torch.ones(1, device=self.device))
-                return False
+        seen = self.accumulate(rollout, rows, lambda piece: self.minibatch_loss(piece, denominator))
+        if kl_stop is not None and seen.mean("train/kl_old", self.all_sum) > kl_stop:
+            self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
+            self._means.add("train/kl_stopped", torch.ones(1, device=self.device))
+            return False
         self.apply_gradients()
         self.tokens_trained += int(self.all_sum(mask.sum()))
         self._means.add("train/kl_stopped", torch.zeros(1, device=self.device))
         return True
 
-    def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows' share of the minibatch's loss, and their summed distance from the sampling policy."""
+    def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> Tensor:
+        """The rows' share of the minibatch's loss."""
         algorithm, mask = self.algorithm, rollout.loss_mask
         evaluation = self.policy.evaluate(
             rollout,
@@ -165,7 +155,7 @@ class PolicyGradient(Collection):
             self._ratio_max = torch.maximum(self._ratio_max, ratio.max())
             if terms.value is not None:
                 self._means.add("train/value_loss", terms.value, mask)
-        return algorithm.reduction(per_token, mask, denominator), distance.sum()
+        return algorithm.reduction(per_token, mask, denominator)
 
     def observe(self, rollout: Rollout) -> dict[str, float]:
         """Metrics of the iteration, and the next coefficient of the KL penalty."""

@@ -139,7 +139,7 @@ class QTraining(ExperimentModule):
         batch = minibatch.to(self.device)
         rows = torch.arange(len(batch), device=self.device)
         tokens = self.all_sum(batch.action_mask.sum())
-        self.accumulate(rows, lambda part: self.minibatch_loss(batch.select(part), tokens.float()))
+        self.accumulate(batch, rows, lambda piece: self.minibatch_loss(piece, tokens.float()))
         self.apply_gradients()
         self.updates += 1
         self.tokens_trained += int(tokens)

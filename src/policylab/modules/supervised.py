@@ -33,13 +33,12 @@ class SupervisedTraining(ExperimentModule):
             rows = torch.arange(len(grid), device=self.device)
             tokens = self.all_sum(grid.action_mask.sum())
 
-            def loss_of(part: Tensor) -> Tensor:
-                piece = grid.select(part)
+            def loss_of(piece: Rollout) -> Tensor:
                 negative = -self.policy.logprobs_of(piece, temperature=1.0)
                 self._means.add("train/loss", negative, piece.action_mask)
                 return token_sum(negative, piece.action_mask, tokens.float())
 
-            self.accumulate(rows, loss_of)
+            self.accumulate(grid, rows, loss_of)
             self.apply_gradients()
         self.tokens_trained += int(tokens)
         self.finish_iteration({"train/lr": lr, "tokens": float(tokens)}, started)

@@ -118,7 +118,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
 
     def pieces(self, rollout: Rollout, rows: Tensor) -> list[Rollout]:
         """Micro-batches of the rows; none where there are no rows."""
-        return [rollout.select(part) for part in self.micro_batches(rows)] if len(rows) else []
+        return [rollout.select(part) for part in self.micro_batches(rollout, rows)]
 
     # -- the direction ---------------------------------------------------------------------------------
 
@@ -292,7 +292,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
     def fit_critic(self, rollout: Rollout) -> None:
         """Epochs of minibatches on the value loss alone; the policy does not move."""
         self._means.declare(["train/value_loss", "train/critic_grad_norm"], self.device)
-        size = math.ceil(self.plan.sequences / self.region.critic_minibatches)
+        size = self.plan.sequences // self.region.critic_minibatches
         for epoch in range(self.region.critic_epochs):
             for rows in self.minibatches(rollout, epoch, size):
                 if self.critic_gradient(rollout, rows):

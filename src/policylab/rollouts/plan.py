@@ -1,4 +1,4 @@
-"""Batch arithmetic, in one place: prompts x group = sequences; / minibatches; / micro-batch = passes."""
+"""Batch arithmetic, in one place: prompts x group = sequences; / minibatches = sequences an optimizer step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from policylab.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the sequences of one iteration are cut into optimizer steps and forward passes.
+    """How the sequences of one iteration are cut into optimizer steps.
 
     Args:
         prompts: distinct prompts an iteration, over all processes.
         group_size: completions sampled for each prompt.
         epochs: passes over the rollout.
         minibatches: optimizer steps an epoch.
-        micro_batch_size: sequences a forward pass and process; None takes the whole minibatch.
         processes: data-parallel processes.
 
     Raises:
@@ -27,13 +26,12 @@ class BatchPlan:
     group_size: int
     epochs: int
     minibatches: int
-    micro_batch_size: int | None
     processes: int
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "group_size", "epochs", "minibatches", "micro_batch_size", "processes"):
+        for name in ("prompts", "group_size", "epochs", "minibatches", "processes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.prompts % self.processes:
             raise UserError(
@@ -57,19 +55,12 @@ class BatchPlan:
         return self.sequences // self.minibatches
 
     @property
-    def micro_batch(self) -> int:
-        """Sequences a forward pass and process (the last one of a minibatch may be smaller)."""
-        per_process = -(-self.minibatch // self.processes)
-        return min(self.micro_batch_size or per_process, per_process)
-
-    @property
     def updates(self) -> int:
         """Optimizer steps an iteration."""
         return self.epochs * self.minibatches
 
     def table(self) -> list[tuple[str, str]]:
         """Rows (what, how it comes about) for people."""
-        passes = -(-self.minibatch // (self.processes * self.micro_batch))
         return [
             ("sequences", f"{self.prompts} prompts x {self.group_size} completions = {self.sequences}"),
             ("minibatches", f"{self.sequences} / {self.minibatches} = {self.minibatch} sequences each"),
@@ -77,7 +68,6 @@ class BatchPlan:
                 "updates",
                 f"{self.minibatches} minibatches x {self.epochs} epochs = {self.updates} an iteration",
             ),
-            ("passes", f"{passes} of {self.micro_batch} sequences an update and process"),
         ]
 
 
@@ -113,6 +103,6 @@ class ReplayPlan(BatchPlan):
         return self.replay_updates
 
     def table(self) -> list[tuple[str, str]]:
-        sequences, _, _, passes = super().table()
+        sequences, _, _ = super().table()
         drawn = f"{self.updates} an iteration, each on {self.minibatch} sequences drawn from the memory"
-        return [sequences, ("updates", drawn), passes]
+        return [sequences, ("updates", drawn)]

@@ -1,0 +1,58 @@
+"""How the sequences of a minibatch are cut into forward passes: by tokens, since these are what memory pays for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from policylab.models.policy import Policy
+from policylab.rollouts.types import Rollout
+
+#: Floats that a layer keeps for the backward pass, in hidden sizes a token (GPT-2's, with a fused GELU: 25).
+KEPT_PER_LAYER = 30
+#: Memory for these: on a CPU, where larger passes are no faster; on a GPU, this share of all that it has.
+CPU_BYTES = 2**30
+GPU_SHARE = 0.25
+
+
+def cut(rollout: Rollout, rows: Int[Tensor, " N"], tokens: int, *, packs: bool) -> list[Int[Tensor, " M"]]:
+    """The rows in micro-batches of at most ``tokens`` tokens (a longer sequence has one to itself).
+
+    Args:
+        rows: indices into the rollout; each comes back once.
+        packs: whether a prompt is read once for all its completions, so that these had better stay together, and
+            nothing is padded. Otherwise sequences of like length stay together.
+    """
+    table = torch.stack([rows, rollout.prompt_ids[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]])
+    sequences = table.T.tolist()
+    sequences.sort(key=(lambda s: (s[1], s[3])) if packs else (lambda s: s[2] + s[3]))
+    batches: list[list[int]] = []
+    seen: set[int] = set()
+    filled = longest = 0
+    for row, prompt, prompt_length, length in sequences:
+        longest = max(longest, prompt_length + length)
+        cost = filled + length + (0 if prompt in seen else prompt_length)
+        if not packs:
+            cost = longest * (len(batches[-1]) + 1) if batches else longest
+        if not batches or cost > tokens:
+            batches.append([])
+            seen, longest = set(), prompt_length + length
+            cost = longest
+        batches[-1].append(row)
+        seen.add(prompt)
+        filled = cost
+    return [torch.tensor(batch, device=rows.device) for batch in batches]
+
+
+def tokens_that_fit(policy: Policy) -> int:
+    """Tokens a forward and backward pass that should fit in memory. Depends on model and machine alone, not on what
+    else is in memory, so that a resumed run is cut as before."""
+    config: Any = policy.lm.config.get_text_config()
+    kept = KEPT_PER_LAYER * config.num_hidden_layers * config.hidden_size * torch.float32.itemsize
+    device = policy.device
+    cuda = device.type == "cuda"
+    memory = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory if cuda else CPU_BYTES
+    return max(1, int(memory / kept))
