@@ -1,4 +1,8 @@
-"""Inverse-CDF sampling: a token from a log-distribution and a uniform number."""
+"""Inverse-CDF sampling: a token from a distribution and a uniform number.
+
+The cumulative sum is taken in two steps, over blocks of the vocabulary and then within one block: for 50,000
+tokens that is one pass over the table in place of several, and only the sums are held in float64.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,71 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+#: Tokens of a block.
+BLOCK = 256
+
+
+def draw(
+    logits: Float[Tensor, "B V"], temperature: float, uniform: Float[Tensor, " B"]
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """A token of each row from ``softmax(logits / temperature)``, and its log-prob.
+
+    It is the first token at which the cumulative probability exceeds the uniform number in [0, 1). A token of
+    probability zero is never drawn. Where logits are not finite, the log-prob is NaN.
+    """
+    logits = logits.float()
+    logits = logits if temperature == 1 else logits / temperature  # no copy at 1
+    top = logits.amax(-1, keepdim=True)
+    rows, size = logits.shape
+    weights = logits.new_empty(rows, -(-size // BLOCK) * BLOCK)
+    weights[:, size:] = 0
+    torch.sub(logits, top, out=weights[:, :size]).exp_()
+    tokens, total = _first_above(weights.view(rows, -1, BLOCK), uniform.to(logits.device))
+    chosen = logits.gather(-1, tokens[:, None]) - top
+    return tokens, chosen.squeeze(-1) - total.log().float()
+
 
 def inverse_cdf(logp: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The first token at which the cumulative probability exceeds the uniform number in [0, 1).
-
-    The sum is taken in float64, so that rounding moves a boundary by no more than the probabilities' own
-    error. A token of probability zero is never drawn.
+    """The token that `draw` takes from a log-distribution.
 
     Raises:
         FloatingPointError: when the log-distribution holds NaN.
     """
-    cdf = logp.exp().cumsum(-1, dtype=torch.double)
-    if not bool(cdf[:, -1].isfinite().all()):
+    tokens, logprobs = draw(logp, 1.0, uniform)
+    demand_finite(logprobs)
+    return tokens
+
+
+def demand_finite(logprobs: Float[Tensor, "*B"]) -> None:
+    """Raises FloatingPointError when the log-prob of a drawn token is not finite: then the logits were not."""
+    if not bool(logprobs.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite; lower optim.lr, or run with debug=nan")
-    # Probabilities sum to 1 up to rounding; scaling by the sum keeps the draw inside the table.
-    threshold = uniform.to(cdf)[:, None] * cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
-    last_possible = torch.searchsorted(cdf, cdf[:, -1:].contiguous(), right=False).squeeze(-1)
-    return torch.minimum(tokens, last_possible)
+
+
+def _first_above(
+    weights: Float[Tensor, "B N M"], uniform: Float[Tensor, " B"]
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Index, counted over both axes, at which the cumulative share exceeds the uniform number; and the sum."""
+    sums = weights.sum(-1)
+    cdf = sums.cumsum(-1, dtype=torch.double)
+    total = cdf[:, -1]
+    threshold = _below(uniform.double() * total, total)
+    block = _search(cdf, threshold)
+    within = weights.gather(1, block[..., None].expand(-1, 1, weights.shape[-1])).squeeze(1)
+    own = within.cumsum(-1, dtype=torch.double)
+    # The block's own sum may differ from the one above by rounding.
+    rest = threshold - (cdf.gather(-1, block) - sums.gather(-1, block)).squeeze(-1)
+    return (block * weights.shape[-1] + _search(own, _below(rest.clamp(min=0), own[:, -1]))).squeeze(
+        -1
+    ), total
+
+
+def _below(x: Float[Tensor, " B"], bound: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """``x``, or the number next below the bound where ``x`` reaches it."""
+    return torch.minimum(x, bound.nextafter(torch.zeros_like(bound)))
+
+
+def _search(cdf: Float[Tensor, "B N"], threshold: Float[Tensor, " B"]) -> Int[Tensor, "B 1"]:
+    """The first place at which the cumulative sum exceeds a threshold below its end; some place if that is NaN."""
+    found = torch.searchsorted(cdf, threshold[:, None], right=True)
+    return found.clamp_(max=cdf.shape[1] - 1)

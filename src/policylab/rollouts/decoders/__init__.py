@@ -1,0 +1,25 @@
+"""Decoders: how the models that we know write many rows at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from policylab.rollouts.decoders.decoder import Decoder
+from policylab.rollouts.decoders.general import GeneralDecoder
+from policylab.rollouts.decoders.gpt2 import GPT2
+from policylab.rollouts.decoders.transformer import TransformerDecoder
+
+__all__ = ["Decoder", "decoder_for"]
+
+
+def decoder_for(lm: nn.Module, dtype: torch.dtype) -> Decoder:
+    """The fastest decoder for exactly this model; any variant that is not known takes the general one.
+
+    Args:
+        dtype: of the products. Other weights are cast to it once, in the decoder.
+    """
+    for network in (GPT2,):
+        if network.reads(lm):
+            return TransformerDecoder(network(lm, dtype))
+    return GeneralDecoder(lm)

@@ -1,0 +1,132 @@
+"""Keys and values of a rollout: those of a prompt once for all rows that continue it, those of a row in place.
+
+Axes: ``N`` distinct prompts, ``P`` prompt length, ``B`` rows, ``S`` rows of the prompt that has most, ``K``
+heads of keys and values, ``Q`` queries to each of them, ``D`` width of a head.
+
+At one query a row, attention costs what it costs to read the keys. The queries of a group read those of their
+prompt together, in one product, and the softmax is taken over prompt and own tokens joined. Every row has
+written equally many tokens, so that only prompts of unequal lengths need a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from policylab.functional.masks import length_mask
+
+
+class SharedPromptCache:
+    """Preallocated; one object serves one rollout.
+
+    Args:
+        layers: of the model.
+        heads: of the queries; a multiple of those of keys and values.
+        scale: of the scores.
+        dtype: of what is kept. On a CPU it is fp32 whatever the weights: attention in bf16 is twice as slow.
+    """
+
+    def __init__(
+        self, layers: int, heads: int, kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+    ) -> None:
+        self.layers, self.scale, self.dtype = layers, scale, dtype
+        self.kv_heads, self.queries, self.head_dim = kv_heads, heads // kv_heads, head_dim
+        self.prompts: list[tuple[Tensor, Tensor]] = []  #: of each layer, keys and values, [N * K, P, D]
+        self.written = 0  #: tokens that each row has appended
+
+    def open(self, lengths: Int[Tensor, " N"], prompt_of: Int[Tensor, " B"], room: int) -> None:
+        """Makes room for rows of prompts that `read_prompt` is about to read."""
+        self.width = int(lengths.max())
+        self.mask = length_mask(lengths, self.width)
+        self.place = self.mask.flatten().nonzero().squeeze(-1)  #: of each real token on the right-padded grid
+        self.prompt_of = prompt_of
+        shape = (self.layers, 2, len(prompt_of), self.kv_heads, room, self.head_dim)
+        self.own = torch.empty(shape, dtype=self.dtype, device=lengths.device)
+        self._arrange()
+
+    def read_prompt(
+        self, layer: int, q: Float[Tensor, "R KQ D"], kv: Float[Tensor, "R 2 K D"]
+    ) -> Float[Tensor, "R H"]:
+        """Causal attention of the prompts' tokens, real ones alone and in order; their keys and values are kept."""
+        del layer  # layers come in order
+        n, p = self.mask.shape
+        # Padding stands to the right, where causal attention never looks.
+        queries = self._on_grid(q).transpose(1, 2)
+        keys, values = (self._on_grid(x).transpose(1, 2) for x in kv.unbind(1))
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=self.queries > 1
+        )
+        self.prompts.append((keys.reshape(-1, p, self.head_dim), values.reshape(-1, p, self.head_dim)))
+        return out.transpose(1, 2).reshape(n * p, -1)[self.place]
+
+    def read_token(
+        self, layer: int, q: Float[Tensor, "B KQ D"], kv: Float[Tensor, "B 2 K D"]
+    ) -> Float[Tensor, "B H"]:
+        """Attention of each row's newest token to its prompt and its own tokens, this one included."""
+        b, upto = len(q), self.written + 1
+        self.own[layer, :, :b, :, self.written] = kv.transpose(0, 1)
+        own_keys, own_values = self.own[layer, :, :b].view(2, b * self.kv_heads, -1, self.head_dim)[
+            :, :, :upto
+        ]
+        keys, values = self.prompts[layer]
+        q = q.to(self.dtype) * self.scale
+        own = torch.bmm(q.reshape(b * self.kv_heads, self.queries, -1), own_keys.transpose(1, 2))
+        shared = torch.baddbmm(self.blind, self._by_prompt(q), keys.transpose(1, 2))
+        scores = torch.cat([self._by_row(shared), own], dim=-1)
+        weights = scores.float().softmax(-1).to(self.dtype)
+        out = self._by_row(torch.bmm(self._by_prompt(weights[..., : self.width]), values))
+        return torch.baddbmm(out, weights[..., self.width :], own_values).view(b, -1)
+
+    def keep(self, rows: Int[Tensor, " K"]) -> None:
+        """Drops all other rows, and prompts that no row continues."""
+        self.own[:, :, : len(rows), :, : self.written] = self.own[:, :, rows, :, : self.written]
+        alive, self.prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        if len(alive) < len(self.mask):
+            heads = (
+                alive[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=alive.device)
+            ).flatten()
+            self.prompts = [(keys[heads], values[heads]) for keys, values in self.prompts]
+            self.mask = self.mask[alive]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Gives each row its place on the grid of prompts and their rows."""
+        b, n = len(self.prompt_of), len(self.mask)
+        order = self.prompt_of.argsort(stable=True)
+        counts = self.prompt_of.bincount(minlength=n)
+        first = counts.cumsum(0) - counts
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(b, device=order.device) - first.repeat_interleave(counts)
+        self.most = int(counts.max())
+        slots = self.prompt_of * self.most + rank
+        full = b == n * self.most and bool((slots == torch.arange(b, device=slots.device)).all())
+        self.slots = None if full else slots
+        padding = torch.zeros_like(self.mask, dtype=self.dtype).masked_fill(~self.mask, float("-inf"))
+        self.blind = padding.repeat_interleave(self.kv_heads, 0)[:, None]
+
+    def _on_grid(self, x: Float[Tensor, "R K D"]) -> Float[Tensor, "N P K D"]:
+        """Real tokens among zeros for the padding."""
+        n, p = self.mask.shape
+        x = x.to(self.dtype)
+        if len(x) < n * p:
+            x = x.new_zeros(n * p, *x.shape[1:]).index_copy_(0, self.place, x)
+        return x.reshape(n, p, *x.shape[1:])
+
+    def _by_prompt(self, x: Float[Tensor, "*BKQ X"]) -> Float[Tensor, "NK SQ X"]:
+        """What belongs to rows, ``B K Q X`` in whatever grouping, next to the prompts that the rows continue."""
+        n, width = len(self.mask), x.shape[-1]
+        x = x.reshape(-1, self.kv_heads, self.queries, width)
+        if self.slots is not None:
+            x = x.new_zeros(n * self.most, *x.shape[1:]).index_copy_(0, self.slots, x)
+        return x.view(n, self.most, *x.shape[1:]).transpose(1, 2).reshape(n * self.kv_heads, -1, width)
+
+    def _by_row(self, x: Float[Tensor, "NK SQ X"]) -> Float[Tensor, "BK Q X"]:
+        """The way back."""
+        n, width = len(self.mask), x.shape[-1]
+        x = x.view(n, self.kv_heads, self.most, self.queries, width).transpose(1, 2)
+        x = x.reshape(n * self.most, self.kv_heads, self.queries, width)
+        if self.slots is not None:
+            x = x[self.slots]
+        return x.reshape(-1, self.queries, width)

@@ -1,0 +1,76 @@
+"""GPT-2 ("Language models are unsupervised multitask learners", Radford et al., 2019), as transformers builds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from policylab.rollouts.decoders.cache import SharedPromptCache
+from policylab.rollouts.decoders.linear import Linear
+from policylab.rollouts.decoders.plain import is_plain
+from policylab.rollouts.decoders.transformer import Attend
+
+#: Every class of module that the arithmetic below stands for.
+KNOWN = {
+    *("GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention", "GPT2MLP", "Conv1D"),
+    *("LayerNorm", "Embedding", "Linear", "GELU", "GELUTanh", "NewGELUActivation", "Dropout", "ModuleList"),
+}
+
+
+class GPT2:
+    """The weights as they are now; see `policylab.rollouts.decoders.transformer.Network`."""
+
+    def __init__(self, lm: Any, dtype: torch.dtype) -> None:
+        body, self.config, self.dtype = lm.transformer, lm.config, dtype
+        self.words, self.places = body.wte.weight, body.wpe.weight
+        self.blocks = [_Block(block, dtype) for block in body.h]
+        self.norm = body.ln_f
+        self.head = Linear(lm.lm_head.weight, lm.lm_head.bias, dtype)
+
+    @staticmethod
+    def reads(lm: nn.Module) -> bool:
+        """Whether a model is just this, and no variant of it."""
+        if type(lm) is not GPT2LMHeadModel or not is_plain(lm, KNOWN):
+            return False
+        config = lm.config
+        return config.activation_function in ("gelu_new", "gelu_pytorch_tanh") and not (
+            config.add_cross_attention
+            or config.scale_attn_by_inverse_layer_idx
+            or config.reorder_and_upcast_attn
+            or not config.scale_attn_weights
+        )
+
+    def cache(self) -> SharedPromptCache:
+        heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
+        dtype = torch.float32 if self.words.device.type == "cpu" else self.dtype
+        return SharedPromptCache(len(self.blocks), heads, heads, width, width**-0.5, dtype)
+
+    def hidden(
+        self, tokens: Int[Tensor, " R"], positions: Int[Tensor, " R"], attend: Attend
+    ) -> Float[Tensor, "R H"]:
+        x = (self.words[tokens] + self.places[positions]).float()
+        shape = (len(x), 3, self.config.n_head, -1)
+        for layer, block in enumerate(self.blocks):
+            qkv = block.qkv(_norm(x, block.before)).view(shape)
+            x = block.out.onto(attend(layer, qkv[:, 0], qkv[:, 1:]), x)
+            x = block.down.onto(block.up(_norm(x, block.between), then="gelu"), x)
+        return _norm(x, self.norm)
+
+    def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+        return self.head(hidden)
+
+
+class _Block:
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
+        self.before, self.between = block.ln_1, block.ln_2
+        convs = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+        self.qkv, self.out, self.up, self.down = (Linear(c.weight.t(), c.bias, dtype) for c in convs)
+
+
+def _norm(x: Float[Tensor, "R H"], norm: nn.LayerNorm) -> Float[Tensor, "R H"]:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

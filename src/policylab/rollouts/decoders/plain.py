@@ -1,0 +1,25 @@
+"""Whether a model does what its classes say and nothing beside."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+
+def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
+    """True when every module is of a known class, none is hooked or has another forward, and none drops out.
+
+    Adapters, sharding and quantization put classes or hooks of their own into a model, so they are noticed.
+
+    Args:
+        known: names of classes. Another class of the same name is not torch's or transformers'.
+    """
+    return all(
+        type(module).__name__ in known
+        and type(module).__module__.partition(".")[0] in ("torch", "transformers")
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and not (isinstance(module, nn.Dropout) and module.training and module.p > 0)
+        and not (isinstance(module, nn.GELU) and module.approximate != "tanh")
+        for module in lm.modules()
+    )

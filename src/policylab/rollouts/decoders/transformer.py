@@ -1,0 +1,82 @@
+"""Fast decoding of transformers whose arithmetic is written out here.
+
+An architecture is a `Network`: the weights of a Hugging Face model, and the model as a function of tokens in
+rows. What attention sees is the cache's business, so prompts and single tokens take the same path through it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from policylab.functional.masks import length_mask
+from policylab.rollouts.decoders.cache import SharedPromptCache
+
+
+class Attend(Protocol):
+    """Attention of one layer: queries, keys and values of ``R`` tokens in, what they saw out."""
+
+    def __call__(
+        self, layer: int, q: Float[Tensor, "R KQ D"], kv: Float[Tensor, "R 2 K D"], /
+    ) -> Float[Tensor, "R H"]: ...
+
+
+class Network(Protocol):
+    """The weights of a transformer at one moment, and what it computes."""
+
+    def cache(self) -> SharedPromptCache:
+        """An empty cache of the right shape."""
+        ...
+
+    def hidden(
+        self, tokens: Int[Tensor, " R"], positions: Int[Tensor, " R"], attend: Attend
+    ) -> Float[Tensor, "R H"]:
+        """What the head reads."""
+        ...
+
+    def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+        """The head."""
+        ...
+
+
+class TransformerDecoder:
+    """A `policylab.rollouts.decoders.Decoder` over a `Network`."""
+
+    logits: Float[Tensor, "B V"]
+    hidden: Float[Tensor, "B H"]
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def prefill(
+        self, tokens: Int[Tensor, "N P"], lengths: Int[Tensor, " N"], prompt_of: Int[Tensor, " B"], room: int
+    ) -> None:
+        self.cache = self.network.cache()
+        self.cache.open(lengths, prompt_of, room)
+        real = length_mask(lengths, tokens.shape[1])
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)[real]
+        with _as_written(tokens):
+            hidden = self.network.hidden(tokens[real.flip(-1)], positions, self.cache.read_prompt)
+            self.hidden = hidden[lengths.cumsum(0) - 1]
+            self.logits = self.network.logits(self.hidden)[prompt_of]
+        self.hidden = self.hidden[prompt_of]
+        self.positions = lengths[prompt_of]
+
+    def step(self, tokens: Int[Tensor, " B"]) -> None:
+        with _as_written(tokens):
+            self.hidden = self.network.hidden(tokens, self.positions, self.cache.read_token)
+            self.logits = self.network.logits(self.hidden)
+        self.cache.written += 1
+        self.positions = self.positions + 1
+
+    def keep(self, rows: Int[Tensor, " K"]) -> None:
+        self.cache.keep(rows)
+        self.positions = self.positions[rows]
+
+
+def _as_written(x: Tensor) -> torch.autocast:
+    """No autocast inside: the network has chosen its dtypes, and casts weights once, not at each step."""
+    return torch.autocast(x.device.type, enabled=False)
