@@ -362,9 +362,8 @@ def test_bf16_weights_are_cast_anew_after_each_step(compose, tmp_path):
 
     def watched(rollout, denominator):
         fresh = module.policy.lm.lm_head.weight
-        with torch.no_grad():
-            eye = torch.eye(fresh.shape[1])
-            seen.append(torch.nn.functional.linear(eye, fresh).float().T - fresh.bfloat16().float())
+        cast = torch.nn.functional.linear(torch.eye(fresh.shape[1]), fresh).T.detach()
+        seen.append(cast.float() - fresh.detach().bfloat16().float())
         return loss(rollout, denominator)
 
     module.minibatch_loss = watched
