@@ -346,7 +346,7 @@ class TestOutOfMemory:
 
 
 def test_bf16_weights_are_cast_anew_after_each_step(compose, tmp_path):
-    """Autocast would keep the casts of the first minibatch for the whole iteration."""
+    """With a cache, autocast would keep the casts of the first minibatch for the whole iteration."""
     from policylab.config.build import build
 
     overrides = [

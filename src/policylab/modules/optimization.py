@@ -131,8 +131,6 @@ class ManualOptimization(LightningModule):
             self._means.add(f"train/{name}", norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # Autocast keeps the weights that it has cast for as long as it lasts, here a whole iteration.
-        torch.clear_autocast_cache()
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
         """What has a norm of its own: everything, or the policy apart from a critic that never moves it."""
