@@ -27,6 +27,7 @@ from policylab.algorithms import (
     FrozenReference,
     KLPenalty,
     LogProb,
+    MinibatchEpochs,
     NoPenalty,
     SequenceSum,
     SingleStep,
@@ -179,7 +180,8 @@ def algorithm(
         surrogate=surrogate,
         reduction=reduction,
         kl=kl,
-        update=SingleStep(),
+        # Refused where bounds never act; the enumeration looks at one gradient, whatever the update.
+        update=SingleStep() if surrogate.on_policy else MinibatchEpochs(2, 1, None, False),
         critic=Critic(0.0, None, 0, None),
         sampling=None,
         truncation=None,

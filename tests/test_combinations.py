@@ -25,7 +25,7 @@ PRESETS = (
 )
 REASONS = (
     "needs a critic|right for one update|reads no critic|algo/reference is none|searches by that|one ratio a sequence"
-    "|credits whole sequences|corrects for the sampler"
+    "|credits whole sequences|corrects for the sampler|which is 1 in the first step"
 )
 
 
@@ -57,6 +57,15 @@ def test_an_option_fits_or_is_refused_with_the_reason(compose, preset, option):
         (["algo=rloo", "algo.kl.estimator=exact"], "credits whole sequences"),
         (["algo=ppo", "algo/advantage=vtrace", "algo/importance=truncated"], "corrects for the sampler"),
         (["algo=grpo", "algo.update.reestimate=true"], "reads no critic"),
+        (["algo=ppo", "algo/update=single_step"], "which is 1 in the first step"),
+        (["algo=gspo", "algo/update=single_step"], "which is 1 in the first step"),
+        (["algo=cispo", "algo/update=single_step"], "which is 1 in the first step"),
+        (["algo=npg", "algo/surrogate=clipped_ratio"], "which is 1 in the first step"),
+        (
+            ["algo=ppo", "algo.update.epochs=1", "algo.update.minibatches=1", "algo.update.kl_stop=0.1"],
+            "kl_stop=0.1 ends an iteration after its first update",
+        ),
+        (["algo=dqn", "algo.n_step=null", "algo.backup.double=false"], "ask no network"),
         (["algo=ppo", "algo/reference=none"], "algo/reference is none"),
         (["algo=ppo", "algo/critic=none"], "needs a critic"),
         (["algo=a2c", "algo.critic.clip=0.2"], "before a rollout's first update"),
@@ -71,6 +80,34 @@ def test_what_makes_no_sense_is_refused(compose, overrides, reason):
 def test_without_a_line_search_the_log_prob_will_do(compose):
     """Its gradient is the ratio's."""
     instantiate(compose(["algo=npg", "algo/surrogate=logprob"]).algo)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo=ppo", "algo/update=single_step", "algo/surrogate=ratio"],
+        ["algo=ppo", "algo/update=trust_region"],  # the search sees the bounds
+        ["algo=ppo", "algo.update.epochs=1", "algo.update.minibatches=1"],
+        ["algo=ppo", "algo.update.epochs=1", "algo.update.kl_stop=0.1"],
+        ["algo=dqn", "algo.n_step=null", "algo.backup.double=false", "algo/target=none"],
+        ["algo=dqn", "algo.n_step=null", "algo.backup.corrected=true"],
+        ["algo=soft_q", "algo/target=periodic"],
+    ],
+)
+def test_its_neighbours_are_not(compose, overrides):
+    instantiate(compose(overrides).algo)
+
+
+def test_the_critic_needs_equal_shares(compose):
+    from policylab.config.build import batch_plan
+
+    config = compose(["algo=trpo", "rollout.prompts=5", "rollout.group_size=2"])
+    with pytest.raises(
+        UserError, match=r"10 sequences cannot be cut into algo\.update\.critic_minibatches=4"
+    ):
+        batch_plan(config, instantiate(config.algo))
+    uncritical = compose(["algo=trpo", "algo/advantage=group", "rollout.prompts=5", "rollout.group_size=2"])
+    batch_plan(uncritical, instantiate(uncritical.algo))
 
 
 def test_groups_are_demanded(compose):

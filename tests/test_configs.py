@@ -73,6 +73,8 @@ def selecting(choice: str) -> list[str]:
         "algo/truncation/mask": ["task=random_walks"],  # a policy whose completions end
         "algo/critic/none": ["algo/advantage=mean_baseline"],
         "algo/surrogate/logprob": ["algo/update=single_step"],
+        "algo/update/single_step": ["algo/surrogate=ratio"],
+        "algo/update/natural_gradient": ["algo/surrogate=ratio"],
     }.get(choice, ["model=tiny_scratch"])
     return [*extra, pick]
 

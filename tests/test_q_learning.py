@@ -306,7 +306,7 @@ def test_q_learning_finds_the_best_q(level, double, corrected, n):
 def test_uncorrected_steps_learn_what_the_sampling_policy_gets():
     """The documented bias of Rainbow's n-step targets: to the end, they are plain returns of who sampled."""
     rollout, _, start = world()
-    algorithm = dqn(backup=HardBackup(False, False), dueling=None, n_step=None)
+    algorithm = dqn(backup=HardBackup(False, False), dueling=None, n_step=None, target=None)
     q = learned_q(algorithm, *fitted(algorithm, rollout, start, rounds=1))
     first = torch.stack([rollout.rewards[SEQUENCES[:, 0] == token].mean() for token in range(V)])
     torch.testing.assert_close(q[0], first, atol=1e-3, rtol=0)

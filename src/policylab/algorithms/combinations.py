@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from policylab.algorithms.critic_advantages import VTrace
-from policylab.algorithms.surrogate import CISPO, LogProb, SequenceRatio
+from policylab.algorithms.surrogate import CISPO, ClippedRatio, LogProb, SequenceRatio
 from policylab.algorithms.trust_region import TrustRegion
-from policylab.algorithms.update import MinibatchEpochs
+from policylab.algorithms.update import MinibatchEpochs, SingleStep
 from policylab.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
     credit, loss = type(advantage).__name__, type(surrogate).__name__
     steps = update.epochs * update.minibatches
     critic, critic_steps = algorithm.critic, steps
+    # One epoch of one minibatch is left in peace: it is a corner of the usual sweep.
+    first_and_last = isinstance(update, SingleStep)
     if isinstance(update, TrustRegion):
+        first_and_last = update.line_search is None  # which would look at the loss after the step
         critic_steps = update.critic_epochs * update.critic_minibatches
     return [
         (
@@ -47,6 +50,12 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
             surrogate.on_policy and steps > 1,
             f"algo.surrogate={loss} is right for one update a rollout only, and here are {steps}; "
             "take algo/update=single_step or algo/surrogate=clipped_ratio",
+        ),
+        (
+            isinstance(surrogate, ClippedRatio | SequenceRatio | CISPO) and first_and_last,
+            f"algo.surrogate={loss} bounds the ratio to the policy before the update, which is 1 in the first step, "
+            "and here is no other; take algo/surrogate=ratio, whose gradient is the same there, or "
+            "algo/update=minibatch_epochs",
         ),
         (
             isinstance(surrogate, LogProb | CISPO)

@@ -265,17 +265,27 @@ class QLearning:
                 "algo/backup=soft learns the values of the policy softmax(Q / scale), and algo/exploration=epsilon "
                 "never follows that; take algo/exploration=boltzmann or algo/backup=hard"
             )
-        if isinstance(self.backup, HardBackup) and self.backup.double:
-            if self.n_step is None and not self.backup.corrected:
+        if isinstance(self.backup, HardBackup):
+            self.demand_use(self.backup)
+
+    def demand_use(self, backup: HardBackup) -> None:
+        """Refuses networks that nothing would ask, and a second opinion without a second network."""
+        if self.n_step is None and not backup.corrected:
+            if backup.double:
                 raise UserError(
                     "algo.backup.double=true, but algo.n_step=null asks no network what a state is worth; take a "
                     "number for algo.n_step or algo.backup.double=false"
                 )
-            if self.target is None:
+            if self.target is not None:
                 raise UserError(
-                    "algo.backup.double=true needs two networks, but algo.target is null; take algo/target=periodic or "
-                    "algo.backup.double=false"
+                    "algo.n_step=null without algo.backup.corrected learns from whole returns, which ask no network, "
+                    "so algo.target would do nothing; take algo/target=none or a number for algo.n_step"
                 )
+        if backup.double and self.target is None:
+            raise UserError(
+                "algo.backup.double=true needs two networks, but algo.target is null; take algo/target=periodic or "
+                "algo.backup.double=false"
+            )
 
     def judge(
         self, z: Float[Tensor, "N V"], rollout: Rollout, values: Float[Tensor, " N"] | None

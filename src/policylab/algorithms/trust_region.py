@@ -82,3 +82,15 @@ class TrustRegion:
         ):
             if value not in known:
                 raise UserError(f"algo.update.{name} is {value!r}; take {' or '.join(known)}")
+
+    def demand_shares(self, sequences: int) -> None:
+        """Refuses critic minibatches of unequal size.
+
+        Raises:
+            UserError: with the numbers.
+        """
+        if sequences % self.critic_minibatches:
+            raise UserError(
+                f"{sequences} sequences cannot be cut into algo.update.critic_minibatches={self.critic_minibatches} "
+                f"equal parts; take a divisor of {sequences}"
+            )

@@ -52,6 +52,11 @@ class MinibatchEpochs:
         demand("algo.update.epochs", self.epochs, 1)
         demand("algo.update.minibatches", self.minibatches, 1)
         demand("algo.update.kl_stop", self.kl_stop, 0, above=True)
+        if self.kl_stop is not None and self.epochs * self.minibatches == 1:
+            raise UserError(
+                f"algo.update.kl_stop={self.kl_stop} ends an iteration after its first update at the earliest, and "
+                "here is but one; take more epochs or minibatches, or null"
+            )
         if self.reestimate and self.epochs == 1:
             raise UserError(
                 "algo.update.reestimate=true estimates again before the second pass, but algo.update.epochs is 1; "
