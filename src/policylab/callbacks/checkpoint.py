@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
 
 from policylab.callbacks.metrics_file import best_row, read_rows
+from policylab.callbacks.writing import BackgroundWriter, link_atomically, snapshot
 from policylab.errors import UserError
 from policylab.models.loading import quiet_bars
 
@@ -17,7 +18,8 @@ from policylab.models.loading import quiet_bars
 class Checkpoint(Callback):
     """Saves ``checkpoints/last.ckpt`` and ``best.ckpt``, and the policies in ``model/best`` and ``model/final``.
 
-    Each is written beside its place and renamed onto it: whatever kills the run, what stands there is whole.
+    Each is written beside its place and renamed onto it: whatever kills the run, what stands there is whole. Training
+    goes on meanwhile, from a copy of the state in main memory on.
 
     Args:
         run_dir: folder of the run.
@@ -40,6 +42,11 @@ class Checkpoint(Callback):
         self.mode = mode
         self.export = export
         self.saved_at = -1  # iteration of last.ckpt, as far as this process knows
+        self.writer = BackgroundWriter()
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Lightning hands its checkpoints to the writer, and waits for it at the end."""
+        trainer.strategy.checkpoint_io = self.writer
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """A run that is killed early can go on as well."""
@@ -69,10 +76,11 @@ class Checkpoint(Callback):
         """Exports the final policy."""
         if self.export and trainer.is_global_zero:
             self.export_policy(pl_module, "final")
+        self.writer.wait()
 
     def save_last(self, trainer: Trainer, module: Any) -> None:
         """Writes ``last.ckpt``."""
-        save_atomically(trainer, self.last)
+        trainer.save_checkpoint(self.last)
         self.saved_at = module.iteration
 
     def keep_if_best(self, trainer: Trainer, module: Any) -> None:
@@ -90,42 +98,30 @@ class Checkpoint(Callback):
             return
         if self.saved_at == module.iteration:  # the same state: a second name for the same file
             if trainer.is_global_zero:
-                link_atomically(self.last, self.best)
+                self.writer.submit(self.best, partial(link_atomically, self.last, self.best))
         else:
-            save_atomically(trainer, self.best)
+            trainer.save_checkpoint(self.best)
         if self.export and trainer.is_global_zero:
             self.export_policy(module, "best")
 
     def export_policy(self, module: Any, name: str) -> None:
-        """Writes the policy as a Hugging Face folder, whole or not at all."""
+        """Has the policy written as a Hugging Face folder."""
+        self.writer.wait()
         target = self.run_dir / "model" / name
-        temporary, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with quiet_bars(True):
-            module.policy.lm.save_pretrained(temporary)
-        module.policy.tokenizer.save_pretrained(temporary)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        weights = snapshot(module.policy.lm.state_dict())
+        self.writer.submit(target, partial(write_policy, module.policy, weights, target))
 
 
-def save_atomically(trainer: Trainer, path: Path) -> None:
-    """Saves the whole state of training: written beside its place, flushed to disk, renamed onto it."""
-    temporary = path.with_name(f".{path.name}")
-    trainer.save_checkpoint(temporary)  # all processes take part
-    if not trainer.is_global_zero:
-        return
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def link_atomically(source: Path, path: Path) -> None:
-    """Gives a file a second name; nothing is copied, and a later rename onto the first name leaves it alone."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
-    os.replace(temporary, path)
+def write_policy(policy: Any, weights: dict[str, Any], target: Path) -> None:
+    """Writes a policy with the given weights as a Hugging Face folder, whole or not at all."""
+    temporary, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with quiet_bars(True):
+        policy.lm.save_pretrained(temporary, state_dict=weights)
+    policy.tokenizer.save_pretrained(temporary)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,170 @@
+"""Checkpoints are written beside the training: whole, in order, of the state as it was; failures are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from policylab.callbacks import writing
+from policylab.callbacks.writing import BackgroundWriter, link_atomically, snapshot, write_state
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written before this is set."""
+    event = threading.Event()
+    original = write_state
+
+    def patient(state: object, path: Path) -> None:
+        assert event.wait(timeout=10)
+        original(state, path)
+
+    monkeypatch.setattr(writing, "write_state", patient)
+    return event
+
+
+def test_what_is_written_is_the_state_at_the_call(tmp_path, held):
+    writer = BackgroundWriter()
+    weight, loops = torch.ones(3), {"iteration": 1}
+    writer.save_checkpoint({"state": {"w": weight}, "loops": [loops]}, tmp_path / "new" / "last.ckpt")
+    assert not list(tmp_path.iterdir()), "training goes on at once"
+    weight += 1
+    loops["iteration"] = 2
+    held.set()
+    writer.teardown()
+    saved = torch.load(tmp_path / "new" / "last.ckpt", weights_only=True)
+    assert saved["state"]["w"].tolist() == [1, 1, 1]
+    assert saved["loops"] == [{"iteration": 1}]
+    assert not list(tmp_path.rglob(".*")), "nothing half-written stays behind"
+
+
+def test_files_are_written_in_order(tmp_path, held):
+    writer = BackgroundWriter()
+    last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    writer.save_checkpoint({"iteration": 1}, last)
+    writer.submit(best, lambda: link_atomically(last, best))
+    held.set()
+    writer.save_checkpoint({"iteration": 2}, last)  # waits for those before it
+    writer.wait()
+    assert [torch.load(path)["iteration"] for path in (last, best)] == [2, 1]
+
+
+def test_tied_weights_stay_tied():
+    weight = torch.arange(6.0).reshape(2, 3)
+    copy = snapshot({"a": weight, "b": weight, "c": weight.T, "d": (1, [weight[0]])})
+    assert copy["a"].data_ptr() == copy["b"].data_ptr() != weight.data_ptr()
+    assert torch.equal(copy["c"], weight.T)
+    assert torch.equal(copy["d"][1][0], weight[0])
+    assert copy["d"][0] == 1
+
+
+def test_the_file_is_that_of_the_state_itself(tmp_path):
+    """The copy is saved as the state would be: the same tensors, no storage twice."""
+    model = torch.nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(300)).sum().backward()
+    optimizer.step()
+    state = {
+        "state_dict": dict(model.state_dict()),
+        "again": model.weight.detach(),
+        "o": optimizer.state_dict(),
+    }
+    torch.save(state, tmp_path / "direct.ckpt")
+    writer = BackgroundWriter()
+    writer.save_checkpoint(state, tmp_path / "written.ckpt")
+    writer.wait()
+    sizes = [(tmp_path / f"{name}.ckpt").stat().st_size for name in ("direct", "written")]
+    assert abs(sizes[0] - sizes[1]) < 2000
+    saved = torch.load(tmp_path / "written.ckpt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(saved["state_dict"][name], value)
+    for index, moments in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(saved["o"]["state"][index][k], v) for k, v in moments.items())
+
+
+def test_a_failed_write_is_told_by_the_next_and_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("")
+    for tell in (
+        lambda writer: writer.teardown(),
+        lambda writer: writer.save_checkpoint({}, tmp_path / "last.ckpt"),
+    ):
+        writer = BackgroundWriter()
+        writer.save_checkpoint({}, tmp_path / "file" / "last.ckpt")
+        with pytest.raises(RuntimeError, match=r"could not write .*file/last\.ckpt: .*File exists"):
+            tell(writer)
+        writer.wait()  # told once
+
+
+def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch):
+    writer = BackgroundWriter()
+    path = tmp_path / "last.ckpt"
+    writer.save_checkpoint({"iteration": 1}, path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer.wait()
+    monkeypatch.setattr(os, "fsync", full)
+    writer.save_checkpoint({"iteration": 2}, path)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        writer.wait()
+    assert torch.load(path)["iteration"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_second_name_survives_a_new_file(tmp_path):
+    last, best = tmp_path / "last", tmp_path / "best"
+    last.write_text("1")
+    link_atomically(last, best)
+    (tmp_path / "new").write_text("2")
+    (tmp_path / "new").replace(last)
+    assert (last.read_text(), best.read_text()) == ("2", "1")
+
+
+def test_a_process_that_ends_early_finishes_what_it_writes(tmp_path):
+    """A second Ctrl-C, or any exception: the file under way is finished before the process ends."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from policylab.callbacks.writing import BackgroundWriter\n"
+        "writer, path = BackgroundWriter(), Path(sys.argv[1])\n"
+        "writer.submit(path, lambda: (time.sleep(1), path.write_text('whole')))\n"
+        "raise KeyboardInterrupt\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], capture_output=True)
+    assert done.returncode == -signal.SIGINT
+    assert (tmp_path / "x").read_text() == "whole"
+
+
+def test_killed_at_any_moment_the_file_is_whole(tmp_path):
+    """``kill -9`` while states are written one after another: the last one that was finished can be read."""
+    script = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from policylab.callbacks.writing import BackgroundWriter\n"
+        "writer, path = BackgroundWriter(), Path(sys.argv[1])\n"
+        "for i in range(10_000):\n"
+        "    writer.save_checkpoint({'i': i, 'w': torch.full((300_000,), float(i))}, path)\n"
+        "    if i == 2: print('going', flush=True)\n"
+    )
+    path = tmp_path / "last.ckpt"
+    command = [sys.executable, "-c", script, str(path)]
+    for pause in (0.0, 0.03, 0.1):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "going\n"
+        time.sleep(pause)
+        process.kill()
+        process.wait()
+        saved = torch.load(path, weights_only=True)
+        assert torch.equal(saved["w"], torch.full((300_000,), float(saved["i"])))
