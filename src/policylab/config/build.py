@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.saved_config import plain
-from policylab.models.critic import value_model
+from policylab.models.critic import ValueModel, value_model
+from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
+from policylab.models.trunk import compile_layers, freeze_below
 from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
 from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.rewards.pool import pooled
@@ -145,13 +148,24 @@ def check_parts(config: DictConfig) -> None:
 def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> Policy:
     """The model, with a critic where the algorithm uses one."""
     loaded = instantiate(config.model)
+    policy = Policy(loaded, critic_for(loaded, algorithm))
+    if config.optim.frozen_layers:
+        freeze_below(loaded.lm, config.optim.frozen_layers)
+    policy.recomputes_layers = config.hardware.gradient_checkpointing
+    if config.hardware.compile and (reason := compile_layers(loaded.lm)):
+        warnings.warn(f"hardware.compile=true: this model runs as it is, because {reason}", stacklevel=2)
+    return policy
+
+
+def critic_for(loaded: LoadedModel, algorithm: Algorithm | QLearning | Supervised) -> ValueModel | None:
+    """The critic that the algorithm uses, if any."""
     if isinstance(algorithm, QLearning):
         value = algorithm.dueling
-        return Policy(loaded, value_model(loaded.lm, value.own_layers, init=None) if value else None)
+        return value_model(loaded.lm, value.own_layers, init=None) if value else None
     if isinstance(algorithm, Supervised) or not algorithm.uses_critic:
-        return Policy(loaded, critic=None)
+        return None
     assert algorithm.critic is not None
-    return Policy(loaded, value_model(loaded.lm, algorithm.critic.own_layers, algorithm.critic.init))
+    return value_model(loaded.lm, algorithm.critic.own_layers, algorithm.critic.init)
 
 
 def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> BatchPlan:

@@ -7,6 +7,8 @@ Axes: ``B`` sequences, ``T`` sampled positions, ``P`` prompt length, ``N`` actio
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -19,7 +21,7 @@ from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.models.head import is_plain, watch_head
 from policylab.models.sequences import Sequences, can_pack, on_grid
-from policylab.models.trunk import TrunkPass, watch_layers
+from policylab.models.trunk import TrunkPass, recomputed_layers, watch_layers
 from policylab.rollouts.types import Evaluation, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -33,10 +35,14 @@ class Policy(nn.Module):
     Args:
         loaded: language model and tokenizer, as a function in ``models`` returns them.
         critic: gives the values, as `policylab.models.critic.value_model` makes it; None for a policy alone.
+
+    Attributes:
+        recomputes_layers: keep only the layers' inputs for the backward pass of the language model.
     """
 
     def __init__(self, loaded: LoadedModel, critic: ValueModel | None) -> None:
         super().__init__()
+        self.recomputes_layers = False
         self.lm = loaded.lm
         self.tokenizer = loaded.tokenizer
         self.chat = loaded.chat
@@ -65,7 +71,9 @@ class Policy(nn.Module):
     def frozen_copy(self) -> Self:
         """A reference: the same weights without gradient or critic."""
         reference = copy.copy(self)
-        reference._modules = {**self._modules, "lm": copy.deepcopy(self.lm), "critic": None}
+        # What never trains is the reference's as well.
+        shared: dict[int, Any] = {id(p): p for p in self.lm.parameters() if not p.requires_grad}
+        reference._modules = {**self._modules, "lm": copy.deepcopy(self.lm, shared), "critic": None}
         return reference.requires_grad_(False).eval()
 
     def critic_parameters(self) -> list[nn.Parameter]:
@@ -226,10 +234,15 @@ class Policy(nn.Module):
     def _read(self, sequences: Sequences, *, head: bool) -> TrunkPass:
         """A forward pass that the critic watches; without the head there are no logits."""
         layers = () if self.critic is None else self.critic.watched(self.lm)
+        recompute = self.recomputes_layers and torch.is_grad_enabled()
         with (
             watch_head(self.lm, sequences.at_actions, run=head) as seen,
             watch_layers(layers) as calls,
+            recomputed_layers(self.lm, self._reading(sequences)) if recompute else nullcontext(),
         ):
             logits = sequences.through(self.lm).logits
         assert seen.hidden is not None
         return TrunkPass(logits[0], seen.hidden[0], calls)
+
+    def _reading(self, sequences: Sequences) -> Callable[[], AbstractContextManager[None]]:
+        return lambda: sequences.read_by(self.lm.config)

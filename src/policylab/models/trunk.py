@@ -7,14 +7,16 @@ together again, say the same as the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from policylab.errors import UserError
 from policylab.models.head import watch_head
@@ -84,6 +86,31 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     return outer[0]
 
 
+@contextmanager
+def recomputed_layers(lm: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """While active, each layer keeps nothing but its input for the backward pass, and runs again there.
+
+    "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174: about a third more arithmetic, and a layer's
+    memory instead of all layers'.
+
+    Args:
+        context: what a layer needs around it when it runs again.
+
+    Raises:
+        UserError: when the model's layers cannot be told.
+    """
+    layers = decoder_layers(lm)
+    for layer in layers:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), context())
+        )
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 @torch.no_grad()
 def after_layers(lm: nn.Module) -> list[nn.Module]:
     """The modules that the last layer's output passes on its way to the LM head, in order: the final norm."""
@@ -106,6 +133,47 @@ def after_layers(lm: nn.Module) -> list[nn.Module]:
     return seen[seen.index(layers[-1]) + 1 :]
 
 
+def freeze_below(lm: nn.Module, count: int) -> None:
+    """Takes the gradient from the embeddings and the ``count`` lowest layers; a head that is tied to the embeddings
+    stays as it is, too.
+
+    Raises:
+        UserError: when there are no more layers, or they cannot be told.
+    """
+    layers = decoder_layers(lm)
+    if count >= len(layers):
+        raise UserError(
+            f"optim.frozen_layers is {count}, but the model has {len(layers)} layers; take at most {len(layers) - 1}"
+        )
+    head = lm.get_output_embeddings()  # type: ignore[operator]
+    tied = head.weight is lm.get_input_embeddings().weight  # type: ignore[operator]
+    above = [*layers[count:], *after_layers(lm), *([] if tied else [head])]
+    trained = {id(parameter) for module in above for parameter in module.parameters()}
+    for parameter in lm.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def compile_layers(lm: nn.Module) -> str | None:
+    """Has torch compile each decoder layer, and tries it on a few tokens.
+
+    Returns:
+        None, or in one line why it cannot be done; the model then is as it was.
+    """
+    layers = decoder_layers(lm)
+    try:
+        for layer in layers:
+            layer.compile(dynamic=True)
+        with torch.enable_grad():
+            lm(input_ids=torch.arange(4, device=next(lm.parameters()).device)[None]).logits.sum().backward()
+    except Exception as error:  # whatever a compiler that is missing, or does not like the model, raises
+        for layer in layers:
+            layer._compiled_call_impl = None
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    finally:
+        lm.zero_grad(set_to_none=True)
+    return None
+
+
 @torch.no_grad()
 def probe(lm: nn.Module, layers: Sequence[nn.Module] = ()) -> TrunkPass:
     """A forward pass over a few tokens, all of whose positions count."""
@@ -120,8 +188,8 @@ def probe(lm: nn.Module, layers: Sequence[nn.Module] = ()) -> TrunkPass:
 def cannot_take_apart(lm: nn.Module, reason: str) -> UserError:
     """The error for an architecture that is built otherwise."""
     return UserError(
-        f"{type(lm).__name__} cannot be taken apart for a critic with layers of its own ({reason}); take "
-        "algo.critic.own_layers=0 (the policy's trunk)"
+        f"{type(lm).__name__} cannot be taken apart into its layers ({reason}); take algo.critic.own_layers=0 (the "
+        "policy's trunk), hardware.gradient_checkpointing=false and optim.frozen_layers=0"
     )
 
 

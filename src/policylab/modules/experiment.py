@@ -109,6 +109,11 @@ class ExperimentModule(ManualOptimization):
         """Whether the reference changes in training, and so belongs to the state."""
         return False
 
+    @property
+    def in_full_precision(self) -> bool:
+        """Whether the forward passes of training are in fp32 throughout."""
+        return self.trainer.precision == "32-true" and self.policy.dtype == torch.float32
+
     def refer(self, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probs."""
         reference = self.reference

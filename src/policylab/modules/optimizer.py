@@ -26,6 +26,8 @@ class AdamW:
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         schedule: what happens after warm-up.
         warmup: iterations over which the rate rises linearly.
+        frozen_layers: the embeddings and this many of the lowest layers keep their weights. They cost no gradient, and
+            the reference shares them. 0 trains all.
         micro_batch_tokens: tokens a forward pass and process; None takes as many as should fit in memory. It
             changes memory, never results.
     """
@@ -38,6 +40,7 @@ class AdamW:
     max_grad_norm: float | None
     schedule: Literal["constant", "linear", "cosine"]
     warmup: int
+    frozen_layers: int
     micro_batch_tokens: int | None
 
     def __post_init__(self) -> None:
@@ -47,6 +50,7 @@ class AdamW:
         demand("optim.weight_decay", self.weight_decay, 0)
         demand("optim.max_grad_norm", self.max_grad_norm, 0, above=True)
         demand("optim.warmup", self.warmup, 0)
+        demand("optim.frozen_layers", self.frozen_layers, 0)
         demand("optim.micro_batch_tokens", self.micro_batch_tokens, 1)
         if len(self.betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
             raise UserError(f"optim.betas is {self.betas}; it must be two numbers from 0 to below 1")

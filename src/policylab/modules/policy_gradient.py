@@ -46,7 +46,7 @@ class PolicyGradient(Collection):
         rollout = self.collect(batch.prompts)
         with self.phase("update"):
             rollout = self.algorithm.select(rollout)
-            if self.algorithm.needs_policy_logprobs:
+            if self.recomputes_logprobs:
                 rollout = rollout.replace(policy_logprobs=self.recompute(rollout)[0])
                 rollout = self.algorithm.correct_sampler(rollout)
             rollout = self.algorithm.shape_rewards(rollout, self.kl_coef)
@@ -61,9 +61,30 @@ class PolicyGradient(Collection):
         pass each epoch."""
         update = self.algorithm.update
         again = update.epochs - 1 if isinstance(update, MinibatchEpochs) and update.reestimate else 0
-        recomputed = 1 + self.algorithm.needs_policy_logprobs + 2 * self.algorithm.kl.exact_in_reward + again
+        recomputed = 1 + self.recomputes_logprobs + 2 * self.algorithm.kl.exact_in_reward + again
         passes = recomputed + 3 * update.epochs
         return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether the sampled tokens go through the policy once more before the update.
+
+        In full precision the log-probs recorded by an engine of ours are those of the policy, which the preflight
+        checks. Another engine, or lower precision, drifts from the policy that is trained.
+        """
+        if self.algorithm.needs_policy_logprobs:
+            return True
+        return not self.recorded_agrees and not self.first_pass_tells
+
+    @property
+    def recorded_agrees(self) -> bool:
+        """Whether log-probs recorded while sampling are those of the policy's full forward pass, up to rounding."""
+        return self.engine.exact and self.in_full_precision
+
+    @property
+    def first_pass_tells(self) -> bool:
+        """Whether the update's only pass is over the policy that sampled, and nobody asks for its log-probs before."""
+        return self.plan.updates == 1 and self.algorithm.kl.place != "reward"
 
     def refer(self, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probs and, when it counts or somebody watches it, the exact KL."""
@@ -143,6 +164,8 @@ class PolicyGradient(Collection):
             entropy_gradient=algorithm.entropy_coef != 0,
             reference=self.reference if algorithm.kl.exact_in_loss else None,
         )
+        if not self.recorded_agrees and rollout.policy_logprobs is None:
+            rollout = rollout.replace(policy_logprobs=evaluation.logprobs.detach())  # the first pass tells
         terms = algorithm.loss_terms(rollout, evaluation)
         per_token = algorithm.loss(terms, self.kl_coef)
         with torch.no_grad():

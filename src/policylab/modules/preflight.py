@@ -41,8 +41,7 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
         UserError: when log-probs or values differ, or when an untrained policy is not at its reference. A run
             would otherwise train on ratios that are wrong from the first step.
     """
-    exact = module.trainer.precision == "32-true" and module.policy.dtype == torch.float32
-    tolerance = TOLERANCE if exact else LOW_PRECISION_TOLERANCE
+    tolerance = TOLERANCE if module.in_full_precision and module.engine.exact else LOW_PRECISION_TOLERANCE
     module.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass through a model is not typical
     start = time.perf_counter()
     rollout = module.estimate_values(module.generate(prompts, 1, PREFLIGHT, range(len(prompts))))

@@ -74,6 +74,11 @@ class TrustRegionPolicyGradient(PolicyGradient):
                 f"model.attn_implementation={' or '.join(DIFFERENTIABLE_ATTENTION)}"
             )
 
+    @property
+    def first_pass_tells(self) -> bool:
+        """The search comes back to what the policy was."""
+        return False
+
     def seconds_per_iteration(self, pace: Pace) -> float:
         """Sampling; forward passes: reference, gradient (3), products (5 each), length (3), search, critic."""
         region = self.region

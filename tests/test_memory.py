@@ -1,0 +1,174 @@
+"""What saves memory or time and must not change a number: layers that run again, that never train, that are compiled;
+log-probs that are computed anew only where they must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import fresh_policy
+from policylab.errors import UserError
+from policylab.models.trunk import compile_layers, decoder_layers, freeze_below
+from policylab.rollouts.cached import CachedEngine
+from policylab.rollouts.noise import TRAIN, uniforms
+from policylab.rollouts.types import Prompt
+
+PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
+SMALL = [
+    "hardware=cpu", "iterations=2", "callbacks=none", "callbacks.checkpoint=null", "rollout.prompts=4",
+    "rollout.group_size=2", "rollout.max_new_tokens=8", "validation.prompts=4",
+]  # fmt: skip
+
+
+@pytest.fixture
+def build_run(compose, tmp_path):
+    def build_it(*overrides):
+        from policylab.config.build import build
+
+        config = compose([*SMALL, *overrides])
+        Path(config.paths.run).mkdir(exist_ok=True)
+        return build(config, tmp_path)
+
+    return build_it
+
+
+def weights(experiment):
+    experiment.trainer.fit(experiment.module, datamodule=experiment.data)
+    return torch.cat([p.detach().flatten() for p in experiment.module.policy.parameters()])
+
+
+def gradient(policy):
+    rollout = CachedEngine(1.0, 10).sample(policy, PROMPTS, 2, uniforms(0, TRAIN, 0, range(8), 10))
+    now = policy.evaluate(rollout, 1.0, entropy_gradient=True, reference=None)
+    ((now.logprobs * now.logprobs.detach()).sum() + now.entropy.sum() + (now.values**2).sum()).backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+# -- layers that run again ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("own_layers", [0, 1, "all"])
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+def test_layers_that_run_again_give_the_same_gradient(request, model, own_layers, packs):
+    policies = [fresh_policy(request.getfixturevalue(model), own_layers) for _ in range(2)]
+    calls = []
+    for policy, again in zip(policies, (False, True), strict=True):
+        policy.packs, policy.recomputes_layers = packs, again
+        decoder_layers(policy.lm)[0].register_forward_pre_hook(lambda *_: calls.append(None))
+    torch.testing.assert_close(gradient(policies[1]), gradient(policies[0]))
+    assert "forward" not in vars(decoder_layers(policies[1].lm)[0])
+
+
+def test_layers_keep_their_input_alone(tiny_policy):
+    """What autograd saves shrinks."""
+    kept = {}
+    rollout = CachedEngine(1.0, 10).sample(tiny_policy, PROMPTS, 2, uniforms(0, TRAIN, 0, range(8), 10))
+    for again in (False, True):
+        tiny_policy.recomputes_layers = again
+        kept[again] = 0
+
+        def note(x, again=again):
+            kept[again] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            tiny_policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None)
+    assert kept[True] < 0.7 * kept[False]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "trpo"])
+def test_a_run_with_gradient_checkpointing_is_the_same_run(build_run, algo):
+    plain = weights(build_run(f"algo={algo}"))
+    again = weights(build_run(f"algo={algo}", "hardware.gradient_checkpointing=true"))
+    torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
+
+
+# -- layers that never train -------------------------------------------------------------------------------
+
+
+def test_frozen_layers_stay_and_are_the_references_too(build_run):
+    experiment = build_run("algo=ppo", "optim.frozen_layers=2", "optim.lr=1e-3")
+    policy, reference = experiment.module.policy, experiment.module.reference
+    layers, theirs = decoder_layers(policy.lm), decoder_layers(reference.lm)
+    assert layers[1].mlp.c_fc.weight is theirs[1].mlp.c_fc.weight
+    assert policy.lm.transformer.wte.weight is reference.lm.transformer.wte.weight
+    assert layers[2].mlp.c_fc.weight is not theirs[2].mlp.c_fc.weight
+    before = {name: p.detach().clone() for name, p in policy.lm.named_parameters()}
+    weights(experiment)
+    moved = {name for name, p in policy.lm.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {
+        name for name in before if name.startswith(("transformer.h.2", "transformer.h.3", "transformer.ln_f"))
+    }
+    assert all(torch.equal(p, before[name]) for name, p in reference.lm.named_parameters())
+
+
+def test_a_head_of_its_own_trains(llama_policy):
+    assert llama_policy.lm.lm_head.weight is not llama_policy.lm.model.embed_tokens.weight
+    freeze_below(llama_policy.lm, 1)
+    trained = {name for name, p in llama_policy.lm.named_parameters() if p.requires_grad}
+    assert "lm_head.weight" in trained
+    assert "model.norm.weight" in trained
+    assert not any(name.startswith(("model.layers.0", "model.embed")) for name in trained)
+
+
+def test_not_every_layer_can_be_frozen(tiny_policy):
+    with pytest.raises(
+        UserError, match=r"optim.frozen_layers is 2, but the model has 2 layers; take at most 1"
+    ):
+        freeze_below(tiny_policy.lm, 2)
+
+
+# -- compiled layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_gradient(tiny):
+    plain, compiled = fresh_policy(tiny), fresh_policy(tiny)
+    assert compile_layers(compiled.lm) is None
+    torch.testing.assert_close(gradient(compiled), gradient(plain), atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_be_compiled_says_why_and_runs(build_run, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("No working C++ compiler found\nand more lines")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", no_compiler)
+    with pytest.warns(
+        UserWarning, match=r"compile=true: .* because RuntimeError: No working C\+\+ compiler found$"
+    ):
+        experiment = build_run("hardware.compile=true")
+    assert weights(experiment).isfinite().all()
+
+
+# -- log-probs before the update ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        (["algo=ppo"], 0),
+        (["algo=ppo", "hardware.precision=bf16-mixed"], 1),
+        (["algo=reinforce", "algo/kl=none", "hardware.precision=bf16-mixed"], 0),
+        (["algo=reinforce", "algo/kl=in_reward", "hardware.precision=bf16-mixed"], 1),
+        (["algo=trpo", "hardware.precision=bf16-mixed"], 1),
+    ],
+)
+def test_old_logprobs_are_computed_anew_where_sampling_drifts(build_run, overrides, passes):
+    """In bf16, unless the update's only pass tells them."""
+    experiment = build_run(*overrides)
+    module, calls = experiment.module, []
+    recompute = module.recompute
+    module.recompute = lambda rollout: calls.append(None) or recompute(rollout)
+    module._checked = True  # the preflight computes them in any case
+    weights(experiment)
+    assert len(calls) == passes * module.iteration
+
+
+def test_in_bf16_the_first_ratio_is_one(build_run):
+    experiment = build_run("algo=reinforce", "algo/kl=none", "hardware.precision=bf16-mixed", "optim.lr=0.01")
+    weights(experiment)
+    assert experiment.module.metrics["train/ratio_max"] == 1
+    assert experiment.module.metrics["train/kl_old"] == 0
