@@ -119,8 +119,7 @@ class _HeadFigures(torch.autograd.Function):
         of_logprob, of_entropy, of_kl = grads
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+        to_weight = to_bias = None
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             slope = -of_logprob[part, None]
@@ -142,11 +141,15 @@ class _HeadFigures(torch.autograd.Function):
             dz = dz.to(weight.dtype)
             if to_hidden is not None:
                 torch.mm(dz, weight, out=to_hidden[part])
-            if to_weight is not None:
-                if to_weight.dtype == dz.dtype:
-                    to_weight.addmm_(dz.T, hidden[part])
-                else:
-                    to_weight += dz.T @ hidden[part]
-            if to_bias is not None:
-                to_bias += dz.sum(0)
+            if wants_weight:
+                to_weight = _add_product(to_weight, dz.T, hidden[part])
+            if wants_bias:
+                to_bias = dz.sum(0, dtype=torch.float32) + (0 if to_bias is None else to_bias)
         return to_hidden, to_weight, to_bias, None, None, None, None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``total + a b`` in fp32, in place where it can be."""
+    if total is None:
+        return (a @ b).float()
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
