@@ -44,24 +44,29 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, help="a completion's; 64 for tiny, else 32")
+    parser.add_argument("--trl-micro-batch", type=int, help="sequences that TRL's update takes at once; all")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment with TRL")
     parser.add_argument("--check", action="store_true", help="compare the first update and end")
     parser.add_argument("--all", action="store_true", help="every model, algorithm and kind of lengths")
     parser.add_argument("--out", type=Path, help="a CSV to add a row to")
     chosen = parser.parse_args(argv)
-    for name in ("runs", "prompts", "group_size", "new_tokens"):
+    for name in ("runs", "prompts", "group_size", "new_tokens", "trl_micro_batch"):
         if (value := getattr(chosen, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}={value}: at least 1")
     if chosen.group_size < 2 and chosen.algo != "ppo":
         parser.error(
             f"--group-size={chosen.group_size}: {chosen.algo} compares completions of a prompt; at least 2"
         )
+    sequences = chosen.prompts * chosen.group_size
+    chosen.trl_micro_batch = chosen.trl_micro_batch or sequences
+    if sequences % chosen.trl_micro_batch:
+        parser.error(f"--trl-micro-batch={chosen.trl_micro_batch}: a divisor of the {sequences} sequences")
     return chosen
 
 
 def races(chosen: argparse.Namespace) -> list[Work]:
     """What the command line asks for."""
-    sizes = {"prompts": chosen.prompts, "group_size": chosen.group_size}
+    sizes = {name: getattr(chosen, name) for name in ("prompts", "group_size", "trl_micro_batch")}
     if not chosen.all:
         kinds = [(chosen.model, chosen.algo, chosen.critic, chosen.lengths, chosen.precision)]
     else:

@@ -125,7 +125,7 @@ def overrides(race: Work, folder: Path) -> list[str]:
         else ["algo/critic=reward_model", f"algo.critic.init={folder / 'critic'}"]
     )
     return [
-        *common, *epoch, penalty, *critic, f"algo.critic.coef={work.VALUE_COEF}", f"algo.critic.clip={work.CLIP}",
+        *common, *epoch, penalty, *critic, f"algo.critic.coef={work.VALUE_COEF}",
         f"algo.advantage.lam={work.LAMBDA}",
     ]  # fmt: skip
 

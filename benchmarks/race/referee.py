@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -156,14 +157,15 @@ def first_update(
     race: Work, folder: Path, ours: Worker, theirs: Worker, lap: Callable[..., dict[str, Any]]
 ) -> Agreement | None:
     """Our side samples and makes an update; TRL's makes one of the same tokens."""
-    files = [folder / "ours.safetensors", folder / "theirs.safetensors"]
-    mine = lap(ours, gradients=str(files[0]))
-    other = lap(theirs, gradients=str(files[1]), sequences=mine["sequences"])
+    gradients = [folder / "gradients" / side for side in ("ours", "theirs")]
+    for side in gradients:
+        side.mkdir(parents=True)
+    mine = lap(ours, gradients=str(gradients[0]))
+    other = lap(theirs, gradients=str(gradients[1]), sequences=mine["sequences"])
     if race.algo == "ppo" and race.critic == "shared":
         return None
-    agreement = compare(race, (mine["loss"], other["loss"]), files[0], files[1])
-    for file in files:
-        file.unlink()
+    agreement = compare(race, (mine["loss"], other["loss"]), *gradients)
+    shutil.rmtree(folder / "gradients")
     if agreement.refused:
         raise RaceError(f"the sides make different updates of the same batch: {agreement}")
     return agreement

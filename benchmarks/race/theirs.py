@@ -85,8 +85,9 @@ class Generation:
         if not with_scores:
             return tokens
         with torch.no_grad():
-            logits = self._model(input_ids=tokens, attention_mask=(tokens != PAD).long()).logits
-        return SimpleNamespace(sequences=tokens, scores=logits[:, PROMPT_TOKENS - 1 : -1].float().unbind(1))
+            mask = (tokens != PAD).long()
+            logits = self._model(input_ids=tokens, attention_mask=mask, logits_to_keep=width + 1).logits
+        return SimpleNamespace(sequences=tokens, scores=logits[:, :-1].float().unbind(1))
 
 
 class TokenReward(nn.Module):
@@ -122,9 +123,10 @@ class Racer(TrainerCallback):
 def settings(race: Work, folder: Path) -> dict[str, Any]:
     """What all of TRL's configs take."""
     return {
-        "output_dir": str(folder / "trl"), "per_device_train_batch_size": race.sequences,
-        "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "bf16": race.precision == "bf16",
-        "use_cpu": True, "learning_rate": work.LEARNING_RATE, "lr_scheduler_type": "constant",
+        "output_dir": str(folder / "trl"), "per_device_train_batch_size": race.trl_micro_batch,
+        "gradient_accumulation_steps": race.sequences // race.trl_micro_batch,
+        "gradient_checkpointing": False, "bf16": race.precision == "bf16", "use_cpu": True,
+        "learning_rate": work.LEARNING_RATE, "lr_scheduler_type": "constant",
         "adam_beta1": work.BETAS[0], "adam_beta2": work.BETAS[1], "adam_epsilon": work.EPS, "weight_decay": 0.0,
         "max_grad_norm": 0.0, "optim": "adamw_torch_fused", "logging_strategy": "no", "save_strategy": "no",
         "eval_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0,

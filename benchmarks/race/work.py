@@ -28,7 +28,7 @@ VALUE_COEF = 0.1
 class Work:
     """One race.
 
-    Example: ``Work("tiny", "grpo", "fixed", "fp32", "separate", 16, 4, 64)``
+    Example: ``Work("tiny", "grpo", "fixed", "fp32", "separate", 16, 4, 64, 64)``
     """
 
     model: str  #: tiny, gpt2, smollm2
@@ -41,6 +41,7 @@ class Work:
     prompts: int
     group_size: int
     new_tokens: int
+    trl_micro_batch: int  #: sequences that TRL's update takes at once; a divisor of all
 
     @property
     def sequences(self) -> int:
