@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.policylab-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint types format clean
+.PHONY: help install train test bench lint types format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ train: $(INSTALLED) ## train; ARGS="algo=reinforce seed=1" is handed to train.py
 
 test: $(INSTALLED) ## run the fast tests; ARGS="-m slow" runs the learning tests
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED) ## race against TRL, for hours; ARGS="--model tiny" for one race
+	$(BIN)/python -m pip install --quiet -e '.[dev,bench]'
+	$(BIN)/python benchmarks/vs_trl.py $(if $(ARGS),$(ARGS),--all) --out benchmarks/results/vs_trl.csv
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

@@ -1,0 +1,147 @@
+"""The parts of benchmarks/ that need no other library and no clock."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vs_trl
+from race import agreement, figures, ours, work
+from race.figures import Lap, Ratio
+from race.lane import Lane
+from race.work import EOS, PAD, Work
+
+WORK = Work("tiny", "grpo", "varied", "fp32", "separate", 4, 2, 16, 8)
+
+
+def lap(seconds: float) -> Lap:
+    return Lap(seconds, rollout=seconds / 2, evaluation=0.0, loss=0.0, backward=seconds / 2, optimizer=0.0)
+
+
+def test_schedule() -> None:
+    assert WORK.schedule() == WORK.schedule()
+    assert sorted(WORK.schedule()) == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert replace(WORK, lengths="fixed").schedule() == [16] * 8
+    assert min(replace(WORK, new_tokens=2).schedule()) == 1
+
+
+def test_prompts_are_distinct_and_hold_no_special_id() -> None:
+    prompts = WORK.prompt_ids(512)
+    assert prompts == WORK.prompt_ids(512)
+    assert len({tuple(ids) for ids in prompts}) == WORK.prompts
+    assert all(PAD < i < 512 for ids in prompts for i in ids)
+
+
+def test_work_survives_json() -> None:
+    assert Work.from_json(WORK.to_json()) == WORK
+
+
+def test_reward_looks_like_noise_of_unit_variance() -> None:
+    draw = np.random.default_rng(0)
+    for length in (4, 64):
+        rewards = [work.reward(draw.integers(2, 2048, length).tolist()) for _ in range(2000)]
+        assert abs(np.mean(rewards)) < 0.1
+        assert abs(np.std(rewards) - 1) < 0.1
+    assert work.reward([5, 9, EOS, PAD]) == work.reward([5, 9])
+
+
+def test_digest_sees_ids_and_not_their_order() -> None:
+    assert work.digest([[1, 2], [3]]) == work.digest([[3], [1, 2]])
+    assert work.digest([[1, 2], [3]]) != work.digest([[2, 1], [3]])
+
+
+def test_noise_ends_completions_on_schedule() -> None:
+    class Engine:
+        def sample(self, policy: object, prompts: object, size: int, noise: torch.Tensor, behaviour: object):
+            return noise
+
+    lane = object.__new__(Lane)  # without its file descriptors
+    lane._clock = {}
+    lengths = WORK.schedule()
+    scheduled = ours.Scheduled(Engine(), lane, lengths)
+    noise = scheduled.sample(None, (), 2, torch.zeros(8, 16))
+    for row, length in zip(noise, lengths, strict=True):
+        zeros = (row == 0).nonzero().squeeze(-1).tolist()
+        assert zeros == ([length - 1] if length < 16 else [])
+    assert (scheduled.sample(None, (), 1, torch.zeros(3, 16)) > 0).all()  # the preflight
+
+
+def test_phases_add_up() -> None:
+    clock = {"rollout": 2.0, "backward": 3.0, "optimizer": 0.5}
+    mine = Lap.of({"seconds": 10.0, "update": 6.0, "clock": clock})
+    assert mine == Lap(10.0, rollout=2.0, evaluation=2.0, loss=2.5, backward=3.0, optimizer=0.5)
+    assert Lap.of({"seconds": 10.0, "clock": clock | {"before_loss": 4.0}}) == mine
+
+
+def test_ratio_is_of_medians_and_its_spread_of_pairs() -> None:
+    ratio = Ratio.of([(lap(1.0), lap(2.0)), (lap(2.0), lap(3.0)), (lap(4.0), lap(20.0))])
+    assert ratio == Ratio(median=1.5, lowest=1.5, highest=5.0)
+
+
+def test_tables() -> None:
+    assert figures.table(["", "x"], [["a", "1.00"], ["bcd", "12.00"]]) == "         x\na     1.00\nbcd  12.00"
+    shown = figures.side_by_side([(lap(1.0), lap(2.0))])
+    assert [line.split()[:2] for line in shown.splitlines()[1:]] == [["ours", "1.000"], ["TRL", "2.000"]]
+
+
+def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
+    file = tmp_path / "results.csv"
+    figures.append(file, {"race": "a", "ratio": 1.5})
+    figures.append(file, {"race": "b", "ratio": 2.0})
+    assert [row["race"] for row in csv.DictReader(file.open())] == ["a", "b"]
+    with pytest.raises(ValueError, match="other columns"):
+        figures.append(file, {"race": "c"})
+
+
+def test_agreement(tmp_path: Path) -> None:
+    for side, factor in (("ours", 1.0), ("theirs", 1.0005)):
+        (tmp_path / side).mkdir()
+        np.save(tmp_path / side / "policy.weight.npy", factor * np.arange(6.0, dtype=np.float32))
+    np.save(tmp_path / "ours" / "critic.score.bias.npy", np.ones(1, dtype=np.float32))
+
+    def found(race: Work, losses: tuple[float, float] = (0.5, 0.5)) -> agreement.Agreement:
+        return agreement.compare(race, losses, tmp_path / "ours", tmp_path / "theirs")
+
+    agreed = found(WORK)
+    assert agreed.cosine == pytest.approx(1.0)
+    assert agreed.length == pytest.approx(5e-4, rel=1e-2)
+    assert (agreed.parameters, agreed.only_ours, agreed.only_theirs) == (6, ["critic.score.bias"], [])
+    assert not agreed.refused
+    assert found(WORK, losses=(0.5, 0.6)).refused
+    assert not found(replace(WORK, algo="rloo"), losses=(0.5, 0.6)).refused
+    np.save(tmp_path / "theirs" / "policy.weight.npy", np.arange(6.0, dtype=np.float32)[::-1])
+    assert found(WORK).refused
+    np.save(tmp_path / "theirs" / "policy.weight.npy", np.full(6, np.nan, dtype=np.float32))
+    assert found(WORK).refused
+
+
+def test_the_grid() -> None:
+    names = [race.name for race in vs_trl.races(vs_trl.arguments(["--all"]))]
+    assert len(names) == len(set(names)) == 8 + 16 + 16
+    assert "gpt2-ppo-shared-varied-bf16" in names
+
+
+@pytest.mark.parametrize("wrong", [["--runs", "0"], ["--group-size", "1"], ["--trl-micro-batch", "7"]])
+def test_wrong_arguments_are_told(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        vs_trl.arguments(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_record_is_flat_and_json() -> None:
+    facts = {
+        "rest_gib": 0.5, "peak_gib": 1.0, "threads": 2, "python": "3.12", "cpu": "a CPU", "cores": 2,
+        "commit": "0123456789abcdef", "dirty": True,
+        "versions": {"policylab": "0.1", "trl": "1.10", "torch": "2.13", "transformers": "5.23"},
+    }  # fmt: skip
+    result = vs_trl.Result(WORK, [(lap(1.0), lap(2.0))] * 5, None, facts, facts)
+    row = json.loads(json.dumps(vs_trl.record(result)))
+    assert (row["ratio"], row["runs"], row["commit"]) == (2.0, 5, "0123456789+")
+    assert (row["ours_samples_per_s"], row["trl_tokens_per_s"]) == (8.0, sum(WORK.schedule()) / 2)
+    assert "tiny-grpo-varied-fp32" in vs_trl.summary([row])
