@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from policylab.functional.products import linear
+
 #: Logits that are held at a time, in elements (128 MiB of fp32).
 CHUNK = 2**25
 
@@ -33,7 +35,7 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """In fp32, over the temperature; new memory that the caller may write to."""
-        z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        z = linear(hidden, self.weight, self.bias).float()
         return z if self.temperature == 1 else z.div_(self.temperature)
 
 
@@ -115,7 +117,7 @@ class _HeadFigures(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        hidden, weight, bias, tokens, normalizer, entropy, exact_kl = ctx.saved_tensors
+        hidden, weight, _, tokens, normalizer, entropy, exact_kl = ctx.saved_tensors
         of_logprob, of_entropy, of_kl = grads
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -140,7 +142,7 @@ class _HeadFigures(torch.autograd.Function):
                 dz.div_(ctx.head.temperature)
             dz = dz.to(weight.dtype)
             if to_hidden is not None:
-                torch.mm(dz, weight, out=to_hidden[part])
+                to_hidden[part] = linear(dz, weight.t(), None)
             if wants_weight:
                 to_weight = _add_product(to_weight, dz.T, hidden[part])
             if wants_bias:

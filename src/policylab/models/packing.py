@@ -11,8 +11,9 @@ Axes: ``U`` distinct prompts, ``P`` tokens of the longest, ``B`` completions, ``
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar, Token
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -136,21 +137,15 @@ def _attend(
 AttentionInterface.register(ATTENTION, _attend)
 
 
-class packed(AbstractContextManager[None]):
-    """While active, models with this very config take their input for one row packed in this way. Of many uses."""
-
-    def __init__(self, config: Any, packing: Packing) -> None:
-        self._config = config
-        self._packing = packing
-        self._before: list[tuple[str, Token[_Active]]] = []
-
-    def __enter__(self) -> None:
-        own = self._config._attn_implementation
-        eager = own == "eager" or (own == ATTENTION and _active.get().eager)
-        self._before.append((own, _active.set(_Active(self._packing, eager))))
-        self._config._attn_implementation = ATTENTION
-
-    def __exit__(self, *_: object) -> None:
-        own, token = self._before.pop()
-        self._config._attn_implementation = own
+@contextmanager
+def packed(config: Any, packing: Packing) -> Iterator[None]:
+    """While active, models with this very config take their input for one row packed in this way."""
+    own = config._attn_implementation
+    eager = own == "eager" or (own == ATTENTION and _active.get().eager)
+    token = _active.set(_Active(packing, eager))
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
         _active.reset(token)

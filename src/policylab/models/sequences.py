@@ -6,7 +6,8 @@ reads, ``N`` actions.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
+from policylab.functional.products import FastProducts
 from policylab.models.packing import REPLACED, CannotPackError, Packing, packed, rows_of
 from policylab.rollouts.types import Rollout
 
@@ -91,9 +93,14 @@ class Sequences:
                 use_cache=False,
             )
 
-    def read_by(self, config: Any) -> AbstractContextManager[None]:
-        """While active, models with this config understand how the tokens are packed."""
-        return nullcontext() if self.packing is None else packed(config, self.packing)
+    @contextmanager
+    def read_by(self, config: Any) -> Iterator[None]:
+        """While active, models with this config understand how the tokens are packed, and multiply fast."""
+        with (
+            nullcontext() if self.packing is None else packed(config, self.packing),
+            FastProducts() if self.tokens.device.type == "cpu" else nullcontext(),
+        ):
+            yield
 
     def at_actions(self, x: Float[Tensor, "R S H"]) -> Float[Tensor, "N H"]:
         """The states that chose each action."""

@@ -102,13 +102,28 @@ def recomputed_layers(lm: nn.Module, context: Callable[[], AbstractContextManage
     layers = decoder_layers(lm)
     for layer in layers:
         layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), context())
+            checkpoint, layer.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), _Anew(context))
         )
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+class _Anew(AbstractContextManager[None]):
+    """A context that may be entered again: a layer runs once for each backward pass over a graph that is kept."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered = list[AbstractContextManager[None]]()
+
+    def __enter__(self) -> None:
+        self._entered.append(self._make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 @torch.no_grad()
