@@ -97,19 +97,16 @@ class _HeadFigures(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 z = head.logits(hidden[part])
-                top = z.amax(-1)
-                p = torch.sub(z, top[:, None]).exp_()
-                mass = p.sum(-1)
-                lse = top + mass.log()
+                p = z.softmax(-1)
+                lse = z.amax(-1) - p.amax(-1).log()
                 logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - lse
-                entropy[part] = lse - torch.linalg.vecdot(p, z) / mass
+                entropy[part] = lse - _dot(p, z)
                 normalizer[part] = lse
                 if other is not None:
                     q = other[0].logits(other[1][part])
-                    cross = torch.linalg.vecdot(p, q) / mass - q.logsumexp(-1)
-                    exact_kl[part] = -entropy[part] - cross
+                    exact_kl[part] = -entropy[part] - _dot(p, q) + q.logsumexp(-1)
                 if rows >= len(hidden) and other is None and not entropy_gradient:
-                    kept = p.div_(mass[:, None])
+                    kept = p
         ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy, exact_kl)
         ctx.head, ctx.other, ctx.rows, ctx.kept = head, other, rows, kept
         ctx.entropy_gradient = entropy_gradient
@@ -155,3 +152,8 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if total is None:
         return (a @ b).float()
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+
+
+def _dot(a: Float[Tensor, "N V"], b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """``sum_v a_v b_v``, without the table of products."""
+    return torch.bmm(a[:, None, :], b[:, :, None]).flatten()
