@@ -30,6 +30,7 @@ def draw(
     weights[:, size:] = 0
     torch.sub(logits, top, out=weights[:, :size]).exp_()
     tokens, total = _first_above(weights.view(rows, -1, BLOCK), uniform.to(logits.device))
+    tokens.clamp_(max=size - 1)  # a row of NaN would point behind the table
     chosen = logits.gather(-1, tokens[:, None]) - top
     return tokens, chosen.squeeze(-1) - total.log().float()
 

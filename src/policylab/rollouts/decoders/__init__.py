@@ -8,6 +8,7 @@ from torch import nn
 from policylab.rollouts.decoders.decoder import Decoder
 from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.decoders.gpt2 import GPT2
+from policylab.rollouts.decoders.llama import Llama
 from policylab.rollouts.decoders.transformer import TransformerDecoder
 
 __all__ = ["Decoder", "decoder_for"]
@@ -19,7 +20,7 @@ def decoder_for(lm: nn.Module, dtype: torch.dtype) -> Decoder:
     Args:
         dtype: of the products. Other weights are cast to it once, in the decoder.
     """
-    for network in (GPT2,):
+    for network in (GPT2, Llama):
         if network.reads(lm):
             return TransformerDecoder(network(lm, dtype))
     return GeneralDecoder(lm)

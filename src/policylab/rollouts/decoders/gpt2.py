@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
 
 from policylab.rollouts.decoders.cache import SharedPromptCache
 from policylab.rollouts.decoders.linear import Linear
@@ -35,9 +34,9 @@ class GPT2:
     @staticmethod
     def reads(lm: nn.Module) -> bool:
         """Whether a model is just this, and no variant of it."""
-        if type(lm) is not GPT2LMHeadModel or not is_plain(lm, KNOWN):
+        if not is_plain(lm, KNOWN) or type(lm).__name__ != "GPT2LMHeadModel":
             return False
-        config = lm.config
+        config: Any = lm.config
         return config.activation_function in ("gelu_new", "gelu_pytorch_tanh") and not (
             config.add_cross_attention
             or config.scale_attn_by_inverse_layer_idx
