@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from policylab.config import resolvers
+from policylab.launch.allocator import keep_freed_memory
 from policylab.launch.help import help_page
 from policylab.launch.resume import with_command_of
 
@@ -23,7 +24,7 @@ WANTS_TRACEBACKS = os.environ.get(FULL_ERROR) == "1"
 
 
 def prepare(script: str) -> None:
-    """Call before ``hydra.main``: registers the resolvers and makes the current folder importable.
+    """Call before ``hydra.main``: tunes the process, registers the resolvers, makes the current folder importable.
 
     Args:
         script: ``__file__`` of the root script.
@@ -32,6 +33,7 @@ def prepare(script: str) -> None:
     # spinning makes an iteration several times slower; sleeping at once costs two fifths on free ones. GNU's OpenMP
     # reads it when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    keep_freed_memory()
     resolvers.register(Path(script).resolve().parent)
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # so that a reward of one's own can be named by its module
