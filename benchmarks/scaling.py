@@ -5,10 +5,10 @@
 
 Each point is a run of ``train.py`` in a process of its own (PPO on a GPT-2 with random weights), so that its peak
 memory is its own; of each phase counts the fastest of its iterations but the first. On each axis a line through
-(log work, log seconds) gives an exponent: 1 is linear, less is a fixed cost still being spread, more would be a term that
-grows faster than the work. Work is what has to be done at least: sampled tokens, times what attention adds to each
-(4 c d operations a layer of width d at a mean context of c, beside the 24 d^2 of the linear ones), times the weights that
-each meets. The exit code is 1 when an exponent is above ``--bound``: nothing may grow faster than linearly beyond
+(log work, log seconds) gives an exponent: 1 is linear, less is a fixed cost still being spread, more would be a term
+that grows faster than the work. Work is what has to be done at least: sampled tokens, times what attention adds to each
+(4 c d operations a layer of width d at a mean context of c, beside the 24 d^2 of the linear ones), times the weights
+that each meets. The exit code is 1 when an exponent is above ``--bound``: nothing may grow faster than linearly beyond
 attention's own. The last line is JSON.
 """
 
