@@ -192,10 +192,8 @@ def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised
 
 def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Prompt]:
     """Examples as the policy reads them, numbered in order."""
-    return [
-        policy.prompt(i, example.text, example.reference, example.completion, task.instruction)
-        for i, example in enumerate(examples)
-    ]
+    texts = [(example.text, example.completion, example.reference) for example in examples]
+    return policy.prompts(texts, task.instruction)
 
 
 def demand_no_budget(config: DictConfig) -> None:

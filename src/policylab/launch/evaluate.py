@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from policylab.callbacks.tables import console, headlines, number, pick, rows, samples_table, short_path
 from policylab.launch.find_run import find_checkpoint, find_run
+from policylab.launch.imports import import_libraries
 from policylab.launch.run_folder import write_json
 from policylab.launch.saved_config import load_config
 
@@ -40,6 +41,7 @@ def evaluate(run_folder: Path, checkpoint: Path, prompts: int | None, seed: int 
     Raises:
         UserError: when the task has fewer prompts.
     """
+    import_libraries()
     from policylab.config.build import build
     from policylab.launch.logs import silence_noise
 

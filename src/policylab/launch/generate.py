@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.callbacks.tables import console
 from policylab.errors import UserError
 from policylab.launch.find_run import find_run
+from policylab.launch.imports import UNUSED, absent
 from policylab.launch.saved_config import load_config
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def load_policy(run_folder: Path, which: str, trained_with: DictConfig) -> Polic
     """
     import torch
 
-    from policylab.models.loading import LoadOptions, from_folder
-    from policylab.models.policy import Policy
+    with absent(UNUSED):
+        from policylab.models.loading import LoadOptions, from_folder
+        from policylab.models.policy import Policy
 
     folder = run_folder / "model" / which
     if not folder.is_dir():
@@ -98,7 +100,7 @@ def completions(policy: Policy, text: str, config: DictConfig, trained_with: Dic
         max_new_tokens=rollout.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens,
     )
     instruction = OmegaConf.select(trained_with, "task.instruction")
-    prompt = policy.prompt(id=0, text=text, reference=None, completion="", instruction=instruction)
+    (prompt,) = policy.prompts([(text, "", None)], instruction)
     noise = uniforms(config.seed, GENERATE, 0, range(config.n), engine.max_new_tokens)
     sampled = engine.sample(policy, [prompt], config.n, noise)
     return [

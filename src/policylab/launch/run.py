@@ -16,6 +16,7 @@ from policylab.callbacks.metrics_file import read_rows, validated
 from policylab.config.checks import check
 from policylab.errors import UserError
 from policylab.launch.find_run import checkpoint_to_resume
+from policylab.launch.imports import import_libraries
 from policylab.launch.logs import FILE_ONLY, silence_noise
 from policylab.launch.resume import check_same_run, checkpoint_iteration, rewind
 from policylab.launch.run_folder import point_latest, write_json
@@ -68,6 +69,7 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
     with RunStatus(run_dir, config.iterations, config.max_tokens) as status, log_failure():
         screen.opening(overrides)  # stands before the seconds of heavy imports
         demand_model(config)
+        import_libraries()
         from policylab.launch.follow import FollowStatus
         from policylab.launch.signals import Interrupted, StopOnSignal
 

@@ -85,35 +85,48 @@ class Policy(nn.Module):
         own = set(map(id, self.critic_parameters()))
         return [p for p in self.parameters() if p.requires_grad and id(p) not in own]
 
-    def prompt(self, id: int, text: str, reference: Any, completion: str, instruction: str | None) -> Prompt:
-        """Tokenizes one example; a chat model reads it through its template.
+    def prompts(self, examples: Sequence[tuple[str, str, Any]], instruction: str | None) -> list[Prompt]:
+        """Tokenizes examples, numbered in order; a chat model reads them through its template.
 
         Args:
+            examples: the text, its completion for supervised training ("" if none) and its reference.
             instruction: for chat models, a template with ``{text}`` in it; None sends the bare text.
-        """
-        if self.chat:
-            message = instruction.format(text=text) if instruction else text
-            templated = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
-            )
-            # The template has written its own special tokens.
-            tokens = self._encode(str(templated), special=False)
-        else:
-            tokens = self._encode(text, special=True)
-        target = self._encode(completion, special=False)
-        return Prompt(
-            id=id,
-            text=text,
-            tokens=tuple(tokens) or (self.eos_id,),  # GPT-2's tokenizer makes nothing of an empty text
-            reference=reference,
-            target=(*target, self.eos_id) if completion else (),
-        )
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+        Raises:
+            UserError: naming the text that the tokenizer cannot read.
+        """
+        texts = [text for text, _, _ in examples]
+        # A template writes its own special tokens.
+        tokens = self._encode(
+            self._templated(texts, instruction) if self.chat else texts, special=not self.chat
+        )
+        targets = self._encode([completion for _, completion, _ in examples], special=False)
+        return [
+            Prompt(
+                id=i,
+                text=text,
+                tokens=tuple(read) or (self.eos_id,),  # GPT-2's tokenizer makes nothing of an empty text
+                reference=reference,
+                target=(*target, self.eos_id) if completion else (),
+            )
+            for i, ((text, completion, reference), read, target) in enumerate(
+                zip(examples, tokens, targets, strict=True)
+            )
+        ]
+
+    def _templated(self, texts: Sequence[str], instruction: str | None) -> list[str]:
+        messages = [instruction.format(text=text) if instruction else text for text in texts]
+        chats = [[{"role": "user", "content": message}] for message in messages]
+        return list(self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """All at once: a data set one by one costs twice as much."""
         try:
-            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
         except Exception as error:  # the tokenizers library raises no narrower class
-            raise UserError(f"the tokenizer cannot read {text!r}: {error}") from error
+            if len(texts) > 1:
+                return [tokens for text in texts for tokens in self._encode([text], special)]
+            raise UserError(f"the tokenizer cannot read {texts[0]!r}: {error}") from error
 
     def decode(self, tokens: list[int]) -> str:
         """Text for rewards and people; never encoded back."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from itertools import pairwise
 
 
@@ -10,10 +15,20 @@ def polarity(text: str) -> float:
 
     A policy that learned sentiment raises both; one that learned VADER's favourite words raises VADER alone.
     """
-    # slow to import (it brings nltk), and only reviews need it
-    from textblob.en import sentiment
+    return float(_lexicon()(text)[0])
 
-    return float(sentiment(text)[0])
+
+@cache
+def _lexicon() -> Callable[[str], tuple[float, float]]:
+    """TextBlob's sentiment alone. The package itself brings nltk and that brings scipy: a second for nothing."""
+    spec = None if "textblob" in sys.modules else find_spec("textblob")
+    if spec is not None:
+        sys.modules["textblob"] = module_from_spec(spec)  # whose own code is not run
+    try:
+        return import_module("textblob.en").sentiment
+    finally:
+        if spec is not None:
+            del sys.modules["textblob"]
 
 
 def distinct_2(text: str) -> float:
