@@ -266,10 +266,11 @@ def test_a_task_says_how_long_completions_get(compose: Compose):
 
 @pytest.mark.parametrize("name", ["reviews", "random_walks"])
 def test_the_configs_build_tasks(compose: Compose, name: str):
-    from policylab.config.build import TAKEN_OVER, instantiate, without
+    from policylab.config.build import POOLED, TAKEN_OVER, instantiate, without
 
     config = compose([f"task={name}"])
-    task, reward = instantiate(without(config.task, TAKEN_OVER)), instantiate(config.reward)
+    task = instantiate(without(config.task, TAKEN_OVER))
+    reward = instantiate(without(config.reward, POOLED))
     assert task.name == name
     example = task.val[0]
     completion = Completion(example.text, example.completion or "a", example.reference, (1,), True)
