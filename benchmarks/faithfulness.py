@@ -1,0 +1,203 @@
+"""How far every fast path is from the plain fp32 forward and backward pass.
+
+    python benchmarks/faithfulness.py --model tiny|gpt2|smollm2 [--out benchmarks/results/faithfulness.csv]
+
+The plain way is the model's own code: a padded row for each sequence, PyTorch's own products, whole
+log-distributions, autograd's gradient. It is given the tokens that a path sampled, or else those of the default engine.
+Log-probs are compared a token (nats), gradients as whole vectors; the gradient is that of the sum of log-probs
+with random signs. Prompts are random ids of 4 to 32 tokens. gpt2 has random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from policylab.config import resolvers
+from policylab.config.build import instantiate
+from policylab.functional.linear_head import head_figures
+from policylab.functional.logprobs import completion_slice
+from policylab.functional.masks import length_mask
+from policylab.launch.environment import describe_environment
+from policylab.models import policy as policy_module
+from policylab.models.policy import Policy
+from policylab.rollouts.cached import CachedEngine
+from policylab.rollouts.generate import GenerateEngine
+from policylab.rollouts.noise import TRAIN, uniforms
+from policylab.rollouts.types import Prompt, Rollout
+
+ROOT = Path(__file__).parents[1]
+MODELS = {
+    "tiny": ["model=tiny"],
+    "gpt2": ["model=gpt2_scratch", "model.vocab_size=50257"],
+    "smollm2": ["model=smollm2"],
+}
+PROMPTS, GROUP, NEW_TOKENS = 8, 4, 32
+
+Figures = tuple[Tensor, Tensor]  #: log-probs on the rollout's grid, and the gradient
+
+
+def policy_of(model: str) -> Policy:
+    """The model as a run would load it."""
+    resolvers.register(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", MODELS[model])
+    return Policy(instantiate(config.model), critic=None).eval()
+
+
+def sampled(policy: Policy, engine: Any) -> Rollout:
+    """Completions of unequal lengths: those that do not end are cut here and there."""
+    generator = torch.Generator().manual_seed(0)
+    words = policy.lm.config.vocab_size
+    lengths = torch.linspace(4, 32, PROMPTS).long().tolist()
+    ids = [torch.randint(1, words, (n,), generator=generator).tolist() for n in lengths]
+    prompts = [Prompt(i, "", tuple(tokens), None, ()) for i, tokens in enumerate(ids)]
+    rows = PROMPTS * GROUP
+    rollout = engine.sample(policy, prompts, GROUP, uniforms(0, TRAIN, 0, range(rows), NEW_TOKENS))
+    kept = torch.minimum(rollout.lengths, torch.randint(8, NEW_TOKENS + 1, (rows,), generator=generator))
+    mask = length_mask(kept, rollout.tokens.shape[1])
+    return rollout.replace(
+        lengths=kept, action_mask=mask, tokens=rollout.tokens * mask, logprobs=rollout.logprobs * mask
+    )
+
+
+def backward(policy: Policy, logprobs: Tensor) -> Tensor:
+    """The gradient of the log-probs, each with a sign of its own."""
+    signs = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1)).sign()
+    policy.zero_grad(set_to_none=True)
+    (logprobs * signs).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.lm.parameters() if p.grad is not None])
+
+
+def plainly(policy: Policy, rollout: Rollout) -> Figures:
+    """The model's own code, from tokens to gradient."""
+    prompt_width, width = rollout.prompt_tokens.shape[1], rollout.tokens.shape[1]
+    real = [length_mask(rollout.prompt_lengths, prompt_width).flip(-1), length_mask(rollout.lengths, width)]
+    attention = torch.cat(real, dim=1)
+    logits = policy.lm(
+        input_ids=torch.cat([rollout.prompt_tokens, rollout.tokens], dim=1),
+        attention_mask=attention.long(),
+        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+    ).logits[:, completion_slice(prompt_width, width)]
+    logprobs = logits.log_softmax(-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
+    logprobs = logprobs.masked_fill(~rollout.action_mask, 0.0)
+    return logprobs.detach(), backward(policy, logprobs)
+
+
+def by_update(policy: Policy, rollout: Rollout) -> Figures:
+    """What an update computes."""
+    logprobs = policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None).logprobs
+    return logprobs.detach(), backward(policy, logprobs)
+
+
+def bf16() -> AbstractContextManager[Any]:
+    """As ``hardware.precision=bf16-mixed`` does it."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
+def in_chunks() -> AbstractContextManager[Any]:
+    """The head a few positions at a time, computed again in the backward pass."""
+    chunked = functools.partial(head_figures, chunk=2**18)
+    return mock.patch.object(policy_module, "head_figures", chunked)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of one path."""
+
+    path: str
+    mean: float  #: of log-probs, nats a token
+    largest: float
+    gradient: float | None  #: length of the difference over that of the plain gradient; None for sampling
+
+
+def errors(path: str, rollout: Rollout, found: Tensor, plain: Figures, gradient: Tensor | None) -> Errors:
+    apart = (found - plain[0]).abs()[rollout.action_mask]
+    share = None if gradient is None else float((gradient - plain[1]).norm() / plain[1].norm())
+    return Errors(path, float(apart.mean()), float(apart.max()), share)
+
+
+def measure(policy: Policy) -> list[Errors]:
+    """Every path against the plain way."""
+    found = []
+    engines: dict[str, tuple[Any, Callable[[], AbstractContextManager[Any]]]] = {
+        "rollout=cached": (CachedEngine(1.0, NEW_TOKENS), nullcontext),
+        "rollout=generate": (GenerateEngine(1.0, NEW_TOKENS), nullcontext),
+        "rollout.dtype=bfloat16": (CachedEngine(1.0, NEW_TOKENS, "bfloat16"), nullcontext),
+    }
+    for path, (engine, context) in engines.items():
+        with context():
+            rollout = sampled(policy, engine)
+        found.append(errors(path, rollout, rollout.logprobs, plainly(policy, rollout), None))
+    rollout = sampled(policy, CachedEngine(1.0, NEW_TOKENS))
+    plain = plainly(policy, rollout)
+    paths: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, bool]]] = {
+        "update": (nullcontext, {"packs": True}),
+        "update, head in chunks": (in_chunks, {"packs": True}),
+        "update, rows apart": (nullcontext, {"packs": False}),
+        "update, gradient checkpointing": (nullcontext, {"recomputes_layers": True}),
+        "update, bf16-mixed": (bf16, {"packs": True}),
+    }
+    for path, (context, settings) in paths.items():
+        with context(), mock.patch.multiple(policy, **settings):
+            logprobs, gradient = by_update(policy, rollout)
+        found.append(errors(path, rollout, logprobs, plain, gradient))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
+    parser.add_argument("--out", type=Path, help="a CSV to add rows to")
+    chosen = parser.parse_args()
+    rows = measure(policy_of(chosen.model))
+    print(f"{chosen.model:32} {'mean':>9} {'largest':>9} {'gradient':>9}")
+    for row in rows:
+        gradient = "" if row.gradient is None else f"{row.gradient:9.1e}"
+        print(f"{row.path:32} {row.mean:9.1e} {row.largest:9.1e} {gradient:>9}")
+    if chosen.out is None:
+        return
+    about = describe_environment(ROOT)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not chosen.out.exists()
+    with chosen.out.open("a", newline="") as file:
+        table = csv.writer(file)
+        if fresh:
+            table.writerow(
+                [
+                    "model",
+                    "path",
+                    "logprob_mean",
+                    "logprob_largest",
+                    "gradient",
+                    "cpu",
+                    "torch",
+                    "commit",
+                    "date",
+                ]
+            )
+        for row in rows:
+            gradient = "" if row.gradient is None else f"{row.gradient:.2e}"
+            table.writerow([
+                chosen.model, row.path, f"{row.mean:.2e}", f"{row.largest:.2e}", gradient, about["cpu"],
+                about["packages"]["torch"], about["git"]["commit"], datetime.date.today().isoformat(),
+            ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
