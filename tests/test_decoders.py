@@ -173,6 +173,10 @@ class TestTokens:
         engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)
         assert read == [3]
 
+    def test_rows_that_go_on_fill_the_places_of_those_that_ended(self):
+        ended = torch.tensor([0, 1, 0, 1, 1, 0, 0], dtype=torch.bool)
+        assert cached.going_on(ended).tolist() == [0, 5, 2, 6]
+
 
 class TestLowPrecision:
     @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])

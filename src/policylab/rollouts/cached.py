@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from policylab.errors import UserError
@@ -22,7 +22,7 @@ from policylab.rollouts.engine import assemble, check_context, check_settings, p
 from policylab.rollouts.sampling import demand_finite, draw
 from policylab.rollouts.types import Prompt, Rollout
 
-#: Finished rows leave the batch once they are this share of it: compacting the cache costs a copy.
+#: Finished rows leave the batch once they are this share of it; about as many rows of the cache are then copied.
 COMPACT_AT = 0.125
 #: Steps after which an accelerator is asked how many rows have ended: an answer waits for all work under way.
 STEPS_BETWEEN_QUESTIONS = 8
@@ -122,7 +122,7 @@ class CachedEngine:
                 if done == len(rows):
                     break
                 if done >= COMPACT_AT * len(rows):
-                    still = (~ended).nonzero().squeeze(-1)
+                    still = going_on(ended)
                     decoder.keep(still)
                     rows, drawn, ended, uniform = rows[still], drawn[still], ended[still], uniform[:, still]
             decoder.step(drawn)
@@ -142,3 +142,11 @@ class CachedEngine:
             return getattr(torch, self.dtype)
         kind = policy.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else policy.dtype
+
+
+def going_on(ended: Bool[Tensor, " B"]) -> Int[Tensor, " K"]:
+    """The rows that have not ended: the last of them in the places of those that have, the others where they were."""
+    count = int((~ended).sum())
+    rows = torch.arange(count, device=ended.device)
+    rows[ended[:count]] = count + (~ended[count:]).nonzero().squeeze(-1)
+    return rows

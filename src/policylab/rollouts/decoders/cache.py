@@ -81,7 +81,8 @@ class SharedPromptCache:
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Drops all other rows, and prompts that no row continues."""
-        self.own[:, :, : len(rows), :, : self.written] = self.own[:, :, rows, :, : self.written]
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
+        self.own[:, :, moved, :, : self.written] = self.own[:, :, rows[moved], :, : self.written]
         alive, self.prompt_of = self.prompt_of[rows].unique(return_inverse=True)
         if len(alive) < len(self.mask):
             heads = (
