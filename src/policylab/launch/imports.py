@@ -8,6 +8,7 @@ afterwards finds them.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,19 @@ UNUSED = ("matplotlib", "scipy")
 
 
 def import_libraries() -> None:
-    """Imports Lightning, transformers and all that builds a run. Call it before anything else imports them."""
-    with absent(UNUSED):
-        import policylab.config.build  # noqa: F401
+    """Imports Lightning, transformers and all that builds a run. Call it before anything else imports them.
+
+    The garbage collector rests meanwhile, and never looks at what was imported, which lives as long as the process.
+    """
+    if "policylab.config.build" in sys.modules:
+        return
+    gc.disable()
+    try:
+        with absent(UNUSED):
+            import policylab.config.build  # noqa: F401
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 @contextmanager
