@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,6 +28,8 @@ from race.lane import Lane
 from race.work import EOS, PAD, PROMPT_TOKENS, Work
 
 ENDLESS = 10**6
+#: Iterations before the data are read anew.
+REPEATS = 100
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -153,7 +156,7 @@ def group_trainer(
         model=model,
         reward_funcs=lambda completion_ids, **_: [work.reward(ids) for ids in completion_ids],
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": [work.as_text(ids) for ids in prompts] * 100}),
+        train_dataset=Dataset.from_dict({"prompt": [work.as_text(ids) for ids in prompts] * REPEATS}),
         processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
         callbacks=[racer],
     )
@@ -164,7 +167,7 @@ def ppo_trainer(race: Work, folder: Path, model: Any, prompts: Sequence[Sequence
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     rows = [{"input_ids": list(ids)} for ids in prompts for _ in range(race.group_size)]
-    return PPOTrainer(
+    trainer: Any = PPOTrainer(
         args=PPOConfig(
             **settings(race, folder), response_length=race.new_tokens, stop_token="eos", num_ppo_epochs=1,
             num_mini_batches=1, local_rollout_forward_batch_size=race.sequences, num_sample_generations=0,
@@ -182,6 +185,10 @@ def ppo_trainer(race: Work, folder: Path, model: Any, prompts: Sequence[Sequence
         eval_dataset=Dataset.from_list(rows[:1]),
         callbacks=[racer],
     )  # fmt: skip
+    # Its own loader shuffles, and accelerate takes a step, whatever is to be accumulated, where a loader's data end.
+    in_order = DataLoader(Dataset.from_list(rows * REPEATS), race.sequences, collate_fn=trainer.data_collator)
+    trainer.dataloader = trainer.accelerator.prepare(in_order)
+    return trainer
 
 
 def load(folder: Path) -> Any:
