@@ -191,6 +191,18 @@ class TestLowPrecision:
         demand_same(policy, rollout, tokens=False, tolerance=0.2)
         assert rollout.logprobs.dtype == torch.float32
 
+    @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gpt_neox"])
+    def test_weights_that_are_bf16_themselves(self, name, engine):
+        policy = policy_of(name)
+        low = policy.lm.to(torch.bfloat16)
+        rollout = engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)
+        low.float()
+        demand_same(policy, rollout, tokens=False, tolerance=0.2)
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama"])
+    def test_float64_takes_the_general_path(self, name):
+        assert type(decoder_for(policy_of(name).lm.double(), torch.float64)) is GeneralDecoder
+
     def test_under_autocast_weights_are_cast_once(self, monkeypatch, engine):
         """With ``hardware.precision=bf16-mixed`` training computes in bf16, and so does sampling."""
         policy, casts, init = policy_of("llama"), [], linear.Linear.__init__

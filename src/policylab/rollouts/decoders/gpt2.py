@@ -28,7 +28,7 @@ class GPT2:
         body, self.config, self.dtype = lm.transformer, lm.config, dtype
         self.words, self.places = body.wte.weight, body.wpe.weight
         self.blocks = [_Block(block, dtype) for block in body.h]
-        self.norm = body.ln_f
+        self.norm = _Norm(body.ln_f)
         self.head = Linear(lm.lm_head.weight, lm.lm_head.bias, dtype)
 
     @staticmethod
@@ -55,10 +55,10 @@ class GPT2:
         x = (self.words[tokens] + self.places[positions]).float()
         shape = (len(x), 3, self.config.n_head, -1)
         for layer, block in enumerate(self.blocks):
-            qkv = block.qkv(_norm(x, block.before)).view(shape)
+            qkv = block.qkv(block.before(x)).view(shape)
             x = block.out.onto(attend(layer, qkv[:, 0], qkv[:, 1:]), x)
-            x = block.down.onto(block.up(_norm(x, block.between), then="gelu"), x)
-        return _norm(x, self.norm)
+            x = block.down.onto(block.up(block.between(x), then="gelu"), x)
+        return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
         return self.head(hidden)
@@ -66,10 +66,16 @@ class GPT2:
 
 class _Block:
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
-        self.before, self.between = block.ln_1, block.ln_2
+        self.before, self.between = _Norm(block.ln_1), _Norm(block.ln_2)
         convs = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
         self.qkv, self.out, self.up, self.down = (Linear(c.weight.t(), c.bias, dtype) for c in convs)
 
 
-def _norm(x: Float[Tensor, "R H"], norm: nn.LayerNorm) -> Float[Tensor, "R H"]:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+class _Norm:
+    """In fp32, as the residual stream is."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self.weight, self.bias, self.eps = norm.weight.float(), norm.bias.float(), norm.eps
+
+    def __call__(self, x: Float[Tensor, "R H"]) -> Float[Tensor, "R H"]:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)

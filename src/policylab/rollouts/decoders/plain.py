@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
 
 def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
-    """True when every module is of a known class, none is hooked or has another forward, and none drops out.
+    """True when every module is of a known class, none is hooked or has another forward, none drops out, and no
+    weight is in float64.
 
     Adapters, sharding and quantization put classes or hooks of their own into a model, so they are noticed.
 
@@ -23,7 +25,7 @@ def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
         and not (isinstance(module, nn.Dropout) and module.training and module.p > 0)
         and not (isinstance(module, nn.GELU) and module.approximate != "tanh")
         for module in lm.modules()
-    )
+    ) and all(parameter.dtype != torch.float64 for parameter in lm.parameters())
 
 
 def _changes(hook: object) -> bool:
