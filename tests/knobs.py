@@ -134,6 +134,7 @@ def turns(reward_model: Path) -> dict[str, Turn]:
         "AdamW.critic_lr": Turn(0.01),
         "AdamW.max_grad_norm": Turn(0.1),
         "AdamW.betas": Turn([0.5, 0.95]),
+        "AdamW.frozen_layers": Turn(1, given={"model.architecture.n_layer": 2}),
         # Memory, never results.
         "AdamW.micro_batch_tokens": Turn(12, seen_in="passes"),
     }

@@ -234,7 +234,7 @@ def test_the_small_runs_give_each_knob_a_chance():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_size_of_micro_batches_changes_nothing(preset):
     whole = untouched(preset)
-    for tokens in (1, 60):
+    for tokens in (1, 30):
         cut = outcome(Specimen(preset), {"optim.micro_batch_tokens": tokens}, None)
         assert isinstance(cut, Trace), cut
         assert cut.passes > whole.passes

@@ -13,8 +13,8 @@ from lightning import Callback, seed_everything
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
-from policylab.config import resolvers
 from policylab.config.build import build
+from policylab.launch.entry import prepare
 from policylab.launch.environment import describe_environment
 from policylab.launch.logs import silence_noise
 from policylab.modules.experiment import ExperimentModule
@@ -132,7 +132,6 @@ def overrides(race: Work, folder: Path) -> list[str]:
 
 def config(race: Work, folder: Path, prompts: Sequence[Sequence[int]]) -> DictConfig:
     """The composed config with the race's task and reward."""
-    resolvers.register(ROOT)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = compose("train", overrides(race, folder))
     with open_dict(composed):
@@ -152,6 +151,7 @@ def gradients(module: ExperimentModule) -> dict[str, Tensor]:
 
 
 def main(race: Work, folder: Path) -> None:
+    prepare(str(ROOT / "train.py"))
     lane = Lane()
     prompts = race.prompt_ids(work.vocabulary_of(folder / "policy"))
     silence_noise()
