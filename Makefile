@@ -28,9 +28,21 @@ train: $(INSTALLED) ## train; ARGS="algo=reinforce seed=1" is handed to train.py
 test: $(INSTALLED) ## run the fast tests; ARGS="-m slow" runs the learning tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(INSTALLED) ## race against TRL, for hours; ARGS="--model tiny" for one race
+RESULTS := benchmarks/results
+bench: $(INSTALLED) ## all benchmarks, for hours; ARGS="--model tiny" for one race against TRL
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench]'
-	$(BIN)/python benchmarks/vs_trl.py $(if $(ARGS),$(ARGS),--all) --out benchmarks/results/vs_trl.csv
+	$(BIN)/python benchmarks/vs_trl.py $(if $(ARGS),$(ARGS),--all) --out $(RESULTS)/vs_trl.csv
+ifeq ($(ARGS),)
+	$(BIN)/python benchmarks/products.py --out $(RESULTS)/products.csv
+	$(BIN)/python benchmarks/scaling.py --out $(RESULTS)/scaling
+	for model in tiny gpt2 smollm2; do \
+		$(BIN)/python benchmarks/faithfulness.py --model $$model --out $(RESULTS)/faithfulness.csv || exit 1; \
+		for precision in fp32 bf16; do \
+			$(BIN)/python benchmarks/rollout.py --model $$model --precision $$precision --out $(RESULTS)/rollout.csv \
+				|| exit 1; \
+		done; \
+	done
+endif
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

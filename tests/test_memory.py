@@ -10,7 +10,7 @@ import torch
 
 from conftest import fresh_policy
 from policylab.errors import UserError
-from policylab.models.trunk import compile_layers, decoder_layers, freeze_below
+from policylab.models.trunk import decoder_layers, freeze_below
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.types import Prompt
@@ -127,7 +127,7 @@ def test_not_every_layer_can_be_frozen(tiny_policy):
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_gradient(tiny):
     plain, compiled = fresh_policy(tiny), fresh_policy(tiny)
-    assert compile_layers(compiled.lm) is None
+    assert compiled.compile_layers() is None
     torch.testing.assert_close(gradient(compiled), gradient(plain), atol=1e-5, rtol=1e-4)
 
 
@@ -136,11 +136,33 @@ def test_what_cannot_be_compiled_says_why_and_runs(build_run, monkeypatch):
         raise RuntimeError("No working C++ compiler found\nand more lines")
 
     monkeypatch.setattr(torch.nn.Module, "compile", no_compiler)
+    experiment = build_run("hardware.compile=true")
     with pytest.warns(
-        UserWarning, match=r"compile=true: .* because RuntimeError: No working C\+\+ compiler found$"
+        UserWarning, match=r"hardware.compile: .* because RuntimeError: No working C\+\+ compiler"
     ):
-        experiment = build_run("hardware.compile=true")
-    assert weights(experiment).isfinite().all()
+        assert weights(experiment).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hardware.compile=no"], "hardware.compile=no is neither true nor false"),
+        (
+            ["hardware.gradient_checkpointing=1"],
+            "hardware.gradient_checkpointing=1 is neither true nor false",
+        ),
+        (["hardware.compile=true", "hardware.gradient_checkpointing=true"], "compiled layers cannot be told"),
+        (["optim.frozen_layers=-1"], "optim.frozen_layers is -1; it must be at least 0"),
+        (["optim.frozen_layers=4"], "optim.frozen_layers is 4, but the model has 4 layers; take at most 3"),
+        (["optim.micro_batch_tokens=0"], "optim.micro_batch_tokens is 0; it must be at least 1"),
+        (["reward.workers=100000"], "reward.workers is 100000; it must be at least 0 and at most 1024"),
+        (["reward.pool=fork"], "reward.pool=fork is not one of process, thread"),
+        (["rollout.dtype=float8"], "rollout.dtype is float8"),
+    ],
+)
+def test_bad_values_are_refused(build_run, overrides, message):
+    with pytest.raises(UserError, match=message):
+        build_run(*overrides)
 
 
 # -- log-probs before the update ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from policylab.functional.masks import length_mask
 from policylab.functional.ragged import Ragged
 from policylab.models.packing import packed
 from policylab.models.sequences import Sequences, can_pack
+from policylab.modules import micro_batches
 from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
@@ -240,6 +241,18 @@ def test_the_head_in_chunks(with_other, entropy_gradient, chunk, bias, temperatu
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_in_bf16_a_policy_is_at_itself():
+    """Both heads are cast, in the forward and in the backward pass: no KL, and no slope of it."""
+    states = torch.randn(7, 5, requires_grad=True)
+    head = Head(torch.randn(13, 5), None, 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = (head, states.detach())
+        figures = head_figures(head, states, torch.arange(7), entropy_gradient=False, other=other)
+        figures.exact_kl.sum().backward()
+    assert figures.exact_kl.abs().max() < 1e-6
+    assert states.grad.abs().max() < 1e-6
+
+
 def test_a_second_backward_pass_finds_what_the_first_found():
     states = torch.randn(4, 3, requires_grad=True)
     head = Head(torch.randn(6, 3), None, 1.0)
@@ -257,7 +270,7 @@ def test_logits_that_are_changed_after_the_head_go_the_long_way():
         num_key_value_heads=2, max_position_embeddings=64, logits_scaling=3.0,
     )  # fmt: skip
     policy = fresh_policy(loaded)
-    assert not policy.plain_head
+    assert not policy.linear_head
     rollout = sampled(policy)
     torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), rollout.logprobs, atol=1e-5, rtol=0)
 
@@ -279,6 +292,16 @@ def test_micro_batches_keep_their_budget_and_every_row(tiny_policy):
     assert len(cut(rollout, rows, 1, packs=True)) == len(rows)
 
 
+def test_short_sequences_are_not_padded_to_a_long_one(tiny_policy, monkeypatch):
+    """Attention's scores are on a grid: a cut that lets them grow with the square of the longest is none."""
+    monkeypatch.setattr(micro_batches, "SCORES", 200)
+    rollout = sampled(tiny_policy)
+    for part in cut(rollout, torch.arange(12), 10_000, packs=True):
+        piece = rollout.select(part)
+        width = piece.tokens.shape[1]
+        assert len(part) == 1 or len(part) * width * (width + int(piece.prompt_lengths.max())) <= 2 * 200
+
+
 def test_completions_of_a_prompt_stay_together(tiny_policy):
     rollout = sampled(tiny_policy)
     parts = cut(rollout, torch.randperm(12), 40, packs=True)
@@ -286,10 +309,17 @@ def test_completions_of_a_prompt_stay_together(tiny_policy):
     assert sum(map(len, prompts)) <= len(PROMPTS) + len(parts) - 1
 
 
-def test_larger_models_get_fewer_tokens(tiny, llama):
+def fits(policy):
+    return tokens_that_fit(policy, whole_distributions=False)
+
+
+def test_larger_models_get_fewer_tokens(tiny):
     small = fresh_policy(tiny)
     large = fresh_policy(scratch_model(model_type="gpt2", n_layer=4, n_embd=64, n_head=2, n_positions=64))
-    assert tokens_that_fit(small) == pytest.approx(4 * tokens_that_fit(large), rel=1e-3)
+    assert fits(small) == pytest.approx(4 * fits(large), rel=1e-3)
+    assert tokens_that_fit(small, whole_distributions=True) < fits(small) / 2
+    small.recomputes_layers = True
+    assert fits(small) > 1.5 * tokens_that_fit(fresh_policy(tiny), whole_distributions=False)
 
 
 class TestOutOfMemory:
@@ -321,7 +351,7 @@ class TestOutOfMemory:
 
     def test_the_work_is_cut_finer_and_nothing_else_changes(self, train):
         whole = train()
-        with pytest.warns(UserWarning, match=r"out of memory: from here on \d+ tokens"):
+        with pytest.warns(UserWarning, match=r"out of memory: from here on at most \d+ tokens"):
             cut = train(limit=20)
         assert cut.micro_batch_tokens < whole.micro_batch_tokens
         for ours, theirs in zip(cut.policy.parameters(), whole.policy.parameters(), strict=True):
@@ -332,8 +362,35 @@ class TestOutOfMemory:
 
     @pytest.mark.filterwarnings("ignore:out of memory")
     def test_when_nothing_fits_it_says_so(self, train):
-        with pytest.raises(UserError, match=r"out of memory with 1 tokens a forward pass; take a smaller"):
+        with pytest.raises(
+            UserError, match=r"out of memory with 1 sequences of \d+ tokens in all in a forward pass"
+        ):
             train(limit=0)
+
+    @pytest.mark.parametrize("algo", ["ppo", "trpo", "dqn"])
+    def test_before_there_is_an_optimizer_and_whatever_the_algorithm(self, compose, tmp_path, algo):
+        """The first forward passes are those of the preflight."""
+        from policylab.config.build import build
+
+        config = compose([
+            "hardware=cpu", "iterations=1", "callbacks=none", "callbacks.checkpoint=null", f"algo={algo}",
+            "rollout.prompts=4", "rollout.group_size=2", "rollout.max_new_tokens=8", "validation.prompts=4",
+        ])  # fmt: skip
+        Path(config.paths.run).mkdir(exist_ok=True)
+        experiment = build(config, tmp_path)
+        module = experiment.module
+        read = module.policy._read
+
+        def tight(sequences, **kwargs):
+            if len(sequences.rollout) > 2:
+                raise torch.OutOfMemoryError("as a GPU would say it")
+            return read(sequences, **kwargs)
+
+        module.policy._read = tight
+        with pytest.warns(UserWarning, match="out of memory"):
+            experiment.trainer.validate(module, datamodule=experiment.data, verbose=False)
+        experiment.trainer.fit(module, datamodule=experiment.data)
+        assert module.iteration == 1
 
     def test_what_was_found_is_resumed(self, train):
         with pytest.warns(UserWarning, match="out of memory"):

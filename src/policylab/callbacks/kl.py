@@ -34,7 +34,9 @@ class KLMonitor(Callback):
         rollout = pl_module.rollout
         if rollout is None or rollout.ref_logprobs is None:
             return
-        grids = {name: estimate(rollout.logprobs, rollout.ref_logprobs) for name, estimate in SAMPLED.items()}
+        grids = {
+            name: estimate(rollout.old_logprobs, rollout.ref_logprobs) for name, estimate in SAMPLED.items()
+        }
         if rollout.exact_kl is not None:
             grids["exact"] = rollout.exact_kl
         sums = torch.stack([grid.masked_fill(~rollout.action_mask, 0.0).sum() for grid in grids.values()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from policylab.launch.saved_config import plain
 from policylab.models.critic import ValueModel, value_model
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
-from policylab.models.trunk import compile_layers, freeze_below
+from policylab.models.trunk import decoder_layers, freeze_below
 from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
 from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.rewards.pool import pooled
@@ -96,7 +95,9 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         max_tokens=config.max_tokens,
         resolved_config=OmegaConf.to_yaml(OmegaConf.create(plain(config))),
     )
-    return Experiment(module_for(algorithm, parts), data, trainer(config, run_dir), config)
+    module = module_for(algorithm, parts)
+    module.compiles_layers = config.hardware.compile
+    return Experiment(module, data, trainer(config, run_dir), config)
 
 
 def module_for(algorithm: Algorithm | QLearning | Supervised, parts: Parts) -> ExperimentModule:
@@ -152,8 +153,8 @@ def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervis
     if config.optim.frozen_layers:
         freeze_below(loaded.lm, config.optim.frozen_layers)
     policy.recomputes_layers = config.hardware.gradient_checkpointing
-    if config.hardware.compile and (reason := compile_layers(loaded.lm)):
-        warnings.warn(f"hardware.compile=true: this model runs as it is, because {reason}", stacklevel=2)
+    if policy.recomputes_layers:
+        decoder_layers(loaded.lm)  # says now where it cannot be
     return policy
 
 

@@ -18,6 +18,8 @@ WHOLE_NUMBERS = (
     "seed", "iterations", "rollout.prompts", "rollout.group_size", "validation.every", "validation.prompts",
     "validation.batch_size", "hardware.devices", "hardware.num_nodes",
 )  # fmt: skip
+#: Values outside any ``_target_`` that are true or false.
+SWITCHES = ("detect_anomaly", "hardware.gradient_checkpointing", "hardware.compile")
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
@@ -43,6 +45,14 @@ def check(config: DictConfig) -> None:
         raise UserError(
             f"hardware.devices={config.hardware.devices}, hardware.num_nodes={config.hardware.num_nodes}: training "
             "on several processes is not supported yet; take 1"
+        )
+    for path in SWITCHES:
+        if not isinstance(value := OmegaConf.select(config, path), bool):
+            raise UserError(f"{path}={value} is neither true nor false")
+    if config.hardware.compile and config.hardware.gradient_checkpointing:
+        raise UserError(
+            "hardware.compile=true and hardware.gradient_checkpointing=true: compiled layers cannot be told to run "
+            "again; take one of them"
         )
     if config.hardware.precision not in PRECISIONS:
         raise UserError(

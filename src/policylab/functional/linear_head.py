@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from policylab.functional.products import linear
 
-#: Logits that are held at a time, in elements (128 MiB of fp32).
-CHUNK = 2**25
+#: Logits that are held at a time, in elements (256 MiB of fp32).
+CHUNK = 2**26
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class _HeadFigures(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+            if other is not None:
+                theirs, states = other
+                own_bias = None if theirs.bias is None else theirs.bias.to(dtype)
+                other = Head(theirs.weight.to(dtype), own_bias, theirs.temperature), states.to(dtype)
         head = Head(weight, bias, temperature)
         rows = max(1, chunk // weight.shape[0])
         logprobs, entropy, exact_kl, normalizer = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
@@ -97,14 +102,16 @@ class _HeadFigures(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 z = head.logits(hidden[part])
+                top = z.amax(-1)
+                z.sub_(top[:, None])  # logits of a hundred would leave too few digits for differences
                 p = z.softmax(-1)
-                lse = z.amax(-1) - p.amax(-1).log()
+                lse = -p.amax(-1).log()
                 logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - lse
                 entropy[part] = lse - _dot(p, z)
-                normalizer[part] = lse
+                normalizer[part] = top + lse
                 if other is not None:
-                    q = other[0].logits(other[1][part])
-                    exact_kl[part] = -entropy[part] - _dot(p, q) + q.logsumexp(-1)
+                    q = other[0].logits(other[1][part]).log_softmax(-1)
+                    exact_kl[part] = -entropy[part] - _dot(p, q)
                 if rows >= len(hidden) and other is None and not entropy_gradient:
                     kept = p
         ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy, exact_kl)
@@ -113,7 +120,13 @@ class _HeadFigures(torch.autograd.Function):
         return logprobs, entropy, exact_kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _HeadFigures._slopes(ctx, *grads)
+
+    @staticmethod
+    def _slopes(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, _, tokens, normalizer, entropy, exact_kl = ctx.saved_tensors
         of_logprob, of_entropy, of_kl = grads
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -148,7 +161,7 @@ class _HeadFigures(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``total + a b`` in fp32, in place where it can be."""
+    """``total + a b`` in fp32, in place where it can be: for so tall a product MKL, which can, is as fast as oneDNN."""
     if total is None:
         return (a @ b).float()
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 #: Parameters of glibc's mallopt, by their numbers in malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -13,10 +14,10 @@ LARGEST_ON_HEAP, KEPT = 2**25, 2**30
 def keep_freed_memory() -> None:
     """Keeps freed blocks for the next tensor of that size.
 
-    By default each tensor of a few megabytes is new memory from the kernel, which clears it page by page: a tenth of
-    the time of an update on a CPU. Without glibc nothing happens.
+    By default each tensor of a few megabytes is new memory from the kernel, which clears it page by page. Without
+    glibc nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, LARGEST_ON_HEAP)
         mallopt(TRIM_THRESHOLD, KEPT)

@@ -50,7 +50,7 @@ def watch_head(
 
 
 @torch.no_grad()
-def is_plain(lm: Any) -> bool:
+def is_linear(lm: Any) -> bool:
     """Whether logits are the LM head's linear map of the hidden states, and nothing is done to them afterwards."""
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -59,4 +59,5 @@ def is_plain(lm: Any) -> bool:
     with watch_head(lm) as seen:
         logits = lm(input_ids=tokens, use_cache=False).logits
     assert seen.hidden is not None
-    return bool(torch.equal(logits, nn.functional.linear(seen.hidden, head.weight, head.bias)))
+    expected = nn.functional.linear(seen.hidden, head.weight, head.bias)
+    return logits.dtype == expected.dtype and torch.equal(logits, expected)

@@ -87,6 +87,9 @@ def rows_of(x: Tensor, index: Int[Tensor, " R"]) -> Tensor:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
     """``[R, W, A, D]`` in and out. Without a bias it is causal, and padding behind a row is never looked at."""
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1 and bias is not None and q.is_cuda:  # no fused kernel there takes both groups and a mask
+        k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

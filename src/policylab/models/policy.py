@@ -7,7 +7,7 @@ Axes: ``B`` sequences, ``T`` sampled positions, ``P`` prompt length, ``N`` actio
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,9 +19,9 @@ from policylab.errors import UserError
 from policylab.functional import kl
 from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
-from policylab.models.head import is_plain, watch_head
-from policylab.models.sequences import Sequences, can_pack, on_grid
-from policylab.models.trunk import TrunkPass, recomputed_layers, watch_layers
+from policylab.models.head import is_linear, watch_head
+from policylab.models.sequences import Sequences, can_pack, on_grid, trial_rollout
+from policylab.models.trunk import TrunkPass, compile_layers, recomputed_layers, watch_layers
 from policylab.rollouts.types import Evaluation, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Policy(nn.Module):
         self.packs = can_pack(
             loaded.lm
         )  #: whether the language model reads a rollout as one row without padding
-        self.plain_head = is_plain(loaded.lm)  #: whether nothing happens to the logits after the LM head
+        self.linear_head = is_linear(loaded.lm)  #: whether nothing happens to the logits after the LM head
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +75,10 @@ class Policy(nn.Module):
         shared: dict[int, Any] = {id(p): p for p in self.lm.parameters() if not p.requires_grad}
         reference._modules = {**self._modules, "lm": copy.deepcopy(self.lm, shared), "critic": None}
         return reference.requires_grad_(False).eval()
+
+    def compile_layers(self) -> str | None:
+        """Has torch compile the layers for the device that they are on; says in one line why where it cannot be."""
+        return compile_layers(self.lm, lambda: self.logprobs_of(trial_rollout(self.lm), 1.0).sum())
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """What trains and is the critic's own: its head, and layers if it has any. Empty without a critic."""
@@ -202,7 +206,7 @@ class Policy(nn.Module):
         self, sequences: Sequences, temperature: float, entropy_gradient: bool, reference: Self | None
     ) -> tuple[HeadFigures, TrunkPass]:
         """Figures of the actions, and the forward pass that they come from (without logits, if it can be)."""
-        chunked = self.plain_head and (reference is None or reference.plain_head)
+        chunked = self.linear_head and (reference is None or reference.linear_head)
         trunk = self._read(sequences, head=not chunked)
         if not chunked:
             logp = log_distribution(trunk.logits, temperature)
@@ -240,7 +244,7 @@ class Policy(nn.Module):
         return HeadFigures(token_logprobs(logp, rollout.tokens[rollout.action_mask]), entropies, exact)
 
     def head(self, temperature: float) -> Head:
-        """The LM head of a policy whose head is plain."""
+        """The LM head of a policy whose head is linear."""
         layer: Any = self.lm.get_output_embeddings()
         return Head(layer.weight, layer.bias, temperature)
 

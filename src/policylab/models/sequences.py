@@ -121,11 +121,24 @@ def can_pack(model: Any) -> bool:
     """
     if model.config._attn_implementation not in REPLACED or not model._supports_attention_backend:
         return False
+    trial = trial_rollout(model)
+    rows_apart, one_row = (Sequences.of(trial, packed=packed) for packed in (False, True))
+    try:
+        ours = one_row.at_actions(one_row.through(model)[0]).float()
+    except CannotPackError:
+        return False
+    theirs = rows_apart.at_actions(rows_apart.through(model)[0]).float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+
+
+def trial_rollout(model: Any) -> Rollout:
+    """A few tokens to try a model with: a prompt shared by two, lengths that differ."""
     device = next(model.parameters()).device
     grid = (torch.arange(9, device=device) % model.get_input_embeddings().num_embeddings).view(3, 3)
     rows = torch.tensor([0, 1, 0], device=device)
     lengths = torch.tensor([3, 1, 2], device=device)
-    trial = Rollout(
+    return Rollout(
         prompt_tokens=grid[rows],
         prompt_lengths=torch.tensor([1, 3], device=device)[rows],
         tokens=grid,
@@ -136,11 +149,3 @@ def can_pack(model: Any) -> bool:
         prompt_ids=rows,
         logprobs=torch.zeros(3, 3, device=device),
     )
-    rows_apart, one_row = (Sequences.of(trial, packed=packed) for packed in (False, True))
-    try:
-        ours = one_row.at_actions(one_row.through(model)[0]).float()
-    except CannotPackError:
-        return False
-    theirs = rows_apart.at_actions(rows_apart.through(model)[0]).float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())

@@ -168,18 +168,22 @@ def freeze_below(lm: nn.Module, count: int) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def compile_layers(lm: nn.Module) -> str | None:
-    """Has torch compile each decoder layer, and tries it on a few tokens.
+def compile_layers(lm: nn.Module, trial: Callable[[], Tensor]) -> str | None:
+    """Has torch compile each decoder layer, and tries it.
+
+    Args:
+        trial: a scalar that comes out of the layers, as in training and where they will run.
 
     Returns:
         None, or in one line why it cannot be done; the model then is as it was.
     """
-    layers = decoder_layers(lm)
+    layers = list[nn.Module]()
     try:
+        layers += decoder_layers(lm)
         for layer in layers:
             layer.compile(dynamic=True)
         with torch.enable_grad():
-            lm(input_ids=torch.arange(4, device=next(lm.parameters()).device)[None]).logits.sum().backward()
+            trial().backward()
     except Exception as error:  # whatever a compiler that is missing, or does not like the model, raises
         for layer in layers:
             layer._compiled_call_impl = None

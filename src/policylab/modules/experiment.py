@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class ExperimentModule(ManualOptimization):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.policy, parts.optim, parts.plan, parts.iterations)
         self.reference: Policy | None = None
+        self.compiles_layers = False  #: whether torch is to compile the policy's layers before the first pass
         self.engine = parts.engine
         self.reward = parts.reward
         self.task = parts.task
@@ -203,6 +205,8 @@ class ExperimentModule(ManualOptimization):
         """Holds sampling against recomputation, and tells how long the run may take at most."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         with self.trainer.precision_plugin.forward_context():
+            if self.compiles_layers and (reason := self.policy.compile_layers()):
+                warnings.warn(f"hardware.compile: this model runs as it is, because {reason}", stacklevel=2)
             pace = preflight(self, list(data.train[:PROMPTS]))
         self._checked = True
         self.expected_tokens = pace.tokens * self.plan.sequences
@@ -244,7 +248,7 @@ class ExperimentModule(ManualOptimization):
         means.add(f"{split}/length", mask.sum(-1))
         means.add(f"{split}/ended", rollout.ended)
         if rollout.ref_logprobs is not None:
-            log_ratio = rollout.logprobs - rollout.ref_logprobs
+            log_ratio = rollout.old_logprobs - rollout.ref_logprobs
             means.add(f"{split}/kl", masked_sum(log_ratio, mask))
             means.add(f"{split}/kl_token", log_ratio, mask)
 
@@ -301,7 +305,7 @@ class ExperimentModule(ManualOptimization):
             "kl_coef": self.kl_coef,
             "tokens_sampled": self.tokens_sampled,
             "tokens_trained": self.tokens_trained,
-            "micro_batch_tokens": self.micro_batch_tokens,
+            "micro_batch_tokens": (self.optim.micro_batch_tokens, self.micro_batch_tokens),
             "config": self.resolved_config,
         }
 
@@ -315,8 +319,9 @@ class ExperimentModule(ManualOptimization):
         self.kl_coef = state["kl_coef"]
         self.tokens_sampled = state["tokens_sampled"]
         self.tokens_trained = state["tokens_trained"]
-        if self.optim.micro_batch_tokens is None:  # what was found then cuts the work as it was cut then
-            self._micro_batch_tokens = state["micro_batch_tokens"]
+        asked, found = state.get("micro_batch_tokens", (None, None))
+        if asked == self.optim.micro_batch_tokens:  # what was found then cuts the work as it was cut then
+            self._micro_batch_tokens = found
         if not self.reference_moves:
             own = self.state_dict()
             checkpoint["state_dict"].update({n: v for n, v in own.items() if n.startswith("reference.")})

@@ -13,6 +13,11 @@ from policylab.rollouts.types import Rollout
 
 #: Floats that a layer keeps for the backward pass, in hidden sizes a token (GPT-2's, with a fused GELU: 25).
 KEPT_PER_LAYER = 30
+#: Tables over the vocabulary that are held where whole distributions are compared.
+TABLES = 3
+#: Scores of a layer's attention that are masked at a time, in elements (128 MiB of fp32): short sequences beside a long
+#: one would otherwise be padded to its length there.
+SCORES = 2**25
 #: Memory for these: on a CPU, where larger passes are no faster; on a GPU, this share of all that it has.
 CPU_BYTES = 2**30
 GPU_SHARE = 0.25
@@ -31,15 +36,14 @@ def cut(rollout: Rollout, rows: Int[Tensor, " N"], tokens: int, *, packs: bool) 
     sequences.sort(key=(lambda s: (s[1], s[3])) if packs else (lambda s: s[2] + s[3]))
     batches: list[list[int]] = []
     seen: set[int] = set()
-    filled = longest = 0
+    filled = widest = longest = 0
     for row, prompt, prompt_length, length in sequences:
-        longest = max(longest, prompt_length + length)
-        cost = filled + length + (0 if prompt in seen else prompt_length)
-        if not packs:
-            cost = longest * (len(batches[-1]) + 1) if batches else longest
-        if not batches or cost > tokens:
+        widest, longest = max(widest, length), max(longest, prompt_length + length)
+        count = len(batches[-1]) + 1 if batches else 1
+        cost = filled + length + (0 if prompt in seen else prompt_length) if packs else longest * count
+        if not batches or cost > tokens or count * widest * longest > SCORES:
             batches.append([])
-            seen, longest = set(), prompt_length + length
+            seen, widest, longest = set(), length, prompt_length + length
             cost = longest
         batches[-1].append(row)
         seen.add(prompt)
@@ -47,11 +51,20 @@ def cut(rollout: Rollout, rows: Int[Tensor, " N"], tokens: int, *, packs: bool) 
     return [torch.tensor(batch, device=rows.device) for batch in batches]
 
 
-def tokens_that_fit(policy: Policy) -> int:
+def tokens_that_fit(policy: Policy, *, whole_distributions: bool) -> int:
     """Tokens a forward and backward pass that should fit in memory. Depends on model and machine alone, not on what
-    else is in memory, so that a resumed run is cut as before."""
+    else is in memory, so that a resumed run is cut as before.
+
+    Args:
+        whole_distributions: whether the probabilities of all words are held, not a few figures a token.
+    """
     config: Any = policy.lm.config.get_text_config()
-    kept = KEPT_PER_LAYER * config.num_hidden_layers * config.hidden_size * torch.float32.itemsize
+    # Layers that run again keep their input alone, and one of them the rest.
+    layers = config.num_hidden_layers
+    floats = layers + KEPT_PER_LAYER if policy.recomputes_layers else layers * KEPT_PER_LAYER
+    kept = torch.float32.itemsize * floats * config.hidden_size
+    if whole_distributions:
+        kept += torch.float32.itemsize * TABLES * config.vocab_size
     device = policy.device
     cuda = device.type == "cuda"
     memory = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory if cuda else CPU_BYTES

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -22,12 +23,23 @@ from policylab.rollouts.types import Rollout
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """The micro-batches of the cut before."""
+
+    rows: int  #: of the one with most
+    tokens: int  #: of the one with most
+
+
 class ManualOptimization(LightningModule):
     """One optimizer, gradients accumulated over micro-batches, sums over processes.
 
     Attributes:
         iteration: finished iterations, of ``iterations`` in all.
+        whole_distributions: whether a forward pass leaves the probabilities of all words at each action.
     """
+
+    whole_distributions: ClassVar[bool] = False
 
     def __init__(self, policy: Policy, optim: AdamW, plan: BatchPlan, iterations: int) -> None:
         super().__init__()
@@ -39,6 +51,7 @@ class ManualOptimization(LightningModule):
         self.iteration = 0
         self._means = Means()  # of the iteration under way
         self._micro_batch_tokens: int | None = None  # known once the policy is where it runs
+        self._tried = _Tried(0, 0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optim.build(self.policy)
@@ -47,27 +60,32 @@ class ManualOptimization(LightningModule):
     def micro_batch_tokens(self) -> int:
         """Tokens a forward pass and process, as far as is known."""
         if self._micro_batch_tokens is None:
-            self._micro_batch_tokens = self.optim.micro_batch_tokens or tokens_that_fit(self.policy)
+            self._micro_batch_tokens = self.optim.micro_batch_tokens or tokens_that_fit(
+                self.policy, whole_distributions=self.whole_distributions
+            )
         return self._micro_batch_tokens
 
     def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Row indices cut into forward passes; their order is not that of ``rows``."""
-        return cut(rollout, rows, self.micro_batch_tokens, packs=self.policy.packs)
+        parts = cut(rollout, rows, self.micro_batch_tokens, packs=self.policy.packs)
+        sizes = rollout.lengths + rollout.prompt_lengths
+        self._tried = _Tried(
+            rows=max(map(len, parts), default=0),
+            tokens=max((int(sizes[part].sum()) for part in parts), default=0),
+        )
+        return parts
 
     def accumulate(self, rollout: Rollout, rows: Tensor, loss_of: Callable[[Rollout], Tensor]) -> Means:
         """Adds up the gradient of ``loss_of`` over micro-batches, synchronizing processes in the last one only.
 
         ``loss_of`` takes some of the rows and returns their share of the loss, its denominator already counted over
-        all processes. A process without rows takes part with a zero that is tied to every parameter. When memory
-        runs out, all is done again in micro-batches of half the size.
+        all processes. A process without rows takes part with a zero that is tied to every parameter.
 
         Returns:
             The means that ``loss_of`` added to; they are counted in the iteration's.
         """
-        outer = self._means
 
         def attempt() -> Means:
-            self._means = Means()
             parts = self.micro_batches(rollout, rows) or [rows]
             for i, part in enumerate(parts):
                 with nullcontext() if i == len(parts) - 1 else self.hold_synchronization():
@@ -76,37 +94,44 @@ class ManualOptimization(LightningModule):
                     self.manual_backward(loss * self.trainer.world_size)
             return self._means
 
-        try:
-            seen = self.within_memory(attempt)
-        finally:
-            self._means = outer
-        outer.merge(seen)
-        return seen
+        return self.within_memory(attempt)
 
     def within_memory(self, attempt: Callable[[], T]) -> T:
-        """What ``attempt`` gives; when memory runs out, again with half the tokens a forward pass, and so on.
+        """What ``attempt`` gives, which cuts its work by `micro_batches`. When a GPU's memory runs out, all is done
+        again in micro-batches of half the size, as if nothing had been; the size stays.
 
         Raises:
-            UserError: when not even small passes fit, or when several processes would have to agree.
+            UserError: when not even one sequence fits, or when several processes would have to agree.
         """
-        while True:
-            try:
-                return attempt()
-            except torch.OutOfMemoryError as error:
-                tokens = self.micro_batch_tokens // 2
-                if tokens < 1 or self.trainer.world_size > 1:
-                    raise UserError(
-                        f"out of memory with {self.micro_batch_tokens} tokens a forward pass; take a smaller "
-                        "optim.micro_batch_tokens, or a smaller model"
-                    ) from error
-            self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
-            torch.cuda.empty_cache()
-            warnings.warn(
-                f"out of memory: from here on {tokens} tokens a forward pass, not {self.micro_batch_tokens}; "
-                f"optim.micro_batch_tokens={tokens} would have saved the attempt",
-                stacklevel=2,
-            )
-            self._micro_batch_tokens = tokens
+        outer = self._means
+        try:
+            while True:
+                self._means = Means()  # what a failed attempt has counted is forgotten
+                try:
+                    result = attempt()
+                    outer.merge(self._means)
+                    return result
+                except torch.OutOfMemoryError as error:
+                    self._halve(error)
+        finally:
+            self._means = outer
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        tried = self._tried
+        if tried.rows <= 1 or self.trainer.world_size > 1:
+            raise UserError(
+                f"out of memory with {tried.rows} sequences of {tried.tokens} tokens in all in a forward pass; take "
+                + (
+                    "a smaller model, shorter sequences, or hardware.gradient_checkpointing=true"
+                    if tried.rows <= 1
+                    else f"optim.micro_batch_tokens={tried.tokens // 2}"
+                )
+            ) from error
+        self.policy.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        tokens = min(self.micro_batch_tokens, tried.tokens) // 2
+        warnings.warn(f"out of memory: from here on at most {tokens} tokens a forward pass", stacklevel=2)
+        self._micro_batch_tokens = tokens
 
     def zero_loss(self) -> Tensor:
         """A zero that is tied to every parameter."""

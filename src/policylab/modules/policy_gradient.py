@@ -47,7 +47,8 @@ class PolicyGradient(Collection):
         with self.phase("update"):
             rollout = self.algorithm.select(rollout)
             if self.recomputes_logprobs:
-                rollout = rollout.replace(policy_logprobs=self.recompute(rollout)[0])
+                logprobs, values = self.recompute(rollout)
+                rollout = rollout.replace(policy_logprobs=logprobs, values=values)
                 rollout = self.algorithm.correct_sampler(rollout)
             rollout = self.algorithm.shape_rewards(rollout, self.kl_coef)
             rollout = self.algorithm.estimate_advantages(rollout, self.all_sum)
@@ -221,6 +222,6 @@ class PolicyGradient(Collection):
         """The next iteration's coefficient, from the KL that this one measured."""
         if rollout.ref_logprobs is None:
             return
-        total = self.all_sum((rollout.logprobs - rollout.ref_logprobs).sum())
+        total = self.all_sum((rollout.old_logprobs - rollout.ref_logprobs).sum())
         measured = float(total) / self.plan.sequences
         self.kl_coef = self.algorithm.kl.controller.next(self.kl_coef, measured, self.plan.sequences)

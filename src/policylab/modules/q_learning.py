@@ -44,6 +44,8 @@ class QTraining(ExperimentModule):
         updates: optimizer steps so far.
     """
 
+    whole_distributions = True
+
     def __init__(self, algorithm: QLearning, parts: Parts) -> None:
         super().__init__(parts)
         self.algorithm = algorithm

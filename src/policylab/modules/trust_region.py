@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class TrustRegionPolicyGradient(PolicyGradient):
         UserError: for weights or attention that a trust region cannot do with.
     """
 
+    whole_distributions = True
+
     def __init__(self, algorithm: Algorithm, parts: Parts) -> None:
         super().__init__(algorithm, parts)
         assert isinstance(algorithm.update, TrustRegion)
@@ -89,7 +92,8 @@ class TrustRegionPolicyGradient(PolicyGradient):
     def update(self, rollout: Rollout) -> None:
         """Gradient -> natural direction -> step to the border -> search -> critic."""
         self._ratio_max = torch.ones((), device=self.device)
-        self.move_policy(rollout.replace(action_mask=rollout.loss_mask, kept=None))
+        trained = rollout.replace(action_mask=rollout.loss_mask, kept=None)
+        self.within_memory(lambda: self.move_policy(trained))
         if self.algorithm.uses_critic:
             self.fit_critic(rollout)
 
@@ -300,7 +304,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
         size = self.plan.sequences // self.region.critic_minibatches
         for epoch in range(self.region.critic_epochs):
             for rows in self.minibatches(rollout, epoch, size):
-                if self.critic_gradient(rollout, rows):
+                if self.within_memory(functools.partial(self.critic_gradient, rollout, rows)):
                     self.apply_gradients()
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:

@@ -23,6 +23,8 @@ from policylab.errors import UserError, demand
 from policylab.rewards.base import Reward, Score, Scores, answers_of, checked, reward_name, score
 from policylab.rollouts.text import Completion
 
+#: More would be a slip of the finger.
+MOST_WORKERS = 1024
 #: Gives the scores that are being computed, when they are there.
 Pending = Callable[[], Scores]
 #: The same for the answers to a share of the completions.
@@ -56,7 +58,7 @@ class PooledReward:
     def __init__(self, reward: Reward, workers: int, pool: Literal["process", "thread"]) -> None:
         self.name = reward_name(reward)
         self.count = workers
-        self.workers: Workers = Processes(reward, workers) if pool == "process" else Threads(reward, workers)
+        self.workers: Workers = Processes(reward) if pool == "process" else Threads(reward, workers)
 
     def __call__(self, completions: Sequence[Completion]) -> list[Score]:
         """As any reward: the answers, when they are there."""
@@ -98,9 +100,8 @@ class Processes:
     They end when their pipe does, in whatever way this process ends; signals are for this process to answer.
     """
 
-    def __init__(self, reward: Reward, count: int) -> None:
+    def __init__(self, reward: Reward) -> None:
         self.name = reward_name(reward)
-        self.count = count
         try:
             self.sent = pickle.dumps(reward)
         except Exception as error:  # pickle raises what it likes
@@ -111,8 +112,8 @@ class Processes:
         self.asked = 0
 
     def begin(self, shares: Sequence[Sequence[Completion]]) -> list[Answers]:
-        if not self.running:
-            self._start()
+        for number in range(len(self.running), len(shares)):
+            self._start(number)
         self.asked += 1
         pending: list[Answers] = []
         for (process, connection), share in zip(self.running, shares, strict=False):
@@ -133,17 +134,15 @@ class Processes:
                 process.kill()
         self.running = []
 
-    def _start(self) -> None:
+    def _start(self, number: int) -> None:
+        if number == 0:
+            atexit.register(self.close)
         context = multiprocessing.get_context("spawn")
-        atexit.register(self.close)
-        for number in range(self.count):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=serve, args=(there, self.sent), name=f"reward-{self.name}-{number}"
-            )
-            process.start()
-            there.close()
-            self.running.append((process, here))
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(there, self.sent), name=f"reward-{self.name}-{number}")
+        process.start()
+        there.close()
+        self.running.append((process, here))
 
     def _receive(self, process: Any, connection: Connection, question: int) -> list[Score]:
         answered = -1
@@ -178,7 +177,10 @@ def serve(connection: Connection, sent: bytes) -> None:
             answer = answers_of(reward_name(reward), reward(share), len(share))
         except Exception as error:
             answer = portable(error)
-        connection.send((question, answer))
+        try:
+            connection.send((question, answer))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:  # an answer that cannot be sent
+            connection.send((question, portable(error)))
 
 
 def portable(error: Exception) -> Exception:
@@ -204,11 +206,11 @@ def pooled(reward: Reward, workers: int | None, pool: str | None) -> Reward:
     """
     if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool)):
         raise UserError(f"reward.workers={workers!r} is not a whole number")
-    demand("reward.workers", workers, 0)
+    demand("reward.workers", workers, 0, MOST_WORKERS)
+    if pool not in (None, "process", "thread"):
+        raise UserError(f"reward.pool={pool} is not one of process, thread")
     if not workers:
         return reward
-    if pool not in ("process", "thread"):
-        raise UserError(f"reward.pool={pool} is not one of process, thread")
     return PooledReward(reward, workers, pool)  # type: ignore[arg-type]
 
 

@@ -89,7 +89,7 @@ def check_settings(temperature: float, max_new_tokens: int) -> None:
     Raises:
         UserError: when the temperature is not above 0, or there is nothing to sample.
     """
-    if temperature <= 0:
+    if not 0 < temperature < float("inf"):
         raise UserError(f"rollout.temperature is {temperature}; it must be above 0")
     if max_new_tokens < 1:
         raise UserError(f"rollout.max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -6,8 +6,8 @@ what a doubtful engine is held against, and what runs where none of ours can. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,13 +62,12 @@ class GenerateEngine:
             eos_token_id=policy.eos_id,
             pad_token_id=policy.eos_id,
         )
-        with only(settings, policy.lm) as lm:
-            written = lm.generate(
-                tokens.repeat_interleave(group_size, 0),
-                attention_mask=attention.long().repeat_interleave(group_size, 0),
-                generation_config=settings,
-                logits_processor=[draw],
-            )[:, width:]
+        written = with_settings(policy.lm, settings).generate(
+            tokens.repeat_interleave(group_size, 0),
+            attention_mask=attention.long().repeat_interleave(group_size, 0),
+            generation_config=settings,
+            logits_processor=[draw],
+        )[:, width:]
         is_eos = written == policy.eos_id
         ended = is_eos.any(-1)
         first_eos = is_eos.int().argmax(-1)
@@ -112,12 +111,9 @@ class KeyedDraw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn[:, None], 0.0)
 
 
-@contextmanager
-def only(settings: GenerationConfig, lm: Any) -> Iterator[Any]:
-    """Hides the defaults of the checkpoint, which ``generate`` would mix in: top-k, penalties, other EOS tokens."""
-    own = lm.generation_config
-    lm.generation_config = settings
-    try:
-        yield lm
-    finally:
-        lm.generation_config = own
+def with_settings(lm: Any, settings: GenerationConfig) -> Any:
+    """The same model without the checkpoint's own defaults, which ``generate`` would mix in: top-k, penalties, other
+    EOS tokens. The model itself keeps them: it may be written to disk meanwhile."""
+    view = copy.copy(lm)
+    view.generation_config = settings
+    return view

@@ -1,8 +1,8 @@
-"""Linear layers for decoding: weights of the model read in place, by the fastest kernel that is there.
+"""Linear layers for decoding, by the fastest kernel that is there.
 
-On a CPU that is oneDNN: PyTorch multiplies fp32 matrices with MKL, which leaves half of an AMD core idle, and
-oneDNN fuses what follows a product (activation, residual) and takes bf16 weights in a packed layout. Its
-operators are private to PyTorch, so they are tried once, and where they fail the plain product takes over.
+On a CPU that is oneDNN (`policylab.functional.products` says why): it takes weights in a layout of its own, into which they
+are packed once a rollout, and fuses what follows a product (activation, residual). Its operators are private to PyTorch,
+so they are tried once, and where they fail the plain product takes over.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from torch import Tensor
 
 Activation = Literal["gelu", "swish"]
 
-#: Multiply-adds of a product from which oneDNN, slow to call, beats MKL in fp32.
-WORTH_A_CALL = 2**21
-
 
 class Linear:
     """``x @ weight.T + bias`` and what may follow it.
 
     Args:
-        weight: ``[out, in]``, of whatever strides. In its own dtype it is read in place.
+        weight: ``[out, in]``, of whatever strides.
         dtype: of the product; another than the weight's own is cast to once, here.
     """
 
@@ -33,15 +30,13 @@ class Linear:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.onednn = weight.device.type == "cpu" and onednn_works(dtype)
-        self.packed = self.onednn and dtype != torch.float32
-        if self.packed:
+        if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
-        self._smallest = 0 if self.packed else -(-WORTH_A_CALL // weight.numel())
 
     def __call__(self, x: Float[Tensor, "B I"], then: Activation | None = None) -> Float[Tensor, "B O"]:
         """The product, and the activation of it: GELU by tanh ("gelu"), or SiLU ("swish")."""
         x = x.to(self.weight.dtype)
-        if self.onednn and len(x) >= self._smallest:
+        if self.onednn:
             algorithm = "tanh" if then == "gelu" else ""
             return torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, then or "none", [], algorithm
@@ -53,7 +48,7 @@ class Linear:
 
     def onto(self, x: Float[Tensor, "B I"], residual: Float[Tensor, "B O"]) -> Float[Tensor, "B O"]:
         """The product added to the residual stream, which stays in fp32."""
-        if self.onednn and self.weight.dtype == residual.dtype and len(x) >= self._smallest:
+        if self.onednn and self.weight.dtype == residual.dtype:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         return residual + self(x)
 
