@@ -134,20 +134,6 @@ class TestTokens:
         policy = policy_of(name)
         demand_same(policy, engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending))
 
-    @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-    def test_without_onednn(self, name, monkeypatch, engine):
-        monkeypatch.setattr(linear, "onednn_works", lambda dtype: False)
-        policy = policy_of(name)
-        demand_same(policy, engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending))
-
-    @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-    def test_with_onednn_however_small_the_product(self, name, monkeypatch, engine):
-        if not linear.onednn_works(torch.float32):
-            pytest.skip("this build of PyTorch has no oneDNN linears")
-        monkeypatch.setattr(linear, "WORTH_A_CALL", 0)
-        policy = policy_of(name)
-        demand_same(policy, engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending))
-
     def test_new_weights_are_read(self, engine):
         policy = policy_of("llama")
         before = engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)

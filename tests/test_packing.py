@@ -250,7 +250,7 @@ def test_in_bf16_a_policy_is_at_itself():
         figures = head_figures(head, states, torch.arange(7), entropy_gradient=False, other=other)
         figures.exact_kl.sum().backward()
     assert figures.exact_kl.abs().max() < 1e-6
-    assert states.grad.abs().max() < 1e-6
+    assert states.grad.abs().max() < 1e-5
 
 
 def test_a_second_backward_pass_finds_what_the_first_found():

@@ -111,7 +111,8 @@ class _HeadFigures(torch.autograd.Function):
                 normalizer[part] = top + lse
                 if other is not None:
                     q = other[0].logits(other[1][part]).log_softmax(-1)
-                    exact_kl[part] = -entropy[part] - _dot(p, q)
+                    # The difference first: where both are the same it is exactly zero.
+                    exact_kl[part] = _dot(p, z.sub_(lse[:, None]).sub_(q))
                 if rows >= len(hidden) and other is None and not entropy_gradient:
                     kept = p
         ctx.save_for_backward(hidden, weight, bias, tokens, normalizer, entropy, exact_kl)

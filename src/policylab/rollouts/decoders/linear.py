@@ -1,8 +1,8 @@
 """Linear layers for decoding, by the fastest kernel that is there.
 
-On a CPU that is oneDNN (`policylab.functional.products` says why): it takes weights in a layout of its own, into which they
-are packed once a rollout, and fuses what follows a product (activation, residual). Its operators are private to PyTorch,
-so they are tried once, and where they fail the plain product takes over.
+On a CPU that is oneDNN (`policylab.functional.products` says why): it takes weights in a layout of its own, into which
+they are packed once a rollout, and fuses what follows a product (activation, residual). Its operators are private to
+PyTorch, so they are tried once, and where they fail the plain product takes over.
 """
 
 from __future__ import annotations
