@@ -7,6 +7,7 @@ completions, which carries no information and must teach nothing.
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -128,5 +129,8 @@ def test_every_other_preset_learns_and_not_from_noise(compose, algo, shuffled):
     """With the rates of ``algo_model``; from 0.76, a gain of 0.1 is two fifths of what there is to gain."""
     if algo == "raft" and shuffled:
         pytest.skip("imitating samples picked at random sharpens the policy; where it drifts to is chance")
-    rise = gain(compose([*GROUP_WALKS, f"algo={algo}"]), shuffled)
+    seeds = (
+        (0, 1, 2) if algo == "npg" else (0,)
+    )  # without a search a single run drifts: -0.02 to 0.05 from noise
+    rise = mean(gain(compose([*GROUP_WALKS, f"algo={algo}", f"seed={seed}"]), shuffled) for seed in seeds)
     assert rise < 0.05 if shuffled else rise > 0.1

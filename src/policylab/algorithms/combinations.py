@@ -61,7 +61,7 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
             isinstance(surrogate, LogProb | CISPO)
             and isinstance(update, TrustRegion)
             and update.line_search is not None,
-            f"algo.surrogate={loss} does not tell what a longer step gains, and algo/update=trust_region searches by "
+            f"algo.surrogate={loss} does not tell what a longer step gains, and algo.update.line_search searches by "
             "that; take algo/surrogate=ratio",
         ),
         (
