@@ -61,14 +61,9 @@ class CachedEngine:
         noise: Float[Tensor, "B T"],
         behaviour: Behaviour | None = None,
     ) -> Rollout:
-        """``group_size`` completions of each prompt, those of one prompt in adjacent rows.
-
-        Args:
-            noise: uniform numbers, a row for each completion and ``max_new_tokens`` columns.
-            behaviour: what is sampled from; None is the policy itself.
+        """As every engine.
 
         Raises:
-            UserError: when prompt and completion do not fit the model's context.
             FloatingPointError: when the policy's logits are not finite.
         """
         device = policy.device
