@@ -1,4 +1,4 @@
-"""Mistakes that the user can mend."""
+"""What ends a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ class UserError(Exception):
 
     The root scripts print the message without a traceback and exit with code 2.
     """
+
+
+class ProcessFailed(Exception):
+    """One of several processes failed; the message is its own traceback."""
 
 
 def demand(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ import hydra
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import (
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.algorithms import Algorithm, QLearning, Supervised, TrustRegion
+from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervised, TrustRegion
 from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.saved_config import plain
+from policylab.launch.world import world
+from policylab.models.adapter import LoRA
 from policylab.models.critic import ValueModel, value_model
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
@@ -35,6 +43,8 @@ from policylab.tasks.datamodule import PromptData
 PLANNED = frozenset({"prompts", "group_size"})
 #: Keys of ``task`` that ``rollout`` takes over, not the task.
 TAKEN_OVER = frozenset({"max_new_tokens"})
+#: Keys of ``model`` that say what becomes of it once it is loaded.
+ADAPTED = frozenset({"adapter"})
 #: Keys of ``reward`` that say who computes it.
 POOLED = frozenset({"workers", "pool"})
 
@@ -139,8 +149,9 @@ def check_parts(config: DictConfig) -> None:
     Raises:
         UserError: naming the first key that does not fit.
     """
-    for group in ("algo", "optim", "model", "callbacks", "logger"):
+    for group in ("algo", "optim", "callbacks", "logger"):
         check_signatures(config[group], group, frozenset())
+    check_signatures(config.model, "model", ADAPTED)
     check_signatures(config.reward, "reward", POOLED)
     check_signatures(config.rollout, "rollout", PLANNED)
     check_signatures(config.task, "task", TAKEN_OVER)
@@ -148,9 +159,12 @@ def check_parts(config: DictConfig) -> None:
 
 def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> Policy:
     """The model, with a critic where the algorithm uses one."""
-    loaded = instantiate(config.model)
-    policy = Policy(loaded, critic_for(loaded, algorithm))
-    if config.optim.frozen_layers:
+    loaded = instantiate(without(model_config(config), ADAPTED))
+    adapter = adapter_for(config, algorithm)
+    if adapter is not None:
+        adapter.adapt(loaded.lm, config.optim.frozen_layers)
+    policy = Policy(loaded, critic_for(loaded, algorithm, adapter))
+    if config.optim.frozen_layers and adapter is None:
         freeze_below(loaded.lm, config.optim.frozen_layers)
     policy.recomputes_layers = config.hardware.gradient_checkpointing
     if policy.recomputes_layers:
@@ -158,15 +172,44 @@ def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervis
     return policy
 
 
-def critic_for(loaded: LoadedModel, algorithm: Algorithm | QLearning | Supervised) -> ValueModel | None:
-    """The critic that the algorithm uses, if any."""
+def model_config(config: DictConfig) -> DictConfig:
+    """``config.model``, its weights in bf16 where the hardware wants that throughout."""
+    if config.hardware.precision != "bf16-true":
+        return config.model
+    return OmegaConf.merge(config.model, {"dtype": "bfloat16"})  # type: ignore[return-value]
+
+
+def adapter_for(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> LoRA | None:
+    """What trains in place of the model's own weights, if anything does.
+
+    Raises:
+        UserError: when the algorithm cannot do with it.
+    """
+    node = config.model.get("adapter")
+    if node is None:
+        return None
+    if isinstance(algorithm, Algorithm) and isinstance(algorithm.kl.reference, MovingReference):
+        raise UserError(
+            "algo/reference=moving averages weights, and the average of adapters is not that of the weights they make; "
+            "with model/adapter=lora take algo/reference=frozen"
+        )
+    return instantiate(node)
+
+
+def critic_for(
+    loaded: LoadedModel, algorithm: Algorithm | QLearning | Supervised, adapter: LoRA | None
+) -> ValueModel | None:
+    """The critic that the algorithm uses, if any. Next to an adapted policy, all that it is made of is adapted."""
     if isinstance(algorithm, QLearning):
         value = algorithm.dueling
         return value_model(loaded.lm, value.own_layers, init=None) if value else None
     if isinstance(algorithm, Supervised) or not algorithm.uses_critic:
         return None
     assert algorithm.critic is not None
-    return value_model(loaded.lm, algorithm.critic.own_layers, algorithm.critic.init)
+    critic = value_model(loaded.lm, algorithm.critic.own_layers, algorithm.critic.init)
+    if adapter is not None and algorithm.critic.init is not None:
+        adapter.adapt(critic.backbone)
+    return critic
 
 
 def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> BatchPlan:
@@ -236,16 +279,17 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         raise UserError(
             "hardware=gpu, but torch sees no GPU; take hardware=cpu, or install a CUDA build of torch"
         )
+    # Not Lightning's own "auto", which takes Apple's GPU: that has no float64, which sampling needs.
+    here_cpu = hardware.accelerator == "auto" and not torch.cuda.is_available()
     return Trainer(
-        # Not Lightning's own "auto", which takes Apple's GPU: that has no float64, which sampling needs.
-        accelerator="cpu"
-        if hardware.accelerator == "auto" and not torch.cuda.is_available()
-        else hardware.accelerator,
+        accelerator="cpu" if here_cpu else hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy,
-        precision=hardware.precision,
-        logger=named_parts(config.logger, Logger),
+        strategy=strategy(hardware),
+        plugins=cluster(),
+        # weights that are bf16 throughout come from model.dtype, and take nothing of Lightning's
+        precision="32-true" if hardware.precision == "bf16-true" else hardware.precision,
+        logger=named_parts(config.logger, Logger) if world().main else False,
         callbacks=named_parts(config.callbacks, Callback),
         max_epochs=1,
         val_check_interval=min(config.validation.every, config.iterations),
@@ -259,6 +303,29 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         default_root_dir=run_dir,
         detect_anomaly=config.detect_anomaly,
     )
+
+
+def strategy(hardware: DictConfig) -> str | Strategy:
+    """How processes share the work; "auto" for one alone."""
+    if hardware.devices * hardware.num_nodes == 1:
+        return "auto"
+    return DDPStrategy(
+        process_group_backend="gloo" if hardware.accelerator == "cpu" else "nccl",
+        timeout=timedelta(seconds=hardware.timeout),
+        gradient_as_bucket_view=True,
+    )
+
+
+def cluster() -> list[Any]:
+    """Who has started the processes, as Lightning wants to know it; nothing where there is one."""
+    if world().size == 1:
+        return []
+    # Requeueing is up to who reads the exit code.
+    return [
+        TorchElasticEnvironment()
+        if TorchElasticEnvironment.detect()
+        else SLURMEnvironment(auto_requeue=False)
+    ]
 
 
 def named_parts(group: DictConfig | None, kind: type) -> list[Any]:

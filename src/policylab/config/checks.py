@@ -16,11 +16,16 @@ ROOT_KEYS = {
 #: Values outside any ``_target_``, whose type nothing else checks.
 WHOLE_NUMBERS = (
     "seed", "iterations", "rollout.prompts", "rollout.group_size", "validation.every", "validation.prompts",
-    "validation.batch_size", "hardware.devices", "hardware.num_nodes",
+    "validation.batch_size",
 )  # fmt: skip
 #: Values outside any ``_target_`` that are true or false.
-SWITCHES = ("detect_anomaly", "hardware.gradient_checkpointing", "hardware.compile")
-PRECISIONS = ("32-true", "bf16-mixed")
+SWITCHES = ("detect_anomaly", "hardware.gradient_checkpointing", "hardware.compile", "hardware.cpu_offload")
+#: Values with a few choices, of which "auto" is settled where the run starts.
+CHOICES = {
+    "hardware.precision": ("32-true", "bf16-mixed", "bf16-true"),
+    "hardware.strategy": ("auto", "ddp", "fsdp"),
+    "hardware.accelerator": ("auto", "cpu", "gpu"),
+}
 
 
 def check(config: DictConfig) -> None:
@@ -41,11 +46,11 @@ def check(config: DictConfig) -> None:
     if not isinstance(config.tags, ListConfig):
         raise UserError(f"tags={config.tags!r} is not a list; write tags=[{config.tags}]")
     demand("seed", config.seed, 0, 2**32 - 1)
-    if config.hardware.devices * config.hardware.num_nodes > 1:
-        raise UserError(
-            f"hardware.devices={config.hardware.devices}, hardware.num_nodes={config.hardware.num_nodes}: training "
-            "on several processes is not supported yet; take 1"
-        )
+    for path in ("hardware.devices", "hardware.num_nodes"):
+        if OmegaConf.select(config, path) != "auto":
+            demand_whole(path, OmegaConf.select(config, path), 1)
+    demand_whole("hardware.max_restarts", config.hardware.max_restarts, 0)
+    demand("hardware.timeout", config.hardware.timeout, 0, above=True)
     for path in SWITCHES:
         if not isinstance(value := OmegaConf.select(config, path), bool):
             raise UserError(f"{path}={value} is neither true nor false")
@@ -54,10 +59,12 @@ def check(config: DictConfig) -> None:
             "hardware.compile=true and hardware.gradient_checkpointing=true: compiled layers cannot be told to run "
             "again; take one of them"
         )
-    if config.hardware.precision not in PRECISIONS:
+    for path, choices in CHOICES.items():
+        if (value := OmegaConf.select(config, path)) not in choices:
+            raise UserError(f"{path}={value} is not one of {', '.join(choices)}")
+    if config.hardware.cpu_offload and config.hardware.strategy != "fsdp":
         raise UserError(
-            f"hardware.precision={config.hardware.precision} is not one of {', '.join(PRECISIONS)}; for weights that "
-            "are bf16 throughout take model.dtype=bfloat16"
+            f"hardware.cpu_offload=true is a thing of hardware.strategy=fsdp, and it is {config.hardware.strategy}"
         )
 
 

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from policylab.launch.find_run import find_run
 from policylab.launch.run_folder import claim
+from policylab.launch.world import lasting
 
 
 @cache
@@ -29,7 +30,7 @@ def run_dir(resume: str | None, path: str) -> str:
         resume: run folder, checkpoint in one, or "latest"; None for a new run.
         path: folder for a new run. Taken names get ``_2``, ``_3``, ...
     """
-    return str(find_run(resume) if resume else claim(Path(path)))
+    return lasting("run folder", lambda: str(find_run(resume) if resume else claim(Path(path))))
 
 
 def slug(text: object) -> str:

@@ -1,6 +1,7 @@
 """What the root scripts share: resolvers before Hydra starts, and one clear line when something is wrong.
 
-Exit codes: 0 done, 2 bad input, 130 interrupted (Ctrl-C), 143 told to end (SIGTERM), 1 anything else.
+Exit codes: 0 done, 2 bad input, 75 told to end (SIGTERM, SIGUSR1), nothing is wrong, run it again; 130 interrupted
+(Ctrl-C), 1 anything else.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from policylab.config import resolvers
+from policylab.errors import ProcessFailed, UserError
 from policylab.launch.allocator import keep_freed_memory
 from policylab.launch.help import help_page
 from policylab.launch.resume import with_command_of
+from policylab.launch.signals import INTERRUPTED
+from policylab.launch.world import world
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
 WANTS_TRACEBACKS = os.environ.get(FULL_ERROR) == "1"
 
@@ -63,8 +67,18 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
 
 
 def flags_first(words: list[str]) -> list[str]:
-    """``-m`` may stand anywhere; Hydra wants it before or after all overrides."""
-    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
+    """``-m`` may stand anywhere; Hydra wants it before or after all overrides.
+
+    Raises:
+        UserError: when each of several processes would sweep.
+    """
+    multirun = ("-m", "--multirun")
+    if world().size > 1 and not set(words).isdisjoint(multirun):
+        raise UserError(
+            f"-m under torchrun or srun would run the sweep {world().size} times; start it without them, with "
+            "hardware=ddp or hardware=ddp_cpu"
+        )
+    return sorted(words, key=lambda word: word not in multirun)
 
 
 def quoted(word: str, free_text: Sequence[str]) -> str:
@@ -89,10 +103,19 @@ def end_with(error: Exception) -> NoReturn:
 
     message = None if WANTS_TRACEBACKS else one_line(error)
     if message is None:
-        traceback.print_exception(error)
+        print_traceback(error)
         sys.exit(1)
-    print(f"error: {message}", file=sys.stderr)
+    whose = "" if world().main else f" on rank {world().rank}"
+    print(f"error{whose}: {message}", file=sys.stderr)
     sys.exit(BAD_INPUT)
+
+
+def print_traceback(error: Exception) -> None:
+    """All that is known of an error; of one in another process, what that process knew."""
+    if isinstance(error, ProcessFailed):
+        print(error, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
 
 
 def as_job(task: Callable[[], float | None]) -> float | None:

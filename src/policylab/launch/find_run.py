@@ -64,9 +64,12 @@ def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
     raise UserError(f"no checkpoint at {path}; {choices}")
 
 
-def checkpoint_to_resume(resume: str) -> Path:
-    """The checkpoint from which ``resume=...`` goes on: the file itself, or the newest of a run folder."""
+def checkpoint_to_resume(resume: str) -> Path | None:
+    """The checkpoint from which ``resume=...`` goes on: the file itself, or the newest whole one of a run folder; None
+    where a run has saved none yet."""
+    from policylab.launch.checkpoints import newest_whole_checkpoint
+
     path = Path(resume).expanduser()
     if path.is_file():
         return path.resolve()
-    return find_checkpoint(find_run(resume), "last")
+    return newest_whole_checkpoint(find_run(resume))

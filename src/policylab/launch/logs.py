@@ -7,6 +7,8 @@ import sys
 import warnings
 from typing import TextIO
 
+from policylab.launch.world import world
+
 #: Said by Lightning or torch in every run and of no use in any; whatever else they say is shown.
 NOISE = (
     "litlogger",
@@ -30,7 +32,8 @@ class ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.addFilter(lambda record: not getattr(record, "file_only", False))
+        # Of several processes one speaks; all write train.log.
+        self.addFilter(lambda record: world().main and not getattr(record, "file_only", False))
 
     @property
     def stream(self) -> TextIO:
@@ -59,5 +62,7 @@ def silence_noise() -> None:
         logger.propagate = True
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoiseFilter())
+    if not world().main:
+        warnings.simplefilter("ignore")
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=f"(?s).*{noise}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from policylab.launch.find_run import LATEST, find_run
 from policylab.launch.run_folder import write_atomically
 from policylab.launch.status import running_process
 
+log = logging.getLogger(__name__)
+
+#: ``resume=auto``: go on if there is something to go on with.
+AUTO = "auto"
 #: Values that make another run of it rather than the same one continued.
 IDENTITY = ("algo.name", "model.name", "task.name", "seed")
 
@@ -25,6 +30,9 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
     """
     resume, logs = last_value(arguments, "resume"), last_value(arguments, "paths.logs")
+    if resume == AUTO:
+        arguments = go_on_or_start(arguments)
+        resume = last_value(arguments, "resume")
     if resume in (None, "", "null"):
         return list(arguments)
     folder = find_run(resume, Path(logs) if logs else None)
@@ -34,6 +42,23 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     before = json.loads(environment.read_text())["overrides"] if environment.is_file() else []
     given = {override_key(word) for word in arguments}
     return [word for word in before if override_key(word) not in given] + list(arguments)
+
+
+def go_on_or_start(arguments: Sequence[str]) -> list[str]:
+    """``resume=auto hydra.run.dir=DIR`` made plain: so a job can be submitted once, and started as often as need be.
+
+    Raises:
+        UserError: without a folder.
+    """
+    folder = last_value(arguments, "hydra.run.dir")
+    if folder is None:
+        raise UserError(
+            f"resume={AUTO} needs hydra.run.dir=FOLDER: it goes on with the run there, or starts it"
+        )
+    rest = [word for word in arguments if word != f"resume={AUTO}"]
+    if not (Path(folder).expanduser() / "status.json").is_file():
+        return rest
+    return [word for word in rest if not word.startswith("hydra.run.dir=")] + [f"resume={folder}"]
 
 
 def last_value(arguments: Sequence[str], key: str) -> str | None:
@@ -47,8 +72,11 @@ def override_key(word: str) -> str:
     return word.split("=", 1)[0].lstrip("+~")
 
 
-def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> None:
+def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None) -> None:
     """Refuses to go on with a run as if it were another one.
+
+    Args:
+        checkpoint: to go on from; None for the start.
 
     Raises:
         UserError: when folder, algorithm, model, task or seed differ, nothing is left to do, or the run is still
@@ -58,7 +86,7 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> No
         raise UserError(
             f"{run_folder} is still running, as process {process}; wait for its end, or stop it first"
         )
-    if not checkpoint.is_relative_to(run_folder.resolve()):
+    if checkpoint is not None and not checkpoint.is_relative_to(run_folder.resolve()):
         raise UserError(f"resume={config.resume} goes on in the folder of that run; leave out hydra.run.dir")
     before = OmegaConf.load(run_folder / "config.yaml")
     for key in IDENTITY:
@@ -67,6 +95,9 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path) -> No
             raise UserError(
                 f"this run has {key}={old}, the command says {new}; start a new run, without resume"
             )
+    if checkpoint is None:
+        log.warning("%s has saved no state yet; it starts from the beginning", run_folder)
+        return
     state = checkpoint_state(checkpoint)
     done, sampled = state["iteration"], state["tokens_sampled"]
     if done >= config.iterations:

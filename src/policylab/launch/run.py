@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows, validated
 from policylab.config.checks import check
+from policylab.config.hardware import processes, settled
 from policylab.errors import UserError
 from policylab.launch.find_run import checkpoint_to_resume
 from policylab.launch.imports import import_libraries
@@ -22,32 +23,44 @@ from policylab.launch.resume import check_same_run, checkpoint_iteration, rewind
 from policylab.launch.run_folder import point_latest, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder, save_config
 from policylab.launch.screen import Screen
+from policylab.launch.signals import SIGNALS, Interrupted
 from policylab.launch.status import RunStatus
 from policylab.launch.summary import summarize, write_summary
+from policylab.launch.world import agreed, demand_same, in_environment, world
 from policylab.rewards.pool import ended_workers
 
 if TYPE_CHECKING:
     from policylab.config.build import Experiment
-    from policylab.launch.signals import StopOnSignal
+    from policylab.launch.stop import StopOnSignal
 
 log = logging.getLogger(__name__)
 
 
 def train_job(config: DictConfig) -> float | None:
-    """The Hydra task of ``train.py``."""
+    """The Hydra task of ``train.py``: trains in this process, or starts those that do."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    return train(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task))
+    run_dir, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    check(config)
+    config = settled(config)
+    if processes(config) == world().size:
+        return train(config, run_dir, overrides)
+    from policylab.launch.processes import launch
+
+    return launch(config, hydra.job_logging, run_dir, overrides)
 
 
-def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    """Trains as the config says and leaves the results in the run folder.
+def train(
+    config: DictConfig, run_dir: Path, overrides: list[str], signals: Sequence[int] = SIGNALS
+) -> float | None:
+    """Trains as the config says and leaves the results in the run folder. With several processes, each calls this.
 
     Args:
         config: the composed config, which is not changed.
         run_dir: folder of this run; with ``config.resume``, the folder of that run.
         overrides: what the command line changed, to show it.
+        signals: that ask the run to stop.
 
     Returns:
         The best value of the monitored metric, for sweepers; None without one.
@@ -59,28 +72,25 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
     if not (config.logger and config.logger.get("csv")):
         raise UserError("logger.csv is off, but summary and resume read metrics.csv; leave it on")
     check(config)
-    checkpoint = checkpoint_to_resume(config.resume) if config.resume else None
-    if checkpoint:
-        check_same_run(config, run_dir, checkpoint)
-    else:
-        refuse_taken_folder(run_dir)
-        save_config(config, run_dir)
+    config, main = settled(config), world().main
+    demand_same("config", OmegaConf.to_yaml(config, resolve=True))
+    checkpoint, fresh = starting_point(config, run_dir)
     screen = Screen(config, run_dir)
-    with RunStatus(run_dir, config.iterations, config.max_tokens) as status, log_failure():
+    with RunStatus(run_dir, config.iterations, config.max_tokens, writes=main) as status, log_failure():
         screen.opening(overrides)  # stands before the seconds of heavy imports
         demand_model(config)
         import_libraries()
         from policylab.launch.follow import FollowStatus
-        from policylab.launch.signals import Interrupted, StopOnSignal
+        from policylab.launch.stop import StopOnSignal
 
-        with StopOnSignal() as stop, closed_loggers():
+        with StopOnSignal(signals) as stop, closed_loggers():
             experiment = prepare(config, run_dir, overrides)
-            if checkpoint:  # not before all is built: a command that is refused must not cut the records
-                rewind(run_dir, checkpoint_iteration(checkpoint))
-                save_config(config, run_dir)
-            point_latest(
-                run_dir, Path(config.paths.logs)
-            )  # a run that could not be built is nothing to point at
+            if main:
+                if not fresh:  # not before all is built: a command that is refused must not cut the records
+                    rewind(run_dir, checkpoint_iteration(checkpoint) if checkpoint else 0)
+                    save_config(config, run_dir)
+                # a run that could not be built is nothing to point at
+                point_latest(run_dir, Path(config.paths.logs))
             # before the checkpoint callback
             experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # type: ignore[attr-defined]
             screen.plan(experiment)
@@ -89,11 +99,34 @@ def train(config: DictConfig, run_dir: Path, overrides: list[str]) -> float | No
         if stop.stopped:
             status.interrupted()
         summary = summarize(config, run_dir, outcome(experiment, status))
-        write_summary(run_dir, summary)
+        if main:
+            write_summary(run_dir, summary)
         screen.ending(summary)
         if stop.stopped and stop.signum:
             raise Interrupted(stop.signum)
     return summary["best"]["value"] if summary["best"] else None
+
+
+def starting_point(config: DictConfig, run_dir: Path) -> tuple[Path | None, bool]:
+    """The checkpoint to go on from, None for the start of the run; and whether the folder is new.
+
+    Rank 0 looks, and the others hear of it. A group of processes that was started again goes on with its own run.
+    """
+    here = world()
+    again = here.restarts > 0 and (run_dir / "status.json").is_file()
+    resume = config.resume or (str(run_dir) if again else None)
+    checkpoint: str
+    if not here.main:
+        checkpoint = agreed("checkpoint", None)
+    elif resume:
+        found = checkpoint_to_resume(resume)
+        check_same_run(config, run_dir, found)
+        checkpoint = agreed("checkpoint", str(found or ""))
+    else:
+        refuse_taken_folder(run_dir)
+        save_config(config, run_dir)
+        checkpoint = agreed("checkpoint", "")
+    return Path(checkpoint) if checkpoint else None, resume is None
 
 
 def demand_model(config: DictConfig) -> None:
@@ -125,9 +158,11 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str]) -> Experime
     environment = {
         **describe_environment(Path(config.paths.repo)),
         "weights": experiment.module.policy.source,
+        **in_environment(),
         "overrides": redact(overrides),
     }
-    write_json(run_dir / "env.json", with_earlier_sessions(environment, run_dir / "env.json"))
+    if world().main:
+        write_json(run_dir / "env.json", with_earlier_sessions(environment, run_dir / "env.json"))
     for logger in experiment.trainer.loggers:
         logger.log_hyperparams({**plain(config), "environment": environment})
     return experiment
@@ -146,12 +181,13 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
     module, data, trainer = experiment.module, experiment.data, experiment.trainer
     with survive_exit(stop):
         iteration = checkpoint_iteration(checkpoint) if checkpoint else 0
-        if iteration % experiment.config.validation.every == 0 and not is_validated(run_dir, iteration):
+        due = iteration % experiment.config.validation.every == 0
+        if due and not agreed("validated", is_validated(run_dir, iteration)):
             trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if module.iteration < module.iterations and not trainer.should_stop:
             raise RuntimeError(f"training ended after {module.iteration} of {module.iterations} iterations")
-        if not stop.stopped and not is_validated(run_dir, module.iteration):
+        if not stop.stopped and not agreed("validated", is_validated(run_dir, module.iteration)):
             trainer.validate(module, datamodule=data, verbose=False)
 
 

@@ -11,6 +11,7 @@ from policylab import __version__
 from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, short_path
 from policylab.launch.environment import git_state
 from policylab.launch.saved_config import plain
+from policylab.launch.world import world
 
 if TYPE_CHECKING:
     from policylab.config.build import Experiment
@@ -26,17 +27,16 @@ class Screen:
         self.config = config
         self.run_dir = run_dir
         self.console = console()
-        self.console.quiet = OmegaConf.select(config, "callbacks.console") is None
+        self.console.quiet = OmegaConf.select(config, "callbacks.console") is None or not world().main
 
     def opening(self, overrides: list[str]) -> None:
         """Header and config."""
         git = git_state(Path(self.config.paths.repo))
         commit = (git["commit"] or "no git repository")[:10] + (" with changes" if git["dirty"] else "")
         self.console.print(f"[bold]PolicyLab[/] {__version__}   commit {commit}")
-        hardware = self.config.hardware
         lines = [
             ("run", short_path(self.run_dir)),
-            ("device", f"{hardware.accelerator} x {hardware.devices}, {hardware.precision}"),
+            ("device", devices(self.config)),
             ("seed", str(self.config.seed)),
         ]
         if self.config.resume:
@@ -51,7 +51,10 @@ class Screen:
         total = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         lines = [
-            ("device", f"{trainer.strategy.root_device} x {trainer.world_size}, {trainer.precision}"),
+            (
+                "device",
+                f"{trainer.strategy.root_device.type} x {trainer.world_size}, {self.config.hardware.precision}",
+            ),
             (
                 "parameters",
                 f"{total:,}" + ("" if trained == total else f", of which {trained:,} are trained"),
@@ -94,3 +97,11 @@ class Screen:
         if budget is not None and summary["tokens_sampled"] >= budget:
             return f"max_tokens={2 * budget}"
         return f"iterations={2 * self.config.iterations}"
+
+
+def devices(config: DictConfig) -> str:
+    """What a run runs on."""
+    hardware = config.hardware
+    nodes = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes != 1 else ""
+    strategy = f", {hardware.strategy}" if hardware.devices * hardware.num_nodes > 1 else ""
+    return f"{hardware.accelerator} x {hardware.devices}{nodes}{strategy}, {hardware.precision}"

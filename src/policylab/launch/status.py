@@ -41,14 +41,27 @@ def running_process(run_folder: Path) -> int | None:
     return process if process != os.getpid() else None
 
 
+def finish_status(run_folder: Path, status: str, exception: str | None = None) -> None:
+    """Says how a run ended whose process can no longer say it, or that it was going to say that it was fine."""
+    if content := read_status(run_folder):
+        content |= {"status": status, "exception": exception, "finished": now(), "updated": now()}
+        write_json(run_folder / "status.json", content)
+
+
 class RunStatus:
     """Keeps ``status.json`` true from the first moment to the last, whatever ends the run.
 
     A context manager around the whole job. ``kill -9`` leaves the state "running" with a process id that no
     longer lives.
+
+    Args:
+        writes: whether this is the process that writes the file; the others only know the state.
     """
 
-    def __init__(self, run_folder: Path, iterations: int, max_tokens: int | None) -> None:
+    def __init__(
+        self, run_folder: Path, iterations: int, max_tokens: int | None, *, writes: bool = True
+    ) -> None:
+        self.writes = writes
         before = read_status(run_folder)
         self.path = run_folder / "status.json"
         self.clock = time.monotonic()
@@ -79,7 +92,8 @@ class RunStatus:
     def write(self, **changes: Any) -> None:
         """Changes some fields and writes the file."""
         self.content |= changes | {"updated": now(), "wall_seconds": round(self.wall_seconds, 1)}
-        write_json(self.path, self.content)
+        if self.writes:
+            write_json(self.path, self.content)
 
     def interrupted(self) -> None:
         """The run was asked to stop."""

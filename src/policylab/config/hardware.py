@@ -1,0 +1,67 @@
+"""How many processes a config means, and on what they run."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+from policylab.errors import UserError
+from policylab.launch.world import world
+
+AUTO = "auto"
+
+
+def processes(config: DictConfig) -> int:
+    """Of the whole run; `settled` first."""
+    return int(config.hardware.devices) * int(config.hardware.num_nodes)
+
+
+def settled(config: DictConfig) -> DictConfig:
+    """A copy of the config that says how many processes there are on what.
+
+    Where torchrun or SLURM has started several, these are used, whatever the config says.
+
+    Raises:
+        UserError: when the devices are not there, or one process cannot do what is asked.
+    """
+    hardware, here = config.hardware.copy(), world()
+    if hardware.accelerator == AUTO and (here.size > 1 or hardware.devices != 1):
+        hardware.accelerator = "gpu" if gpus() else "cpu"
+    if hardware.accelerator == "gpu" and not gpus():
+        raise UserError(
+            "hardware.accelerator=gpu, but torch sees no GPU; take hardware=cpu or hardware=ddp_cpu, or install a CUDA "
+            "build of torch"
+        )
+    if here.size > 1:
+        hardware.devices, hardware.num_nodes = here.local_size, here.nodes
+    if hardware.num_nodes == AUTO:
+        raise UserError(
+            "hardware.num_nodes=auto takes the processes that SLURM has started, and there are none; start it with "
+            "srun, or with hydra/launcher=slurm and -m"
+        )
+    if hardware.devices == AUTO:
+        hardware.devices = gpus() if hardware.accelerator == "gpu" else 1
+    if hardware.accelerator == "gpu" and hardware.devices > gpus():
+        raise UserError(
+            f"hardware.devices={hardware.devices}, but torch sees {gpus()} GPUs; take at most that"
+        )
+    if hardware.num_nodes > 1 and here.size == 1:
+        raise UserError(
+            f"hardware.num_nodes={hardware.num_nodes}: start it on each machine with torchrun --nnodes="
+            f"{hardware.num_nodes} --nproc-per-node={hardware.devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 "
+            "train.py ..., or with srun"
+        )
+    count = hardware.devices * hardware.num_nodes
+    if hardware.strategy == "fsdp" and count == 1:
+        raise UserError(
+            "hardware.strategy=fsdp shards a model over processes, and there is one; take hardware.devices=2 or more"
+        )
+    settled = config.copy()
+    OmegaConf.update(settled, "hardware", hardware, merge=False)
+    return settled
+
+
+def gpus() -> int:
+    """That torch sees."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM end a run between two iterations, where its state can be saved whole."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from lightning import Callback, Trainer
+
+from policylab.launch.signals import Interrupted, can_listen
+from policylab.launch.world import world
+
+
+class StopOnSignal(Callback):
+    """Stops a run when it is asked to.
+
+    The first signal lets the iteration end; the checkpoint is written, validation left out. The second one, or
+    one outside training, stops at once. Several processes stop after the same iteration, whichever of them was asked.
+    Stand it before the checkpoint callback.
+
+    Args:
+        signals: that ask.
+    """
+
+    def __init__(self, signals: Sequence[int]) -> None:
+        self.signals = signals
+        self.signum: int | None = None
+        self.stopped = False  #: training was ended by the signal
+        self.training = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if can_listen():
+            self.previous = {number: signal.signal(number, self.handle) for number in self.signals}
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.signum is not None and isinstance(error, Exception):
+            raise Interrupted(
+                self.signum
+            ) from error  # the other processes have stopped, and this one missed them
+
+    def handle(self, signum: int, _: FrameType | None) -> None:
+        """The signal handler."""
+        at_once = self.signum is not None or not self.training
+        self.signum = signum
+        if at_once:
+            raise Interrupted(signum)
+        if world().main:
+            print("stopping after this iteration; Ctrl-C again stops at once", flush=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """From here on an iteration is under way."""
+        self.training = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two iterations: stop here if asked to."""
+        asked = int(pl_module.all_max(torch.tensor(self.signum or 0, device=pl_module.device)))
+        if asked:
+            self.signum = asked
+            self.stopped = True
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """No iteration is under way any more."""
+        self.training = False
