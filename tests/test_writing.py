@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from policylab.callbacks import writing
-from policylab.callbacks.writing import BackgroundWriter, link_atomically, snapshot, write_state
+from policylab.callbacks.writing import BackgroundWriter, snapshot, write_state
+from policylab.launch.checkpoints import link_atomically
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from policylab.callbacks.metrics_file import best_row, read_rows
-from policylab.callbacks.writing import BackgroundWriter, link_atomically, snapshot
+from policylab.callbacks.writing import BackgroundWriter, snapshot
 from policylab.errors import UserError
+from policylab.launch.checkpoints import link_atomically
 from policylab.models.loading import quiet_bars
 
 

@@ -90,11 +90,3 @@ def write_state(state: Any, path: Path) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def link_atomically(source: Path, path: Path) -> None:
-    """Gives a file a second name; nothing is copied, and a later rename onto the first name leaves it alone."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
-    os.replace(temporary, path)

@@ -66,10 +66,14 @@ def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
 
 def checkpoint_to_resume(resume: str) -> Path | None:
     """The checkpoint from which ``resume=...`` goes on: the file itself, or the newest whole one of a run folder; None
-    where a run has saved none yet."""
-    from policylab.launch.checkpoints import newest_whole_checkpoint
+    where a run has saved none yet.
+
+    Raises:
+        UserError: when the file is damaged.
+    """
+    from policylab.launch.checkpoints import demand_whole, newest_whole_checkpoint
 
     path = Path(resume).expanduser()
     if path.is_file():
-        return path.resolve()
+        return demand_whole(path.resolve())
     return newest_whole_checkpoint(find_run(resume))

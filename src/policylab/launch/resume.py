@@ -6,12 +6,12 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows, write_rows
 from policylab.errors import UserError
+from policylab.launch.checkpoints import checkpoint_state
 from policylab.launch.find_run import LATEST, find_run
 from policylab.launch.run_folder import write_atomically
 from policylab.launch.status import running_process
@@ -109,27 +109,6 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
             f"{run_folder} has sampled {sampled} of max_tokens={config.max_tokens} tokens; give max_tokens=N above "
             "that to go on"
         )
-
-
-def checkpoint_iteration(checkpoint: Path) -> int:
-    """Iterations that were done when a checkpoint was written."""
-    return int(checkpoint_state(checkpoint)["iteration"])
-
-
-def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
-    """The part of a checkpoint that says how far the run was.
-
-    Raises:
-        UserError: when the file is damaged, or not one of ours.
-    """
-    import torch
-
-    try:
-        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        state: dict[str, Any] = content["policylab"]
-        return {name: state[name] for name in ("iteration", "tokens_sampled")}
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"cannot read the checkpoint {checkpoint}: {error}") from error
 
 
 def rewind(run_folder: Path, iteration: int) -> None:

@@ -16,10 +16,11 @@ from policylab.callbacks.metrics_file import read_rows, validated
 from policylab.config.checks import check
 from policylab.config.hardware import processes, settled
 from policylab.errors import UserError
+from policylab.launch.checkpoints import become_newest, checkpoint_iteration
 from policylab.launch.find_run import checkpoint_to_resume
 from policylab.launch.imports import import_libraries
 from policylab.launch.logs import FILE_ONLY, silence_noise
-from policylab.launch.resume import check_same_run, checkpoint_iteration, rewind
+from policylab.launch.resume import check_same_run, rewind
 from policylab.launch.run_folder import point_latest, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder, save_config
 from policylab.launch.screen import Screen
@@ -86,6 +87,8 @@ def train(
         with StopOnSignal(signals) as stop, closed_loggers():
             experiment = prepare(config, run_dir, overrides)
             if main:
+                if checkpoint:
+                    become_newest(run_dir, checkpoint)
                 if not fresh:  # not before all is built: a command that is refused must not cut the records
                     rewind(run_dir, checkpoint_iteration(checkpoint) if checkpoint else 0)
                     save_config(config, run_dir)
