@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from policylab.errors import UserError
 from policylab.models import hub
@@ -46,6 +46,19 @@ def from_scratch(
     Raises:
         UserError: for a tokenizer not found, an unknown field, or fewer ids than the tokenizer has.
     """
+    config, text = architecture_of(tokenizer, architecture, vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(dtype), attn_implementation=attn_implementation
+        )
+    return finished(lm, text, chat=None, source=f"random weights, seed {seed}")
+
+
+def architecture_of(
+    tokenizer: str, architecture: Mapping[str, Any], vocab_size: int | None
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a model with random weights; arguments and errors as of `from_scratch`."""
     text = find_tokenizer(tokenizer)
     size = len(text) if vocab_size is None else vocab_size
     if size < len(text):
@@ -59,13 +72,7 @@ def from_scratch(
     known = config_class().to_dict().keys() | config_class.attribute_map.keys()
     if unknown := sorted(fields.keys() - known):
         raise UserError(f"model.architecture: {config_class.__name__} has no field {', '.join(unknown)}")
-    config = without_dropout(config_class(**fields))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), attn_implementation=attn_implementation
-        )
-    return finished(lm, text, chat=None, source=f"random weights, seed {seed}")
+    return without_dropout(config_class(**fields)), text
 
 
 def find_tokenizer(where: str) -> PreTrainedTokenizerBase:

@@ -9,18 +9,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from policylab.models.policy import Policy
+from policylab.rollouts.plan import tokens_a_pass
 from policylab.rollouts.types import Rollout
 
-#: Floats that a layer keeps for the backward pass, in hidden sizes a token (GPT-2's, with a fused GELU: 25).
-KEPT_PER_LAYER = 30
-#: Tables over the vocabulary that are held where whole distributions are compared.
-TABLES = 3
 #: Scores of a layer's attention that are masked at a time, in elements (128 MiB of fp32): short sequences beside a long
 #: one would otherwise be padded to its length there.
 SCORES = 2**25
-#: Memory for these: on a CPU, where larger passes are no faster; on a GPU, this share of all that it has.
-CPU_BYTES = 2**30
-GPU_SHARE = 0.25
 
 
 def cut(rollout: Rollout, rows: Int[Tensor, " N"], tokens: int, *, packs: bool) -> list[Int[Tensor, " M"]]:
@@ -58,14 +52,14 @@ def tokens_that_fit(policy: Policy, *, whole_distributions: bool) -> int:
     Args:
         whole_distributions: whether the probabilities of all words are held, not a few figures a token.
     """
-    config: Any = policy.lm.config.get_text_config()
-    # Layers that run again keep their input alone, and one of them the rest.
-    layers = config.num_hidden_layers
-    floats = layers + KEPT_PER_LAYER if policy.recomputes_layers else layers * KEPT_PER_LAYER
-    kept = torch.float32.itemsize * floats * config.hidden_size
-    if whole_distributions:
-        kept += torch.float32.itemsize * TABLES * config.vocab_size
     device = policy.device
     cuda = device.type == "cuda"
-    memory = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory if cuda else CPU_BYTES
-    return max(1, int(memory / kept))
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    config: Any = policy.lm.config.get_text_config()
+    return tokens_a_pass(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size if whole_distributions else 0,
+        recomputes_layers=policy.recomputes_layers,
+        gpu_bytes=memory,
+    )
