@@ -27,8 +27,8 @@ from race.work import Work
 ROOT = Path(__file__).parents[2]
 #: More iterations than anybody waits for: the referee ends the run.
 ENDLESS = 10**6
-#: Far above the probability of EOS and PAD, far below what would change the sampling of others.
-RARE = 1e-3
+#: Far above the probability of EOS and PAD, also after some updates; below what would change the sampling of others much.
+RARE = 1e-2
 
 
 class RacePrompts:
