@@ -27,7 +27,7 @@ from race.work import Work
 ROOT = Path(__file__).parents[2]
 #: More iterations than anybody waits for: the referee ends the run.
 ENDLESS = 10**6
-#: Far above the probability of EOS and PAD, also after some updates; below what would change the sampling of others much.
+#: Far above the probability of EOS and PAD, also after some updates; too little to change much of what is sampled.
 RARE = 1e-2
 
 
