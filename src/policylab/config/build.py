@@ -12,10 +12,6 @@ import hydra
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import (
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +19,7 @@ from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervis
 from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
+from policylab.launch.cluster import Cluster
 from policylab.launch.saved_config import plain
 from policylab.launch.world import world
 from policylab.models.adapter import LoRA
@@ -286,7 +283,7 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=strategy(hardware),
-        plugins=cluster(),
+        plugins=[Cluster()],
         # weights that are bf16 throughout come from model.dtype, and take nothing of Lightning's
         precision="32-true" if hardware.precision == "bf16-true" else hardware.precision,
         logger=named_parts(config.logger, Logger) if world().main else False,
@@ -314,18 +311,6 @@ def strategy(hardware: DictConfig) -> str | Strategy:
         timeout=timedelta(seconds=hardware.timeout),
         gradient_as_bucket_view=True,
     )
-
-
-def cluster() -> list[Any]:
-    """Who has started the processes, as Lightning wants to know it; nothing where there is one."""
-    if world().size == 1:
-        return []
-    # Requeueing is up to who reads the exit code.
-    return [
-        TorchElasticEnvironment()
-        if TorchElasticEnvironment.detect()
-        else SLURMEnvironment(auto_requeue=False)
-    ]
 
 
 def named_parts(group: DictConfig | None, kind: type) -> list[Any]:

@@ -21,20 +21,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.errors import ProcessFailed, UserError
-from policylab.launch.messages import one_line
-from policylab.launch.signals import ASK, Interrupted, can_listen
+from policylab.errors import ProcessFailed, RunError, UserError
+from policylab.launch.messages import is_mistake, one_line
+from policylab.launch.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, can_listen, stop_at_once
 from policylab.launch.status import FAILED, INTERRUPTED, finish_status
 from policylab.launch.world import world
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
-#: Seconds between a polite and an impolite end of the processes that are left when one has failed.
-GRACE = 5
+#: Seconds in which the processes that are left when one has failed may end by themselves.
+GRACE = 3
+#: A file beside those with reasons of failure: whoever is started now need not begin.
+STOP = "stop"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Job:
     run_dir: str
     overrides: list[str]
     errors: str  #: folder in which a process that fails leaves its reason
+    launcher: int  #: its process
 
 
 def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[str]) -> float | None:
@@ -62,12 +66,13 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what failed is told below, once
+    for name in ("torch.distributed", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is told below, once
     devices = int(config.hardware.devices)
     with (
         tempfile.TemporaryDirectory(prefix="policylab_") as errors,
         environment(config),
-        Forward() as forward,
+        Forward(Path(errors) / STOP) as forward,
     ):
         spec = LaunchConfig(
             min_nodes=1,
@@ -78,7 +83,7 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=config.hardware.max_restarts,
-            signals_to_handle="SIGHUP",  # the others are ours, see Forward
+            signals_to_handle=PASSED_ON.name,  # never comes here; the others are ours, or none of torch's business
             shutdown_timeout=GRACE,
         )
         job = Job(
@@ -87,6 +92,7 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
             run_dir=str(run_dir),
             overrides=overrides,
             errors=errors,
+            launcher=os.getpid(),
         )
         try:
             outcomes: dict[int, Outcome] = elastic_launch(spec, work)(job)
@@ -120,14 +126,20 @@ def work(job: Job) -> Outcome:
 
     from policylab.launch.run import train
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher passes it on
-    end_with_parent()
-    configure_log(read(job.logging))
+    end_with(job.launcher)
+    end_at_word_of(job.launcher)
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     try:
-        # SIGTERM is what torch's launcher sends when another process has failed: it ends this one at once.
-        return Outcome(train(read(job.config), Path(job.run_dir), job.overrides, signals=[ASK]))
+        signal.signal(PASSED_ON, stop_at_once)
+        if (Path(job.errors) / STOP).exists():  # it came before we listened
+            raise Interrupted(PASSED_ON)
+        configure_log(read(job.logging))
+        return Outcome(train(read(job.config), Path(job.run_dir), job.overrides, signals=[PASSED_ON]))
     except Interrupted as stopped:
-        return Outcome(signum=stopped.signum)
+        if stopped.together:
+            return Outcome(signum=stopped.signum)
+        sys.exit(AGAIN)  # the others may be waiting for this one: the launcher ends them
     except Exception as error:
         note_error(error, Path(job.errors))
         raise
@@ -140,24 +152,45 @@ def read(text: str) -> DictConfig:
     return config
 
 
-def end_with_parent() -> None:
+def end_with(launcher: int) -> None:
     """Has the system end this process when the launcher is no more, even by ``kill -9``. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it is no more already
+        if os.getppid() != launcher:  # it is no more already
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_at_word_of(launcher: int) -> None:
+    """SIGTERM ends this process at once, wherever it is, if torch's launcher sends it: another process has failed.
+
+    From anybody else it does nothing, as the launcher hears it too. Elsewhere than on Linux it has no sender, and ends
+    the process.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # also in all threads to come
+
+    def listen() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != launcher:
+            pass
+        os._exit(1)
+
+    Thread(target=listen, daemon=True).start()
 
 
 def note_error(error: Exception, folder: Path) -> None:
     """Leaves the reason of a failure for the launcher."""
-    rank = world().rank
+    here = world()
     content = {
         "time": time.time(),
-        "rank": rank,
-        "bad_input": one_line(error),
+        "rank": here.rank,
+        "restarts": here.restarts,
+        "message": one_line(error),
+        "mistake": is_mistake(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    (folder / f"{world().restarts}_{rank}.json").write_text(json.dumps(content))
+    (folder / f"{here.restarts}_{here.rank}.json").write_text(json.dumps(content))
 
 
 def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
@@ -166,56 +199,59 @@ def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
     Args:
         failures: torch's ``ProcessFailure`` by rank.
     """
-    for rank, failure in failures.items():
-        if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, ASK):
-            name = signal.Signals(-failure.exitcode).name
-            memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-            return ProcessFailed(f"the process of rank {rank} was ended by {name}{memory}")
-    noted = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    rank, failure = next(iter(failures.items()))
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return ProcessFailed(f"the process of rank {rank} was ended by {name}{memory}")
+    noted = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     if not noted:
-        rank, failure = next(iter(failures.items()))
         return ProcessFailed(
             f"the process of rank {rank} ended with code {failure.exitcode} and said nothing"
         )
-    first = min(noted, key=lambda note: note["time"])
-    if first["bad_input"] is not None:
-        return UserError(first["bad_input"])
+    last = max(note["restarts"] for note in noted)
+    first = min((note for note in noted if note["restarts"] == last), key=lambda note: note["time"])
+    if first["message"] is not None:
+        return (UserError if first["mistake"] else RunError)(first["message"])
     return ProcessFailed(f"on rank {first['rank']}:\n{first['traceback']}")
 
 
 class Forward:
     """Passes signals on to the processes: the first asks them to stop after the iteration, the second ends them.
 
-    A context manager; the handlers that were there come back, also those that torch's launcher replaces.
+    A context manager; the handlers that were there come back, also the one that torch's launcher replaces.
+
+    Args:
+        note: a file to make, for processes that are started later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Path) -> None:
+        self.note = note
         self.signum: int | None = None  #: the signal, if one came
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Forward:
-        for number in (signal.SIGTERM, signal.SIGINT, ASK, signal.SIGHUP):
-            self.previous[number] = signal.getsignal(number)
         if can_listen():
-            for number in (signal.SIGTERM, signal.SIGINT, ASK):
+            self.previous = {number: signal.getsignal(number) for number in (*SIGNALS, PASSED_ON)}
+            for number in SIGNALS:
                 signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if can_listen():
-            for number, handler in self.previous.items():
-                signal.signal(number, handler)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def handle(self, signum: int, _: FrameType | None) -> None:
         """The signal handler."""
         processes = multiprocessing.active_children()
         at_once = self.signum is not None or not processes
         self.signum = signum
+        self.note.touch()
         if at_once:
             raise Interrupted(signum)
         for process in processes:
             assert process.pid is not None
-            os.kill(process.pid, ASK)
+            os.kill(process.pid, PASSED_ON)
 
 
 @contextmanager

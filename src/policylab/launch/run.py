@@ -106,7 +106,7 @@ def train(
             write_summary(run_dir, summary)
         screen.ending(summary)
         if stop.stopped and stop.signum:
-            raise Interrupted(stop.signum)
+            raise Interrupted(stop.signum, together=True)
     return summary["best"]["value"] if summary["best"] else None
 
 

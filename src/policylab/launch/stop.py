@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Self
@@ -10,7 +11,7 @@ from typing import Any, Self
 import torch
 from lightning import Callback, Trainer
 
-from policylab.launch.signals import Interrupted, can_listen
+from policylab.launch.signals import ECHO, SIGNALS, Interrupted, can_listen
 from policylab.launch.world import world
 
 
@@ -28,34 +29,48 @@ class StopOnSignal(Callback):
     def __init__(self, signals: Sequence[int]) -> None:
         self.signals = signals
         self.signum: int | None = None
+        self.asked_at = 0.0
         self.stopped = False  #: training was ended by the signal
         self.training = False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if can_listen():
-            self.previous = {number: signal.signal(number, self.handle) for number in self.signals}
+        self.previous = {number: signal.getsignal(number) for number in {*SIGNALS, *self.signals}}
+        self.listen()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        if can_listen():
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
         if self.signum is not None and isinstance(error, Exception):
-            raise Interrupted(
-                self.signum
-            ) from error  # the other processes have stopped, and this one missed them
+            # the other processes have stopped, and this one missed them
+            raise Interrupted(self.signum) from error
+
+    def listen(self) -> None:
+        """Sets the handlers; signals that do not ask are left as they were found."""
+        if can_listen():
+            for number, handler in self.previous.items():
+                signal.signal(number, self.handle if number in self.signals else handler)
 
     def handle(self, signum: int, _: FrameType | None) -> None:
         """The signal handler."""
+        if self.signum is not None and time.monotonic() - self.asked_at < ECHO:
+            return
         at_once = self.signum is not None or not self.training
-        self.signum = signum
+        self.signum, self.asked_at = signum, time.monotonic()
         if at_once:
             raise Interrupted(signum)
         if world().main:
             print("stopping after this iteration; Ctrl-C again stops at once", flush=True)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lightning has set a handler of its own for SIGTERM, which talks to the other processes amid anything."""
+        self.listen()
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """From here on an iteration is under way."""
+        self.listen()
         self.training = True
 
     def on_train_batch_end(

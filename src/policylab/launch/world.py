@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 #: A process that waits longer than this for another at the start gives up.
 START_TIMEOUT = timedelta(minutes=10)
+#: Under SLURM, ports from here on, ten thousand of them, are those of torch; ours are as many above.
+SLURM_PORTS, STORE_OFFSET = 15_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,11 @@ class World:
 
 
 def world(environment: Mapping[str, str] = os.environ) -> World:
-    """The processes that exist."""
+    """The processes that exist.
+
+    Raises:
+        UserError: when nodes have different numbers of them.
+    """
     if "TORCHELASTIC_RUN_ID" in environment:
         return World(
             rank=int(environment["RANK"]),
@@ -56,13 +63,17 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             local_size=int(environment["LOCAL_WORLD_SIZE"]),
             restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
-    # A shell on a SLURM node has the variables of a job as well, but no tasks beside it.
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+    # Of the step that srun has started: the script of sbatch and the shell of salloc have the variables of their whole
+    # job, and no tasks beside them.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_STEP_NUM_NODES"])
+        if size % nodes:
+            raise UserError(f"SLURM has started {size} tasks on {nodes} nodes; take the same number on each")
         return World(
             rank=int(environment["SLURM_PROCID"]),
-            size=int(environment["SLURM_NTASKS"]),
+            size=size,
             local_rank=int(environment["SLURM_LOCALID"]),
-            local_size=int(environment["SLURM_NTASKS"]) // int(environment["SLURM_NNODES"]),
+            local_size=size // nodes,
             restarts=int(environment.get("SLURM_RESTART_COUNT", 0)),
         )
     return World()
@@ -138,20 +149,32 @@ def _store() -> TCPStore:
     here = world()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is there already
         host, port, serves = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), False
-    else:  # beside the one that torch will open
-        host, port, serves = *_main_address(), here.main
-        port += 1
+    else:  # beside the one that torch will open, and far from those of the jobs that SLURM numbers next
+        host, port, serves = *main_address(), here.main
+        port += STORE_OFFSET if port + STORE_OFFSET < 2**16 else -STORE_OFFSET
     return TCPStore(host, port, here.size, serves, START_TIMEOUT)
 
 
-def _main_address() -> tuple[str, int]:
-    """Host and port of rank 0."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+def main_address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Host and port of rank 0: as torchrun says, or anybody else; under SLURM else its first node, and a port by the
+    job's number."""
+    host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
+    if host is None:
+        host = first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
+    if port is None:
+        port = str(SLURM_PORTS + int(environment.get("SLURM_JOB_ID", 0)) % 10_000)
+    return host, int(port)
 
-    slurm = SLURMEnvironment(auto_requeue=False)
-    return slurm.main_address, slurm.main_port
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM list of nodes.
+
+    >>> first_host("gpu[03-05,9],login1"), first_host("gpu7"), first_host("gpu[12]-ib,x")
+    ('gpu03', 'gpu7', 'gpu12-ib')
+    """
+    first = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)", nodes)
+    assert first is not None
+    return first[1] + (first[2] or "") + first[3]
 
 
 #: Times that each name has been agreed on by this process.

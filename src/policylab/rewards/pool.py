@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
 from policylab.errors import UserError, demand
+from policylab.launch.signals import SIGNALS
 from policylab.rewards.base import Reward, Score, Scores, answers_of, checked, reward_name, score
 from policylab.rollouts.text import Completion
 
@@ -162,7 +163,7 @@ class Processes:
 
 def serve(connection: Connection, sent: bytes) -> None:
     """The life of a worker process: answers each share, until nobody asks any more."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     reward: Reward | None = None
     while True:
