@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from policylab.errors import UserError
+from policylab.models.adapter import shared_weights
 from policylab.models.loading import reward_model
 from policylab.models.sequences import Sequences, can_pack
 from policylab.models.trunk import TrunkPass, after_layers, cannot_take_apart, decoder_layers, probe
@@ -96,9 +97,9 @@ class OwnLayers(ValueModel):
             )
         # The copies keep the policy's config: what it says of attention while a pass lasts is true for both.
         self.config = lm.config
-        shared: dict[int, Any] = {id(lm.config): lm.config}
+        shared = {id(lm.config): lm.config} | shared_weights(lm)
         self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in layers[len(layers) - count :])
-        self.norm = nn.Sequential(*(copy.deepcopy(module) for module in after_layers(lm)))
+        self.norm = nn.Sequential(*(copy.deepcopy(module, shared) for module in after_layers(lm)))
         self._check(lm)
 
     def watched(self, lm: nn.Module) -> Sequence[nn.Module]:
@@ -177,7 +178,7 @@ def copy_of(lm: Any) -> SeparateNetwork:
     """
     if lm.base_model is lm:
         raise cannot_take_apart(lm, "its LM head is not apart from the rest")
-    critic = SeparateNetwork(copy.deepcopy(lm.base_model), head_width(lm))
+    critic = SeparateNetwork(copy.deepcopy(lm.base_model, shared_weights(lm)), head_width(lm))
     tokens = torch.arange(4, device=lm.device)[None]
     with torch.no_grad():
         own = critic.backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]

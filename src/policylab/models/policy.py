@@ -19,6 +19,7 @@ from policylab.errors import UserError
 from policylab.functional import kl
 from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
+from policylab.models.adapter import adapted_layers, adapters_off, shared_weights
 from policylab.models.head import is_linear, watch_head
 from policylab.models.sequences import Sequences, can_pack, on_grid, trial_rollout
 from policylab.models.trunk import TrunkPass, compile_layers, recomputed_layers, watch_layers
@@ -38,11 +39,17 @@ class Policy(nn.Module):
 
     Attributes:
         recomputes_layers: keep only the layers' inputs for the backward pass of the language model.
+        runs_on: the device that it computes on, where that is not the one of its weights.
+        adapted: whether adapters train in place of the language model's own weights.
+        leaves_adapters_out: whether it acts as the language model did before it was adapted.
     """
 
     def __init__(self, loaded: LoadedModel, critic: ValueModel | None) -> None:
         super().__init__()
         self.recomputes_layers = False
+        self.runs_on: torch.device | None = None
+        self.adapted = bool(adapted_layers(loaded.lm))
+        self.leaves_adapters_out = False
         self.lm = loaded.lm
         self.tokenizer = loaded.tokenizer
         self.chat = loaded.chat
@@ -55,8 +62,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.lm.parameters()).device
+        """Where it computes."""
+        return self.runs_on or next(self.lm.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,9 +78,12 @@ class Policy(nn.Module):
     def frozen_copy(self) -> Self:
         """A reference: the same weights without gradient or critic."""
         reference = copy.copy(self)
+        reference._modules = {**self._modules, "critic": None}
+        if self.adapted:  # the very same modules, wherever their weights may go
+            reference.leaves_adapters_out = True
+            return reference
         # What never trains is the reference's as well.
-        shared: dict[int, Any] = {id(p): p for p in self.lm.parameters() if not p.requires_grad}
-        reference._modules = {**self._modules, "lm": copy.deepcopy(self.lm, shared), "critic": None}
+        reference._modules["lm"] = copy.deepcopy(self.lm, shared_weights(self.lm))
         return reference.requires_grad_(False).eval()
 
     def compile_layers(self) -> str | None:
@@ -83,6 +93,10 @@ class Policy(nn.Module):
     def critic_parameters(self) -> list[nn.Parameter]:
         """What trains and is the critic's own: its head, and layers if it has any. Empty without a critic."""
         return [] if self.critic is None else [p for p in self.critic.parameters() if p.requires_grad]
+
+    def base_parameters(self) -> list[nn.Parameter]:
+        """The weights that adapters leave as they are, the critic's among them; empty without adapters."""
+        return [p for p in self.parameters() if not p.requires_grad] if self.adapted else []
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """Everything else that trains."""
@@ -215,7 +229,8 @@ class Policy(nn.Module):
         if reference is not None:
             own = Sequences.of(sequences.rollout, packed=reference.packs)
             with torch.no_grad():
-                other = (reference.head(temperature), reference._read(own, head=False).hidden)
+                hidden = reference._read(own, head=False).hidden  # first: sharded weights are whole after a pass
+                other = (reference.head(temperature), hidden)
         figures = head_figures(
             self.head(temperature),
             trunk.hidden,
@@ -256,6 +271,7 @@ class Policy(nn.Module):
             watch_head(self.lm, sequences.at_actions, run=head) as seen,
             watch_layers(layers) as calls,
             recomputed_layers(self.lm, self._reading(sequences)) if recompute else nullcontext(),
+            adapters_off(self.lm) if self.leaves_adapters_out else nullcontext(),
         ):
             logits = sequences.through(self.lm).logits
         assert seen.hidden is not None

@@ -148,6 +148,20 @@ def after_layers(lm: nn.Module) -> list[nn.Module]:
     return seen[seen.index(layers[-1]) + 1 :]
 
 
+def layers_above(lm: nn.Module, count: int) -> list[nn.Module]:
+    """The model's layers but for the ``count`` lowest.
+
+    Raises:
+        UserError: when there are no more, or they cannot be told.
+    """
+    layers = decoder_layers(lm)
+    if count >= len(layers):
+        raise UserError(
+            f"optim.frozen_layers is {count}, but the model has {len(layers)} layers; take at most {len(layers) - 1}"
+        )
+    return list(layers)[count:]
+
+
 def freeze_below(lm: nn.Module, count: int) -> None:
     """Takes the gradient from the embeddings and the ``count`` lowest layers; a head that is tied to the embeddings
     stays as it is, too.
@@ -155,14 +169,10 @@ def freeze_below(lm: nn.Module, count: int) -> None:
     Raises:
         UserError: when there are no more layers, or they cannot be told.
     """
-    layers = decoder_layers(lm)
-    if count >= len(layers):
-        raise UserError(
-            f"optim.frozen_layers is {count}, but the model has {len(layers)} layers; take at most {len(layers) - 1}"
-        )
+    upper = layers_above(lm, count)
     head = lm.get_output_embeddings()  # type: ignore[operator]
     tied = head.weight is lm.get_input_embeddings().weight  # type: ignore[operator]
-    above = [*layers[count:], *after_layers(lm), *([] if tied else [head])]
+    above = [*upper, *after_layers(lm), *([] if tied else [head])]
     trained = {id(parameter) for module in above for parameter in module.parameters()}
     for parameter in lm.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -208,7 +218,7 @@ def cannot_take_apart(lm: nn.Module, reason: str) -> UserError:
     """The error for an architecture that is built otherwise."""
     return UserError(
         f"{type(lm).__name__} cannot be taken apart into its layers ({reason}); take algo.critic.own_layers=0 (the "
-        "policy's trunk), hardware.gradient_checkpointing=false and optim.frozen_layers=0"
+        "policy's trunk), hardware.gradient_checkpointing=false, optim.frozen_layers=0 and model/adapter=none"
     )
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.errors import UserError, demand
+from policylab.models.adapter import whole_weights
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour, greedy
 from policylab.rollouts.engine import assemble, check_context, check_settings
@@ -175,7 +176,8 @@ def hand_over(policy: Policy, model: Any) -> None:
     Raises:
         UserError: when vLLM's model has weights that the policy does not give it: it would write nonsense with them.
     """
-    taken = model.load_weights((name, weight.detach()) for name, weight in policy.lm.named_parameters())
+    own = {name: weight.detach() for name, weight in policy.lm.named_parameters()}
+    taken = model.load_weights(whole_weights(policy.lm, own))
     missing = sorted({name for name, _ in model.named_parameters()} - set(taken))
     if missing:
         raise UserError(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from policylab.models.adapter import whole_weight
 from policylab.rollouts.decoders.cache import SharedPromptCache
 from policylab.rollouts.decoders.linear import Linear
 from policylab.rollouts.decoders.plain import is_plain
@@ -68,7 +69,7 @@ class _Block:
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         self.before, self.between = _Norm(block.ln_1), _Norm(block.ln_2)
         convs = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-        self.qkv, self.out, self.up, self.down = (Linear(c.weight.t(), c.bias, dtype) for c in convs)
+        self.qkv, self.out, self.up, self.down = (Linear(whole_weight(c).t(), c.bias, dtype) for c in convs)
 
 
 class _Norm:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from policylab.models.adapter import whole_weight
 from policylab.rollouts.decoders.cache import SharedPromptCache
 from policylab.rollouts.decoders.linear import Linear
 from policylab.rollouts.decoders.plain import is_plain
@@ -92,10 +93,10 @@ class _Block:
         parts = attention.q_proj, attention.k_proj, attention.v_proj
         biases = [part.bias for part in parts if part.bias is not None]
         self.qkv = Linear(
-            torch.cat([part.weight.to(dtype) for part in parts]), torch.cat(biases) if biases else None, dtype
+            torch.cat([whole_weight(part).to(dtype) for part in parts]), torch.cat(biases) if biases else None, dtype
         )
         self.out, self.up, self.gate, self.down = (
-            Linear(part.weight, part.bias, dtype)
+            Linear(whole_weight(part), part.bias, dtype)
             for part in (attention.o_proj, mlp.up_proj, mlp.gate_proj, mlp.down_proj)
         )
         self.head_norm: Tensor | None = None
