@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console as RichConsole
 
 from policylab.callbacks import tables
@@ -22,6 +23,7 @@ from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.callbacks.samples import Samples
 from policylab.callbacks.tables import config_tree, duration, headlines, number, pick
 from policylab.errors import UserError
+from policylab.launch.checkpoints import checkpoint_iteration
 from policylab.rollouts.types import Rollout, Sample
 
 
@@ -49,14 +51,25 @@ def rendered(renderable: object) -> str:
 def trainer(tmp_path):
     """As much of a trainer as callbacks touch; saves a file that tells the iteration."""
     trainer = SimpleNamespace(
-        is_global_zero=True, sanity_checking=False, should_stop=False, loggers=[], datamodule=None, saves=[]
+        is_global_zero=True,
+        sanity_checking=False,
+        should_stop=False,
+        loggers=[],
+        datamodule=None,
+        saves=[],
+        ckpt_path=None,
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
     )
 
     def save_checkpoint(path: Path) -> None:
-        trainer.strategy.checkpoint_io.save_checkpoint({"iteration": trainer.module.iteration}, path)
+        state = {
+            "policylab": {"iteration": trainer.module.iteration, "tokens_sampled": 0},
+            "state_dict": {"policy.lm.iteration": torch.tensor(trainer.module.iteration)},
+        }
+        trainer.strategy.checkpoint_io.save_checkpoint(state, path)
         trainer.saves.append(path)
 
-    trainer.strategy = SimpleNamespace(checkpoint_io=None)
+    trainer.strategy = SimpleNamespace(checkpoint_io=None, broadcast=lambda x: x)
     trainer.save_checkpoint = save_checkpoint
     return trainer
 
@@ -67,11 +80,14 @@ def module(trainer):
 
     class Exported:
         def state_dict(self) -> dict[str, Any]:
-            return {"iteration": module.iteration}
+            return {"iteration": torch.tensor(module.iteration)}
+
+        def named_modules(self) -> list[Any]:
+            return []
 
         def save_pretrained(self, folder: Path, state_dict: Any = None) -> None:
             state = state_dict or self.state_dict()
-            (folder / f"{type(self).__name__}.txt").write_text(str(state["iteration"]))
+            (folder / f"{type(self).__name__}.txt").write_text(str(int(state["iteration"])))
 
     class Tokenizer(Exported):
         pass
@@ -85,7 +101,8 @@ def module(trainer):
         val_metrics={},
         samples=[],
         rollout=None,
-        policy=SimpleNamespace(lm=Exported(), tokenizer=Tokenizer()),
+        policy=SimpleNamespace(lm=Exported(), tokenizer=Tokenizer(), adapted=False),
+        demand_finite_weights=lambda: None,
         all_sum=lambda x: x,
         recorded={},
     )
@@ -190,6 +207,7 @@ def run(tmp_path, trainer, module):
         callback = Checkpoint(str(tmp_path), every, "val/reward", mode, export=True)
         callback.setup(trainer, module, "fit")
         logger = MetricsCSV(str(tmp_path))
+        trainer.loggers = [logger]
 
         def validate() -> None:
             module.val_metrics = {"val/reward": rewards[module.iteration]}
@@ -198,6 +216,8 @@ def run(tmp_path, trainer, module):
 
         if module.iteration == 0:
             validate()
+        trainer.ckpt_path = callback.last if module.iteration else None
+        callback.on_fit_start(trainer, module)
         callback.on_train_start(trainer, module)
         for iteration in range(module.iteration + 1, iterations + 1):
             module.iteration = iteration
@@ -208,9 +228,9 @@ def run(tmp_path, trainer, module):
                 break
             if module.iteration in rewards:
                 validate()
-        callback.on_train_end(trainer, module)
-        saved = [torch.load(tmp_path / "checkpoints" / f"{name}.ckpt") for name in ("last", "best")]
-        return [state["iteration"] for state in saved]
+        callback.on_fit_end(trainer, module)
+        callback.teardown(trainer, module, "fit")
+        return [checkpoint_iteration(tmp_path / "checkpoints" / f"{name}.ckpt") for name in ("last", "best")]
 
     return play
 

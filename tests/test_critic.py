@@ -173,7 +173,7 @@ def test_a_reference_has_no_critic(loaded, own_layers):
 @pytest.mark.parametrize("own_layers", OWN)
 def test_only_matrices_of_the_critic_decay_and_its_head_does_not(loaded, own_layers):
     policy = fresh_policy(loaded, own_layers)
-    settings = AdamW(1e-4, 1e-2, (0.9, 0.95), 1e-5, 0.1, 1.0, "constant", 0, 0, None)
+    settings = AdamW(1e-4, 1e-2, (0.9, 0.95), 1e-5, 0.1, 1.0, "constant", 0, 0, None, 3)
     groups = settings.build(policy).param_groups
     assert [(g["base_lr"], g["weight_decay"]) for g in groups] == [
         (1e-4, 0.1),

@@ -171,14 +171,14 @@ def test_senseless_combinations_are_refused():
 
 
 def test_schedules_by_hand():
-    settings = AdamW(1.0, None, (0.9, 0.95), 1e-5, 0.0, 1.0, "linear", 2, 0, None)
+    settings = AdamW(1.0, None, (0.9, 0.95), 1e-5, 0.0, 1.0, "linear", 2, 0, None, 3)
     # warm-up 1/3, 2/3, then from 1 to 1/4 in four steps
     factors = [settings.factor(i, 6) for i in range(6)]
     assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
 
 
 def test_critic_has_its_own_rate_and_biases_no_decay(tiny_policy):
-    settings = AdamW(1e-4, 1e-2, (0.9, 0.95), 1e-5, 0.1, 1.0, "constant", 0, 0, None)
+    settings = AdamW(1e-4, 1e-2, (0.9, 0.95), 1e-5, 0.1, 1.0, "constant", 0, 0, None, 3)
     groups = settings.build(tiny_policy).param_groups
     assert [(g["base_lr"], g["weight_decay"]) for g in groups] == [(1e-4, 0.1), (1e-4, 0.0), (1e-2, 0.0)]
     assert sum(len(g["params"]) for g in groups) == len(list(tiny_policy.parameters()))

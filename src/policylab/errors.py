@@ -16,6 +16,13 @@ class ProcessFailed(Exception):
     """One of several processes failed; the message is its own traceback."""
 
 
+class RunError(Exception):
+    """A run that cannot go on, told in one line: what happened, why, and what to do.
+
+    The root scripts print the message without a traceback and exit with code 1; ``train.log`` has the traceback.
+    """
+
+
 def demand(
     name: str, value: float | None, low: float, high: float = math.inf, *, above: bool = False
 ) -> None:

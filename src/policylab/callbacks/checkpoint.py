@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from safetensors import SafetensorError
 
-from policylab.callbacks.metrics_file import best_row, read_rows
-from policylab.callbacks.writing import BackgroundWriter, snapshot
+from policylab.callbacks.metrics_csv import MetricsCSV
+from policylab.callbacks.metrics_file import best_row
+from policylab.callbacks.writing import BackgroundWriter
 from policylab.errors import UserError
-from policylab.launch.checkpoints import link_atomically
+from policylab.launch.checkpoints import LAST, checkpoint_iteration, link_atomically, read
+from policylab.launch.run_folder import write_json
 from policylab.models.loading import quiet_bars
+
+#: Beside an exported policy: which iteration it is of.
+STAMP = "policylab.json"
 
 
 class Checkpoint(Callback):
     """Saves ``checkpoints/last.ckpt`` and ``best.ckpt``, and the policies in ``model/best`` and ``model/final``.
 
     Each is written beside its place and renamed onto it: whatever kills the run, what stands there is whole. Training
-    goes on meanwhile, from a copy of the state in main memory on.
+    goes on meanwhile, from a copy of the state in main memory on. The state before the last one stays, as
+    ``checkpoints/previous.ckpt``. Policies are exported from these files, so that neither is ahead of the other.
 
     Args:
         run_dir: folder of the run.
@@ -36,24 +45,32 @@ class Checkpoint(Callback):
         if every < 1:
             raise UserError(f"callbacks.checkpoint.every is {every}; it must be at least 1")
         self.run_dir = Path(run_dir)
-        self.last = self.run_dir / "checkpoints" / "last.ckpt"
+        self.last = self.run_dir / "checkpoints" / LAST
         self.best = self.run_dir / "checkpoints" / "best.ckpt"
         self.every = every
         self.monitor = monitor
         self.mode = mode
         self.export = export
-        self.saved_at = -1  # iteration of last.ckpt, as far as this process knows
+        self.saved_at = -1  # iteration of last.ckpt, once it is written
         self.writer = BackgroundWriter()
+
+    # -- when: every process comes here -------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Lightning hands its checkpoints to the writer, and waits for it at the end."""
         trainer.strategy.checkpoint_io = self.writer
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """A run that goes on may have been killed before its best was kept."""
+        if trainer.is_global_zero and trainer.ckpt_path is not None:
+            self.writer.submit(self.best, partial(self.catch_up, trainer, pl_module))
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """A run that is killed early can go on as well."""
-        if pl_module.iteration == 0:
+        self.saved_at = pl_module.iteration  # where it goes on from is on file
+        if trainer.ckpt_path is None:
             self.save_last(trainer, pl_module)
-            if pl_module.val_metrics:  # empty in a run that goes on from here: its best is on file already
+            if pl_module.val_metrics:
                 self.keep_if_best(trainer, pl_module)
 
     def on_train_batch_end(
@@ -64,65 +81,143 @@ class Checkpoint(Callback):
         if done % self.every == 0 or done == pl_module.iterations or trainer.should_stop:
             self.save_last(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Lets a finished run be prolonged: whether a batch was the last is for the resuming command to say."""
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
-
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the best."""
         if pl_module.iteration > 0 and not trainer.sanity_checking:
             self.keep_if_best(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Exports the final policy."""
-        if self.export and trainer.is_global_zero:
-            self.export_policy(pl_module, "final")
-        self.writer.wait()
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Exports the final policy; also of a run that was killed after its last iteration."""
+        self.saved_at = pl_module.iteration
+        if trainer.is_global_zero:
+            self.export_policy(pl_module, "final", self.last)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """What could not be written in spite of all is an error in the end."""
+        self.writer.demand_written()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Lets a finished run be prolonged: whether a batch was the last is for the resuming command to say. Metrics
+        that found no room on disk go with the state, so that the two never part."""
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        checkpoint["unwritten_metrics"] = [row for csv in metrics_files(trainer) for row in csv.unwritten]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes them up again."""
+        for csv in metrics_files(trainer):
+            csv.restore(checkpoint.get("unwritten_metrics", []))
+
+    # -- what ------------------------------------------------------------------------------------------------
 
     def save_last(self, trainer: Trainer, module: Any) -> None:
-        """Writes ``last.ckpt``."""
+        """Writes ``last.ckpt``, unless its weights are of no use: then the last good ones stay, and the run ends."""
+        module.demand_finite_weights()
         trainer.save_checkpoint(self.last)
         self.saved_at = module.iteration
 
     def keep_if_best(self, trainer: Trainer, module: Any) -> None:
         """Writes ``best.ckpt`` and ``model/best`` when the validation just done is the best of this run.
 
-        The metrics on file decide, so that a resumed run compares with what came before it.
+        The metrics on record decide, so that a resumed run compares with what came before it; and those of rank 0, so
+        that all processes do the same.
         """
         if self.monitor not in module.val_metrics:
             known = ", ".join(sorted(module.val_metrics))
             raise UserError(
                 f"callbacks.checkpoint.monitor={self.monitor} is not measured; choose from: {known}"
             )
-        best = best_row(read_rows(self.run_dir / "metrics.csv"), self.monitor, self.mode)
-        if best is None or best["iteration"] != module.iteration:
+        iteration = module.iteration
+        if not trainer.strategy.broadcast(self.best_iteration(trainer) == iteration):
             return
-        if self.saved_at == module.iteration:  # the same state: a second name for the same file
+        if self.saved_at == iteration:  # the same state: a second name for the same file
             if trainer.is_global_zero:
-                self.writer.submit(self.best, partial(link_atomically, self.last, self.best))
-        else:
+                self.writer.submit(self.best, partial(link_state, self.last, self.best, iteration))
+        elif trainer.state.fn == TrainerFn.FITTING:
+            module.demand_finite_weights()
             trainer.save_checkpoint(self.best)
-        if self.export and trainer.is_global_zero:
-            self.export_policy(module, "best")
+        else:  # before a resumed run trains: `catch_up` comes next
+            return
+        if trainer.is_global_zero:
+            self.export_policy(module, "best", self.best)
 
-    def export_policy(self, module: Any, name: str) -> None:
-        """Has the policy written as a Hugging Face folder."""
-        self.writer.wait()
+    def best_iteration(self, trainer: Trainer) -> int | None:
+        """The best validation on record; None on processes that keep no records."""
+        rows = [row for csv in metrics_files(trainer) for row in csv.rows()]
+        best = best_row(rows, self.monitor, self.mode)
+        return int(best["iteration"]) if best else None
+
+    def catch_up(self, trainer: Trainer, module: Any) -> None:
+        """Does what a kill has kept from being done: after the validation of ``last.ckpt`` was recorded, before it was
+        kept as the best, or before the best was exported."""
+        done = checkpoint_iteration(self.last)
+        if self.best_iteration(trainer) == done and iteration_of(self.best) != done:
+            link_state(self.last, self.best, done)
+        target = self.run_dir / "model" / "best"
+        kept = iteration_of(self.best)
+        if self.export and kept is not None and exported_iteration(target) != kept:
+            write_policy(module.policy, self.best, kept, target)
+
+    def export_policy(self, module: Any, name: str, source: Path) -> None:
+        """Has the policy of a checkpoint that holds the present state written as a Hugging Face folder."""
         target = self.run_dir / "model" / name
-        weights = snapshot(module.policy.lm.state_dict())
-        self.writer.submit(target, partial(write_policy, module.policy, weights, target))
+        if self.export:
+            write = partial(write_policy, module.policy, source, module.iteration, target)
+            self.writer.submit(target, write)
 
 
-def write_policy(policy: Any, weights: dict[str, Any], target: Path) -> None:
-    """Writes a policy with the given weights as a Hugging Face folder, whole or not at all."""
+def metrics_files(trainer: Trainer) -> list[MetricsCSV]:
+    """The record of the run's metrics; rank 0 alone has it."""
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+
+
+def iteration_of(checkpoint: Path) -> int | None:
+    """Of a checkpoint; None where there is no whole one."""
+    try:
+        return checkpoint_iteration(checkpoint)
+    except UserError:
+        return None
+
+
+def exported_iteration(folder: Path) -> int | None:
+    """The iteration that a policy was exported at; None where there is no whole one."""
+    stamp = folder / STAMP
+    return int(json.loads(stamp.read_text())["iteration"]) if stamp.is_file() else None
+
+
+def demand_iteration(checkpoint: Path, iteration: int) -> None:
+    """Raises OSError when a checkpoint is an older one, because that of this iteration could not be written."""
+    if (found := iteration_of(checkpoint)) != iteration:
+        raise OSError(f"{checkpoint.name} is of iteration {found}, not {iteration}")
+
+
+def link_state(source: Path, path: Path, iteration: int) -> None:
+    """Gives the state of an iteration a second name."""
+    demand_iteration(source, iteration)
+    link_atomically(source, path)
+
+
+def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) -> None:
+    """Writes the policy of a checkpoint as a Hugging Face folder, whole or not at all."""
+    demand_iteration(checkpoint, iteration)
+    saved = read(checkpoint)["state_dict"]
+    weights = {  # those that never change are not in checkpoints
+        name: saved[key] if (key := f"policy.lm.{name}") in saved else value.cpu()
+        for name, value in policy.lm.state_dict().items()
+    }
     temporary, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with quiet_bars(True):
-        policy.lm.save_pretrained(temporary, state_dict=weights)
-    policy.tokenizer.save_pretrained(temporary)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
+    try:
+        temporary.mkdir(parents=True)
+        with quiet_bars(True):
+            policy.lm.save_pretrained(temporary, state_dict=weights)
+        policy.tokenizer.save_pretrained(temporary)
+        write_json(temporary / STAMP, {"iteration": iteration})
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
+from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.errors import UserError
 from policylab.launch.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+#: Name of the mark on a logger that has failed.
+SWITCHED_OFF = "policylab_switched_off"
 
 
 def wandb(
@@ -66,6 +74,32 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
     if not id_file.is_file():
         write_atomically(id_file, str(logger.run_id))
     return logger
+
+
+def tolerated(logger: Logger) -> Logger:
+    """The logger, which may fail without ending the run; not the run's own record of its metrics."""
+    if not isinstance(logger, MetricsCSV):
+        for name in ("log_hyperparams", "log_metrics", "save", "finalize"):
+            setattr(logger, name, partial(_call, logger, getattr(logger, name)))
+    return logger
+
+
+def attempt(logger: Logger, action: Callable[[], object]) -> None:
+    """Does something with a logger. The first time it fails is told, and from then on nothing is done with it."""
+    if getattr(logger, SWITCHED_OFF, False):
+        return
+    try:
+        action()
+    except Exception as error:  # each library raises what it likes
+        setattr(logger, SWITCHED_OFF, True)
+        log.warning(
+            "%s failed and is switched off for the rest of the run (%s: %s); metrics.csv has all metrics",
+            *(type(logger).__name__, type(error).__name__, str(error).split("\n")[0]),
+        )
+
+
+def _call(logger: Logger, method: Callable[..., object], *args: object, **kwargs: object) -> None:
+    attempt(logger, partial(method, *args, **kwargs))
 
 
 def has_wandb_key() -> bool:

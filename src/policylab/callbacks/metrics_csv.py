@@ -10,22 +10,30 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from policylab.callbacks.metrics_file import columns_of, format_row, read_rows, write_rows
+from policylab.launch.patience import Patience
 
 
 class MetricsCSV(Logger):
     """Writes ``metrics.csv``: a row an iteration, in which training and validation metrics of it meet.
 
     Each row goes to the system at once, so that ``kill -9`` loses the current iteration at most. The file is
-    written anew only when a metric appears for the first time.
+    written anew only when a metric appears for the first time, and when rows had to wait for room on the disk.
 
     Args:
         run_dir: folder of the run. A file that is there is continued.
+
+    Attributes:
+        unwritten: rows that the file does not have yet.
     """
 
     def __init__(self, run_dir: str) -> None:
         super().__init__()
         self.path = Path(run_dir) / "metrics.csv"
-        self._columns: list[str] = []
+        self.unwritten: list[dict[str, float]] = []
+        self.patience = Patience(
+            self.path, "its rows wait in memory, and in the checkpoints, until it can be"
+        )
+        self._columns: list[str] = []  # of the file; empty before it was first written
         self._row: dict[str, float] = {}  # the last one, which may still grow
         self._row_start = 0  # its place in the file, in bytes
         self._opened = False
@@ -60,19 +68,42 @@ class MetricsCSV(Logger):
         else:
             self._row = {"iteration": step, **values}
             self._row_start = self.path.stat().st_size if self.path.exists() else 0
-        if set(self._row) <= set(self._columns):
-            self._write_row()
-        else:
-            self._write_all(step)
+        self._save()
+
+    def rows(self) -> list[dict[str, float]]:
+        """All rows, those that are not on file included."""
+        first = self.unwritten[0]["iteration"] if self.unwritten else float("inf")
+        return [row for row in read_rows(self.path) if row["iteration"] < first] + self.unwritten
+
+    def restore(self, unwritten: list[dict[str, float]]) -> None:
+        """Takes up rows that a run before this one could not write."""
+        self._open()
+        known = {row["iteration"] for row in self.rows()}
+        if missing := [row for row in unwritten if row["iteration"] not in known]:
+            self.unwritten += missing
+            self._row = missing[-1]
+            self._save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """One more attempt."""
+        if self.unwritten:
+            self._save()
 
     def _open(self) -> None:
-        """Takes over the file of a run that is resumed."""
-        if self._opened:
-            return
-        self._opened = True
-        if rows := read_rows(self.path):
-            write_rows(self.path, rows)  # without a last line that a crash cut short
-            self._after_rewrite(rows)
+        """Takes over the file of a run that is resumed. It is written anew, without a line that a crash cut short."""
+        if not self._opened:
+            self._opened = True
+            self._row = (read_rows(self.path) or [{}])[-1]
+
+    def _save(self) -> None:
+        with self.patience:
+            if self.unwritten or not set(self._row) <= set(self._columns):
+                self._write_all()
+            else:
+                self._write_row()
+        if self.patience.failing and self._row not in self.unwritten[-1:]:
+            self.unwritten.append(self._row)
 
     def _write_row(self) -> None:
         line = format_row(self._row, self._columns).encode()
@@ -81,13 +112,10 @@ class MetricsCSV(Logger):
             file.write(line)
             file.truncate()
 
-    def _write_all(self, step: int) -> None:
-        rows = [row for row in read_rows(self.path) if row["iteration"] < step]
+    def _write_all(self) -> None:
+        rows = [row for row in self.rows() if row["iteration"] < self._row["iteration"]]
         rows.append(self._row)
         write_rows(self.path, rows)
-        self._after_rewrite(rows)
-
-    def _after_rewrite(self, rows: list[dict[str, float]]) -> None:
+        self.unwritten = []
         self._columns = columns_of(rows)
-        self._row = rows[-1]
         self._row_start = self.path.stat().st_size - len(format_row(self._row, self._columns).encode())

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from policylab.callbacks.loggers import attempt
 from policylab.callbacks.tables import console, pick, samples_table
+from policylab.launch.patience import Patience
+from policylab.launch.run_folder import append_whole
 from policylab.rollouts.types import Sample
 
 COLUMNS = ("iteration", "split", "prompt", "completion", "reward", "parts", "kl", "length", "ended")
@@ -33,6 +37,17 @@ class Samples(Callback):
         self.keep = keep
         self.show = show
         self.table: Any = None
+        self.unwritten: list[str] = []  # lines
+        self.patience = Patience(self.path, "its lines wait in memory until it can be")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lines that found no room on disk go with the state."""
+        return {"unwritten": list(self.unwritten)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them up again."""
+        there = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        self.unwritten = [line for line in state_dict["unwritten"] if line not in there]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -52,11 +67,13 @@ class Samples(Callback):
         kept = samples[: self.keep]
         if not trainer.is_global_zero or not kept:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in kept)
+        self.unwritten += [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in kept]
+        with self.patience:
+            append_whole(self.path, "".join(self.unwritten))
+            self.unwritten = []
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                self._log_table(logger, kept)
+                attempt(logger, partial(self._log_table, logger, kept))
 
     def _log_table(self, logger: WandbLogger, samples: Sequence[Sample]) -> None:
         import wandb

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervised, TrustRegion
+from policylab.callbacks.loggers import tolerated
 from policylab.config.checks import check
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
@@ -286,7 +287,7 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         plugins=[Cluster()],
         # weights that are bf16 throughout come from model.dtype, and take nothing of Lightning's
         precision="32-true" if hardware.precision == "bf16-true" else hardware.precision,
-        logger=named_parts(config.logger, Logger) if world().main else False,
+        logger=list(map(tolerated, named_parts(config.logger, Logger))) if world().main else False,
         callbacks=named_parts(config.callbacks, Callback),
         max_epochs=1,
         val_check_interval=min(config.validation.every, config.iterations),

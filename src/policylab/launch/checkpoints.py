@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -106,10 +107,16 @@ def become_newest(run_folder: Path, checkpoint: Path) -> None:
 
 
 def link_atomically(source: Path, path: Path) -> None:
-    """Gives a file a second name; nothing is copied, and a later rename onto the first name leaves it alone."""
+    """Gives a file a second name; nothing is copied, and a later rename onto the first name leaves it alone.
+
+    Where the file system knows no second names, it is a copy.
+    """
     temporary = path.with_name(f".{path.name}")
     temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
     os.replace(temporary, path)
 
 

@@ -98,8 +98,8 @@ def quoted(word: str, free_text: Sequence[str]) -> str:
 
 
 def end_with(error: Exception) -> NoReturn:
-    """Ends the process: one line and code 2 for bad input, else the traceback and code 1."""
-    from policylab.launch.messages import one_line
+    """Ends the process: one line and code 2 for bad input, else code 1; the unforeseen with its traceback."""
+    from policylab.launch.messages import is_mistake, one_line
 
     message = None if WANTS_TRACEBACKS else one_line(error)
     if message is None:
@@ -107,7 +107,7 @@ def end_with(error: Exception) -> NoReturn:
         sys.exit(1)
     whose = "" if world().main else f" on rank {world().rank}"
     print(f"error{whose}: {message}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(BAD_INPUT if is_mistake(error) else 1)
 
 
 def print_traceback(error: Exception) -> None:

@@ -45,6 +45,22 @@ class ConsoleHandler(logging.StreamHandler):
         """Ignored: logging's own set-up assigns it."""
 
 
+class LogFile(logging.FileHandler):
+    """A file for which there may come to be no room; what it misses then is not worth a traceback a line."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Logging's call when a line could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            cause = error.strerror or error
+            print(f"could not write {self.baseFilename}: {cause}; the run goes on", file=sys.stderr)
+
+
 class NoiseFilter(logging.Filter):
     """Drops log records with a message of ``NOISE``."""
 

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<group>[^']+)/(?P<choice>[^'/]+)'")
@@ -23,9 +23,9 @@ NOISE = ("full_key", "Error parsing override", "object_type", "See http", "refer
 
 
 def one_line(error: BaseException) -> str | None:
-    """The message of a mistake that the user can mend; None for any other error."""
+    """What is to be told of an error in place of its traceback; None for one that nobody has foreseen."""
     for cause in causes(error):
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | RunError | FloatingPointError):
             return str(cause)
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: {improve(str(error))}; write name=value, text with commas in quotes"
@@ -34,6 +34,11 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return improve(str(error))
     return None
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether the input was wrong, rather than the run unlucky."""
+    return not any(isinstance(cause, RunError | FloatingPointError) for cause in causes(error))
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

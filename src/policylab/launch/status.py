@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from policylab.launch.patience import Patience
 from policylab.launch.run_folder import write_json
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
@@ -64,6 +65,7 @@ class RunStatus:
         self.writes = writes
         before = read_status(run_folder)
         self.path = run_folder / "status.json"
+        self.patience = Patience(self.path, "what it says is out of date until it can be")
         self.clock = time.monotonic()
         self.seconds_before = float(before.get("wall_seconds", 0.0))
         self.content: dict[str, Any] = {
@@ -93,7 +95,8 @@ class RunStatus:
         """Changes some fields and writes the file."""
         self.content |= changes | {"updated": now(), "wall_seconds": round(self.wall_seconds, 1)}
         if self.writes:
-            write_json(self.path, self.content)
+            with self.patience:
+                write_json(self.path, self.content)
 
     def interrupted(self) -> None:
         """The run was asked to stop."""

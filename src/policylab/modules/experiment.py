@@ -171,8 +171,10 @@ class ExperimentModule(ManualOptimization):
         self.iteration += 1
         self.tokens_sampled += int(self.all_sum(torch.tensor(self._tokens_here, device=self.device)))
         self._tokens_here = 0
+        skipped = {"train/skipped_updates": float(self.skipped)} if self.skipped else {}
+        self.skipped = 0
         account = {"train/tokens": float(self.tokens_sampled)} if self.tokens_sampled else {}
-        self.metrics = {**self._means.reduce(self.all_sum), **metrics, **account, **perf}
+        self.metrics = {**self._means.reduce(self.all_sum), **metrics, **skipped, **account, **perf}
         self._means = Means()
         self._seconds = {}
         self.record(self.metrics)
@@ -305,6 +307,7 @@ class ExperimentModule(ManualOptimization):
             "kl_coef": self.kl_coef,
             "tokens_sampled": self.tokens_sampled,
             "tokens_trained": self.tokens_trained,
+            "skipped_in_a_row": dict(self.skipped_in_a_row),
             "micro_batch_tokens": (self.optim.micro_batch_tokens, self.micro_batch_tokens),
             "config": self.resolved_config,
         }
@@ -319,6 +322,7 @@ class ExperimentModule(ManualOptimization):
         self.kl_coef = state["kl_coef"]
         self.tokens_sampled = state["tokens_sampled"]
         self.tokens_trained = state["tokens_trained"]
+        self.skipped_in_a_row = dict(state.get("skipped_in_a_row", {}))
         asked, found = state.get("micro_batch_tokens", (None, None))
         if asked == self.optim.micro_batch_tokens:  # what was found then cuts the work as it was cut then
             self._micro_batch_tokens = found

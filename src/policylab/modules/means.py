@@ -25,6 +25,23 @@ class Means:
         pair = torch.stack([x.sum(), torch.tensor(float(x.numel()), dtype=torch.double, device=x.device)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def copy(self) -> Means:
+        """As it is now."""
+        twin = Means()
+        twin._sums = dict(self._sums)
+        return twin
+
+    def not_finite(self) -> list[str]:
+        """Names of what came to a NaN or an infinity on this process."""
+        if not self._sums:
+            return []
+        finite = torch.stack([pair[0].to(self._device) for pair in self._sums.values()]).isfinite().tolist()
+        return [name for name, fine in zip(self._sums, finite, strict=True) if not fine]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._sums.values())).device
+
     def merge(self, other: Means) -> None:
         """Counts all that ``other`` has counted."""
         for name, pair in other._sums.items():

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 from policylab.models.policy import Policy
 from policylab.modules.means import Means
 from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.modules.optimizer import AdamW
+from policylab.modules.skipping import WEIGHTS, cause_of, dump, is_finite, named
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Rollout
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -36,6 +41,8 @@ class ManualOptimization(LightningModule):
 
     Attributes:
         iteration: finished iterations, of ``iterations`` in all.
+        skipped: updates of the iteration under way that were left out.
+        skipped_in_a_row: the last updates of each kind, as far as they were.
         whole_distributions: whether a forward pass leaves the probabilities of all words at each action.
     """
 
@@ -52,6 +59,9 @@ class ManualOptimization(LightningModule):
         self._means = Means()  # of the iteration under way
         self._micro_batch_tokens: int | None = None  # known once the policy is where it runs
         self._tried = _Tried(0, 0)
+        self._before = self._counted = Means()  # up to the last piece of work, and of it
+        self.skipped = 0
+        self.skipped_in_a_row: dict[str, int] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optim.build(self.policy)
@@ -109,6 +119,7 @@ class ManualOptimization(LightningModule):
                 self._means = Means()  # what a failed attempt has counted is forgotten
                 try:
                     result = attempt()
+                    self._before, self._counted = outer.copy(), self._means
                     outer.merge(self._means)
                     return result
                 except torch.OutOfMemoryError as error:
@@ -142,20 +153,83 @@ class ManualOptimization(LightningModule):
         strategy: Any = self.trainer.strategy
         return strategy.block_backward_sync() if self.trainer.world_size > 1 else nullcontext()
 
-    def apply_gradients(self) -> None:
-        """Clips, steps, and clears."""
+    def apply_gradients(self, rollout: Rollout, rows: Tensor, what: str = "update") -> bool:
+        """Clips, steps, and clears. An update whose loss or gradient is not finite is left out, on all processes.
+
+        Args:
+            rollout, rows: what the gradient was taken of.
+            what: name of the series of updates that this is one of.
+
+        Returns:
+            Whether the step was taken.
+        """
         optimizer: Any = self.optimizers()
+        together = self.clipped_together()
+        norms = {
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            for name, parameters in together.items()
+        }
+        bad = [name for name in self._counted.not_finite() if name.endswith("loss")]
+        finite = not bad and all(bool(norm.isfinite()) for norm in norms.values())
+        if self.all_max(torch.tensor(0.0 if finite else 1.0)) > 0:
+            self._means = self._before
+            self.leave_out(rollout, rows, what, self._counted.not_finite())
+            optimizer.zero_grad(set_to_none=True)
+            return False
         limit = float("inf") if self.optim.max_grad_norm is None else self.optim.max_grad_norm
-        for name, parameters in self.clipped_together().items():
-            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(
-                    f"train/{name} is {norm.item()} in iteration {self.iteration + 1}; lower optim.lr, or run with "
-                    "debug=nan to find the operation"
-                )
+        for name, norm in norms.items():
+            torch.nn.utils.clip_grads_with_norm_(together[name], limit, norm)
             self._means.add(f"train/{name}", norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row.pop(what, None)
+        return True
+
+    def leave_out(self, rollout: Rollout, rows: Tensor, what: str, computed: list[str]) -> None:
+        """Counts an update that is not made, keeps its batch, and tells why.
+
+        Args:
+            computed: what of all that the update has computed is not finite.
+
+        Raises:
+            RunError: after ``optim.max_skipped`` in a row, or at once where no later one can be better.
+        """
+        self.skipped += 1
+        in_a_row = self.skipped_in_a_row[what] = self.skipped_in_a_row.get(what, 0) + 1
+        iteration = self.iteration + 1
+        batch = rollout.select(rows) if len(rows) else None
+        mine = cause_of(self.policy, batch, computed)
+        if batch is not None:
+            name = f"iteration_{iteration}" + (f"_{self.skipped}" if self.skipped > 1 else "")
+            name += f"_rank{self.global_rank}" if self.trainer.world_size > 1 else ""
+            content = {"iteration": iteration, "rank": self.global_rank, "not_finite": mine.what}
+            dump(self.dumps, name, content, batch)
+        cause = min(self.from_all(mine), key=lambda cause: cause.depth)
+        happened = f"iteration {iteration}: {cause.what} not finite"
+        if cause.depth == WEIGHTS or in_a_row >= self.optim.max_skipped:
+            raise RunError(
+                f"{happened}, {in_a_row} of at most {self.optim.max_skipped} updates left out in a row; {cause.advice}"
+                f". The batches are in {self.dumps}; the last checkpoint is sound, and resume=RUN goes on from there"
+            )
+        if self.trainer.is_global_zero:
+            log.warning(
+                "%s; the update is left out (%d in a row, the run ends at %d), its batch kept in %s",
+                *(happened, in_a_row, self.optim.max_skipped, self.dumps),
+            )
+
+    @property
+    def dumps(self) -> Path:
+        """Where batches of updates that were left out are kept."""
+        return Path(self.trainer.default_root_dir) / "dumps"
+
+    def demand_finite_weights(self) -> None:
+        """Raises RunError when an update has spoilt the weights of some process."""
+        bad = [name for name, weight in self.policy.named_parameters() if not is_finite(weight)]
+        if any(self.from_all(bool(bad))):
+            raise RunError(
+                f"after iteration {self.iteration} the weights are not finite ({named(bad)}): an update was too large; "
+                "lower optim.lr. The last checkpoint is from before that, and resume=RUN goes on from there"
+            )
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
         """What has a norm of its own: everything, or the policy apart from a critic that never moves it."""

@@ -30,6 +30,8 @@ class AdamW:
             the reference shares them. 0 trains all.
         micro_batch_tokens: tokens a forward pass and process; None takes as many as should fit in memory. It
             changes memory, never results.
+        max_skipped: updates in a row that may be left out because loss or gradient is not finite; the last of them
+            ends the run.
     """
 
     lr: float
@@ -42,6 +44,7 @@ class AdamW:
     warmup: int
     frozen_layers: int
     micro_batch_tokens: int | None
+    max_skipped: int
 
     def __post_init__(self) -> None:
         demand("optim.lr", self.lr, 0)
@@ -52,6 +55,7 @@ class AdamW:
         demand("optim.warmup", self.warmup, 0)
         demand("optim.frozen_layers", self.frozen_layers, 0)
         demand("optim.micro_batch_tokens", self.micro_batch_tokens, 1)
+        demand("optim.max_skipped", self.max_skipped, 1)
         if len(self.betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
             raise UserError(f"optim.betas is {self.betas}; it must be two numbers from 0 to below 1")
         if self.schedule not in ("constant", "linear", "cosine"):

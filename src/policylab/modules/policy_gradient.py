@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -146,13 +147,16 @@ class PolicyGradient(Collection):
         denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
         if denominator == 0:  # nothing to learn from: a step would follow the optimizer's momentum alone
             return True
+        ratio_max = self._ratio_max
         seen = self.accumulate(rollout, rows, lambda piece: self.minibatch_loss(piece, denominator))
         if kl_stop is not None and seen.mean("train/kl_old", self.all_sum) > kl_stop:
             self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
             self._means.add("train/kl_stopped", torch.ones(1, device=self.device))
             return False
-        self.apply_gradients()
-        self.tokens_trained += int(self.all_sum(mask.sum()))
+        if self.apply_gradients(rollout, rows):
+            self.tokens_trained += int(self.all_sum(mask.sum()))
+        else:
+            self._ratio_max = ratio_max
         self._means.add("train/kl_stopped", torch.zeros(1, device=self.device))
         return True
 
@@ -224,4 +228,6 @@ class PolicyGradient(Collection):
             return
         total = self.all_sum((rollout.old_logprobs - rollout.ref_logprobs).sum())
         measured = float(total) / self.plan.sequences
+        if not math.isfinite(measured):  # it would stay with the coefficient for ever
+            return
         self.kl_coef = self.algorithm.kl.controller.next(self.kl_coef, measured, self.plan.sequences)

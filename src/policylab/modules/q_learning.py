@@ -72,8 +72,8 @@ class QTraining(ExperimentModule):
             self.start_values(rollout)
             self.replay.add(rollout, self.iteration)
             for minibatch in self.minibatches():
-                self.step(minibatch)
-                self.move_target()
+                if self.step(minibatch):
+                    self.move_target()
         metrics = self.observe(rollout)
         self.finish_iteration({**metrics, "train/lr": lr}, started)
 
@@ -136,15 +136,17 @@ class QTraining(ExperimentModule):
             )
             yield self.replay.memory.rollout(drawn)
 
-    def step(self, minibatch: Rollout) -> None:
-        """One optimizer step: Q of the chosen tokens moves towards their targets."""
+    def step(self, minibatch: Rollout) -> bool:
+        """One optimizer step: Q of the chosen tokens moves towards their targets. False when it was left out."""
         batch = minibatch.to(self.device)
         rows = torch.arange(len(batch), device=self.device)
         tokens = self.all_sum(batch.action_mask.sum())
         self.accumulate(batch, rows, lambda piece: self.minibatch_loss(piece, tokens.float()))
-        self.apply_gradients()
+        if not self.apply_gradients(batch, rows):
+            return False
         self.updates += 1
         self.tokens_trained += int(tokens)
+        return True
 
     def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> Tensor:
         """The rows' share of the minibatch's loss."""

@@ -39,8 +39,8 @@ class SupervisedTraining(ExperimentModule):
                 return token_sum(negative, piece.action_mask, tokens.float())
 
             self.accumulate(grid, rows, loss_of)
-            self.apply_gradients()
-        self.tokens_trained += int(tokens)
+            taken = self.apply_gradients(grid, rows)
+        self.tokens_trained += int(tokens) * taken
         self.finish_iteration({"train/lr": lr, "tokens": float(tokens)}, started)
 
     def seconds_per_iteration(self, pace: Pace) -> float:

@@ -22,6 +22,7 @@ from policylab.modules.experiment import Parts
 from policylab.modules.fisher import GROUPS, Actor, FisherProducts, fisher_diagonal
 from policylab.modules.policy_gradient import PolicyGradient
 from policylab.modules.preflight import Pace
+from policylab.modules.skipping import NotFinite
 from policylab.rollouts.types import Rollout
 
 #: Attention whose second derivatives torch can take.
@@ -93,7 +94,12 @@ class TrustRegionPolicyGradient(PolicyGradient):
         """Gradient -> natural direction -> step to the border -> search -> critic."""
         self._ratio_max = torch.ones((), device=self.device)
         trained = rollout.replace(action_mask=rollout.loss_mask, kept=None)
-        self.within_memory(lambda: self.move_policy(trained))
+        try:
+            self.within_memory(lambda: self.move_policy(trained))
+            self.skipped_in_a_row.pop("policy", None)
+        except NotFinite as found:
+            rows = torch.arange(len(rollout), device=self.device)
+            self.leave_out(trained, rows, "policy", [str(found)])
         if self.algorithm.uses_critic:
             self.fit_critic(rollout)
 
@@ -144,8 +150,10 @@ class TrustRegionPolicyGradient(PolicyGradient):
             loss += share.detach()
             self._means.add("train/entropy", terms.entropy, piece.action_mask)
         gradient = self.all_sum(gradient)
-        self.demand_finite(gradient.norm(), "gradient norm")
-        return float(self.all_sum(loss)), gradient
+        loss = self.all_sum(loss)
+        self.demand_finite(loss, "loss")
+        self.demand_finite(gradient.norm(), "gradient")
+        return float(loss), gradient
 
     def policy_loss(
         self, rollout: Rollout, logp: Float[Tensor, "N V"], denominator: Tensor
@@ -305,7 +313,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
         for epoch in range(self.region.critic_epochs):
             for rows in self.minibatches(rollout, epoch, size):
                 if self.within_memory(functools.partial(self.critic_gradient, rollout, rows)):
-                    self.apply_gradients()
+                    self.apply_gradients(rollout, rows, "critic")
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
         """The optimizer moves the critic alone."""
@@ -330,8 +338,6 @@ class TrustRegionPolicyGradient(PolicyGradient):
         return True
 
     def demand_finite(self, value: Tensor | float, what: str) -> None:
-        """Stops at a NaN or an infinity before it reaches the weights."""
+        """Raises NotFinite at a NaN or an infinity, before it reaches the weights."""
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{what} is {float(value)} in iteration {self.iteration + 1}; run with debug=nan to find the operation"
-            )
+            raise NotFinite(f"the {what}")
