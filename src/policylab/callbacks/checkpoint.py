@@ -18,6 +18,7 @@ from policylab.callbacks.writing import BackgroundWriter
 from policylab.errors import UserError
 from policylab.launch.checkpoints import LAST, checkpoint_iteration, link_atomically, read
 from policylab.launch.run_folder import write_json
+from policylab.models.adapter import save_adapters, whole_weights
 from policylab.models.loading import quiet_bars
 
 #: Beside an exported policy: which iteration it is of.
@@ -197,7 +198,10 @@ def link_state(source: Path, path: Path, iteration: int) -> None:
 
 
 def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) -> None:
-    """Writes the policy of a checkpoint as a Hugging Face folder, whole or not at all."""
+    """Writes the policy of a checkpoint as a Hugging Face folder, whole or not at all.
+
+    Adapters are merged into the weights, and lie beside them in PEFT's format.
+    """
     demand_iteration(checkpoint, iteration)
     saved = read(checkpoint)["state_dict"]
     weights = {  # those that never change are not in checkpoints
@@ -210,7 +214,9 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
     try:
         temporary.mkdir(parents=True)
         with quiet_bars(True):
-            policy.lm.save_pretrained(temporary, state_dict=weights)
+            policy.lm.save_pretrained(temporary, state_dict=dict(whole_weights(policy.lm, weights)))
+        if policy.adapted:
+            save_adapters(policy.lm, weights, temporary / "adapter")
         policy.tokenizer.save_pretrained(temporary)
         write_json(temporary / STAMP, {"iteration": iteration})
         if target.exists():
