@@ -204,5 +204,7 @@ def quiet() -> Iterator[None]:
 
 
 def flat(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """All in one vector."""
-    return torch.cat([torch.zeros(0), *(parameter.detach().flatten() for parameter in parameters)])
+    """All in one vector; of weights that are sharded, all of all processes."""
+    from policylab.models.sharding import whole
+
+    return torch.cat([torch.zeros(0), *(whole(parameter.detach()).flatten() for parameter in parameters)])

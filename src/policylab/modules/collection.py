@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from policylab.algorithms import Algorithm, DynamicSampling
+from policylab.models.sharding import gathered
 from policylab.modules.experiment import ExperimentModule, Parts, rewarded
 from policylab.rewards.pool import Pending
 from policylab.rollouts.behaviour import greedy
@@ -50,9 +51,10 @@ class Collection(ExperimentModule):
     def collect(self, prompts: tuple[Prompt, ...]) -> Rollout:
         """``group_size`` completions of each prompt with their rewards, and all that the algorithm wants to know
         of them. With dynamic sampling, prompts that teach nothing are replaced."""
-        batch = self.sample(prompts, range(len(prompts)), round=0)
-        if self.algorithm.sampling is not None:
-            batch = self.refill(batch, self.algorithm.sampling)
+        with gathered(self.policy):  # once: processes may need different numbers of rounds
+            batch = self.sample(prompts, range(len(prompts)), round=0)
+            if self.algorithm.sampling is not None:
+                batch = self.refill(batch, self.algorithm.sampling)
         with self.phase("rollout"):
             batch = replace(batch, rollout=self.estimate_values(self.refer(batch.rollout)))
         rollout = self.reward_batch(batch).rollout  # not before: workers score while the reference is asked

@@ -118,7 +118,7 @@ class QTraining(ExperimentModule):
         mean = self.all_sum(rollout.rewards.sum()) / self.plan.sequences
         for network in (self.policy, self.target):
             if network is not None and network.critic is not None:
-                network.critic.head.bias.fill_(mean)
+                network.critic.head.bias.fill_(float(mean))
 
     def minibatches(self) -> Iterator[Rollout]:
         """Sequences from the memory for each update; none while it warms up."""
