@@ -33,6 +33,8 @@ bench: $(INSTALLED) ## all benchmarks, for hours; ARGS="--model tiny" for one ra
 	$(BIN)/python -m pip install --quiet -e '.[dev,bench]'
 	$(BIN)/python benchmarks/vs_trl.py $(if $(ARGS),$(ARGS),--all) --out $(RESULTS)/vs_trl.csv
 ifeq ($(ARGS),)
+	for precision in fp32 bf16; do \
+		$(BIN)/python benchmarks/where.py --model gpt2 --precision $$precision --out $(RESULTS)/where.csv || exit 1; done
 	$(BIN)/python benchmarks/products.py --out $(RESULTS)/products.csv
 	$(BIN)/python benchmarks/scaling.py --out $(RESULTS)/scaling
 	for model in tiny gpt2 smollm2; do \
