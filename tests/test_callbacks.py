@@ -104,6 +104,7 @@ def module(trainer):
         policy=SimpleNamespace(lm=Exported(), tokenizer=Tokenizer(), adapted=False),
         demand_finite_weights=lambda: None,
         all_sum=lambda x: x,
+        from_all=lambda item: [item],
         recorded={},
     )
     module.record = module.recorded.update

@@ -74,17 +74,26 @@ def test_resume_reads_on():
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_each_batch(processes: int):
     """Parts in the order of ranks are the batch of one process."""
-    for loader in ("train_dataloader", "val_dataloader"):
-        whole = ids(getattr(data(train=9, val=11), loader)())
-        parts = [
-            ids(getattr(data(train=9, val=11, rank=rank, processes=processes), loader)())
-            for rank in range(processes)
-        ]
-        assert [list(chain(*batch)) for batch in zip(*parts, strict=True)] == whole
+    whole = ids(data(train=9).train_dataloader())
+    parts = [
+        ids(data(train=9, rank=rank, processes=processes).train_dataloader()) for rank in range(processes)
+    ]
+    assert [list(chain(*batch)) for batch in zip(*parts, strict=True)] == whole
 
 
 def test_validation_is_in_order():
-    assert ids(data().val_dataloader()) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert ids(data().val_dataloader()) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(("prompts", "processes"), [(11, 2), (11, 3), (9, 4), (4, 4), (5, 3)])
+def test_processes_share_the_validation(prompts: int, processes: int):
+    """Parts in the order of ranks are all prompts; none is without prompts as long as another has some."""
+    parts = [
+        ids(data(val=prompts, rank=rank, processes=processes).val_dataloader()) for rank in range(processes)
+    ]
+    assert list(chain(*chain(*parts))) == list(range(prompts))
+    assert len({len(batches) for batches in parts}) == 1
+    assert all(0 < len(batch) <= 4 for batches in parts for batch in batches)
 
 
 def test_refuses_more_processes_than_prompts():

@@ -436,8 +436,9 @@ def test_the_memory_gives_back_what_it_got(sampled):
 def test_the_oldest_leave_first_and_the_bound_holds(sampled):
     sizes = (sampled.prompt_lengths + sampled.lengths).tolist()
     buffer = ReplayBuffer(sum(sizes) + sum(sizes[5:]))
-    buffer.add(sampled, 0)
-    buffer.add(sampled, 1)
+    buffer.add([Memory.of(sampled, 0)])
+    halves = [sampled.select(rows) for rows in torch.arange(8).split(4)]  # of two processes
+    buffer.add([Memory.of(half, 1) for half in halves])
     assert buffer.tokens == buffer.capacity
     assert buffer.memory.iterations.tolist() == [0] * 3 + [1] * 8
     last = buffer.memory.rollout(torch.tensor([0]))
@@ -449,7 +450,7 @@ def test_the_oldest_leave_first_and_the_bound_holds(sampled):
 
 def test_every_sequence_is_drawn_and_none_beyond(sampled):
     buffer = ReplayBuffer(10_000)
-    buffer.add(sampled, 0)
+    buffer.add([Memory.of(sampled, 0)])
     drawn = buffer.draw(uniforms(0, REPLAY, 0, [0], 500)[0])
     assert drawn.unique().tolist() == list(range(8))
     assert buffer.draw(torch.tensor([0.0, 1 - 1e-16], dtype=torch.double)).tolist() == [0, 7]
@@ -457,7 +458,7 @@ def test_every_sequence_is_drawn_and_none_beyond(sampled):
 
 def test_the_memory_is_plain_tensors(sampled, tmp_path):
     buffer = ReplayBuffer(10_000)
-    buffer.add(sampled, 0)
+    buffer.add([Memory.of(sampled, 0)])
     torch.save(buffer.state_dict(), tmp_path / "memory.pt")
     other = ReplayBuffer(10_000)
     other.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))

@@ -297,7 +297,7 @@ def moved(module, before):
 
 
 def metrics_of(module):
-    return module._means.reduce(same)
+    return module.reduced(module._means)
 
 
 def actor_weights(module):

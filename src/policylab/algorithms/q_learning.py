@@ -179,8 +179,8 @@ class Replay:
     """The memory of finished sequences, and what is done with it in an iteration.
 
     Args:
-        capacity: tokens, prompts included, a process; the oldest sequences leave first.
-        warmup: sequences in the memory, over all processes, before the first update.
+        capacity: tokens, prompts included; the oldest sequences leave first.
+        warmup: sequences in the memory before the first update.
         updates: optimizer steps an iteration.
         batch_size: sequences drawn for each, over all processes.
     """
@@ -198,7 +198,7 @@ class Replay:
         """Refuses a memory that may be too small for an iteration, or for learning ever to start.
 
         Args:
-            sequences: an iteration and process.
+            sequences: an iteration.
             longest: tokens of a sequence at most.
 
         Raises:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,18 @@ class Samples(Callback):
     ) -> None:
         """Training samples, now and then."""
         if pl_module.iteration % self.every == 0:
-            self.write(trainer, pl_module.samples)
+            self.write(trainer, chain(*pl_module.from_all(pl_module.samples[: self.keep])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Validation samples."""
-        self.write(trainer, pl_module.samples)
-        if trainer.is_global_zero and self.show and pl_module.samples:
-            console().print(samples_table(pick(pl_module.samples, self.show)))
+        samples = list(chain(*pl_module.from_all(pl_module.samples)))
+        self.write(trainer, samples)
+        if trainer.is_global_zero and self.show and samples:
+            console().print(samples_table(pick(samples, self.show)))
 
-    def write(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
+    def write(self, trainer: Trainer, samples: Iterable[Sample]) -> None:
         """Appends samples to the file and to W&B's table."""
-        kept = samples[: self.keep]
+        kept = list(islice(samples, self.keep))
         if not trainer.is_global_zero or not kept:
             return
         self.unwritten += [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in kept]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from policylab.errors import UserError
 from policylab.functional.masks import masked_sum
+from policylab.models.adapter import fingerprint
 from policylab.models.policy import Policy
-from policylab.models.sharding import gathered
 from policylab.modules.means import Means
 from policylab.modules.optimization import ManualOptimization
 from policylab.modules.optimizer import AdamW
@@ -68,6 +68,7 @@ class ExperimentModule(ManualOptimization):
         self.task = parts.task
         self.seed = parts.seed
         self.resolved_config = parts.resolved_config
+        self.base = fingerprint(parts.policy.base_parameters()) if parts.policy.adapted else None
         self.max_tokens = parts.max_tokens
         self.tokens_sampled = 0
         self._tokens_here = 0  # of the iteration under way, on this process
@@ -96,8 +97,7 @@ class ExperimentModule(ManualOptimization):
         """Samples completions with the noise that belongs to these samples of this iteration."""
         iteration = self.iteration if stream != VALIDATION else 0
         noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
-        with gathered(self.policy) as policy:
-            rollout = self.engine.sample(policy, prompts, group_size, noise, behaviour)
+        rollout = self.engine.sample(self.policy, prompts, group_size, noise, behaviour)
         if stream not in (VALIDATION, PREFLIGHT):
             self._tokens_here += int(rollout.action_mask.sum())
         return rollout
@@ -134,11 +134,12 @@ class ExperimentModule(ManualOptimization):
         rows = torch.arange(len(rollout), device=rollout.tokens.device)
 
         def attempt() -> Tensor:
-            parts = self.micro_batches(rollout, rows)
-            figures = [evaluate(rollout.select(part)) for part in parts]
+            parts = self.passes(rollout, rows)
+            figures = [evaluate(rollout.select(part if len(part) else rows[:1])) for part in parts]
             whole = figures[0].new_zeros(*figures[0].shape[:-2], *rollout.tokens.shape)
             for part, values in zip(parts, figures, strict=True):
-                whole[..., part, : values.shape[-1]] = values
+                if len(part):
+                    whole[..., part, : values.shape[-1]] = values
             return whole
 
         return self.within_memory(attempt)
@@ -171,15 +172,20 @@ class ExperimentModule(ManualOptimization):
         perf["perf/tokens_per_s"] = generated / elapsed
         perf["perf/iteration_s"] = elapsed
         self.iteration += 1
-        self.tokens_sampled += int(self.all_sum(torch.tensor(self._tokens_here, device=self.device)))
+        self.tokens_sampled += int(self.all_sum(torch.tensor(self._tokens_here)))
         self._tokens_here = 0
         skipped = {"train/skipped_updates": float(self.skipped)} if self.skipped else {}
         self.skipped = 0
         account = {"train/tokens": float(self.tokens_sampled)} if self.tokens_sampled else {}
-        self.metrics = {**self._means.reduce(self.all_sum), **metrics, **skipped, **account, **perf}
+        self.metrics = {**self.reduced(self._means), **metrics, **skipped, **account, **perf}
         self._means = Means()
+        self.agree_on_micro_batches()
         self._seconds = {}
         self.record(self.metrics)
+        self.end_with_budget()
+
+    def end_with_budget(self) -> None:
+        """Ends training when ``max_tokens`` are spent."""
         if self.max_tokens is not None and self.tokens_sampled >= self.max_tokens:
             self.trainer.should_stop = True
 
@@ -200,8 +206,10 @@ class ExperimentModule(ManualOptimization):
             self.check()
 
     def on_train_start(self) -> None:
-        """A resumed run may have no validation before it trains; its optimizer obeys the present config."""
+        """A resumed run may have no validation before it trains, or nothing to train; its optimizer obeys the present
+        config."""
         self.reapply_optimizer_settings()
+        self.end_with_budget()
         if not self._checked:
             self.check()
 
@@ -236,10 +244,14 @@ class ExperimentModule(ManualOptimization):
         self.samples += self.describe(rollout, completions, "val")
 
     def on_validation_epoch_end(self) -> None:
-        self.val_metrics = self._val_means.reduce(self.all_sum)
+        self.val_metrics = self.reduced(self._val_means)
         self.record(self.val_metrics)
 
     # -- records ---------------------------------------------------------------------------------------
+
+    def reduced(self, means: Means) -> dict[str, float]:
+        """Means over all processes, also of what some of them have not counted."""
+        return means.reduce(self.all_sum, set().union(*self.from_all(set(means.names))))
 
     def measure(self, rollout: Rollout, means: Means, split: str) -> None:
         """Metrics of a rollout that training and validation share."""
@@ -298,12 +310,8 @@ class ExperimentModule(ManualOptimization):
     # -- state -----------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # A frozen reference comes from where the policy came from: it is not saved again.
-        checkpoint["state_dict"] = {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if self.reference_moves or not name.startswith("reference.")
-        }
+        given = self.given_weights()
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in given}
         checkpoint["policylab"] = {
             "iteration": self.iteration,
             "kl_coef": self.kl_coef,
@@ -312,6 +320,7 @@ class ExperimentModule(ManualOptimization):
             "skipped_in_a_row": dict(self.skipped_in_a_row),
             "micro_batch_tokens": (self.optim.micro_batch_tokens, self.micro_batch_tokens),
             "config": self.resolved_config,
+            "base": self.base,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -328,9 +337,22 @@ class ExperimentModule(ManualOptimization):
         asked, found = state.get("micro_batch_tokens", (None, None))
         if asked == self.optim.micro_batch_tokens:  # what was found then cuts the work as it was cut then
             self._micro_batch_tokens = found
+        if state.get("base") != self.base:
+            raise UserError(
+                "the checkpoint belongs to other weights: adapters (model/adapter) fit only the model that they were "
+                f"trained beside, and this one is {self.policy.source}; give the same model and the same model/adapter"
+            )
+        own, given = self.state_dict(), self.given_weights()
+        checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
+
+    def given_weights(self) -> set[str]:
+        """Names of weights that come from where the policy came from, and are not saved again: a frozen reference's,
+        and those beside adapters."""
+        base = set(map(id, self.policy.base_parameters()))
+        names = {n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in base}
         if not self.reference_moves:
-            own = self.state_dict()
-            checkpoint["state_dict"].update({n: v for n, v in own.items() if n.startswith("reference.")})
+            names |= {n for n in self.state_dict() if n.startswith("reference.")}
+        return names
 
     def _completion(self, rollout: Rollout, row: int, prompt: Prompt) -> Completion:
         tokens = rollout.tokens[row, : int(rollout.lengths[row])].tolist()

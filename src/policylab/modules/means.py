@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,20 +47,27 @@ class Means:
         for name, pair in other._sums.items():
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def declare(self, names: Iterable[str], device: torch.device) -> None:
-        """Names that some process may never add to, so that all hold the same ones."""
-        for name in names:
-            self.add(name, torch.zeros(0, device=device))
+    @property
+    def names(self) -> Set[str]:
+        """Of what this process has counted."""
+        return self._sums.keys()
 
     def mean(self, name: str, all_sum: AllSum) -> float:
         """The mean of one name over all processes, some of which may not have added to it; NaN without a value."""
-        total, count = all_sum(self._sums.get(name, torch.zeros(2, dtype=torch.double))).tolist()
+        total, count = all_sum(self._pair(name)).tolist()
         return total / count if count else float("nan")
 
-    def reduce(self, all_sum: AllSum) -> dict[str, float]:
-        """Means by name; a name without a single value is left out. All processes must hold the same names."""
-        if not self._sums:
+    def reduce(self, all_sum: AllSum, names: Iterable[str]) -> dict[str, float]:
+        """Means by name; a name without a single value is left out.
+
+        Args:
+            names: of what any process has counted, the same on all.
+        """
+        names = sorted(names)
+        if not names:
             return {}
-        names = sorted(self._sums)
-        table = all_sum(torch.stack([self._sums[name] for name in names])).tolist()
+        table = all_sum(torch.stack([self._pair(name).cpu() for name in names])).tolist()
         return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
+
+    def _pair(self, name: str) -> Tensor:
+        return self._sums.get(name, torch.zeros(2, dtype=torch.double))

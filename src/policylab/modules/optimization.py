@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from policylab.errors import RunError, UserError
 from policylab.models.policy import Policy
-from policylab.models.sharding import release, whole
 from policylab.modules.means import Means
 from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.modules.optimizer import AdamW
@@ -42,6 +41,7 @@ class ManualOptimization(LightningModule):
 
     Attributes:
         iteration: finished iterations, of ``iterations`` in all.
+        sharded: whether each process holds a share of the weights alone, so that every pass is one of all processes.
         skipped: updates of the iteration under way that were left out.
         skipped_in_a_row: the last updates of each kind, as far as they were.
         whole_distributions: whether a forward pass leaves the probabilities of all words at each action.
@@ -63,6 +63,8 @@ class ManualOptimization(LightningModule):
         self._before = self._counted = Means()  # up to the last piece of work, and of it
         self.skipped = 0
         self.skipped_in_a_row: dict[str, int] = {}
+        self.sharded = False
+        self._others_wait = False  # for what this process has begun with them
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optim.build(self.policy)
@@ -86,6 +88,15 @@ class ManualOptimization(LightningModule):
         )
         return parts
 
+    def passes(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
+        """The `micro_batches`. Where weights are sharded they are as many on every process, with empty ones at the end:
+        who has fewer would leave the others waiting."""
+        parts = self.micro_batches(rollout, rows)
+        if self.sharded:
+            most = int(self.all_max(torch.tensor(len(parts))))
+            parts += [rows[:0]] * (most - len(parts))
+        return parts
+
     def accumulate(self, rollout: Rollout, rows: Tensor, loss_of: Callable[[Rollout], Tensor]) -> Means:
         """Adds up the gradient of ``loss_of`` over micro-batches, synchronizing processes in the last one only.
 
@@ -97,10 +108,12 @@ class ManualOptimization(LightningModule):
         """
 
         def attempt() -> Means:
-            parts = self.micro_batches(rollout, rows) or [rows]
+            parts = self.passes(rollout, rows) or [rows]
             for i, part in enumerate(parts):
-                with nullcontext() if i == len(parts) - 1 else self.hold_synchronization():
-                    loss = loss_of(rollout.select(part)) if len(part) else self.zero_loss()
+                last = i == len(parts) - 1
+                with nullcontext() if last else self.hold_synchronization():
+                    loss = loss_of(rollout.select(part)) if len(part) else self.idle(rollout, loss_of)
+                    self._others_wait |= last  # gradients leave while the backward pass goes on
                     # Data-parallel strategies average gradients; the denominators want their sum.
                     self.manual_backward(loss * self.trainer.world_size)
             return self._means
@@ -109,15 +122,17 @@ class ManualOptimization(LightningModule):
 
     def within_memory(self, attempt: Callable[[], T]) -> T:
         """What ``attempt`` gives, which cuts its work by `micro_batches`. When a GPU's memory runs out, all is done
-        again in micro-batches of half the size, as if nothing had been; the size stays.
+        again in micro-batches of half the size, as if nothing had been; the size stays. The other processes just wait
+        longer, unless it happens amid something that all take part in.
 
         Raises:
-            UserError: when not even one sequence fits, or when several processes would have to agree.
+            UserError: when not even one sequence fits, or when the others would have to repeat it as well.
         """
         outer = self._means
         try:
             while True:
                 self._means = Means()  # what a failed attempt has counted is forgotten
+                self._others_wait = self.sharded
                 try:
                     result = attempt()
                     self._before, self._counted = outer.copy(), self._means
@@ -127,12 +142,10 @@ class ManualOptimization(LightningModule):
                     self._halve(error)
         finally:
             self._means = outer
-            if getattr(self, "sharded", False):
-                self.release_weights()
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         tried = self._tried
-        if tried.rows <= 1 or self.trainer.world_size > 1:
+        if tried.rows <= 1 or (self._others_wait and self.trainer.world_size > 1):
             raise UserError(
                 f"out of memory with {tried.rows} sequences of {tried.tokens} tokens in all in a forward pass; take "
                 + (
@@ -147,14 +160,22 @@ class ManualOptimization(LightningModule):
         warnings.warn(f"out of memory: from here on at most {tokens} tokens a forward pass", stacklevel=2)
         self._micro_batch_tokens = tokens
 
-    def zero_loss(self) -> Tensor:
-        """A zero that is tied to every parameter."""
-        return torch.stack([parameter.sum() for parameter in self.policy.parameters()]).sum() * 0.0
+    def agree_on_micro_batches(self) -> None:
+        """From here on no process takes more at a time than any has found to fit; a checkpoint holds one number."""
+        self._micro_batch_tokens = -int(self.all_max(torch.tensor(-self.micro_batch_tokens)))
 
-    def release_weights(self) -> None:
-        """Lets go of the whole weights that sharded policies still hold after their passes."""
-        for policy in self.children():
-            release(policy)
+    def idle(self, rollout: Rollout, loss_of: Callable[[Rollout], Tensor]) -> Tensor:
+        """A zero that is tied to every parameter: the loss of a process that has no rows, or none any more.
+
+        Where weights are sharded it takes part in the passes of the others, with a row that counts nowhere.
+        """
+        if self.sharded:
+            outer, self._means = self._means, Means()
+            row = rollout.select(torch.zeros(1, dtype=torch.long, device=rollout.tokens.device))
+            loss = loss_of(row.replace(kept=torch.zeros_like(row.ended)))
+            self._means = outer
+            return loss * 0.0
+        return torch.stack([parameter.sum() for parameter in self.policy.parameters()]).sum() * 0.0
 
     def hold_synchronization(self) -> AbstractContextManager[None]:
         """Keeps a backward pass from averaging gradients over processes."""
@@ -174,7 +195,7 @@ class ManualOptimization(LightningModule):
         optimizer: Any = self.optimizers()
         together = self.clipped_together()
         norms = {
-            name: whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             for name, parameters in together.items()
         }
         bad = [name for name in self._counted.not_finite() if name.endswith("loss")]
@@ -269,7 +290,20 @@ class ManualOptimization(LightningModule):
         """Maximum over processes."""
         return self._over_processes(x, "max")
 
+    def from_all(self, item: T) -> list[T]:
+        """What each process gives, in the order of their ranks; anything that can be pickled."""
+        items = [item] * self.trainer.world_size
+        if len(items) > 1:
+            self._others_wait = True
+            torch.distributed.all_gather_object(items, item)
+        return items
+
     def _over_processes(self, x: Tensor, operation: str) -> Tensor:
+        """The same on all processes, to the bit, so that what it decides is decided alike."""
         if self.trainer.world_size == 1:
             return x
-        return self.trainer.strategy.reduce(x.clone(), reduce_op=operation)
+        self._others_wait = True
+        # On the module's device, whose backend sends it. Lightning's `reduce` would add a barrier.
+        whole = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(whole, getattr(torch.distributed.ReduceOp, operation.upper()))
+        return whole.to(x.device)

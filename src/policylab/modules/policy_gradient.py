@@ -18,17 +18,6 @@ from policylab.modules.preflight import Pace
 from policylab.rollouts.noise import SHUFFLE, uniforms
 from policylab.rollouts.types import PromptBatch, Rollout
 
-#: Means over the tokens of all updates of an iteration.
-UPDATE_METRICS = (
-    "train/loss",
-    "train/entropy",
-    "train/clip_fraction",
-    "train/kl_old",
-    "train/value_loss",
-    "train/grad_norm",
-    "train/kl_stopped",
-)
-
 
 class PolicyGradient(Collection):
     """Trains the policy with an :class:`~policylab.algorithms.Algorithm`."""
@@ -109,7 +98,6 @@ class PolicyGradient(Collection):
     def update(self, rollout: Rollout) -> None:
         """Epochs of minibatches, ended early when the policy has moved too far."""
         self._ratio_max = torch.ones((), device=self.device)
-        self._means.declare(UPDATE_METRICS, self.device)
         settings = self.algorithm.update
         assert isinstance(settings, MinibatchEpochs | SingleStep)
         for epoch in range(settings.epochs):
@@ -179,7 +167,7 @@ class PolicyGradient(Collection):
             self._means.add("train/entropy", evaluation.entropy, mask)
             self._means.add("train/clip_fraction", terms.clipped, mask)
             self._means.add("train/kl_old", distance, mask)
-            ratio = (evaluation.logprobs - rollout.old_logprobs).exp()  # 1 outside the mask
+            ratio = (evaluation.logprobs - rollout.old_logprobs).exp().masked_fill(~mask, 1.0)
             self._ratio_max = torch.maximum(self._ratio_max, ratio.max())
             if terms.value is not None:
                 self._means.add("train/value_loss", terms.value, mask)

@@ -15,24 +15,14 @@ from policylab.algorithms.q_learning import EpsilonGreedy, QLearning
 from policylab.functional.logprobs import entropy
 from policylab.functional.masks import masked_moments
 from policylab.functional.reduction import token_sum
+from policylab.models.adapter import shared_weights
 from policylab.models.policy import Policy
 from policylab.modules.experiment import ExperimentModule, Parts, rewarded
 from policylab.modules.preflight import Pace
 from policylab.rollouts.behaviour import Behaviour, epsilon_greedy, greedy
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
-from policylab.rollouts.replay import ReplayBuffer
+from policylab.rollouts.replay import Memory, ReplayBuffer
 from policylab.rollouts.types import Prompt, PromptBatch, Rollout
-
-#: Means over the actions of all updates of an iteration.
-UPDATE_METRICS = (
-    "train/loss",
-    "train/td_error",
-    "train/q_mean",
-    "train/target_mean",
-    "train/entropy",
-    "train/replay_age",
-    "train/grad_norm",
-)
 
 
 class QTraining(ExperimentModule):
@@ -40,7 +30,7 @@ class QTraining(ExperimentModule):
 
     Attributes:
         target: the slower copy that targets are computed with, if there is one.
-        replay: finished sequences of this process.
+        replay: finished sequences of all processes; each holds them all.
         updates: optimizer steps so far.
     """
 
@@ -70,7 +60,7 @@ class QTraining(ExperimentModule):
         self.samples = self.describe(rollout, completions, "train")
         with self.phase("update"):
             self.start_values(rollout)
-            self.replay.add(rollout, self.iteration)
+            self.replay.add(self.from_all(Memory.of(rollout, self.iteration)))
             for minibatch in self.minibatches():
                 if self.step(minibatch):
                     self.move_target()
@@ -121,16 +111,13 @@ class QTraining(ExperimentModule):
                 network.critic.head.bias.fill_(float(mean))
 
     def minibatches(self) -> Iterator[Rollout]:
-        """Sequences from the memory for each update; none while it warms up."""
+        """This process's share of the sequences from the memory for each update; none while it warms up."""
         replay = self.algorithm.replay
-        self._means.declare(UPDATE_METRICS, self.device)
-        held = self.all_sum(torch.tensor(float(len(self.replay)), device=self.device))
-        if held < replay.warmup:
+        if len(self.replay) < replay.warmup:
             return
         share = self.plan.minibatch // self.plan.processes
-        first = self.global_rank * replay.updates
-        for row in uniforms(self.seed, REPLAY, self.iteration, range(first, first + replay.updates), share):
-            drawn = self.replay.draw(row)
+        for row in uniforms(self.seed, REPLAY, self.iteration, range(replay.updates), self.plan.minibatch):
+            drawn = self.replay.draw(row).split(share)[self.global_rank]
             self._means.add(
                 "train/replay_age", (self.iteration - self.replay.memory.iterations[drawn]).to(self.device)
             )
@@ -176,7 +163,8 @@ class QTraining(ExperimentModule):
         if settings is None or self.target is None or self.updates % settings.every:
             return
         for slow, fast in zip(self.target.parameters(), self.policy.parameters(), strict=True):
-            slow.lerp_(fast, settings.rate)
+            if slow is not fast:
+                slow.lerp_(fast, settings.rate)
 
     # -- records and state -----------------------------------------------------------------------------
 
@@ -196,9 +184,7 @@ class QTraining(ExperimentModule):
         _, variance = masked_moments(rollout.rewards[:, None], every[:, None], self.all_sum)
         metrics = {
             "train/reward_std": float(variance.sqrt()),
-            "train/replay_tokens": float(
-                self.all_sum(torch.tensor(float(self.replay.tokens), device=self.device))
-            ),
+            "train/replay_tokens": float(self.replay.tokens),
             "tokens": float(self.all_sum(rollout.action_mask.sum())),
         }
         if isinstance(self.algorithm.exploration, EpsilonGreedy):
@@ -217,6 +203,6 @@ class QTraining(ExperimentModule):
 
 
 def target_of(policy: Policy) -> Policy:
-    """A frozen copy, value head included; the tokenizer is shared."""
-    shared = {id(policy.tokenizer): policy.tokenizer}
+    """A frozen copy, value head included; the tokenizer is shared, and so is what never trains."""
+    shared = {id(policy.tokenizer): policy.tokenizer} | shared_weights(policy)
     return copy.deepcopy(policy, shared).requires_grad_(False).eval()

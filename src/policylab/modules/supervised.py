@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class SupervisedTraining(ExperimentModule):
     @torch.no_grad()
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Loss on the held-out completions, where there are any, and what the policy writes itself."""
-        if all(prompt.target for prompt in batch.prompts):
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if all(prompt.target for prompt in data.val):  # of all processes, which go through the same passes
             grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
             negative = -self.per_token(grid, lambda piece: self.policy.logprobs_of(piece, temperature=1.0))
             self._val_means.add("val/loss", negative, grid.action_mask)

@@ -143,7 +143,6 @@ class TrustRegionPolicyGradient(PolicyGradient):
         """Loss and its gradient, over all processes; the critic's loss has no part in it."""
         loss = torch.zeros((), device=self.device)
         gradient = actor.flat([None] * len(actor.parameters))
-        self._means.declare(["train/entropy"], self.device)
         for piece in pieces:
             share, terms = self.policy_loss(piece, actor.log_distributions(piece), denominator)
             gradient += actor.gradient(share)
@@ -308,7 +307,6 @@ class TrustRegionPolicyGradient(PolicyGradient):
 
     def fit_critic(self, rollout: Rollout) -> None:
         """Epochs of minibatches on the value loss alone; the policy does not move."""
-        self._means.declare(["train/value_loss", "train/critic_grad_norm"], self.device)
         size = self.plan.sequences // self.region.critic_minibatches
         for epoch in range(self.region.critic_epochs):
             for rows in self.minibatches(rollout, epoch, size):

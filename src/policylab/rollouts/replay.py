@@ -6,6 +6,7 @@ completion) takes 13 bytes, a sequence 37 on top. They stay in main memory whate
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -138,9 +139,11 @@ class ReplayBuffer:
         """Held now."""
         return len(self.memory.tokens)
 
-    def add(self, rollout: Rollout, iteration: int) -> None:
-        """Remembers every sequence of a rollout."""
-        self.memory = self.memory.join(Memory.of(rollout, iteration)).newest(self.capacity)
+    def add(self, parts: Iterable[Memory]) -> None:
+        """Remembers an iteration's sequences, which are those of its parts in order."""
+        for part in parts:
+            self.memory = self.memory.join(part)
+        self.memory = self.memory.newest(self.capacity)
 
     def draw(self, uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
         """Sequences, all alike and with replacement, one for each uniform number in [0, 1)."""

@@ -6,6 +6,7 @@ so a resumed run reads on where it stopped, and every process takes its share of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class PromptData(LightningDataModule):
         train: prompts to train on.
         val: prompts held out; all are used, in order.
         batch_size: prompts an iteration, over all processes.
-        val_batch_size: prompts a validation batch, over all processes.
+        val_batch_size: prompts a validation batch, over all processes, at most.
         seed: of the order.
         iterations: of the whole run.
 
@@ -103,11 +104,11 @@ class PromptData(LightningDataModule):
         return DataLoader(self.train, batch_sampler=sampler, collate_fn=_collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out prompts in order; every process gets the same number of batches."""
-        rows = range(len(self.val))
-        batches = [
-            self._share(rows[first : first + self.val_batch_size]) for first in rows[:: self.val_batch_size]
-        ]
+        """The held-out prompts in order, first those of the first process; all have the same number of batches."""
+        rows = self._share(range(len(self.val)))
+        fewest = len(self.val) // self.trainer.world_size  # type: ignore[union-attr]
+        count = min(math.ceil(len(self.val) / self.val_batch_size), fewest)
+        batches = [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
         return DataLoader(self.val, batch_sampler=batches, collate_fn=_collate)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
