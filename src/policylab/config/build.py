@@ -30,6 +30,7 @@ from policylab.models.policy import Policy
 from policylab.models.trunk import decoder_layers, freeze_below
 from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
 from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.modules.sharded_strategy import ShardedStrategy
 from policylab.rewards.pool import pooled
 from policylab.rollouts.engine import Engine, check_context
 from policylab.rollouts.plan import BatchPlan, ReplayPlan
@@ -66,6 +67,8 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     check(config)
     check_parts(config)
     algorithm = instantiate(config.algo)
+    if config.hardware.strategy == "fsdp":
+        demand_shardable(config.hardware, algorithm)
     plan = batch_plan(config, algorithm)
     optim = instantiate(config.optim)
     engine = instantiate(without(config.rollout, PLANNED))
@@ -238,6 +241,28 @@ def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Pro
     return policy.prompts(texts, task.instruction)
 
 
+def demand_shardable(hardware: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> None:
+    """Sharded weights are not for everything.
+
+    Raises:
+        UserError: saying what to take instead.
+    """
+    if isinstance(algorithm, Algorithm) and isinstance(algorithm.update, TrustRegion):
+        raise UserError(
+            "hardware.strategy=fsdp: a trust region works on all weights as one vector, which no process has; take "
+            "hardware=ddp, or algo/update=minibatch_epochs"
+        )
+    if hardware.compile:
+        raise UserError(
+            "hardware.compile=true has not been tried with hardware.strategy=fsdp; take hardware.compile=false"
+        )
+    if hardware.cpu_offload and hardware.accelerator == "cpu":
+        raise UserError(
+            "hardware.cpu_offload=true moves weights out of a GPU's memory, and hardware.accelerator is cpu; take "
+            "hardware.cpu_offload=false"
+        )
+
+
 def demand_no_budget(config: DictConfig) -> None:
     """Supervised training samples nothing that a budget could count.
 
@@ -307,11 +332,15 @@ def strategy(hardware: DictConfig) -> str | Strategy:
     """How processes share the work; "auto" for one alone."""
     if hardware.devices * hardware.num_nodes == 1:
         return "auto"
-    return DDPStrategy(
-        process_group_backend="gloo" if hardware.accelerator == "cpu" else "nccl",
-        timeout=timedelta(seconds=hardware.timeout),
-        gradient_as_bucket_view=True,
-    )
+    backend = "gloo" if hardware.accelerator == "cpu" else "nccl"
+    timeout = timedelta(seconds=hardware.timeout)
+    if hardware.strategy == "fsdp":
+        if hardware.cpu_offload:  # norms are summed where the shares are
+            backend = "cpu:gloo,cuda:nccl"
+        return ShardedStrategy(
+            cpu_offload=hardware.cpu_offload, process_group_backend=backend, timeout=timeout
+        )
+    return DDPStrategy(process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True)
 
 
 def named_parts(group: DictConfig | None, kind: type) -> list[Any]:

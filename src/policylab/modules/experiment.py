@@ -17,6 +17,7 @@ from policylab.errors import UserError
 from policylab.functional.masks import masked_sum
 from policylab.models.adapter import fingerprint
 from policylab.models.policy import Policy
+from policylab.models.sharding import gathered
 from policylab.modules.means import Means
 from policylab.modules.optimization import ManualOptimization
 from policylab.modules.optimizer import AdamW
@@ -97,7 +98,8 @@ class ExperimentModule(ManualOptimization):
         """Samples completions with the noise that belongs to these samples of this iteration."""
         iteration = self.iteration if stream != VALIDATION else 0
         noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
-        rollout = self.engine.sample(self.policy, prompts, group_size, noise, behaviour)
+        with gathered(self.policy) as policy:
+            rollout = self.engine.sample(policy, prompts, group_size, noise, behaviour)
         if stream not in (VALIDATION, PREFLIGHT):
             self._tokens_here += int(rollout.action_mask.sum())
         return rollout

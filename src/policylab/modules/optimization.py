@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from policylab.errors import RunError, UserError
 from policylab.models.policy import Policy
+from policylab.models.sharding import release, whole
 from policylab.modules.means import Means
 from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.modules.optimizer import AdamW
@@ -142,6 +143,8 @@ class ManualOptimization(LightningModule):
                     self._halve(error)
         finally:
             self._means = outer
+            if self.sharded:
+                self.release_weights()
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
         tried = self._tried
@@ -177,6 +180,11 @@ class ManualOptimization(LightningModule):
             return loss * 0.0
         return torch.stack([parameter.sum() for parameter in self.policy.parameters()]).sum() * 0.0
 
+    def release_weights(self) -> None:
+        """Lets go of the whole weights that sharded policies still hold after their passes."""
+        for policy in self.children():
+            release(policy)
+
     def hold_synchronization(self) -> AbstractContextManager[None]:
         """Keeps a backward pass from averaging gradients over processes."""
         strategy: Any = self.trainer.strategy
@@ -195,7 +203,7 @@ class ManualOptimization(LightningModule):
         optimizer: Any = self.optimizers()
         together = self.clipped_together()
         norms = {
-            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            name: whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             for name, parameters in together.items()
         }
         bad = [name for name in self._counted.not_finite() if name.endswith("loss")]
