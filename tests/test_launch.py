@@ -23,7 +23,7 @@ from policylab.launch.entry import flags_first, quoted
 from policylab.launch.environment import HIDDEN, describe_environment, redact
 from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, find_run
 from policylab.launch.messages import improve, nearest
-from policylab.launch.resume import check_same_run, rewind, with_command_of
+from policylab.launch.resume import NothingLeft, check_same_run, rewind, with_command_of
 from policylab.launch.run_folder import claim, point_latest, write_atomically, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder
 from policylab.launch.status import RunStatus, read_status, running_process
@@ -302,12 +302,37 @@ def test_a_resumed_run_repeats_its_command(tmp_path):
     assert with_command_of(["algo=ppo"]) == ["algo=ppo"]
 
 
+def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_done(tmp_path):
+    run = tmp_path / "run"
+    command = ["algo=ppo", "iterations=10", f"hydra.run.dir={run}", "resume=auto"]
+    with pytest.raises(UserError, match=r"resume=auto needs hydra\.run\.dir=FOLDER"):
+        with_command_of(["resume=auto"])
+    assert with_command_of(command) == command[:3]
+    make_run(run)
+    status = {"iteration": 10, "iterations": 10, "max_tokens": None}
+    write_json(run / "status.json", {**status, "status": "running"})
+    assert with_command_of(command) == ["algo=ppo", "iterations=10", f"resume={run}"]
+    write_json(run / "status.json", {**status, "status": "done"})
+    with pytest.raises(NothingLeft, match="is done: 10 of 10 iterations"):
+        with_command_of(command)
+    longer = ["algo=ppo", "iterations=20", *command[2:]]
+    assert with_command_of(longer) == ["algo=ppo", "iterations=20", f"resume={run}"]
+
+
 def test_records_after_the_checkpoint_are_dropped(tmp_path):
-    (tmp_path / "metrics.csv").write_text("iteration,x\n1,1\n2,2\n3,3\n")
-    (tmp_path / "samples.jsonl").write_text('{"iteration": 2}\n{"iteration": 3}\n{"iterat')
-    rewind(tmp_path, 2)
-    assert (tmp_path / "metrics.csv").read_text() == "iteration,x\n1,1\n2,2\n"
-    assert (tmp_path / "samples.jsonl").read_text() == '{"iteration": 2}\n'
+    metrics, samples = tmp_path / "metrics.csv", tmp_path / "samples.jsonl"
+    train, val = (f'{{"iteration": 2, "split": "{split}"}}\n' for split in ("train", "val"))
+    metrics.write_text("iteration,val/x,x\n0,9,\n1,,1\n2,8,2\n3,,3\n")
+    samples.write_text(train + val + train.replace("2", "3") + '{"iterat')
+    rewind(tmp_path, 2, validates=False)
+    assert metrics.read_text() == "iteration,val/x,x\n0,9,\n1,,1\n2,8,2\n"
+    assert samples.read_text() == train + val
+    rewind(tmp_path, 2, validates=True)
+    assert metrics.read_text() == "iteration,val/x,x\n0,9,\n1,,1\n2,,2\n"
+    assert samples.read_text() == train
+    rewind(tmp_path, 0, validates=True)
+    assert metrics.read_text() == "iteration\n"
+    assert samples.read_text() == ""
 
 
 def test_another_run_cannot_be_resumed(tmp_path):
@@ -442,6 +467,21 @@ def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
         for r in (through, run)
     ]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("length", [["iterations=2"], ["iterations=9", "max_tokens=1"]])
+def test_a_run_killed_after_its_last_iteration_is_finished(train, length):
+    """Its validation, summary and models are what is left to do."""
+    run = train(["validation.every=2", *length])
+    results = ("summary.json", "model/final/model.safetensors")
+    expected = read_rows(run / "metrics.csv")
+    for name in results:
+        (run / name).unlink()
+    write_json(run / "status.json", read_status(run) | {"status": "running"})
+    train([f"resume={run}"])
+    assert all((run / name).is_file() for name in results)
+    assert read_rows(run / "metrics.csv") == expected, "nothing was trained again"
+    assert read_status(run)["status"] == "done"
 
 
 def test_a_token_budget_ends_a_run_and_a_larger_one_prolongs_it(train):

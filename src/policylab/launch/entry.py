@@ -18,8 +18,8 @@ from policylab.config import resolvers
 from policylab.errors import ProcessFailed, UserError
 from policylab.launch.allocator import keep_freed_memory
 from policylab.launch.help import help_page
-from policylab.launch.resume import with_command_of
-from policylab.launch.signals import INTERRUPTED
+from policylab.launch.resume import NothingLeft, with_command_of
+from policylab.launch.signals import INTERRUPTED, stop_on_signals
 from policylab.launch.world import world
 
 BAD_INPUT = 2
@@ -56,8 +56,11 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
         return
     os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits with 1
     try:
+        stop_on_signals()
         sys.argv[1:] = flags_first([quoted(word, free_text) for word in with_command_of(sys.argv[1:])])
         main()
+    except NothingLeft as done:
+        print(done)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so be it
     except KeyboardInterrupt as stopped:

@@ -14,14 +14,18 @@ from policylab.errors import UserError
 from policylab.launch.checkpoints import checkpoint_state
 from policylab.launch.find_run import LATEST, find_run
 from policylab.launch.run_folder import write_atomically
-from policylab.launch.status import running_process
+from policylab.launch.status import DONE, read_status, running_process
 
 log = logging.getLogger(__name__)
 
 #: ``resume=auto``: go on if there is something to go on with.
 AUTO = "auto"
 #: Values that make another run of it rather than the same one continued.
-IDENTITY = ("algo.name", "model.name", "task.name", "seed")
+IDENTITY = ("algo.name", "model.name", "model.adapter", "task.name", "seed")
+
+
+class NothingLeft(Exception):
+    """``resume=auto`` has found a run that is done."""
 
 
 def with_command_of(arguments: Sequence[str]) -> list[str]:
@@ -49,6 +53,7 @@ def go_on_or_start(arguments: Sequence[str]) -> list[str]:
 
     Raises:
         UserError: without a folder.
+        NothingLeft: when the run there is done, and the command asks for no more of it.
     """
     folder = last_value(arguments, "hydra.run.dir")
     if folder is None:
@@ -56,8 +61,12 @@ def go_on_or_start(arguments: Sequence[str]) -> list[str]:
             f"resume={AUTO} needs hydra.run.dir=FOLDER: it goes on with the run there, or starts it"
         )
     rest = [word for word in arguments if word != f"resume={AUTO}"]
-    if not (Path(folder).expanduser() / "status.json").is_file():
+    status = read_status(Path(folder).expanduser())
+    if not status:
         return rest
+    lengths = {key: last_value(rest, key) for key in ("iterations", "max_tokens")}
+    if status["status"] == DONE and all(v in (None, str(status.get(key))) for key, v in lengths.items()):
+        raise NothingLeft(f"{folder} is done: {status['iteration']} of {status['iterations']} iterations")
     return [word for word in rest if not word.startswith("hydra.run.dir=")] + [f"resume={folder}"]
 
 
@@ -80,7 +89,8 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
 
     Raises:
         UserError: when folder, algorithm, model, task or seed differ, nothing is left to do, or the run is still
-            running: two processes would spoil each other's records.
+            running: two processes would spoil each other's records. A run that was killed after its last iteration
+            has a validation, a summary and its model left to write.
     """
     if (process := running_process(run_folder)) is not None:
         raise UserError(
@@ -98,32 +108,44 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
     if checkpoint is None:
         log.warning("%s has saved no state yet; it starts from the beginning", run_folder)
         return
-    state = checkpoint_state(checkpoint)
+    state, finished = checkpoint_state(checkpoint), read_status(run_folder).get("status") == DONE
     done, sampled = state["iteration"], state["tokens_sampled"]
-    if done >= config.iterations:
+    if done > config.iterations or (finished and done == config.iterations):
         raise UserError(
             f"{run_folder} has done {done} of {config.iterations} iterations; give iterations=N above that to go on"
         )
-    if config.max_tokens is not None and sampled >= config.max_tokens:
+    if finished and config.max_tokens is not None and sampled >= config.max_tokens:
         raise UserError(
             f"{run_folder} has sampled {sampled} of max_tokens={config.max_tokens} tokens; give max_tokens=N above "
             "that to go on"
         )
 
 
-def rewind(run_folder: Path, iteration: int) -> None:
-    """Drops from the records what came after an iteration; the resumed run writes it again."""
+def rewind(run_folder: Path, iteration: int, *, validates: bool) -> None:
+    """Drops from the records what came after the state of an iteration; the resumed run writes it again.
+
+    Args:
+        validates: whether to drop the validation of that iteration, which comes after its state. It is done again,
+            since the run may have been killed between its metrics and what follows from them.
+    """
     metrics, samples = run_folder / "metrics.csv", run_folder / "samples.jsonl"
+
+    def stays(at: float, split: str) -> bool:
+        return at < iteration or (at == iteration and not (validates and split == "val"))
+
     if metrics.is_file():
-        write_rows(metrics, [row for row in read_rows(metrics) if row["iteration"] <= iteration])
+        rows = read_rows(metrics)
+        cut = [{k: v for k, v in row.items() if stays(row["iteration"], k.split("/")[0])} for row in rows]
+        write_rows(metrics, [row for row in cut if set(row) > {"iteration"}])
     if samples.is_file():
-        kept = [line for line in samples.read_text().splitlines() if sample_iteration(line) <= iteration]
+        kept = [line for line in samples.read_text().splitlines() if stays(*sample_origin(line))]
         write_atomically(samples, "".join(line + "\n" for line in kept))
 
 
-def sample_iteration(line: str) -> float:
-    """Iteration of a line of ``samples.jsonl``; infinite for a line cut short by a crash."""
+def sample_origin(line: str) -> tuple[float, str]:
+    """Iteration and split of a line of ``samples.jsonl``; a line cut short by a crash is of no iteration."""
     try:
-        return float(json.loads(line)["iteration"])
+        sample = json.loads(line)
+        return float(sample["iteration"]), str(sample["split"])
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        return float("inf"), ""

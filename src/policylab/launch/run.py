@@ -90,7 +90,10 @@ def train(
                 if checkpoint:
                     become_newest(run_dir, checkpoint)
                 if not fresh:  # not before all is built: a command that is refused must not cut the records
-                    rewind(run_dir, checkpoint_iteration(checkpoint) if checkpoint else 0)
+                    iteration = checkpoint_iteration(checkpoint) if checkpoint else 0
+                    # that after the last iteration stays, when it is not the last any more
+                    validates = validates_at(config, iteration) or not status.was_done
+                    rewind(run_dir, iteration, validates=validates)
                     save_config(config, run_dir)
                 # a run that could not be built is nothing to point at
                 point_latest(run_dir, Path(config.paths.logs))
@@ -180,18 +183,22 @@ def with_earlier_sessions(environment: dict[str, Any], file: Path) -> dict[str, 
 
 
 def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: StopOnSignal) -> None:
-    """Validates where a validation is due and none is recorded, and trains in between."""
+    """Validates before the first iteration (of this session, if one is due there), trains, validates after the last."""
     module, data, trainer = experiment.module, experiment.data, experiment.trainer
     with survive_exit(stop):
         iteration = checkpoint_iteration(checkpoint) if checkpoint else 0
-        due = iteration % experiment.config.validation.every == 0
-        if due and not agreed("validated", is_validated(run_dir, iteration)):
+        if validates_at(experiment.config, iteration):
             trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if module.iteration < module.iterations and not trainer.should_stop:
             raise RuntimeError(f"training ended after {module.iteration} of {module.iterations} iterations")
         if not stop.stopped and not agreed("validated", is_validated(run_dir, module.iteration)):
             trainer.validate(module, datamodule=data, verbose=False)
+
+
+def validates_at(config: DictConfig, iteration: int) -> bool:
+    """Whether a validation is due after so many iterations, be they the last or not."""
+    return bool(iteration % config.validation.every == 0)
 
 
 def is_validated(run_dir: Path, iteration: int) -> bool:

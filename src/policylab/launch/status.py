@@ -68,6 +68,7 @@ class RunStatus:
         self.patience = Patience(self.path, "what it says is out of date until it can be")
         self.clock = time.monotonic()
         self.seconds_before = float(before.get("wall_seconds", 0.0))
+        self.was_done = before.get("status") == DONE  #: the run is prolonged
         self.content: dict[str, Any] = {
             "status": RUNNING,
             "iteration": int(before.get("iteration", 0)),
