@@ -13,7 +13,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from small_runs import Drifting
+from small_runs import Broken, Drifting
 
 Engine = Callable[[Any], Any]
 
@@ -135,6 +135,7 @@ def turns(reward_model: Path) -> dict[str, Turn]:
         "AdamW.max_grad_norm": Turn(0.1),
         "AdamW.betas": Turn([0.5, 0.95]),
         "AdamW.frozen_layers": Turn(1, given={"model.architecture.n_layer": 2}),
+        "AdamW.max_skipped": Turn(1000, engine=Broken),
         # Memory, never results.
         "AdamW.micro_batch_tokens": Turn(12, seen_in="passes"),
     }

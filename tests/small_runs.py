@@ -140,6 +140,13 @@ class Drifting(Changed):
         return rollout.replace(logprobs=drifted.masked_fill(~rollout.action_mask, 0.0))
 
 
+class Broken(Changed):
+    """Records log-probs that are no numbers, so that no update can be made."""
+
+    def change(self, rollout: Rollout) -> Rollout:
+        return rollout.replace(logprobs=rollout.logprobs / 0.0)
+
+
 class Padded(Changed):
     """Three more columns of completion, two more of prompt, and tokens in the padding that mean something."""
 

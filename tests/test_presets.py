@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 import golden_metrics
 from knobs import Engine, Knob, Turn, knobs, save_reward_model, turns, values
 from policylab.config.build import instantiate
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 from small_runs import CONFIGS, PRESETS, Drifting, Padded, Trace, algo, small, train
 
 #: ``axis/option`` of every file below ``configs/algo``.
@@ -108,10 +108,10 @@ def before(specimen: Specimen, changes: str, engine: Engine | None) -> Trace | s
 
 
 def outcome(specimen: Specimen, changes: Mapping[str, Any], engine: Engine | None) -> Trace | str:
-    """A small run; or what is said when the config is refused."""
+    """A small run; or what is said when the config is refused, or the run cannot go on."""
     try:
         return train(small(specimen.algo, changes), engine=engine or (lambda engine: engine))
-    except UserError as error:
+    except (UserError, RunError) as error:
         return str(error)
 
 

@@ -130,7 +130,7 @@ class TestErrors:
         [
             (
                 not_finite,
-                "reward not_finite gave nan as the score of completion 5; it must be a finite number",
+                r"reward not_finite gave nan as the score of completion 5 \('.*'\); it must be a finite number",
             ),
             (one_too_few, "reward one_too_few returned 2 scores for 3 completions"),
             (optimality, "reward=optimality found no map beside the prompt"),

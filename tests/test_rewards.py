@@ -61,7 +61,7 @@ class TestScore:
             ([1.0, 2.0, 3.0], "reward stubborn returned 3 scores for 2 completions"),
             (0.5, "reward stubborn returned 0.5; it must return one score for each of the 2 completions"),
             (None, "reward stubborn returned None"),
-            ([1.0, None], "gave None as the score of completion 1; it must be a finite number"),
+            ([1.0, None], r"gave None as the score of completion 1 \('.*'\); it must be a finite number"),
             ([math.nan, 1.0], "gave nan as the score of completion 0"),
             ([1.0, math.inf], "gave inf as the score of completion 1"),
             (["0.5", 1.0], "gave '0.5' as the score of completion 0"),

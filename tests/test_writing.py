@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 
 from policylab.callbacks import writing
 from policylab.callbacks.writing import BackgroundWriter, snapshot, write_state
+from policylab.errors import RunError
 from policylab.launch.checkpoints import link_atomically
 
 
@@ -92,34 +92,45 @@ def test_the_file_is_that_of_the_state_itself(tmp_path):
         assert all(torch.equal(saved["o"]["state"][index][k], v) for k, v in moments.items())
 
 
-def test_a_failed_write_is_told_by_the_next_and_at_the_end(tmp_path):
+def test_what_could_not_be_written_is_told_at_once_and_in_the_end(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    for tell in (
-        lambda writer: writer.teardown(),
-        lambda writer: writer.save_checkpoint({}, tmp_path / "last.ckpt"),
-    ):
-        writer = BackgroundWriter()
+    writer = BackgroundWriter()
+    for _ in range(2):
         writer.save_checkpoint({}, tmp_path / "file" / "last.ckpt")
-        with pytest.raises(RuntimeError, match=r"could not write .*file/last\.ckpt: .*File exists"):
-            tell(writer)
-        writer.wait()  # told once
+    writer.teardown()
+    assert [message.split("; ")[1] for message in caplog.messages] == [
+        "nothing stood there before, the run goes on and tries again when the next one is due"
+    ] * 2
+    with pytest.raises(RunError, match=r"could not write .*file/last\.ckpt: File exists"):
+        writer.demand_written()
+    (tmp_path / "file").unlink()
+    writer.save_checkpoint({}, tmp_path / "file" / "last.ckpt")
+    writer.demand_written()
 
 
-def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch):
+def test_another_error_is_no_matter_of_disks(tmp_path):
+    writer = BackgroundWriter()
+    writer.save_checkpoint({"x": lambda: None}, tmp_path / "last.ckpt")
+    with pytest.raises(AttributeError, match="lambda"):
+        writer.wait()
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "torch.save"])
+def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch, caplog, call):
     writer = BackgroundWriter()
     path = tmp_path / "last.ckpt"
     writer.save_checkpoint({"iteration": 1}, path)
+    writer.wait()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    writer.wait()
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(call, full)
     writer.save_checkpoint({"iteration": 2}, path)
-    with pytest.raises(RuntimeError, match="No space left on device"):
-        writer.wait()
+    writer.wait()
+    assert "last.ckpt: No space left on device; what stood there is kept" in caplog.text
     assert torch.load(path)["iteration"] == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_second_name_survives_a_new_file(tmp_path):

@@ -59,7 +59,7 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
     """MLflow: a database in the run folder unless a tracking server is named.
 
     Raises:
-        UserError: when mlflow is not installed.
+        UserError: when mlflow is not installed, or its server does not answer.
     """
     if find_spec("mlflow") is None:
         raise UserError("logger=mlflow needs mlflow; install it with: pip install -e '.[mlflow]'")
@@ -72,7 +72,13 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
         run_id=id_file.read_text() if id_file.is_file() else None,
     )
     if not id_file.is_file():
-        write_atomically(id_file, str(logger.run_id))
+        try:
+            run_id = str(logger.run_id)  # asks the server
+        except Exception as error:  # the library raises what it likes
+            raise UserError(
+                f"logger=mlflow does not get through to {tracking_uri or 'its database'}: {str(error).splitlines()[0]}"
+            ) from error
+        write_atomically(id_file, run_id)
     return logger
 
 

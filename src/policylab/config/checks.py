@@ -11,7 +11,7 @@ from policylab.errors import UserError, demand
 #: All that stands at the root of a config.
 ROOT_KEYS = {
     "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "max_tokens", "model", "name", "optim",
-    "paths", "resume", "reward", "rollout", "seed", "tags", "task", "validation",
+    "paths", "plan", "plan_flops", "plan_memory", "resume", "reward", "rollout", "seed", "tags", "task", "validation",
 }  # fmt: skip
 #: Values outside any ``_target_``, whose type nothing else checks.
 WHOLE_NUMBERS = (
@@ -19,7 +19,9 @@ WHOLE_NUMBERS = (
     "validation.batch_size",
 )  # fmt: skip
 #: Values outside any ``_target_`` that are true or false.
-SWITCHES = ("detect_anomaly", "hardware.gradient_checkpointing", "hardware.compile", "hardware.cpu_offload")
+SWITCHES = (
+    "detect_anomaly", "plan", "hardware.gradient_checkpointing", "hardware.compile", "hardware.cpu_offload",
+)  # fmt: skip
 #: Values with a few choices, of which "auto" is settled where the run starts.
 CHOICES = {
     "hardware.precision": ("32-true", "bf16-mixed", "bf16-true"),

@@ -111,13 +111,19 @@ def link_atomically(source: Path, path: Path) -> None:
 
     Where the file system knows no second names, it is a copy.
     """
+    if path.exists() and path.samefile(source):  # renaming one name of a file onto another leaves both
+        return
     temporary = path.with_name(f".{path.name}")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, path)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def checkpoint_iteration(checkpoint: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from policylab.errors import RunError, UserError
 
+#: Errors of a disk that is full, or a folder that nobody may write in: no fault of the program's.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<group>[^']+)/(?P<choice>[^'/]+)'")
 # The key alone, with its path in the next line; or, behind an interpolation, the path at once.
@@ -27,6 +30,9 @@ def one_line(error: BaseException) -> str | None:
     for cause in causes(error):
         if isinstance(cause, UserError | RunError | FloatingPointError):
             return str(cause)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        what = error.filename or "a file of the run"
+        return f"could not write {what}: {error.strerror}; make room, or take another folder"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: {improve(str(error))}; write name=value, text with commas in quotes"
     if isinstance(error, InstantiationException):
@@ -38,7 +44,8 @@ def one_line(error: BaseException) -> str | None:
 
 def is_mistake(error: BaseException) -> bool:
     """Whether the input was wrong, rather than the run unlucky."""
-    return not any(isinstance(cause, RunError | FloatingPointError) for cause in causes(error))
+    told = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
+    return isinstance(told[0], UserError) if told else not isinstance(error, OSError)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

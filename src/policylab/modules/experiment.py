@@ -23,10 +23,11 @@ from policylab.modules.optimization import ManualOptimization
 from policylab.modules.optimizer import AdamW
 from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, Scores
+from policylab.rewards.memory import memory_of, remind
 from policylab.rewards.pool import Pending, begin
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
-from policylab.rollouts.noise import PREFLIGHT, VALIDATION, uniforms
+from policylab.rollouts.noise import PREFLIGHT, TRAIN, VALIDATION, seed_libraries, uniforms
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.types import Completion, Prompt, PromptBatch, Rollout, Sample
 from policylab.tasks.base import Task
@@ -84,6 +85,7 @@ class ExperimentModule(ManualOptimization):
         self._val_means = Means()
         self._seconds: dict[str, float] = {}
         self._checked = False
+        self._reminded = False
 
     # -- one iteration, in pieces --------------------------------------------------------------------
 
@@ -230,6 +232,14 @@ class ExperimentModule(ManualOptimization):
         """Upper bound; a backward pass costs about two forward passes."""
         raise NotImplementedError
 
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Nothing is carried from one iteration to the next but what checkpoints hold."""
+        seed_libraries(self.seed, TRAIN, self.iteration, self.global_rank)
+
+    def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As with the noise of sampling: the same at every validation."""
+        seed_libraries(self.seed, VALIDATION, batch_idx, self.global_rank)
+
     def on_validation_epoch_start(self) -> None:
         self._val_means = Means()
         self.samples = []
@@ -320,6 +330,7 @@ class ExperimentModule(ManualOptimization):
             "tokens_sampled": self.tokens_sampled,
             "tokens_trained": self.tokens_trained,
             "skipped_in_a_row": dict(self.skipped_in_a_row),
+            "reward": self.from_all(memory_of(self.reward)),
             "micro_batch_tokens": (self.optim.micro_batch_tokens, self.micro_batch_tokens),
             "config": self.resolved_config,
             "base": self.base,
@@ -336,6 +347,7 @@ class ExperimentModule(ManualOptimization):
         self.tokens_sampled = state["tokens_sampled"]
         self.tokens_trained = state["tokens_trained"]
         self.skipped_in_a_row = dict(state.get("skipped_in_a_row", {}))
+        self.remind_reward(state.get("reward", [None]))
         asked, found = state.get("micro_batch_tokens", (None, None))
         if asked == self.optim.micro_batch_tokens:  # what was found then cuts the work as it was cut then
             self._micro_batch_tokens = found
@@ -346,6 +358,16 @@ class ExperimentModule(ManualOptimization):
             )
         own, given = self.state_dict(), self.given_weights()
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
+
+    def remind_reward(self, states: Sequence[Any]) -> None:
+        """Has the reward go on from what it remembered, on each process; with another number of them, on the first.
+
+        Once only: Lightning loads a checkpoint before the first validation and again before training, and the reward
+        has scored in between.
+        """
+        if not self._reminded:
+            remind(self.reward, states[self.global_rank if len(states) == self.trainer.world_size else 0])
+        self._reminded = True
 
     def given_weights(self) -> set[str]:
         """Names of weights that come from where the policy came from, and are not saved again: a frozen reference's,

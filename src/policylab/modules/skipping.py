@@ -103,7 +103,7 @@ def dump(folder: Path, name: str, content: dict[str, Any], rollout: Rollout) -> 
     batch = {field.name: getattr(rollout.to("cpu"), field.name) for field in fields(rollout)}
     path = folder / f"{name}.pt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         torch.save({**content, "rollout": batch}, path)
         for old in sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)

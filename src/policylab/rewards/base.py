@@ -52,10 +52,10 @@ def score(reward: Reward, completions: Sequence[Completion]) -> Scores:
             number, or other parts for one completion than for the first.
     """
     name = reward_name(reward)
-    return checked(name, answers_of(name, reward(completions), len(completions)))
+    return checked(name, answers_of(name, reward(completions), len(completions)), completions)
 
 
-def checked(name: str, answers: Sequence[Score]) -> Scores:
+def checked(name: str, answers: Sequence[Score], completions: Sequence[Completion]) -> Scores:
     """The scores that a reward of this name gave, one for each completion.
 
     Raises:
@@ -69,9 +69,9 @@ def checked(name: str, answers: Sequence[Score]) -> Scores:
                 f"{sorted(parts)} for completion 0; give every completion the same parts"
             )
     return Scores(
-        total=_numbers(name, "score", [answer.total for answer in answers]),
+        total=_numbers(name, "score", [answer.total for answer in answers], completions),
         parts={
-            part: _numbers(name, f"part {part!r}", [answer.parts[part] for answer in answers])
+            part: _numbers(name, f"part {part!r}", [answer.parts[part] for answer in answers], completions)
             for part in parts
         },
     )
@@ -98,13 +98,13 @@ def answers_of(name: str, given: Any, expected: int) -> list[Score]:
     return [answer if isinstance(answer, Score) else Score(answer, {}) for answer in answers]
 
 
-def _numbers(name: str, what: str, values: list[Any]) -> list[float]:
+def _numbers(name: str, what: str, values: list[Any], completions: Sequence[Completion]) -> list[float]:
     numbers = [_number(value) for value in values]
     for index, number in enumerate(numbers):
         if not math.isfinite(number):
             raise UserError(
-                f"reward {name} gave {values[index]!r:.60} as the {what} of completion {index}; "
-                f"it must be a finite number"
+                f"reward {name} gave {values[index]!r:.60} as the {what} of completion {index} "
+                f"({completions[index].text!r:.60}); it must be a finite number"
             )
     return numbers
 

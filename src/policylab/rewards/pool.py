@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from policylab.errors import UserError, demand
 from policylab.launch.signals import SIGNALS
 from policylab.rewards.base import Reward, Score, Scores, answers_of, checked, reward_name, score
+from policylab.rewards.memory import remembers
 from policylab.rollouts.text import Completion
 
 #: More would be a slip of the finger.
@@ -53,11 +54,16 @@ class PooledReward:
         pool: ``process`` for rewards that compute, ``thread`` for those that wait.
 
     Raises:
-        UserError: when the reward cannot be sent to a process.
+        UserError: when the reward cannot be sent to a process, or remembers what checkpoints must hold.
     """
 
     def __init__(self, reward: Reward, workers: int, pool: Literal["process", "thread"]) -> None:
         self.name = reward_name(reward)
+        if remembers(reward):
+            raise UserError(
+                f"reward {self.name} remembers (it has a state_dict), and workers would remember their own share each; "
+                "take reward.workers=0"
+            )
         self.count = workers
         self.workers: Workers = Processes(reward) if pool == "process" else Threads(reward, workers)
 
@@ -68,7 +74,7 @@ class PooledReward:
     def begin(self, completions: Sequence[Completion]) -> Pending:
         """Scoring under way."""
         shares = self.workers.begin(self.shares(completions))
-        return lambda: checked(self.name, [answer for share in shares for answer in share()])
+        return lambda: checked(self.name, [answer for share in shares for answer in share()], completions)
 
     def shares(self, completions: Sequence[Completion]) -> list[Sequence[Completion]]:
         """Adjacent completions, as many for each worker as for the next, up to one."""

@@ -6,6 +6,7 @@ batch size and after a resume.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,17 @@ from torch import Tensor
 
 #: Independent streams of one seed. A number never changes its meaning: finished runs would not be reproduced.
 TRAIN, VALIDATION, PREFLIGHT, GENERATE, SHUFFLE, REFILL, REPLAY = range(7)
+
+
+def seed_libraries(*key: int) -> None:
+    """Seeds the generators of Python, numpy and torch by numbers.
+
+    Nothing of ours draws from them; a reward of one's own may, and draws the same after a resume.
+    """
+    number = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def uniforms(

@@ -1,0 +1,606 @@
+"""What goes wrong while a run is under way: damaged files, numbers that are none, full disks, lost loggers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from omegaconf import DictConfig
+
+from policylab.callbacks.checkpoint import Checkpoint
+from policylab.callbacks.loggers import tolerated
+from policylab.callbacks.metrics_csv import MetricsCSV
+from policylab.callbacks.metrics_file import read_rows
+from policylab.callbacks.samples import Samples
+from policylab.callbacks.writing import write_state
+from policylab.errors import RunError, UserError
+from policylab.launch import checkpoints
+from policylab.launch.checkpoints import (
+    become_newest,
+    checkpoint_iteration,
+    damage,
+    newest_whole_checkpoint,
+    read,
+)
+from policylab.launch.find_run import checkpoint_to_resume
+from policylab.launch.logs import LogFile
+from policylab.launch.resume import rewind
+from policylab.launch.run_folder import append_whole
+from policylab.rewards.pool import pooled
+from policylab.rollouts.types import Completion
+from small_runs import algo, levels, quiet, small
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def state(iteration: int, weight: float = 0.0) -> dict[str, Any]:
+    """As much of a checkpoint as its readers look at."""
+    numbers = {"iteration": iteration, "tokens_sampled": 0}
+    return {"policylab": numbers, "state_dict": {"w": torch.full((300,), weight or float(iteration))}}
+
+
+def experiment(folder: Path, algorithm: DictConfig, **changes: Any) -> Any:
+    """A small run that keeps metrics and checkpoints, each iteration; neither preflight nor validation."""
+    from policylab.config.build import build
+
+    parts = {
+        "callbacks.checkpoint": {
+            "_target_": "policylab.callbacks.checkpoint.Checkpoint",
+            "run_dir": str(folder),
+            "every": 1,
+            "monitor": "val/reward",
+            "mode": "max",
+            "export": False,
+        },
+        "logger.csv": {"_target_": "policylab.callbacks.metrics_csv.MetricsCSV", "run_dir": str(folder)},
+    }
+    with quiet():
+        built = build(small(algorithm, parts | changes), folder)
+    built.trainer.limit_val_batches = 0
+    built.module._checked = True
+    if algorithm.name != "sft":
+        built.module.reward = levels
+    return built
+
+
+def fit(built: Any, checkpoint: Path | None = None) -> Any:
+    with quiet():
+        built.trainer.fit(built.module, datamodule=built.data, ckpt_path=checkpoint, weights_only=True)
+    return built.module
+
+
+def weights(module: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.policy.parameters()])
+
+
+# -- damaged checkpoints ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run with the states of iterations 1 and 2, and its best from 1."""
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (tmp_path / "status.json").write_text("{}")
+    for iteration in (1, 2):
+        write_state(state(iteration), tmp_path / "checkpoints" / "last.ckpt")
+    write_state(state(1), tmp_path / "checkpoints" / "best.ckpt")
+    return tmp_path
+
+
+def files(run: Path) -> dict[str, int]:
+    """Iteration of each checkpoint."""
+    return {path.stem: checkpoint_iteration(path) for path in (run / "checkpoints").glob("*.ckpt")}
+
+
+def test_the_last_state_but_one_is_kept(run_folder):
+    assert files(run_folder) == {"last": 2, "previous": 1, "best": 1}
+    assert newest_whole_checkpoint(run_folder) == run_folder / "checkpoints" / "last.ckpt"
+    assert newest_whole_checkpoint(run_folder / "checkpoints") is None, "a run that has saved none yet"
+
+
+def cut(content: bytearray) -> bytearray:
+    return content[:-1]
+
+
+def emptied(content: bytearray) -> bytearray:
+    return bytearray()
+
+
+def zeroed(content: bytearray) -> bytearray:
+    """A file whose blocks never reached the disk."""
+    return bytearray(len(content))
+
+
+def flipped(content: bytearray) -> bytearray:
+    """A bit of a weight."""
+    content[content.index(torch.full((1,), 2.0).numpy().tobytes() * 20) + 100] ^= 4
+    return content
+
+
+@pytest.mark.parametrize("harm", [cut, emptied, zeroed, flipped])
+def test_a_damaged_file_falls_back_to_the_one_before(run_folder, harm, caplog):
+    last = run_folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(harm(bytearray(last.read_bytes())))
+    assert (
+        newest_whole_checkpoint(run_folder)
+        == checkpoint_to_resume(str(run_folder))
+        == last.with_stem("previous")
+    )
+    assert "last.ckpt is damaged" in caplog.messages[0]
+    assert "going on from" in caplog.messages[0]
+    assert "\n" not in caplog.messages[0]
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged .* take another one"):
+        checkpoint_to_resume(str(last))
+    last.with_stem("previous").write_bytes(b"")
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged.*previous\.ckpt is damaged"):
+        newest_whole_checkpoint(run_folder)
+
+
+def test_what_passes_as_whole_is_whole(tmp_path):
+    """Each bit of the archive's directory and some of the rest: a flip is found, or changes nothing."""
+    path, good = tmp_path / "x.ckpt", state(3)
+    torch.save(good, path)
+    content = path.read_bytes()
+    directory = content.index(b"PK\x01\x02")
+    places = [*range(directory, len(content)), *random.Random(0).sample(range(directory), 100)]
+    for number, place in enumerate(places):
+        harmed = bytearray(content)
+        harmed[place] ^= 1 << (number % 8)
+        path.write_bytes(harmed)
+        if damage(path) is None:
+            for mmap in (False, True):
+                found = torch.load(path, weights_only=True, mmap=mmap)
+                assert found["policylab"] == good["policylab"]
+                assert torch.equal(found["state_dict"]["w"], good["state_dict"]["w"])
+
+
+def test_a_run_that_goes_back_stays_there(run_folder):
+    """Killed again before the next state is written, it goes on from where its records end."""
+    become_newest(run_folder, run_folder / "checkpoints" / "best.ckpt")
+    assert files(run_folder) == {"last": 1, "previous": 1, "best": 1}
+    write_state(state(2), run_folder / "checkpoints" / "last.ckpt")
+    assert files(run_folder) == {"last": 2, "previous": 1, "best": 1}
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_there_is_no_moment_without_a_whole_file(run_folder, monkeypatch, step):
+    """The process may end at any of its calls that change the folder."""
+    calls = iter(range(100))
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def die_or(*arguments: Any) -> Any:
+            if next(calls) == step:
+                raise SystemExit
+            return call(*arguments)
+
+        return die_or
+
+    for module, name in ((os, "replace"), (os, "fsync"), (os, "link"), (torch, "save")):
+        monkeypatch.setattr(module, name, dying(getattr(module, name)))
+    with pytest.raises(SystemExit):
+        write_state(state(3), run_folder / "checkpoints" / "last.ckpt")
+    monkeypatch.undo()
+    newest = newest_whole_checkpoint(run_folder)
+    assert newest is not None
+    assert checkpoint_iteration(newest) == 2
+    assert damage(newest.with_stem("previous")) is None
+
+
+def test_without_second_names_files_are_copied(run_folder, monkeypatch):
+    monkeypatch.setattr(checkpoints.os, "link", full_disk)
+    write_state(state(3), run_folder / "checkpoints" / "last.ckpt")
+    assert files(run_folder) == {"last": 3, "previous": 2, "best": 1}
+
+
+# -- numbers that are none ----------------------------------------------------------------------------------
+
+METHODS = {
+    "ppo": algo("ppo"),
+    "a2c": algo("a2c", "algo/critic=separate"),
+    "trpo": algo("trpo"),
+    "dqn": algo("dqn"),
+    "sft": algo("sft"),
+}
+
+
+def poison(module: Any, iterations: set[int]) -> None:
+    """Makes the policy's gradient NaN in these iterations (0-based)."""
+    weight = next(p for p in module.policy.actor_parameters() if p.requires_grad)
+    weight.register_hook(lambda g: g * float("nan") if module.iteration in iterations else g)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_update_that_is_not_finite_is_left_out(tmp_path, caplog, name):
+    algorithm = METHODS[name]
+    built = experiment(tmp_path, algorithm, **{"optim.max_skipped": 10_000})
+    poison(built.module, {1})
+    seen = list[tuple[torch.Tensor, dict[str, float]]]()
+    finish = built.module.finish_iteration
+
+    def watch(*arguments: Any) -> None:
+        finish(*arguments)
+        seen.append((weights(built.module), built.module.metrics))
+
+    built.module.finish_iteration = watch
+    module = fit(built)
+    assert module.iteration == 3
+    (first, _), (second, metrics), (third, after) = seen
+    actor = sum(p.numel() for p in module.policy.actor_parameters())
+    assert torch.equal(first[:actor], second[:actor])
+    assert not torch.equal(second, third)
+    assert third.isfinite().all()
+    assert metrics["train/skipped_updates"] >= 1
+    assert "train/skipped_updates" not in after
+    assert "train/loss" not in metrics, "metrics are those of the updates that were made"
+    assert "iteration 2: " in caplog.messages[0]
+    assert "the update is left out (1 in a row" in caplog.messages[0]
+    assert module.skipped_in_a_row == {}
+    dump = torch.load(tmp_path / "dumps" / "iteration_2.pt", weights_only=True)
+    assert dump["iteration"] == 2
+    assert len(dump["rollout"]["tokens"]) >= 4
+    assert "grad" in dump["not_finite"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_few_in_a_row_end_the_run(tmp_path, name):
+    built = experiment(tmp_path, METHODS[name], iterations=12)
+    poison(built.module, set(range(1, 12)))
+    with pytest.raises(
+        RunError, match=r"not finite, 3 of at most 3 updates left out in a row; lower optim\.lr"
+    ):
+        fit(built)
+    assert weights(built.module).isfinite().all()
+    assert 2 <= len(list((tmp_path / "dumps").iterdir())) <= 3
+    last = newest_whole_checkpoint(tmp_path)
+    assert last is not None
+    assert all(x.isfinite().all() for x in read(last)["state_dict"].values())
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    algorithm = algo("reinforce")
+    built = experiment(tmp_path, algorithm, iterations=2)
+    poison(built.module, {0, 1})
+    assert fit(built).skipped_in_a_row == {"update": 2}
+    again = experiment(tmp_path, algorithm, iterations=6)
+    poison(again.module, {2})
+    with pytest.raises(RunError, match=r"iteration 3: .* 3 of at most 3"):
+        fit(again, newest_whole_checkpoint(tmp_path))
+
+
+def test_the_batch_is_named_where_it_comes_with_it(tmp_path, caplog):
+    built = experiment(tmp_path, algo("reinforce"), iterations=1)
+    estimate = type(built.module.algorithm).estimate_advantages
+
+    class Broken(type(built.module.algorithm)):  # type: ignore[misc]
+        def estimate_advantages(self, rollout: Any, all_sum: Any) -> Any:
+            rollout = estimate(self, rollout, all_sum)
+            return rollout.replace(advantages=rollout.advantages / 0.0)
+
+    object.__setattr__(built.module.algorithm, "__class__", Broken)
+    fit(built)
+    assert "iteration 1: the rollout's advantages not finite" in caplog.messages[0]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    built = experiment(tmp_path, algo("reinforce"), **{"optim.lr": 1e39})
+    with pytest.raises(RunError, match=r"after iteration 1 the weights are not finite .*lower optim\.lr"):
+        fit(built)
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoints" / "last.ckpt"
+    assert checkpoint_iteration(tmp_path / "checkpoints" / "last.ckpt") == 0
+
+
+# -- a process that ends anywhere -------------------------------------------------------------------------------
+
+
+def killed(iteration: int, moment: str) -> None:
+    """From here on, ``kill -9`` comes while the state of this iteration is written."""
+    dump, replace = torch.save, os.replace
+
+    def half(content: Any, file: Any) -> None:
+        dump(content, file)
+        if content["policylab"]["iteration"] == iteration:
+            file.truncate(file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def die(source: Any, path: Any) -> None:
+        name = Path(path).name
+        if moment == name and checkpoint_iteration(Path(path).with_name(".last.ckpt")) == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, path)
+
+    if moment == "half":
+        torch.save = half
+    else:
+        os.replace = die
+
+
+def train_until_killed(folder: Path, algorithm: DictConfig, moment: str) -> None:
+    built = experiment(folder, algorithm, iterations=6)
+    killed(4, moment)
+    fit(built)
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("ppo", "half"), ("ppo", "previous.ckpt"), ("ppo", "last.ckpt"), ("dqn", "half"), ("sft", "half")],
+)
+def test_killed_while_a_checkpoint_is_written(tmp_path, name, moment):
+    """The run goes on from the state before, and ends as if nothing had been: weights and metrics, to the bit."""
+    algorithm = METHODS[name]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    expected = fit(experiment(whole, algorithm, iterations=6))
+    process = multiprocessing.get_context("fork").Process(
+        target=train_until_killed, args=(run, algorithm, moment)
+    )
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    checkpoint = newest_whole_checkpoint(run)
+    assert checkpoint is not None
+    assert checkpoint_iteration(checkpoint) == 3
+    rewind(run, 3, validates=False)
+    found = fit(experiment(run, algorithm, iterations=6), checkpoint)
+    assert torch.equal(weights(found), weights(expected))
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in read_rows(f / "metrics.csv")]
+        for f in (whole, run)
+    ]
+    assert len(rows[0]) == 6
+    assert rows[0] == rows[1]
+
+
+class Moody:
+    """A reward that draws numbers, and remembers how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
+        self.asked += len(completions)
+        noise = random.random() + float(torch.rand(())) + np.random.default_rng(self.asked).random()
+        return [level * noise + np.random.rand() for level in levels(completions)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.asked = state["asked"]
+
+
+def test_rewards_that_draw_and_remember_are_resumed_exactly(tmp_path):
+    def run(folder: str, iterations: int, checkpoint: Path | None = None) -> Any:
+        built = experiment(tmp_path / folder, algo("reinforce"), iterations=iterations)
+        built.module.reward = Moody()
+        return fit(built, checkpoint)
+
+    whole = run("whole", 4)
+    run("cut", 2)
+    resumed = run("cut", 4, newest_whole_checkpoint(tmp_path / "cut"))
+    assert resumed.reward.asked == whole.reward.asked == 48
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_memory_that_cannot_be_kept_is_told_at_the_start(tmp_path):
+    built = experiment(tmp_path, algo("reinforce"))
+    built.module.reward = Moody()
+    built.module.reward.asked = np.zeros(2)
+    with pytest.raises(
+        UserError, match="the state_dict of reward Moody holds more than plain values and tensors"
+    ):
+        fit(built)
+
+
+def test_workers_remember_nothing():
+    with pytest.raises(UserError, match=r"Moody remembers .* take reward\.workers=0"):
+        pooled(Moody(), 2, "thread")
+
+
+def best_of(folder: Path, checkpoint: Path | None = None, iterations: int = 3) -> Any:
+    """A run that validates each iteration, the better the longer it is, and exports."""
+    built = experiment(folder, algo("reinforce"), iterations=iterations)
+    built.trainer.limit_val_batches = 1
+    built.trainer.val_check_interval = 1
+    built.module.policy.lm.name_or_path = "small"
+    for callback in built.trainer.callbacks:
+        if isinstance(callback, Checkpoint):
+            callback.export = True
+    means = built.module.reduced
+    built.module.reduced = lambda m: means(m) | {"val/reward": float(built.module.iteration)}
+    return fit(built, checkpoint)
+
+
+def test_a_best_that_a_kill_left_behind_is_made_right(tmp_path):
+    best_of(tmp_path)
+    best, model = tmp_path / "checkpoints" / "best.ckpt", tmp_path / "model"
+    assert files(tmp_path) == {"last": 3, "previous": 2, "best": 3}
+    assert json.loads((model / "best" / "policylab.json").read_text()) == {"iteration": 3}
+    before = (model / "best" / "model.safetensors").read_bytes()
+    best.unlink()  # killed between the validation and the new best; and before the export
+    os.link(best.with_name("previous.ckpt"), best)
+    (model / "best").rename(model / ".best.old")
+    shutil.rmtree(model / "final")
+    best_of(tmp_path, newest_whole_checkpoint(tmp_path))
+    assert files(tmp_path) == {"last": 3, "previous": 2, "best": 3}
+    assert (model / "best" / "model.safetensors").read_bytes() == before
+    assert (model / "final" / "model.safetensors").read_bytes() == before
+
+
+# -- disks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mounted, capture_output=True)
+    except OSError:
+        pytest.skip("there is no mount")
+    if done.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leaves no room at all."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        size = 2**20
+        while size:
+            try:
+                file.write(b"\0" * size)
+            except OSError:
+                size //= 2
+    return filler
+
+
+def test_a_run_outlives_a_full_disk(small_disk, caplog):
+    """Full from the first iteration to the third; afterwards nothing is missing."""
+    built = experiment(small_disk, algo("ppo"), iterations=5)
+    module, filler = built.module, list[Path]()
+    finish = module.finish_iteration
+
+    def act(*arguments: Any) -> None:
+        if module.iteration == 1:
+            built.trainer.callbacks[-1].writer.wait()
+            filler.append(fill(small_disk))
+        if module.iteration == 3:
+            filler[0].unlink()
+        finish(*arguments)
+
+    module.finish_iteration = act
+    fit(built)
+    assert [row["iteration"] for row in read_rows(small_disk / "metrics.csv")] == [1, 2, 3, 4, 5]
+    assert files(small_disk) == {"last": 5, "previous": 4}
+    told = "\n".join(caplog.messages)
+    assert (
+        "last.ckpt: No space left on device; what stood there is kept, the run goes on and tries again"
+        in told
+    )
+    assert not list(small_disk.rglob(".*")), "nothing half-written stays behind"
+
+
+def test_in_the_end_a_state_that_could_not_be_written_is_an_error(tmp_path, monkeypatch):
+    built = experiment(tmp_path, algo("reinforce"), iterations=2)
+    monkeypatch.setattr("policylab.callbacks.writing.save", full_disk)
+    with pytest.raises(RunError, match=r"could not write .*last\.ckpt: No space left on device; make room"):
+        fit(built)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_metrics_wait_in_memory_and_in_the_checkpoint(tmp_path, monkeypatch, caplog):
+    logger = MetricsCSV(str(tmp_path))
+    logger.log_metrics({"x": 0.0}, step=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("policylab.callbacks.metrics_csv.write_rows", full_disk)
+        patch.setattr(logger, "_write_row", full_disk)
+        for step in (1, 2):
+            logger.log_metrics({"x": step}, step=step)
+            logger.log_metrics({"y": -step}, step=step)
+        assert [row["iteration"] for row in logger.rows()] == [0, 1, 2]
+        assert len(caplog.messages) == 1, "told once"
+    unwritten = torch.load(save(logger.unwritten, tmp_path / "x"), weights_only=True)
+    expected = [{"iteration": 0, "x": 0}, *({"iteration": i, "x": i, "y": -i} for i in (1, 2))]
+    assert read_rows(tmp_path / "metrics.csv") == expected[:1]
+    again = MetricsCSV(str(tmp_path))  # of a process that goes on after a kill
+    for _ in range(2):  # Lightning restores for a validation and for training
+        again.restore(unwritten)
+    assert read_rows(tmp_path / "metrics.csv") == expected
+    (tmp_path / "metrics.csv").unlink()
+    logger.log_metrics({"x": 3}, step=3)
+    assert read_rows(tmp_path / "metrics.csv")[-2:] == [expected[2], {"iteration": 3, "x": 3}]
+    assert "can be written again" in caplog.messages[-1]
+
+
+def save(content: Any, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_a_line_is_appended_whole_or_not_at_all(small_disk):
+    path = small_disk / "x"
+    append_whole(path, "first\n")
+    filler = fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        append_whole(path, "x" * 5000 + "\n")
+    assert path.read_text() == "first\n"
+    filler.unlink()
+    append_whole(path, "second\n")
+    assert path.read_text() == "first\nsecond\n"
+
+
+def test_samples_are_not_written_twice_after_a_resume(tmp_path):
+    callback = Samples(str(tmp_path), every=1, keep=1, show=0)
+    (tmp_path / "samples.jsonl").write_text("there\n")
+    callback.load_state_dict({"unwritten": ["there\n", "waiting\n"]})
+    assert callback.unwritten == ["waiting\n"]
+
+
+def test_a_log_without_room_is_told_once(tmp_path, capsys, monkeypatch):
+    handler = LogFile(tmp_path / "train.log")
+    monkeypatch.setattr(handler, "flush", full_disk)
+    for _ in range(3):
+        handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "hello", (), None))
+    monkeypatch.undo()
+    handler.close()
+    assert capsys.readouterr().err.count("No space left on device; the run goes on") == 1
+    assert (tmp_path / "train.log").read_text() == "hello\n" * 3
+
+
+# -- loggers --------------------------------------------------------------------------------------------------
+
+
+class Lost(Logger):
+    """A logger whose server has gone."""
+
+    name, version = "lost", ""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.calls += 1
+        raise ConnectionError("no route\nto host")
+
+    def finalize(self, status: str) -> None:
+        raise ConnectionError
+
+
+def test_a_logger_that_fails_is_switched_off(tmp_path, caplog):
+    built = experiment(tmp_path, algo("reinforce"))
+    lost = tolerated(Lost())
+    built.trainer.loggers = [*built.trainer.loggers, lost]
+    fit(built)
+    assert lost.calls == 1
+    (told,) = [message for message in caplog.messages if "switched off" in message]
+    assert told.startswith(
+        "Lost failed and is switched off for the rest of the run (ConnectionError: no route);"
+    )
+    assert len(read_rows(tmp_path / "metrics.csv")) == 3
+
+
+def test_the_record_itself_is_never_switched_off(tmp_path):
+    with pytest.raises(ValueError, match="step"):
+        tolerated(MetricsCSV(str(tmp_path))).log_metrics({"x": 1.0})
