@@ -1,0 +1,1 @@
+"""Plan before you pay: what a run takes in memory, work and time, said before a weight is loaded."""

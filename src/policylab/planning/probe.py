@@ -1,0 +1,42 @@
+"""How fast this machine is, by a second of measuring."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from policylab.planning.work import Rates
+
+SECONDS = 0.5
+#: A matrix of this many rows and columns is one product; far larger ones are no faster.
+SIDE = 1024
+GPU_SIDE = 8192
+#: Bytes that are copied at a time, more than any cache holds.
+COPIED = 2**28
+
+
+def probe(gpu: bool, dtype: torch.dtype) -> Rates:
+    """Rates of one process: products of large matrices, and copies."""
+    device = torch.device("cuda" if gpu else "cpu")
+    side = GPU_SIDE if gpu else SIDE
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    block = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    other = torch.empty_like(block)
+    product = repeated(lambda: a @ a, device)
+    copy = repeated(lambda: other.copy_(block), device)
+    return Rates(flops=2 * side**3 / product, bandwidth=2 * COPIED / copy)
+
+
+def repeated(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call: the fastest of as many as fit into half a second, so that a busy machine shows less."""
+    fastest, end = float("inf"), time.perf_counter() + SECONDS
+    call()
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest

@@ -1,0 +1,146 @@
+"""A language model in numbers, read from its modules on the meta device.
+
+Axes, as elsewhere: ``H`` hidden size, ``V`` vocabulary; and ``F`` the width of the MLP inside a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from policylab.errors import UserError
+from policylab.models.adapter import LoRA
+from policylab.models.packing import REPLACED
+from policylab.models.trunk import decoder_layers
+from policylab.rollouts.decoders import GPT2, Llama
+
+FP32 = 4
+#: That model/adapter=lora starts with.
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and work depend on."""
+
+    parameters: int  #: each once, however often it is used
+    trained: int  #: of these; with adapters, theirs
+    adapters: int  #: weights beside these, in fp32; 0 without
+    weight_bytes: int  #: of one weight
+    layers: int
+    hidden: int
+    ffn: int
+    gated: bool  #: the MLP has three matrices, not two
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    layer_parameters: int  #: of one layer
+    linear: int  #: weights of the linear layers within all layers
+    qkv: int  #: of these, what makes queries, keys and values
+    lora: int  #: weights that adapters of rank 16 on all of them would have
+    tied: bool  #: the head's weights are the embeddings
+    context: int | None  #: positions at most
+    decoder: Literal["gpt2", "llama", "general"]  #: who samples
+    packs: bool  #: whether prompts are read once for all their completions
+    eager: bool  #: attention keeps its scores
+
+    @property
+    def head(self) -> int:
+        """Weights of the LM head."""
+        return self.vocab * self.hidden
+
+    def kept(self, compute: int, prompt_share: float) -> float:
+        """Bytes that a layer keeps a token for the backward pass, as autograd saves them.
+
+        Args:
+            compute: bytes of a number that goes into a product; the residual stream is in fp32 or the weights' own.
+            prompt_share: tokens that a completion's token looks at for each of its own, above 1 with a prompt.
+        """
+        residual = max(compute, self.weight_bytes)
+        query, keys = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        # Llama's norm keeps what it is given and what it has normed; GPT-2's keeps the one.
+        norms = (4 if self.gated else 2) * self.hidden * residual
+        inputs = (2 * self.hidden + query) * compute  # of queries, of the MLP, and of the projection out of attention
+        mlp = (4 if self.gated else 2) * self.ffn * compute
+        repeats = prompt_share if self.packs else 0  # each completion's keys beside those of its prompt
+        attention = (2 * query + keys * (1 + repeats)) * compute
+        adapted = (3 * self.hidden + self.ffn) * FP32 if self.adapters and compute < FP32 else 0
+        return norms + inputs + mlp + attention + adapted
+
+
+def shape_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Shape:
+    """The numbers of a causal language model.
+
+    Raises:
+        UserError: when its layers cannot be told, or it has fewer than are frozen.
+    """
+    config = lm.config.get_text_config()
+    layers = decoder_layers(lm)
+    if frozen_layers >= len(layers):
+        raise UserError(
+            f"optim.frozen_layers is {frozen_layers}, but the model has {len(layers)} layers; take at most "
+            f"{len(layers) - 1}"
+        )
+    heads = config.num_attention_heads
+    matrices = [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
+    ffn = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    parameters = count(lm)
+    adapters = 0 if adapter is None else added_by(adapter, lm, frozen_layers)
+    return Shape(
+        parameters=parameters,
+        trained=adapters or parameters - frozen(lm, frozen_layers),
+        adapters=adapters,
+        weight_bytes=next(lm.parameters()).dtype.itemsize,
+        layers=len(layers),
+        hidden=config.hidden_size,
+        ffn=ffn,
+        gated=sum(ffn in p.shape for p in layers[0].parameters() if p.ndim >= 2) >= 3,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=lm.get_output_embeddings().weight.shape[0],
+        layer_parameters=count(layers[0]),
+        linear=sum(p.numel() for p in matrices),
+        qkv=len(layers) * config.hidden_size * (heads + 2 * kv_heads) * head_dim,
+        lora=LORA_RANK * sum(sum(p.shape) for p in matrices if p.ndim == 2),
+        tied=lm.get_output_embeddings().weight is lm.get_input_embeddings().weight,
+        context=getattr(config, "max_position_embeddings", None),
+        decoder="gpt2" if GPT2.reads(lm) else "llama" if Llama.reads(lm) else "general",
+        packs=config._attn_implementation in REPLACED and lm._supports_attention_backend,
+        eager=config._attn_implementation == "eager",
+    )
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module, each once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def frozen(lm: Any, layers: int) -> int:
+    """Parameters that ``optim.frozen_layers`` takes the gradient from: the lowest layers and all embeddings."""
+    if layers == 0:
+        return 0
+    below = [*list(decoder_layers(lm))[:layers], *(m for m in lm.modules() if isinstance(m, nn.Embedding))]
+    return sum(p.numel() for p in {id(p): p for module in below for p in module.parameters()}.values())
+
+
+def added_by(adapter: LoRA, lm: Any, frozen_layers: int) -> int:
+    """Weights of the adapters: rank times what goes in and comes out of each layer that gets one."""
+    targets = adapter.targets(lm, frozen_layers)
+    return sum(adapter.rank * sum(lm.get_submodule(name).weight.shape) for name in targets)
+
+
+def backbone(lm: Any) -> int:
+    """Parameters without those of the LM head alone: what a critic with a network of its own has."""
+    return count(lm.base_model)
+
+
+def after_layers(lm: Any) -> int:
+    """Parameters between the last layer and the head: the final norm."""
+    layers = {id(p) for p in decoder_layers(lm).parameters()}
+    return sum(p.numel() for p in lm.base_model.parameters() if id(p) not in layers and p.ndim == 1)
