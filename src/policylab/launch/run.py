@@ -44,6 +44,12 @@ def train_job(config: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     run_dir, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
     check(config)
+    if config.plan:
+        import_libraries()
+        from policylab.planning.plan import plan_job
+
+        plan_job(config)
+        return None
     config = settled(config)
     if processes(config) == world().size:
         return train(config, run_dir, overrides)
