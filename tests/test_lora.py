@@ -12,7 +12,7 @@ import torch
 
 from conftest import scratch_model
 from policylab.callbacks.checkpoint import write_policy
-from policylab.callbacks.writing import snapshot
+from policylab.callbacks.writing import write_state
 from policylab.errors import UserError
 from policylab.models import adapter
 from policylab.models.adapter import LoRA, adapted_layers, adapters_off, whole_weights
@@ -250,10 +250,14 @@ class TestExport:
         from transformers import AutoModelForCausalLM
 
         policy, plain = adapted(name, moved=True), scratch_model(**MODELS[name]).lm
-        weights = snapshot(policy.lm.state_dict())
+        adapters = {
+            f"policy.lm.{n}": p.detach().clone() for n, p in policy.lm.named_parameters() if "lora_" in n
+        }
+        state = {"state_dict": adapters, "policylab": {"iteration": 1, "tokens_sampled": 1}}
+        write_state(state, checkpoint := tmp_path / "last.ckpt")
         expected = policy.lm(tokens := torch.arange(1, 9)[None]).logits
         move(policy)  # training goes on while the file is written
-        write_policy(policy, weights, tmp_path / "final")
+        write_policy(policy, checkpoint, 1, tmp_path / "final")
         merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]
@@ -407,11 +411,10 @@ def test_a_run_is_resumed_evaluated_and_asked(train, tmp_path):
     assert not policy.adapted
     assert len(completions(policy, "the film", options, load_config(run))) == 2
 
-    for other in ("model.seed=7", "model/adapter=none"):
-        with pytest.raises(
-            UserError, match=r"checkpoint belongs to other weights: adapters \(model/adapter\)"
-        ):
-            train([f"resume={run}", "iterations=3", other])
+    with pytest.raises(UserError, match=r"checkpoint belongs to other weights: adapters \(model/adapter\)"):
+        train([f"resume={run}", "iterations=3", "model.seed=7"])
+    with pytest.raises(UserError, match=r"this run has model\.adapter=.*start a new run"):
+        train([f"resume={run}", "iterations=3", "model.adapter.rank=3"])
 
 
 @pytest.mark.slow

@@ -209,6 +209,6 @@ def _factors(path: str, state: Mapping[str, Tensor]) -> tuple[Float[Tensor, "R I
 
 
 def _merged(layer: Any, weight: Tensor, a: Float[Tensor, "R I"], b: Float[Tensor, "O R"]) -> Tensor:
-    """In the wider of the two precisions. GPT-2 keeps its weights transposed, ``[I, O]``."""
-    change = (b @ a) * layer.scaling[NAME]
+    """In the wider of the two precisions, where the weight is. GPT-2 keeps its weights transposed, ``[I, O]``."""
+    change = (b @ a).to(weight.device) * layer.scaling[NAME]
     return weight + (change.t() if layer.fan_in_fan_out else change)
