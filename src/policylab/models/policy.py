@@ -229,7 +229,8 @@ class Policy(nn.Module):
         if reference is not None:
             own = Sequences.of(sequences.rollout, packed=reference.packs)
             with torch.no_grad():
-                hidden = reference._read(own, head=False).hidden  # first: sharded weights are whole after a pass
+                # The pass first: sharded weights are whole after it.
+                hidden = reference._read(own, head=False).hidden
                 other = (reference.head(temperature), hidden)
         figures = head_figures(
             self.head(temperature),
