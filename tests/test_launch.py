@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,16 @@ def test_a_run_that_still_runs_is_known_by_its_process(tmp_path):
             tmp_path / "status.json", {"status": "running", "host": platform.node(), "process": other.pid}
         )
         assert running_process(tmp_path) == other.pid
-        other.communicate(b"\n")
+        words = read_status(tmp_path)
+        write_json(tmp_path / "status.json", words | {"updated": "2020-01-01T00:00:00+00:00"})
+        assert running_process(tmp_path) is None, "another program has that number now"
+        write_json(tmp_path / "status.json", words | {"updated": datetime.now(UTC).isoformat()})
+        assert running_process(tmp_path) == other.pid
+        other.stdin.write(b"\n")
+        other.stdin.flush()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert running_process(tmp_path) is None, "it has ended, but nobody has taken note"
+        other.communicate()
     assert running_process(tmp_path) is None, "killed: its last words were 'running', but nobody is there"
 
 

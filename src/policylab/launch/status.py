@@ -39,7 +39,26 @@ def running_process(run_folder: Path) -> int | None:
         return None
     except PermissionError:
         pass  # somebody else's, but alive
-    return process if process != os.getpid() else None
+    if process == os.getpid() or began_after(process, status.get("updated")):
+        return None
+    return process
+
+
+def began_after(process: int, moment: str | None) -> bool:
+    """Whether a process has started after a moment: the system gives numbers again, a container's small ones soon.
+
+    Also true of one that has ended and that nobody has asked for its exit code. Where there is no /proc, never.
+    """
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    if state in ("Z", "X"):
+        return True
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    began = booted + int(fields[18]) / os.sysconf("SC_CLK_TCK")
+    slack = 2.0  # the moment is known to the second
+    return moment is not None and began > datetime.fromisoformat(moment).timestamp() + slack
 
 
 def finish_status(run_folder: Path, status: str, exception: str | None = None) -> None:
