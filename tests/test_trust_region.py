@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from policylab.algorithms import LineSearch, TrustRegion
 from policylab.errors import UserError
@@ -448,42 +446,6 @@ def test_weights_too_coarse_are_refused(compose, tmp_path):
 
     with pytest.raises(UserError, match=r"too small for torch\.bfloat16 weights"):
         build(compose([*SMALL, "algo=trpo", "model.dtype=bfloat16"]), tmp_path)
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_step_of_one(prepared, compose, tmp_path):
-    """Each has half of the sequences, of unequal lengths; sums go through a real process group."""
-    module, rollout = prepared("algo.update.preconditioner=diagonal", "algo.update.fisher_share=0.5")
-    module.update(rollout)
-    alone = torch.cat([p.detach().flatten() for p in module.policy.parameters()])
-    config = compose(
-        [*SMALL, "algo=trpo", "algo.update.preconditioner=diagonal", "algo.update.fisher_share=0.5"]
-    )
-    plain = OmegaConf.to_container(config, resolve=True)
-    torch.multiprocessing.spawn(half_of_the_work, (plain, str(tmp_path)), nprocs=2)
-    shared = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert torch.equal(*shared)
-    close(shared[0], alone, rtol=1e-3, atol=1e-4 * float((alone).abs().max()))
-
-
-def half_of_the_work(rank: int, config: dict, folder: str) -> None:
-    """One of two processes."""
-    from policylab.config.build import build
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    module, rollout = with_rollout(build(OmegaConf.create(config), Path(folder)))
-    module.plan = dataclasses.replace(module.plan, processes=2)
-    type(module).global_rank = property(lambda self: rank)
-
-    def over_processes(x, operation):
-        x = x.clone()
-        torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, operation.upper()))
-        return x
-
-    module._over_processes = over_processes
-    module.update(rollout.select(torch.arange(8) + 8 * rank))
-    torch.save(torch.cat([p.detach().flatten() for p in module.policy.parameters()]), f"{folder}/{rank}.pt")
 
 
 # -- bounds ----------------------------------------------------------------------------------------------

@@ -1,0 +1,227 @@
+"""The same answer at any size: one process and two, which cut their work differently, do the same training."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+
+from policylab.errors import UserError
+from policylab.rollouts.noise import TRAIN
+from policylab.rollouts.types import Prompt
+from shared_runs import Case, Record, joined, on_both
+from small_runs import PRESETS, algo, small
+
+PROMPTS = [Prompt(i, "", (1, 2 + i), None, ()) for i in range(2)]
+
+#: Rounding: of a gradient (over its largest entry), of a metric, of a weight after five iterations.
+ROUNDING, FIGURE, DRIFT = 1e-4, 1e-4, 1e-5
+#: Of PPO.
+EPOCHS = 4
+#: And one that is none.
+VISIBLE = 1e-2
+
+#: Whose own size is for real models.
+SIZES = {"sft": {"algo.batch_size": 12}}
+
+CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} | {
+    # Two sequences a minibatch: often both are of one process. The KL ends some iterations early.
+    "stopped": Case(
+        "ppo",
+        ("algo/kl=in_reward_adaptive", "algo/reference=moving"),
+        {
+            "algo.update.epochs": 3, "algo.update.minibatches": 6, "algo.update.reestimate": True,
+            "algo.update.kl_stop": 0.2, "algo.kl.controller.target": 0.1, "algo.kl.controller.horizon": 20,
+        },
+        resumes=True,
+    ),
+    # A minibatch may have nothing to learn from, on one process or on both.
+    "masked": Case("dapo", ("algo/truncation=mask",), {"algo.update.minibatches": 3}),
+    "exact": Case("grpo", ("algo/kl=in_loss", "algo/critic=none"), {"algo.kl.estimator": "exact"}),
+    "diagonal": Case("trpo", (), {"algo.update.preconditioner": "diagonal", "algo.update.fisher_share": 0.5}),
+    # The memory is full after two iterations.
+    "forgetful": Case(
+        "dqn",
+        ("algo/target=polyak",), {"algo.replay.capacity": 350, "algo.target.every": 3},
+        resumes=True,
+    ),
+    "one by one": Case("ppo", (), {}, {"optim.micro_batch_tokens": 1}),
+    "out of memory": Case("ppo", twist="memory_runs_out", shared={}),
+    "sharded ppo": Case("ppo", twist="passes_are_shared"),
+    "sharded dqn": Case("dqn", twist="passes_are_shared"),
+    "sharded sft": Case("sft", (), SIZES["sft"], twist="passes_are_shared"),
+    "validated": Case("ppo", validates=True),
+    "validated sft": Case("sft", (), SIZES["sft"], validates=True),
+    "sums are local": Case("reinforce", twist="sums_are_local"),
+    "broken": Case("ppo", (), {"algo.update.minibatches": 3}, twist="a_row_is_no_number"),
+}  # fmt: skip
+SAME = [name for name in CASES if name not in ("sums are local", "broken")]
+
+Seen = tuple[dict[str, Record], list[dict[str, Record]]]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Seen:
+    """What one process, and each of two, has seen of every case; pytest's workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id == "master":
+        return on_both(CASES, folder)
+    shared = folder.parent / "processes.pt"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            torch.save(on_both(CASES, folder), shared)
+    return torch.load(shared, weights_only=False)
+
+
+@pytest.fixture
+def alone(seen: Seen, case: str) -> Record:
+    return seen[0][case]
+
+
+@pytest.fixture
+def parts(seen: Seen, case: str) -> list[Record]:
+    return [records[case] for records in seen[1]]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of two entries, at most."""
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_same_rollouts(case, alone, parts):
+    """To the token."""
+    assert joined(parts) == alone.rollouts
+    assert len(alone.rollouts) == (0 if CASES[case].preset == "sft" else 5)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_same_gradients(alone, parts):
+    """Of every step; as many steps, wherever the KL has ended them."""
+    for part in parts:
+        assert len(part.gradients) == len(alone.gradients) >= 5
+        for ours, theirs in zip(part.gradients, alone.gradients, strict=True):
+            assert difference(ours, theirs) <= ROUNDING * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_same_metrics(alone, parts):
+    """Of training and validation; the processes agree to the bit, as decisions hang on them."""
+    assert parts[0].metrics == parts[1].metrics
+    for ours, theirs in zip(parts[0].metrics, alone.metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=FIGURE, abs=FIGURE)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_the_same_weights(alone, parts):
+    """After five iterations; those of reference and target network among them."""
+    assert torch.equal(parts[0].end, parts[1].end)
+    assert torch.equal(parts[0].start, alone.start)
+    assert difference(alone.start, alone.end) > VISIBLE
+    assert difference(parts[0].end, alone.end) < DRIFT
+
+
+@pytest.mark.parametrize("case", ["forgetful"])
+def test_the_same_memory(alone, parts):
+    """Each process holds all of it, so that a checkpoint does."""
+    for part in parts:
+        assert part.memory.keys() == alone.memory.keys()
+        for name, theirs in alone.memory.items():
+            torch.testing.assert_close(part.memory[name], theirs, atol=ROUNDING, rtol=0)
+    assert 0 < len(alone.memory["tokens"]) <= 350
+    assert alone.memory["iterations"].min() > 0, "the first iteration's have left"
+
+
+@pytest.mark.parametrize("case", ["validated", "validated sft"])
+def test_the_same_samples(alone, parts):
+    """Of three batches of validation, of unequal size; written by the first process alone."""
+
+    def lines(part):
+        return [{**json.loads(line), "kl": None} for line in part.samples.splitlines()]
+
+    assert lines(parts[0]) == lines(alone)
+    assert len(lines(alone)) > 14
+    assert parts[1].samples == ""
+
+
+@pytest.mark.parametrize("case", ["stopped", "forgetful"])
+def test_resumed_on_another_number_of_processes(seen, case):
+    """From the third iteration on: on two what one has begun, and the other way round."""
+    through, others = (
+        seen[0][case],
+        [seen[0][f"{case} resumed"], *(part[f"{case} resumed"] for part in seen[1])],
+    )
+    for other in others:
+        assert difference(other.end, through.end) < DRIFT
+        for ours, theirs in zip(other.metrics, through.metrics[3:], strict=True):
+            assert ours == pytest.approx(theirs, rel=FIGURE, abs=FIGURE)
+        assert other.memory.keys() == through.memory.keys()
+        assert all(len(other.memory[name]) == len(held) for name, held in through.memory.items())
+
+
+@pytest.mark.parametrize("case", ["broken"])
+def test_an_update_is_left_out_by_all(alone, parts):
+    """Though the sequence that is no number is on one process; it is in one minibatch of three, each epoch."""
+    for metrics in (alone.metrics, *(part.metrics for part in parts)):
+        assert [row.get("train/skipped_updates") for row in metrics] == [None, EPOCHS, None, None, None]
+    assert torch.equal(parts[0].end, parts[1].end)
+    assert difference(parts[0].end, alone.end) < DRIFT
+
+
+# -- that this shows something ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["sums are local"])
+def test_sums_that_are_local_are_noticed(alone, parts):
+    """The same tests fail where processes forget one another; only the gradients are still averaged."""
+    assert difference(parts[0].gradients[0], alone.gradients[0]) > VISIBLE
+    assert difference(parts[0].end, alone.end) > VISIBLE
+    assert parts[0].metrics != parts[1].metrics
+
+
+@pytest.mark.parametrize("case", ["stopped"])
+def test_the_kl_decides_something(alone):
+    assert any(0 < metrics["train/kl_stopped"] < 1 for metrics in alone.metrics)
+    assert len({metrics["train/kl_coef"] for metrics in alone.metrics}) == 5
+
+
+@pytest.mark.parametrize("case", ["dapo"])
+def test_some_groups_are_sampled_anew(alone):
+    assert any(0 < metrics["train/flat_groups"] < 1 for metrics in alone.metrics)
+
+
+@pytest.mark.parametrize("case", ["out of memory"])
+def test_all_take_what_fits_on_one(alone, parts):
+    assert parts[0].micro_batch_tokens == parts[1].micro_batch_tokens < alone.micro_batch_tokens
+
+
+@pytest.mark.parametrize("case", ["sharded ppo", "sharded dqn", "sharded sft"])
+def test_shared_passes_are_as_many_on_all(seen, case, parts):
+    assert parts[0].passes == parts[1].passes
+    if case == "sharded sft":
+        assert len({records["sft"].passes for records in seen[1]}) == 2, "on their own they would not be"
+
+
+# -- what one process cannot do alone --------------------------------------------------------------------
+
+
+def test_memory_that_runs_out_amid_a_sum_is_told(tmp_path):
+    """The others would wait for an answer to what this process begins anew."""
+    from policylab.config.build import build
+
+    module = build(small(algo("ppo"), {}), tmp_path).module
+    module.trainer = SimpleNamespace(world_size=2)
+    rollout = module.generate(PROMPTS, 2, TRAIN, range(4))
+
+    def attempt():
+        module.micro_batches(rollout, torch.arange(4))
+        module._others_wait = True
+        raise torch.OutOfMemoryError("as a GPU would say it")
+
+    with pytest.raises(
+        UserError, match=r"out of memory with 4 sequences .* take optim.micro_batch_tokens=\d+"
+    ):
+        module.within_memory(attempt)
