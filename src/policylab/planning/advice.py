@@ -72,7 +72,9 @@ def knobs(job: Job) -> Iterator[Knob]:
             ),
         )
     if not shape.adapters and not method.moving and not (job.critic and job.critic.separate):
-        yield Knob("model/adapter=lora", replace(job, shape=replace(shape, trained=shape.lora, adapters=shape.lora)))
+        yield Knob(
+            "model/adapter=lora", replace(job, shape=replace(shape, trained=shape.lora, adapters=shape.lora))
+        )
     if hardware.processes > 1 and not hardware.sharded and hardware.gpu:
         yield Knob("hardware.strategy=fsdp", replace(job, hardware=replace(hardware, sharded=True)))
     if hardware.sharded and hardware.gpu and not hardware.offload:

@@ -49,7 +49,9 @@ def moments(job: Job) -> list[Moment]:
     found += [Moment("backward", held | backward(job)), Moment("step", held | step(job))]
     if not job.hardware.gpu:
         copy = checkpoint_copy(job) if job.checkpoints else 0.0
-        found = [Moment(m.name, m.parts | {"freed and kept": kept_free(m), "checkpoint copy": copy}) for m in found]
+        found = [
+            Moment(m.name, m.parts | {"freed and kept": kept_free(m), "checkpoint copy": copy}) for m in found
+        ]
     return [Moment(m.name, {name: size for name, size in m.parts.items() if size}) for m in found]
 
 
@@ -148,13 +150,16 @@ def packed_weights(job: Job) -> float:
     return shape.qkv * number if shape.decoder == "llama" else 0.0
 
 
-def gathered(job: Job, *, whole: bool) -> float:
-    """Weights that are sharded, gathered for use: all of them, or two layers and what is in none."""
+def gathered(job: Job, *, whole: bool = False, gradients: bool = False) -> float:
+    """Weights that are sharded, gathered for use: all of them, or what is in no layer and two layers, of which one is
+    on its way; with ``gradients``, those of one and of what is in no layer, before they are shared out."""
     shape = job.shape
     if not job.hardware.sharded:
         return 0.0
     outside = shape.parameters - shape.layers * shape.layer_parameters
-    return (shape.parameters if whole else outside + 2 * shape.layer_parameters) * shape.weight_bytes
+    weights = shape.parameters if whole else outside + 2 * shape.layer_parameters
+    weights += outside + shape.layer_parameters if gradients and not shape.adapters else 0
+    return weights * shape.weight_bytes
 
 
 # -- forward and backward passes -----------------------------------------------------------------------------
@@ -166,7 +171,7 @@ def evaluation(job: Job) -> dict[str, float]:
     tokens = min(whole, max(job.limit, job.batch.longest_prompt + job.batch.new_tokens))
     rows = job.sequences * tokens / whole
     return {
-        "gathered weights": gathered(job, whole=False),
+        "gathered weights": gathered(job),
         "weights for products": cast_weights(job),
         "logits": tables(job, rows * job.batch.new_tokens),
         "work space": tokens * transient(job) + mask(job, rows) + reordered(job),
@@ -180,7 +185,7 @@ def backward(job: Job) -> dict[str, float]:
     head = job.shape.head * job.shape.weight_bytes if job.shape.trained > job.shape.linear else 0
     gradients = optimized_bytes(job) / spread if job.micro_batches > 1 else head
     parts = {
-        "gathered weights": gathered(job, whole=False),
+        "gathered weights": gathered(job, gradients=True),
         "weights for products": cast_weights(job),
         "activations": job.pass_tokens * activations(job),
         "logits": tables(job, job.pass_sequences * job.batch.new_tokens),
@@ -200,7 +205,7 @@ def step(job: Job) -> dict[str, float]:
     embeddings = shape.head * shape.weight_bytes if shape.trained > shape.linear else 0
     waiting = embeddings * (1 if job.micro_batches == 1 else 2) if shape.tied else embeddings
     parts = {
-        "gathered weights": gathered(job, whole=False),
+        "gathered weights": gathered(job, gradients=True),
         "weights for products": cast_weights(job),
         "work space": waiting + job.method.vectors * shape.trained * FP32,
     }
@@ -266,7 +271,9 @@ def checkpoint_copy(job: Job) -> float:
     """The state in main memory while it is written beside the training (see callbacks/writing.py)."""
     shape = job.shape
     weights = 0.0 if shape.adapters else shape.parameters * shape.weight_bytes
-    moving = trained_bytes(job) * job.method.moving + (trained_bytes(job) + critic_bytes(job)) * job.method.target
+    moving = (
+        trained_bytes(job) * job.method.moving + (trained_bytes(job) + critic_bytes(job)) * job.method.target
+    )
     adapters = shape.adapters * FP32
     return weights + adapters + critic_bytes(job) + moving + 2 * optimized_bytes(job)
 

@@ -20,7 +20,7 @@ from policylab.planning.job import Job
 from policylab.planning.memory import GIB, Moment, main_memory, moments, parts_in_order, peak
 from policylab.planning.probe import probe
 from policylab.planning.read import Described, describe
-from policylab.planning.work import Rates, Work, work
+from policylab.planning.work import Rates, Work, exchanged, work
 
 #: Planned and measured peaks have differed by up to a quarter: from this share of the memory on, a fit is narrow.
 NARROW = 0.8
@@ -69,8 +69,10 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
     trained = "" if shape.trained == shape.parameters else f", of which {shape.trained:,} are trained"
     if shape.adapters:
         trained = f", and {shape.adapters:,} of adapters, which are trained"
-    device = f"GPU of {hardware.memory / GIB:.0f} GiB" if hardware.gpu else (
-        f"process on the CPU with {hardware.memory / GIB:.1f} GiB of main memory"
+    device = (
+        f"GPU of {hardware.memory / GIB:.0f} GiB"
+        if hardware.gpu
+        else (f"process on the CPU with {hardware.memory / GIB:.1f} GiB of main memory")
     )
     strategy = "" if hardware.processes == 1 else f", {'fsdp' if hardware.sharded else 'ddp'}"
     machines = hardware.processes // hardware.local
@@ -83,7 +85,11 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
         *critic,
         ("hardware", f"{where}, {hardware.precision}{strategy}"),
         *described.plan.table(),
-        ("tokens", tokens + (", counted by another tokenizer, as the model has none here" if described.stand_in else "")),
+        (
+            "tokens",
+            tokens
+            + (", counted by another tokenizer, as the model has none here" if described.stand_in else ""),
+        ),
         (
             "passes",
             f"{job.pass_tokens:,.0f} tokens at most, {job.micro_batches} to an update on each process",
@@ -116,9 +122,7 @@ def work_table(needed: Work) -> Table:
     return table
 
 
-def length(
-    config: DictConfig, job: Job, needed: Work, rates: Rates, given: bool
-) -> list[tuple[str, str]]:
+def length(config: DictConfig, job: Job, needed: Work, rates: Rates, given: bool) -> list[tuple[str, str]]:
     """Tokens, speed, and the whole run."""
     iterations = config.iterations
     if config.max_tokens is not None and needed.tokens:
@@ -126,10 +130,17 @@ def length(
     prompts = config.validation.prompts * (iterations // config.validation.every + 1)
     sampled = needed.seconds.get("rollout", needed.total_seconds) / max(1, job.batch.sequences)
     total = iterations * needed.total_seconds + prompts * sampled
-    speed = f"{rates.flops:.2g} operations a second and process, " + ("as given" if given else "measured here")
+    speed = f"{rates.flops:.2g} operations a second and process, " + (
+        "as given" if given else "measured here"
+    )
+    sent = exchanged(job) / GIB
+    traffic = (
+        [("exchange", f"{sent:,.1f} GiB reach each process an iteration, in no time here")] if sent else []
+    )
     return [
         ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.batch.updates} updates"),
         ("speed", f"{speed}; {rates.bandwidth / GIB:,.0f} GiB of memory read a second"),
+        *traffic,
         ("the run", f"{iterations} iterations and their validations, about {duration(total)}"),
     ]
 
@@ -140,7 +151,9 @@ def verdict(most: Moment, job: Job) -> str:
     words = f"{most.total / GIB:.1f} of {job.hardware.memory / GIB:.1f} GiB in the {most.name}"
     if share > 1:
         return f"does not fit: {words}"
-    return f"fits: {words}" if share <= NARROW else f"fits narrowly, and plans may be off by a quarter: {words}"
+    return (
+        f"fits: {words}" if share <= NARROW else f"fits narrowly, and plans may be off by a quarter: {words}"
+    )
 
 
 def knob_lines(job: Job) -> list[str]:

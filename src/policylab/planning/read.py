@@ -60,7 +60,10 @@ def describe(config: DictConfig) -> Described:
     algorithm = instantiate(config.algo)
     hardware = hardware_of(config)
     settled = config.copy()
-    settled.hardware.devices, settled.hardware.num_nodes = hardware.local, hardware.processes // hardware.local
+    settled.hardware.devices, settled.hardware.num_nodes = (
+        hardware.local,
+        hardware.processes // hardware.local,
+    )
     plan = batch_plan(settled, algorithm)
     engine = instantiate(without(config.rollout, PLANNED))
     task = instantiate(without(config.task, TAKEN_OVER))
@@ -68,8 +71,10 @@ def describe(config: DictConfig) -> Described:
     model = outline({**without(model_config(config), ADAPTED)})
     shape = shape_of(model.lm, adapter_for(config, algorithm), config.optim.frozen_layers)
     prompts, targets = lengths(model, task, [*task.train, *val])
-    new_tokens = max(engine.max_new_tokens, max(targets, default=0)) if isinstance(algorithm, Supervised) else (
-        engine.max_new_tokens
+    new_tokens = (
+        max(engine.max_new_tokens, max(targets, default=0))
+        if isinstance(algorithm, Supervised)
+        else (engine.max_new_tokens)
     )
     demand_context(shape, max(prompts) + new_tokens)
     full = config.hardware.precision == "32-true" and shape.weight_bytes == FP32
@@ -121,7 +126,9 @@ def hardware_of(config: DictConfig) -> Hardware:
                 "machine"
             )
     if nodes == AUTO:
-        raise UserError(f"hardware.num_nodes={AUTO} is known under SLURM alone; say how many machines to plan for")
+        raise UserError(
+            f"hardware.num_nodes={AUTO} is known under SLURM alone; say how many machines to plan for"
+        )
     if hardware.strategy == "fsdp" and local * nodes == 1:
         raise UserError(
             "hardware.strategy=fsdp shards a model over processes, and there is one; take hardware.devices=2 or more"

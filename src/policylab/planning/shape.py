@@ -63,7 +63,9 @@ class Shape:
         query, keys = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         # Llama's norm keeps what it is given and what it has normed; GPT-2's keeps the one.
         norms = (4 if self.gated else 2) * self.hidden * residual
-        inputs = (2 * self.hidden + query) * compute  # of queries, of the MLP, and of the projection out of attention
+        inputs = (
+            2 * self.hidden + query
+        ) * compute  # of queries, of the MLP, and of the projection out of attention
         mlp = (4 if self.gated else 2) * self.ffn * compute
         repeats = prompt_share if self.packs else 0  # each completion's keys beside those of its prompt
         attention = (2 * query + keys * (1 + repeats)) * compute
@@ -86,7 +88,11 @@ def shape_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Sh
         )
     heads = config.num_attention_heads
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
-    ffn = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    ffn = (
+        getattr(config, "intermediate_size", None)
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size
+    )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     parameters = count(lm)

@@ -69,6 +69,20 @@ def work(job: Job, rates: Rates) -> Work:
     return Work(tokens, trained, flops, seconds)
 
 
+def exchanged(job: Job) -> float:
+    """Bytes that a process receives an iteration from the others: gradients of each update or, where weights are sharded,
+    these for each pass and the weights for each pass, forward and back."""
+    if job.hardware.processes == 1:
+        return 0.0
+    gradients = job.batch.updates * optimized_bytes(job)
+    if not job.hardware.sharded:
+        return 2 * gradients
+    whole = job.shape.parameters * job.shape.weight_bytes
+    evaluations = job.method.forwards * max(1.0, job.tokens(job.sequences) / job.limit)
+    passes = job.batch.updates * job.micro_batches
+    return (job.batch.samples + evaluations + 2 * passes) * whole + job.micro_batches * gradients
+
+
 def trunk(job: Job, tokens: float, layers: int) -> float:
     """A forward pass of so many tokens through so many layers."""
     shape = job.shape
