@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 
+import chaos
 import vs_trl
+from kills import records
+from kills.kinds import KINDS
+from kills.settings import SETTINGS
 from race import agreement, figures, ours, work
 from race.figures import Lap, Ratio
 from race.lane import Lane
@@ -145,3 +151,60 @@ def test_record_is_flat_and_json() -> None:
     assert (row["ratio"], row["runs"], row["commit"]) == (2.0, 5, "0123456789+")
     assert (row["ours_samples_per_s"], row["trl_tokens_per_s"]) == (8.0, sum(WORK.schedule()) / 2)
     assert "tiny-grpo-varied-fp32" in vs_trl.summary([row])
+
+
+# -- chaos.py -------------------------------------------------------------------------------------------
+
+
+def test_every_setting_and_kind_has_its_turn() -> None:
+    plan = chaos.planned(list(SETTINGS.values()), list(KINDS.values()), 36, Random(0))
+    assert len({(run.setting.name, run.kind.name) for run in plan}) == len({run.name for run in plan}) == 36
+    assert all(run.setting.processes >= run.kind.processes for run in plan)
+    for turns, choices in (
+        (Counter(run.setting.name for run in plan), SETTINGS),
+        (Counter(run.kind.name for run in plan), KINDS),
+    ):
+        assert set(turns) == set(choices)
+        assert min(turns.values()) >= 2
+
+
+def test_runs_differ_where_a_bit_does() -> None:
+    zero, negative, nan = torch.zeros(2), -torch.zeros(2), torch.full((2,), torch.nan)
+    assert records.same(nan, nan.clone())
+    assert not records.same(zero, negative)
+    assert not records.same(zero, zero.double())
+    assert not records.same(1, 1.0)
+    found = records.unequal({"a": 1, "b": 2, "c": zero}, {"a": 1, "b": 3, "d": 4})
+    assert found == ["b is 3, not 2", "c is missing, not a tensor with sum 0", "d is 4, not missing"]
+    assert records.unequal({str(n): n for n in range(9)}, {})[-1] == "and 6 more"
+
+
+def test_gaps_and_doubles_in_metrics_are_seen(tmp_path: Path) -> None:
+    def read(text: str) -> dict[str, str]:
+        (tmp_path / "metrics.csv").write_text("iteration,train/x,perf/s\n" + text)
+        return records.metrics(tmp_path / "metrics.csv")
+
+    expected = read("0,,1\n1,5,1\n2,6,1\n")
+    assert records.unequal(expected, read("0,,9\n1,5,8\n2,6,7\n")) == []
+    for other in ("0,,1\n2,6,1\n", "0,,1\n1,5,1\n1,5,1\n2,6,1\n", "0,,1\n1,5,1\n2,6.0,1\n"):
+        assert records.unequal(expected, read(other))
+
+
+@pytest.mark.slow
+def test_a_run_is_killed_and_the_same_in_the_end(tmp_path: Path) -> None:
+    small = [
+        "--runs",
+        "1",
+        "--settings",
+        "ppo",
+        "--kinds",
+        "while writing",
+        "--iterations",
+        "2",
+        "--hits",
+        "1",
+    ]
+    assert chaos.main([*small, "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "chaos.csv")]) == 0
+    (row,) = csv.DictReader((tmp_path / "chaos.csv").open())
+    assert (row["setting"], row["kind"], row["verdict"]) == ("ppo", "while writing", "same")
+    assert len(row["exit_codes"].split()) == int(row["resumes"]) + 1
