@@ -238,9 +238,9 @@ class ManualOptimization(LightningModule):
         mine = cause_of(self.policy, batch, computed)
         if batch is not None:
             name = f"iteration_{iteration}" + (f"_{self.skipped}" if self.skipped > 1 else "")
-            name += f"_rank{self.global_rank}" if self.trainer.world_size > 1 else ""
+            suffix = f"_rank{self.global_rank}" if self.trainer.world_size > 1 else ""
             content = {"iteration": iteration, "rank": self.global_rank, "not_finite": mine.what}
-            dump(self.dumps, name, content, batch)
+            dump(self.dumps, name, suffix, content, batch)
         cause = min(self.from_all(mine), key=lambda cause: cause.depth)
         happened = f"iteration {iteration}: {cause.what} not finite"
         if cause.depth == WEIGHTS or in_a_row >= self.optim.max_skipped:

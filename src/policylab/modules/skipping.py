@@ -18,7 +18,7 @@ from policylab.rollouts.types import Rollout
 
 log = logging.getLogger(__name__)
 
-#: Batches that are kept in ``dumps/``, the newest ones.
+#: Batches that each process keeps in ``dumps/``, the newest ones.
 KEPT = 8
 #: Names that a message gives.
 NAMED = 3
@@ -94,21 +94,20 @@ def named(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def dump(folder: Path, name: str, content: dict[str, Any], rollout: Rollout) -> Path | None:
-    """Writes a batch for later: ``torch.load(..., weights_only=True)`` gives a dict. None where that fails.
+def dump(folder: Path, name: str, suffix: str, content: dict[str, Any], rollout: Rollout) -> None:
+    """Writes a batch for later: ``torch.load(..., weights_only=True)`` gives a dict.
 
     Args:
+        suffix: of the name, by which those of this process are told from others.
         content: what else there is to know of it.
     """
     batch = {field.name: getattr(rollout.to("cpu"), field.name) for field in fields(rollout)}
-    path = folder / f"{name}.pt"
+    path = folder / f"{name}{suffix}.pt"
     try:
         folder.mkdir(exist_ok=True)
         torch.save({**content, "rollout": batch}, path)
-        for old in sorted(folder.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+        for old in sorted(folder.glob(f"*{suffix}.pt"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch turns some of the one into the other
         log.warning("could not keep the batch in %s: %s", path, error)
         path.unlink(missing_ok=True)
-        return None
-    return path
