@@ -168,7 +168,7 @@ def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervis
     if config.optim.frozen_layers and adapter is None:
         freeze_below(loaded.lm, config.optim.frozen_layers)
     policy.recomputes_layers = config.hardware.gradient_checkpointing
-    if policy.recomputes_layers:
+    if policy.recomputes_layers or config.hardware.strategy == "fsdp":
         decoder_layers(loaded.lm)  # says now where it cannot be
     return policy
 

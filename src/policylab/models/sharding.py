@@ -89,9 +89,9 @@ def gathered(policy: Policy) -> Iterator[Policy]:
             _fill(empty, own, _outline)
 
 
-def release(policy: Policy) -> None:
+def release(network: nn.Module) -> None:
     """Lets go of the whole weights that passes without a backward pass have left gathered. No collective."""
-    for module in policy.modules():
+    for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
@@ -136,11 +136,12 @@ def share_of(value: Tensor, like: Tensor) -> Tensor:
 def _divide(policy: Policy, mesh: DeviceMesh, offload: bool) -> None:
     """Makes FSDP units of the layers, and of all the rest."""
     unit = partial(fully_shard, mesh=mesh, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
-    for layer in decoder_layers(policy.lm):
-        unit(layer)
     critic = policy.critic
     if critic is not None:
         _set_apart(critic, policy.lm)
+    for layer in decoder_layers(policy.lm):
+        unit(layer)
+    if critic is not None:
         layers = critic.layers if isinstance(critic, OwnLayers) else ()
         for layer in decoder_layers(critic.backbone) if isinstance(critic, SeparateNetwork) else layers:
             unit(layer)

@@ -218,7 +218,8 @@ def cannot_take_apart(lm: nn.Module, reason: str) -> UserError:
     """The error for an architecture that is built otherwise."""
     return UserError(
         f"{type(lm).__name__} cannot be taken apart into its layers ({reason}); take algo.critic.own_layers=0 (the "
-        "policy's trunk), hardware.gradient_checkpointing=false, optim.frozen_layers=0 and model/adapter=none"
+        "policy's trunk), hardware.gradient_checkpointing=false, hardware.strategy=auto, optim.frozen_layers=0 and "
+        "model/adapter=none"
     )
 
 

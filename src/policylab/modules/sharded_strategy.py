@@ -102,6 +102,8 @@ class ShardedStrategy(DDPStrategy):
     def teardown(self) -> None:
         """The weights stay where they are: they cannot all be brought to one place."""
         assert self.accelerator is not None
+        assert self.cluster_environment is not None
+        self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
