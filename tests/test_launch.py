@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows
+from policylab.callbacks.writing import write_state
 from policylab.config import resolvers
 from policylab.errors import UserError
 from policylab.launch.entry import flags_first, quoted
@@ -113,8 +114,7 @@ def test_a_taken_folder_is_refused(tmp_path):
 def test_a_run_is_found_by_any_path_inside(tmp_path):
     run = make_run(tmp_path / "run")
     checkpoint = run / "checkpoints" / "last.ckpt"
-    checkpoint.parent.mkdir()
-    checkpoint.write_text("")
+    write_state({"policylab": {}}, checkpoint)
     assert find_run(run) == find_run(checkpoint) == run
     assert find_checkpoint(run, "last") == checkpoint_to_resume(str(run)) == checkpoint
     assert checkpoint_to_resume(str(checkpoint)) == checkpoint
