@@ -1,14 +1,14 @@
 """What ``plan=true`` says of memory, against the memory that runs take.
 
-    python benchmarks/plan.py                                        all configs, some twenty minutes on two cores
-    python benchmarks/plan.py --only tiny-ppo --out results/plan.csv one of them; a CSV to write
+    python benchmarks/plan.py                       all configs, some twenty minutes on two cores
+    python benchmarks/plan.py --only tiny-ppo       one of them
+    python benchmarks/plan.py --out benchmarks/results/plan.csv
 
-Each config is planned without weights and then run for some iterations by ``train.py`` in a process of its own, a checkpoint
-after every iteration. Compared is the peak of that process's resident memory, libraries included, with the plan's largest
-moment, whose figure for the libraries is a measured constant: most of a small model's sum, and little of a large one's. So
-the part without the libraries stands beside it, as well as the share that it is off by. The exit code is 1 when a sum is off
-by more than ``--bound``. Times are planned and measured too, and not judged: other programs may run.
-The last line is JSON.
+Each config is planned without weights and then run for some iterations by ``train.py`` in a process of its own, a
+checkpoint after every iteration. Compared is the peak of that process's resident memory, libraries included, with the
+plan's largest moment, whose figure for the libraries is a measured constant: much of a small model's sum, and little of
+a large one's. So what is left without it stands beside it. The exit code is 1 when a sum is off by more than
+``--bound``. Times are planned and measured too, and not judged: other programs may run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from policylab.launch.environment import cpu_name, git_state, package_versions
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 COMMON = (
-    "hardware=cpu", "callbacks=none", "callbacks.checkpoint.every=1", "validation.prompts=8", "validation.every=1000000",
+    "hardware=cpu", "callbacks=none", "callbacks.checkpoint.every=1", "validation.prompts=8",
+    "validation.every=1000000",
 )  # fmt: skip
 MODELS = {
     "tiny": ("model=tiny", "iterations=40"),

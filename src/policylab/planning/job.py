@@ -98,7 +98,6 @@ class Method:
         forwards: forward passes of a language model over the rollout between sampling and the updates.
         whole: whole distributions of all tokens are held, not a few figures.
         compares: two distributions are held beside each other (exact KL).
-        entropy: the entropy has a gradient.
         vectors: copies of the trained weights as one vector (trust region).
         optimizes_policy: the optimizer moves the policy, not the critic alone.
     """
@@ -109,7 +108,6 @@ class Method:
     forwards: float
     whole: bool
     compares: bool
-    entropy: bool
     vectors: int
     optimizes_policy: bool
 

@@ -19,7 +19,7 @@ GIB = 2**30
 #: driver's context and the libraries' handles on a GPU, which is an assumption.
 LIBRARIES = 0.42 * GIB
 CONTEXT = 0.75 * GIB
-#: What the C library's heap comes to within some tens of iterations, measured: it may keep as much as launch/allocator.py
+#: What the C library's heap comes to within some tens of iterations, measured: it keeps as much as launch/allocator.py
 #: allows, and what is passing lies within.
 HEAP = 0.75 * KEPT
 #: Parts that pass within an iteration.
@@ -223,10 +223,8 @@ def activations(job: Job) -> float:
         kept += 2 * shape.heads * context * job.compute_bytes
     residual = max(job.compute_bytes, shape.weight_bytes)
     ends = 4 * shape.hidden * residual  # embeddings, the final norm, and the states that chose the actions
-    if job.hardware.gradient_checkpointing:
-        own = shape.layers * shape.hidden * residual + kept
-    else:
-        own = shape.layers * kept
+    again = job.hardware.gradient_checkpointing  # all inputs, and one layer at a time
+    own = shape.layers * shape.hidden * residual + kept if again else shape.layers * kept
     return ends + own + (job.critic.layers * kept if job.critic else 0.0)
 
 

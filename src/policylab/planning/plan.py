@@ -177,8 +177,8 @@ def problem_of(job: Job) -> str | None:
         host = job.hardware.host_memory
         if host is not None and main_memory(job) > host:
             return (
-                f"the plan does not fit: {main_memory(job) / GIB:.0f} GiB of main memory for libraries, a checkpoint's copy and "
-                f"what was put there, but the machine has {host / GIB:.0f}; take fewer hardware.devices, or "
+                f"the plan does not fit: {main_memory(job) / GIB:.0f} GiB of main memory for libraries, a checkpoint's "
+                f"copy and what is offloaded, but the machine has {host / GIB:.0f}; take fewer hardware.devices, or "
                 "callbacks.checkpoint=null"
             )
         return None

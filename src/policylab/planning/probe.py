@@ -31,9 +31,9 @@ def probe(gpu: bool, dtype: torch.dtype) -> Rates:
 
 def repeated(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call: the fastest of as many as fit into half a second, so that a busy machine shows less."""
+    call()  # the first is not typical
     fastest, end = float("inf"), time.perf_counter() + SECONDS
-    call()
-    while time.perf_counter() < end:
+    while fastest == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         if device.type == "cuda":

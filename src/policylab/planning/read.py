@@ -25,6 +25,7 @@ from policylab.config.build import (
 )
 from policylab.config.hardware import AUTO, gpus
 from policylab.errors import UserError
+from policylab.launch.saved_config import plain
 from policylab.launch.world import world
 from policylab.models.loading import ASSETS, read_tokenizer
 from policylab.models.meta import Outline, outline
@@ -68,7 +69,7 @@ def describe(config: DictConfig) -> Described:
     engine = instantiate(without(config.rollout, PLANNED))
     task = instantiate(without(config.task, TAKEN_OVER))
     val = take_validation(task, config.validation.prompts)
-    model = outline({**without(model_config(config), ADAPTED)})
+    model = outline(plain(without(model_config(config), ADAPTED)))
     shape = shape_of(model.lm, adapter_for(config, algorithm), config.optim.frozen_layers)
     prompts, targets = lengths(model, task, [*task.train, *val])
     new_tokens = (
@@ -122,8 +123,8 @@ def hardware_of(config: DictConfig) -> Hardware:
         local = gpus() if gpu else 1
         if local == 0:
             raise UserError(
-                f"hardware.devices={AUTO}, and there is no GPU here to count; say hardware.devices=8 to plan for eight a "
-                "machine"
+                f"hardware.devices={AUTO}, and there is no GPU here to count; say hardware.devices=8 to plan for eight "
+                "a machine"
             )
     if nodes == AUTO:
         raise UserError(
@@ -137,8 +138,8 @@ def hardware_of(config: DictConfig) -> Hardware:
     if gpu and memory is None:
         if not gpus():
             raise UserError(
-                "there is no GPU here to look at; say what to plan for: plan_memory=80 (GiB of a GPU) and plan_flops=4e14 "
-                "(operations a second that one reaches)"
+                "there is no GPU here to look at; say what to plan for: plan_memory=80 (GiB of a GPU) and "
+                "plan_flops=4e14 (operations a second that one reaches)"
             )
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     here = float(main_memory())
@@ -224,9 +225,9 @@ def method_of(algorithm: Algorithm | QLearning | Supervised, plan: BatchPlan, *,
         agrees: log-probs recorded while sampling are those of the policy in training.
     """
     if isinstance(algorithm, Supervised):
-        return Method(False, False, False, 0, False, False, False, 0, True)
+        return Method(False, False, False, 0, False, False, 0, True)
     if isinstance(algorithm, QLearning):
-        return Method(True, False, algorithm.target is not None, 1, True, False, False, 0, True)
+        return Method(True, False, algorithm.target is not None, 1, True, False, 0, True)
     kl, update = algorithm.kl, algorithm.update
     region = isinstance(update, TrustRegion)
     first_pass_tells = plan.updates == 1 and kl.place != "reward" and not region
@@ -239,7 +240,6 @@ def method_of(algorithm: Algorithm | QLearning | Supervised, plan: BatchPlan, *,
         forwards=(kl.reference is not None) + again + 2 * kl.exact_in_reward + reestimated,
         whole=region,
         compares=kl.exact_in_reward or kl.exact_in_loss,
-        entropy=algorithm.entropy_coef != 0,
         vectors=VECTORS if region else 0,
         optimizes_policy=not region,
     )

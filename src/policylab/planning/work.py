@@ -70,8 +70,8 @@ def work(job: Job, rates: Rates) -> Work:
 
 
 def exchanged(job: Job) -> float:
-    """Bytes that a process receives an iteration from the others: gradients of each update or, where weights are sharded,
-    these for each pass and the weights for each pass, forward and back."""
+    """Bytes that a process receives an iteration from the others: gradients of each update or, where weights are
+    sharded, these for each pass and the weights for each pass, forward and back."""
     if job.hardware.processes == 1:
         return 0.0
     gradients = job.batch.updates * optimized_bytes(job)

@@ -1,0 +1,338 @@
+"""Plans against what is really built, against sums done by hand, and against what they must say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import fresh_policy
+from policylab.config.build import ADAPTED, build_policy, instantiate, without
+from policylab.errors import UserError
+from policylab.launch.saved_config import plain
+from policylab.models.critic import value_model
+from policylab.models.meta import outline
+from policylab.models.trunk import freeze_below
+from policylab.planning.advice import helpful, knobs
+from policylab.planning.job import Batch, Hardware, Job, Method
+from policylab.planning.memory import GIB, checkpoint_copy, moments, peak
+from policylab.planning.plan import plan_job, problem_of
+from policylab.planning.read import critic_of, describe
+from policylab.planning.shape import Shape, shape_of
+from policylab.planning.work import Rates, exchanged, work
+from policylab.rollouts.cached import CachedEngine
+from policylab.rollouts.noise import TRAIN, uniforms
+from policylab.rollouts.types import Prompt
+
+ROOT = Path(__file__).parent.parent
+SMOLLM2 = ROOT / "data" / "models" / "smollm2"
+#: Models whose weights are here, or random.
+BUILT = ["tiny", "walker", "tiny_scratch", "walker_scratch", "gpt2_scratch"]
+OTHERS = {"gpt2", "gpt2-medium", "hf"}
+LLAMA = {
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+#: Hidden size 4, one layer, MLP of 16, 10 words, all in fp32: 4 x 3 x 4 + 4 x 4 + 2 x 4 x 16 = 192 weights in the
+#: linear layers, 40 in the tied embeddings, and 24 in biases and norms.
+SHAPE = Shape(
+    parameters=256, trained=256, adapters=0, weight_bytes=4, layers=1, hidden=4, ffn=16, gated=False, heads=2,
+    kv_heads=2, head_dim=2, vocab=10, layer_parameters=200, linear=192, qkv=48, lora=1024, tied=True, context=64,
+    decoder="gpt2", packs=True, eager=False,
+)  # fmt: skip
+#: Two prompts of three tokens, two completions of five each, in one update.
+BATCH = Batch(
+    prompts=2, group=2, minibatch=4, updates=1, passes=1.0, prompt_tokens=3.0, longest_prompt=3, new_tokens=5,
+    limit=None, validation=1, samples=True,
+)  # fmt: skip
+HARDWARE = Hardware(
+    gpu=True, memory=80 * GIB, host_memory=None, processes=1, local=1, sharded=False, offload=False,
+    precision="32-true", gradient_checkpointing=False,
+)  # fmt: skip
+METHOD = Method(
+    reference=True, moving=False, target=False, forwards=1, whole=False, compares=False, vectors=0,
+    optimizes_policy=True,
+)  # fmt: skip
+JOB = Job(SHAPE, None, HARDWARE, BATCH, METHOD, "cached", 4, 0.0, checkpoints=True)
+
+
+def by_moment(job):
+    return {moment.name: moment.parts for moment in moments(job)}
+
+
+def folder_of(path, size):
+    """A folder with nothing but a config."""
+    path.mkdir()
+    words = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **LLAMA[size]}
+    (path / "config.json").write_text(json.dumps(words))
+    return [f"model.path={path}", f"model.name=llama-{size}", "model=hf"]
+
+
+def big(path, size, *more):
+    return [
+        *folder_of(path / size, size), "algo=grpo", "hardware=fsdp", "hardware.devices=8", "plan_memory=80",
+        "plan_flops=4e14", "rollout.prompts=128", "rollout.max_new_tokens=512", "hardware.precision=bf16-true", *more,
+    ]  # fmt: skip
+
+
+# -- what models are made of -------------------------------------------------------------------------------
+
+
+def test_every_model_config_is_planned_for():
+    assert {p.stem for p in (ROOT / "configs" / "model").glob("*.yaml")} == {*BUILT, *OTHERS, "smollm2"}
+
+
+@pytest.mark.parametrize("name", [*BUILT, "smollm2"])
+def test_parameters_are_those_of_the_model(compose, name):
+    if name == "smollm2" and not SMOLLM2.is_dir():
+        pytest.skip("its weights are not here")
+    task = "random_walks" if name.startswith("walker") else "reviews"
+    node = without(compose([f"task={task}", f"model={name}"]).model, ADAPTED)
+    shape = shape_of(outline(plain(node)).lm)
+    assert shape.parameters == sum(p.numel() for p in instantiate(node).lm.parameters())
+    assert shape.decoder == ("llama" if name == "smollm2" else "gpt2")
+
+
+@pytest.mark.parametrize("own_layers", [0, 1, "all"])
+@pytest.mark.parametrize("algo", ["ppo", "dqn"])
+def test_a_critics_parameters_are_those_it_will_have(compose, algo, own_layers):
+    part = "critic" if algo == "ppo" else "dueling"
+    overrides = [f"algo={algo}", "model=tiny", f"algo.{part}.own_layers={own_layers}"]
+    config = compose([*overrides, "algo/critic=separate"] if algo == "ppo" else overrides)
+    loaded = instantiate(without(config.model, ADAPTED))
+    critic = value_model(loaded.lm, own_layers, init=None)
+    planned = critic_of(loaded.lm, shape_of(loaded.lm), instantiate(config.algo))
+    assert planned.parameters == sum(p.numel() for p in critic.parameters())
+
+
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+def test_frozen_layers_are_counted(request, model):
+    policy = fresh_policy(request.getfixturevalue(model))
+    planned = shape_of(policy.lm, None, 1)
+    freeze_below(policy.lm, 1)
+    assert planned.trained == sum(p.numel() for p in policy.lm.parameters() if p.requires_grad)
+
+
+def test_adapters_are_counted(compose):
+    pytest.importorskip("peft")
+    config = compose(["model/adapter=lora", "model.adapter.rank=3", "optim.frozen_layers=1"])
+    policy = build_policy(config, instantiate(config.algo))
+    assert describe(config).job.shape.trained == sum(
+        p.numel() for p in policy.lm.parameters() if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+def test_a_layer_keeps_what_autograd_saves(request, model):
+    """In distinct memory; a few small numbers a token are not planned for."""
+    policy = fresh_policy(request.getfixturevalue(model))
+    prompts = [Prompt(i, "", tuple(range(i + 1, i + 9)), None, ()) for i in range(4)]
+    rollout = CachedEngine(1.0, 24).sample(policy, prompts, 2, uniforms(0, TRAIN, 0, range(8), 24))
+    own, saved, tensors = {p.data_ptr() for p in policy.parameters()}, {}, []
+
+    def note(x):
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in own:
+            saved[memory.data_ptr()] = memory.nbytes()
+            tensors.append(x)  # alive, so that no two share an address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None)
+    shape = shape_of(policy.lm)
+    tokens = 4 * 8 + int((rollout.lengths - 1).sum())
+    kept = shape.layers * shape.kept(4, 1 + 8 / float(rollout.lengths.float().mean()))
+    ends = 4 * shape.hidden * 4  # embeddings, the final norm, and the states that chose the actions
+    assert tokens * (kept + ends) == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+# -- sums done by hand -------------------------------------------------------------------------------------
+
+
+def test_what_stays_in_memory():
+    parts = by_moment(JOB)["rollout"]
+    assert parts["weights"] == 256 * 4
+    assert parts["reference"] == 256 * 4
+    assert parts["optimizer"] == 2 * 256 * 4
+    assert checkpoint_copy(JOB) == 3 * 256 * 4  # weights and both moments
+
+
+def test_a_rollout_by_hand():
+    """Keys and values: 2 x 1 layer x 2 heads x 2 numbers x 4 bytes = 32 a token, of 4 x 5 own ones and 2 x 3
+    of prompts. Logits: 4 rows x 10 words x 4 bytes, twice."""
+    parts = by_moment(JOB)["rollout"]
+    assert parts["KV cache"] == 32 * (4 * 5 + 2 * 3)
+    assert parts["logits"] == 2 * 4 * 10 * 4
+    assert "weights for sampling" not in parts
+    on_cpu = by_moment(replace(JOB, hardware=replace(HARDWARE, gpu=False)))["rollout"]
+    assert on_cpu["weights for sampling"] == (192 + 40) * 4
+
+
+def test_an_update_by_hand():
+    """Tokens: 2 prompts x 3 + 4 completions x 4 = 22, as the last token chooses nothing. A layer keeps 2 x 4 for norms,
+    3 x 4 before products, 2 x 16 in the MLP, 3 x 4 queries, keys, values, 4 out of attention, and 8 x 1.6 keys and
+    values beside the prompt's: 80.8 numbers; embeddings, norm and head 4 x 4 more."""
+    parts = by_moment(JOB)
+    assert JOB.pass_tokens == 22
+    assert parts["backward"]["activations"] == pytest.approx(22 * 4 * (80.8 + 16))
+    assert parts["backward"]["logits"] == 2 * (4 * 5 * 10 * 4)
+    assert parts["step"]["gradients"] == 256 * 4
+
+
+def test_work_by_hand():
+    """Forward: 2 operations a weight of 192, and attention over 3 + 5 / 2 tokens of 4 numbers, 4 operations each: 472 a
+    token. 26 tokens in the rollout and 22 in a pass; the head 80 for each of 20 actions."""
+    needed = work(JOB, Rates(1e3, 1e9))
+    assert needed.flops["rollout"] == 26 * 472 + 20 * 80
+    assert needed.flops["evaluation"] == 22 * 472 + 20 * 80
+    assert needed.flops["update"] == 3 * (22 * 472 + 20 * 80)
+    assert needed.tokens == 20
+    assert needed.seconds["rollout"] == pytest.approx((26 * 472 + 20 * 80) / 1e3, rel=0.1)
+
+
+def test_processes_share():
+    many = replace(JOB, batch=replace(BATCH, prompts=8, minibatch=16))
+    ddp = replace(many, hardware=replace(HARDWARE, processes=4, local=4))
+    fsdp = replace(ddp, hardware=replace(ddp.hardware, sharded=True))
+    assert by_moment(ddp)["rollout"]["optimizer"] == 2 * 256 * 4
+    assert by_moment(ddp)["rollout"]["gradients"] == 256 * 4  # the buckets stay
+    assert by_moment(fsdp)["rollout"]["optimizer"] == 2 * 256 * 4 / 4
+    assert by_moment(fsdp)["rollout"]["gathered weights"] == 256 * 4
+    assert by_moment(fsdp)["step"]["gradients"] == 256 * 4 / 4
+    assert by_moment(ddp)["rollout"]["KV cache"] == by_moment(JOB)["rollout"]["KV cache"]
+    assert exchanged(JOB) == 0
+    assert exchanged(ddp) == 2 * 256 * 4
+    # weights once to sample, once for the reference and twice for the pass; gradients once
+    assert exchanged(fsdp) == 5 * 256 * 4
+
+
+# -- what must hold ----------------------------------------------------------------------------------------
+
+
+def test_knobs_save_what_they_say(compose, tmp_path):
+    """Whoever turns the knob plans again and sees the figure that was told."""
+    for overrides in (big(tmp_path, "7b", "hardware.strategy=ddp"), ["algo=ppo", "algo/critic=separate"]):
+        job = describe(compose(overrides)).job
+        assert helpful(job) or not job.hardware.gpu
+        for knob in knobs(job):
+            if "num_nodes" in knob.words or "adapter" in knob.words:
+                continue
+            turned = describe(compose([*overrides, *knob.words.split()])).job
+            assert peak(turned).total == pytest.approx(knob.peak, rel=0.02), knob.words
+
+
+def test_more_processes_take_less_each(compose, tmp_path):
+    overrides = big(tmp_path, "7b")
+    peaks = []
+    for nodes in (1, 2, 4):
+        job = describe(compose([*overrides, f"hardware.num_nodes={nodes}"])).job
+        assert job.hardware.processes == 8 * nodes
+        peaks.append(peak(job).total)
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[2]
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (ROOT / "configs" / "algo").glob("*.yaml")))
+def test_every_preset_is_planned(compose, preset):
+    job = describe(compose([f"algo={preset}", "task=random_walks", "rollout.group_size=4"])).job
+    assert all(size >= 0 for moment in moments(job) for size in moment.parts.values())
+    assert work(job, Rates.of(1e12)).total_seconds > 0
+
+
+# -- what is said and left behind --------------------------------------------------------------------------
+
+
+def test_no_weights_are_loaded_and_all_is_said(compose, capsys, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def refuse(*_, **__):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    plan_job(compose(["plan=true", "plan_flops=1e11"]))
+    said = capsys.readouterr().out
+    for word in (
+        "1,071,872", "weights", "reference", "critic", "optimizer", "gradients", "activations", "KV cache", "logits",
+        "checkpoint copy", "3,072 tokens sampled at most, 4 updates", "1e+11 operations", "fits:",
+    ):  # fmt: skip
+        assert word in said, word
+
+
+def test_a_folder_with_a_config_alone_is_enough(compose, tmp_path, capsys):
+    plan_job(compose([*big(tmp_path, "7b"), "plan=true"]))
+    said = capsys.readouterr().out
+    assert "6,738,415,616" in said
+    assert "8 x GPU of 80 GiB" in said
+    assert "counted by another tokenizer" in said
+
+
+def test_what_no_knob_helps_says_so(compose, tmp_path):
+    """70 B in bf16 is 128 GiB, and a rollout gathers all of it."""
+    with pytest.raises(
+        UserError, match=r"rollout takes 1\d\d\.\d GiB .* 128\.\d, is gathered weights: .* smaller model"
+    ):
+        plan_job(compose([*big(tmp_path, "70b", "hardware.num_nodes=8"), "plan=true"]))
+
+
+def test_what_does_not_fit_names_the_knobs_that_help(compose, tmp_path):
+    job = describe(compose(big(tmp_path, "7b", "hardware.strategy=ddp"))).job
+    problem = problem_of(job)
+    assert "the plan does not fit" in problem
+    assert "hardware.strategy=fsdp" in problem
+    assert problem_of(replace(job, hardware=replace(job.hardware, memory=10_000 * GIB))) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hardware=ddp", "hardware.devices=8"], r"no GPU here to look at; .* plan_memory=80"),
+        (["hardware=ddp", "plan_memory=80"], r"hardware.devices=auto, and there is no GPU here to count"),
+        (["hardware=gpu", "plan_memory=80"], r"no GPU here to measure; .* plan_flops=4e14"),
+        (["plan_memory=-1"], "plan_memory is -1; it must be above 0"),
+        (["plan=maybe"], "plan=maybe is neither true nor false"),
+        (["model=hf", "model.name=nobody/nothing"], "nobody/nothing is not in the local cache"),
+        (["model=hf", "model.name=a", "model.path=nowhere"], "model.path=nowhere: no config.json there"),
+        (["rollout.max_new_tokens=500"], r"need \d+ positions, but the model has 128"),
+    ],
+)
+def test_refused(compose, monkeypatch, overrides, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        plan_job(compose(["plan=true", *overrides]))
+
+
+def test_a_plan_leaves_nothing_and_its_exit_code_says_whether_it_fits(tmp_path):
+    words = ["plan=true", "plan_flops=1e11", "plan_memory=0.1", f"paths.logs={tmp_path}/logs"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=_without_gpu(tmp_path),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: the plan does not fit")
+    assert "does not fit: " in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def _without_gpu(folder):
+    import os
+
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
