@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervised, TrustRegion
 from policylab.callbacks.loggers import tolerated
 from policylab.config.checks import check
+from policylab.config.hardware import backend
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.cluster import Cluster
@@ -332,15 +333,13 @@ def strategy(hardware: DictConfig) -> str | Strategy:
     """How processes share the work; "auto" for one alone."""
     if hardware.devices * hardware.num_nodes == 1:
         return "auto"
-    backend = "gloo" if hardware.accelerator == "cpu" else "nccl"
-    timeout = timedelta(seconds=hardware.timeout)
+    settings: dict[str, Any] = {
+        "process_group_backend": backend(hardware),
+        "timeout": timedelta(seconds=hardware.timeout),
+    }
     if hardware.strategy == "fsdp":
-        if hardware.cpu_offload:  # norms are summed where the shares are
-            backend = "cpu:gloo,cuda:nccl"
-        return ShardedStrategy(
-            cpu_offload=hardware.cpu_offload, process_group_backend=backend, timeout=timeout
-        )
-    return DDPStrategy(process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True)
+        return ShardedStrategy(cpu_offload=hardware.cpu_offload, **settings)
+    return DDPStrategy(gradient_as_bucket_view=True, **settings)
 
 
 def named_parts(group: DictConfig | None, kind: type) -> list[Any]:

@@ -60,6 +60,13 @@ def settled(config: DictConfig) -> DictConfig:
     return settled
 
 
+def backend(hardware: DictConfig) -> str:
+    """Torch's library for the talk of several processes; `settled` first."""
+    if hardware.accelerator == "cpu":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if hardware.cpu_offload else "nccl"  # norms are summed where the shares are
+
+
 def gpus() -> int:
     """That torch sees."""
     import torch

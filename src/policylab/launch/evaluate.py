@@ -67,9 +67,10 @@ def evaluate(run_folder: Path, checkpoint: Path, prompts: int | None, seed: int 
 
 
 def for_evaluation(config: DictConfig, prompts: int | None, seed: int | None) -> DictConfig:
-    """A copy of a run's config with nothing that watches or writes."""
+    """A copy of a run's config with nothing that watches or writes, for one process."""
     changed = config.copy()
     changed.callbacks, changed.logger = {}, {}
+    changed.hardware.update({"devices": 1, "num_nodes": 1, "strategy": "auto", "cpu_offload": False})
     if prompts is not None:
         changed.validation.prompts = prompts
     if seed is not None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows, validated
 from policylab.config.checks import check
-from policylab.config.hardware import processes, settled
+from policylab.config.hardware import backend, processes, settled
 from policylab.errors import UserError
 from policylab.launch.checkpoints import become_newest, checkpoint_iteration
 from policylab.launch.find_run import checkpoint_to_resume
@@ -27,7 +27,7 @@ from policylab.launch.screen import Screen
 from policylab.launch.signals import SIGNALS, Interrupted
 from policylab.launch.status import RunStatus
 from policylab.launch.summary import summarize, write_summary
-from policylab.launch.world import agreed, demand_same, in_environment, world
+from policylab.launch.world import agreed, attempt, connect, demand_same, in_environment, meet, world
 from policylab.rewards.pool import ended_workers
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def train(
             # before the checkpoint callback
             experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # type: ignore[attr-defined]
             screen.plan(experiment)
+            connect(backend(config.hardware), config.hardware.timeout)
             with ended_workers(experiment.module.reward):
                 run(experiment, run_dir, checkpoint, stop)
         if stop.stopped:
@@ -114,6 +115,7 @@ def train(
         if main:
             write_summary(run_dir, summary)
         screen.ending(summary)
+        meet("end", config.hardware.timeout)
         if stop.stopped and stop.signum:
             raise Interrupted(stop.signum, together=True)
     return summary["best"]["value"] if summary["best"] else None
@@ -125,7 +127,7 @@ def starting_point(config: DictConfig, run_dir: Path) -> tuple[Path | None, bool
     Rank 0 looks, and the others hear of it. A group of processes that was started again goes on with its own run.
     """
     here = world()
-    again = here.restarts > 0 and (run_dir / "status.json").is_file()
+    again = attempt() > 1 and (run_dir / "status.json").is_file()
     resume = config.resume or (str(run_dir) if again else None)
     checkpoint: str
     if not here.main:

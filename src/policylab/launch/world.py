@@ -5,10 +5,13 @@ Known before Lightning or a process group is there, so that the processes can ag
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +27,8 @@ T = TypeVar("T")
 
 #: A process that waits longer than this for another at the start gives up.
 START_TIMEOUT = timedelta(minutes=10)
-#: Under SLURM, ports from here on, ten thousand of them, are those of torch; ours are as many above.
-SLURM_PORTS, STORE_OFFSET = 15_000, 10_000
+#: Under SLURM a job listens on one of the ten thousand ports from here on.
+SLURM_PORTS = 15_000
 
 
 @dataclass(frozen=True)
@@ -121,24 +124,41 @@ def demand_same(name: str, text: str) -> None:
     """Refuses to go on when the processes hold different texts.
 
     Raises:
-        UserError: on every process, naming those that differ from rank 0.
+        UserError: on every process, naming those that differ from rank 0; or when not all have come in ten minutes.
     """
-    here = world()
-    if here.size == 1:
-        return
-    store, turn = _store(), _calls(name)
-    store.set(f"{name}/{turn}/{here.rank}", hashlib.sha256(text.encode()).hexdigest())
     try:
-        said = [store.get(f"{name}/{turn}/{rank}") for rank in range(here.size)]
+        said = _gathered(name, hashlib.sha256(text.encode()).hexdigest(), START_TIMEOUT)
     except RuntimeError as error:
         raise UserError(
-            f"not all {here.size} processes have said what their {name} is, in {START_TIMEOUT}"
+            f"not all {world().size} processes have said what their {name} is, in {START_TIMEOUT}"
         ) from error
-    others = [str(rank) for rank in range(here.size) if said[rank] != said[0]]
+    others = [str(rank) for rank, hashed in enumerate(said) if hashed != said[0]]
     if others:
         raise UserError(
             f"the {name} of rank {', '.join(others)} is not that of rank 0; start all processes with the same command"
         )
+
+
+def meet(name: str, seconds: float) -> None:
+    """Returns when all processes have come here. The first that ends may take the others with it, as torchrun and
+    SLURM have it.
+
+    Raises:
+        RuntimeError: when they have not, after so many seconds.
+    """
+    _gathered(name, "here", timedelta(seconds=seconds))
+
+
+def _gathered(name: str, text: str, timeout: timedelta) -> list[str]:
+    """What each process says, by rank."""
+    here = world()
+    if here.size == 1:
+        return [text]
+    store, turn = _store(), _calls(name)
+    store.set(f"{name}/{turn}/{here.rank}", text)
+    keys = [f"{name}/{turn}/{rank}" for rank in range(here.size)]
+    store.wait(keys, timeout)
+    return [store.get(key).decode() for key in keys]
 
 
 @cache
@@ -149,9 +169,8 @@ def _store() -> TCPStore:
     here = world()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is there already
         host, port, serves = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), False
-    else:  # beside the one that torch will open, and far from those of the jobs that SLURM numbers next
+    else:
         host, port, serves = *main_address(), here.main
-        port += STORE_OFFSET if port + STORE_OFFSET < 2**16 else -STORE_OFFSET
     return TCPStore(host, port, here.size, serves, START_TIMEOUT)
 
 
@@ -184,7 +203,61 @@ _turns: dict[str, int] = {}
 def _calls(name: str) -> str:
     """Another word each time, the same one on all processes."""
     _turns[name] = _turns.get(name, 0) + 1
-    return f"{world().restarts}/{_turns[name]}"
+    return f"{attempt()}/{_turns[name]}"
+
+
+@cache
+def attempt() -> int:
+    """Which group of processes this is, counted from 1 over the restarts of a launcher.
+
+    Torch's launcher keeps one store for all groups, and what a process of an earlier one has left there must not pass
+    for the word of a living one. (Its own count of restarts is each node's for itself.) So rank 0 counts, and answers
+    the question that each of the others has just asked; of those of an earlier group none hears the answer.
+
+    Raises:
+        UserError: when not all have come in ten minutes.
+    """
+    here = world()
+    if here.size == 1:
+        return 1
+    store = _store()
+    try:
+        if not here.main:
+            question = uuid.uuid4().hex
+            store.set(f"question/{here.rank}", question)
+            number = int(store.get(f"answer/{question}"))
+            store.set(f"heard/{number}/{here.rank}", "")
+            return number
+        number, end = store.add("attempts", 1), time.monotonic() + START_TIMEOUT.total_seconds()
+        for rank in range(1, here.size):
+            while not store.check([f"heard/{number}/{rank}"]):
+                question = store.get(f"question/{rank}").decode()
+                store.set(f"answer/{question}", str(number))
+                if time.monotonic() > end:
+                    raise RuntimeError(f"rank {rank} has not come")
+                time.sleep(0.02)
+        return number
+    except RuntimeError as error:
+        raise UserError(f"not all {here.size} processes have come in {START_TIMEOUT}") from error
+
+
+def connect(backend: str, seconds: float) -> None:
+    """Makes torch's process group, if there are several processes; Lightning then takes it as it is.
+
+    Args:
+        backend: gloo or nccl, or both by device.
+        seconds: that one waits for the others in a collective operation.
+    """
+    here = world()
+    if here.size == 1:
+        return
+    import torch.distributed as dist
+
+    store = dist.PrefixStore(f"group/{attempt()}", _store())
+    timeout = timedelta(seconds=seconds)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=here.rank, world_size=here.size)
+    if "nccl" in backend:  # it warns otherwise
+        atexit.register(dist.destroy_process_group)
 
 
 def in_environment() -> dict[str, Any]:
