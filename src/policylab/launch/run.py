@@ -21,7 +21,7 @@ from policylab.launch.find_run import checkpoint_to_resume
 from policylab.launch.imports import import_libraries
 from policylab.launch.logs import FILE_ONLY, silence_noise
 from policylab.launch.resume import check_same_run, rewind
-from policylab.launch.run_folder import point_latest, write_json
+from policylab.launch.run_folder import leaving_nothing, point_latest, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder, save_config
 from policylab.launch.screen import Screen
 from policylab.launch.signals import SIGNALS, Interrupted
@@ -48,7 +48,8 @@ def train_job(config: DictConfig) -> float | None:
         import_libraries()
         from policylab.planning.plan import plan_job
 
-        plan_job(config)
+        with leaving_nothing(run_dir):
+            plan_job(config)
         return None
     config = settled(config)
     if processes(config) == world().size:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,16 @@ def claim(path: Path) -> Path:
             f"cannot make the run folder {path}: {error.strerror}; set hydra.run.dir=PATH"
         ) from None
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """Afterwards a folder is gone in which there is nothing but the log that Hydra opens for every job."""
+    try:
+        yield
+    finally:
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["train.log"]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
