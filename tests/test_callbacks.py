@@ -155,6 +155,8 @@ def test_samples_are_appended(tmp_path, trainer, module):
         callback.on_train_batch_end(trainer, module, None, None, 0)
     module.samples = [sample(0.9, 4)]
     callback.on_validation_end(trainer, module)
+    module.iteration = 6  # supervised training: nothing was sampled since
+    callback.on_train_batch_end(trainer, module, None, None, 0)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(line["iteration"], line["split"]) for line in lines] == [
         (2, "train"), (2, "train"), (4, "train"), (4, "train"), (4, "val"),
@@ -189,7 +191,7 @@ def test_wandb_table_grows(tmp_path, monkeypatch, trainer, module):
     trainer.loggers = [logger]
     callback = Samples(str(tmp_path), every=1, keep=2, show=0)
     for module.iteration in (1, 2, 3):
-        module.samples = [sample(0.1), sample(0.2)]
+        module.samples = [sample(0.1, split="train"), sample(0.2, split="train")]
         callback.on_train_batch_end(trainer, module, None, None, 0)
     assert isinstance(callback.table, wandb.Table)
     assert callback.table.log_mode == "INCREMENTAL"

@@ -11,7 +11,7 @@ class Setting:
 
     name: str
     overrides: tuple[str, ...]
-    iterations: int = 24
+    iterations: int = 20
     processes: int = 1
 
     def command(self) -> list[str]:
@@ -35,14 +35,14 @@ SETTINGS = {
         # two more processes that score
         Setting("grpo", ("algo=grpo", "reward.workers=2")),
         # sequences in memory, a target network
-        Setting("dqn", ("algo=dqn", "algo.replay.batch_size=16")),
+        Setting("dqn", ("algo=dqn", "algo.replay.batch_size=16"), iterations=14),
         # a solver, a critic with an optimizer of its own
-        Setting("trpo", ("algo=trpo",), iterations=12),
+        Setting("trpo", ("algo=trpo",), iterations=8),
         # the order of a data set
-        Setting("sft", ("algo=sft", "algo.batch_size=16"), iterations=40),
+        Setting("sft", ("algo=sft", "algo.batch_size=16"), iterations=30),
         # a record elsewhere that must remain one run; a budget that ends it before its last iteration
-        Setting("rloo_wandb", ("algo=rloo", "logger=wandb", "max_tokens=2400")),
-        Setting("ppo_2", ("algo=ppo", *TWO), iterations=16, processes=2),
-        Setting("grpo_2", ("algo=grpo", *TWO), iterations=16, processes=2),
+        Setting("rloo_wandb", ("algo=rloo", "logger=wandb", "max_tokens=2000")),
+        Setting("ppo_2", ("algo=ppo", *TWO), iterations=14, processes=2),
+        Setting("grpo_2", ("algo=grpo", *TWO), iterations=14, processes=2),
     )
 }

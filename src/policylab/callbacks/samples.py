@@ -53,9 +53,11 @@ class Samples(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Training samples, now and then."""
+        """Training samples, now and then; supervised training has none, and its module still holds the last
+        validation's."""
         if pl_module.iteration % self.every == 0:
-            self.write(trainer, chain(*pl_module.from_all(pl_module.samples[: self.keep])))
+            samples = [sample for sample in pl_module.samples if sample.split == "train"]
+            self.write(trainer, chain(*pl_module.from_all(samples[: self.keep])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Validation samples."""
