@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from policylab.errors import RunError, UserError
 
-#: Errors of a disk that is full, or a folder that nobody may write in: no fault of the program's.
+#: Of a disk that is full, or that nobody may write on: no fault of the program's.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<group>[^']+)/(?P<choice>[^'/]+)'")
@@ -30,7 +30,7 @@ def one_line(error: BaseException) -> str | None:
     for cause in causes(error):
         if isinstance(cause, UserError | RunError | FloatingPointError):
             return str(cause)
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+    if isinstance(error, OSError) and no_room(error):
         what = error.filename or "a file of the run"
         return f"could not write {what}: {error.strerror}; make room, or take another folder"
     if isinstance(error, OverrideParseException):
@@ -45,7 +45,12 @@ def one_line(error: BaseException) -> str | None:
 def is_mistake(error: BaseException) -> bool:
     """Whether the input was wrong, rather than the run unlucky."""
     told = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
-    return isinstance(told[0], UserError) if told else not isinstance(error, OSError)
+    return isinstance(told[0], UserError) if told else not no_room(error)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a disk is full, or nobody may write there."""
+    return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
