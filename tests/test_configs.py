@@ -32,9 +32,11 @@ Q_AXES = {"backup", "dueling", "exploration", "target"}
 NEEDS_GPU = {"rollout/vllm"}
 #: Loggers of optional packages or with files of their own: their own tests run them.
 LOGGERS = {"logger/mlflow", "logger/wandb", "logger/tensorboard", "logger/all"}
+#: Several processes, which test_cluster.py and test_sharding.py start: composed here, not run.
+SEVERAL = {f"hardware/{option}" for option in ("ddp", "ddp_cpu", "ddp_multinode", "fsdp", "slurm")}
 #: Presets that run with the numbers tuned for them: composed on their own, not run.
 PAIRED = {f"algo/{path.stem.rsplit('_', 1)[0]}" for path in (CONFIGS / "algo_model").glob("*_tiny.yaml")}
-NOT_RUN = REMOTE | LARGE | LOGGERS | NEEDS_FILES | NEEDS_GPU | PAIRED
+NOT_RUN = REMOTE | LARGE | LOGGERS | NEEDS_FILES | NEEDS_GPU | PAIRED | SEVERAL
 #: Not a choice of a training run.
 ELSEWHERE = {"hydra", "paths", "callbacks", "debug"}
 
