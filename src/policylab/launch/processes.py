@@ -106,10 +106,12 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
         except KeyboardInterrupt:
             finish_status(run_dir, INTERRUPTED)
             raise
-    outcome = outcomes[0]
-    if outcome.signum is not None:
-        raise Interrupted(forward.signum or outcome.signum)
-    return outcome.value
+        outcome = outcomes[0]
+        if outcome.signum is not None:
+            raise Interrupted(forward.signum or outcome.signum)
+        if outcome.useless and (error := noted_error(Path(errors))) is not None:
+            raise error
+        return outcome.value
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Outcome:
 
     value: float | None = None  #: what ``train`` returned
     signum: int | None = None  #: the signal that ended it
+    useless: bool = False  #: started again after an error that would only come again
 
 
 def work(job: Job) -> Outcome:
@@ -134,6 +137,8 @@ def work(job: Job) -> Outcome:
         signal.signal(PASSED_ON, stop_at_once)
         if (Path(job.errors) / STOP).exists():  # it came before we listened
             raise Interrupted(PASSED_ON)
+        if isinstance(noted_error(Path(job.errors)), UserError | RunError):
+            return Outcome(useless=True)
         configure_log(read(job.logging))
         return Outcome(train(read(job.config), Path(job.run_dir), job.overrides, signals=[PASSED_ON]))
     except Interrupted as stopped:
@@ -204,11 +209,16 @@ def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
         name = signal.Signals(-failure.exitcode).name
         memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
         return ProcessFailed(f"the process of rank {rank} was ended by {name}{memory}")
+    return noted_error(folder) or ProcessFailed(
+        f"the process of rank {rank} ended with code {failure.exitcode} and said nothing"
+    )
+
+
+def noted_error(folder: Path) -> Exception | None:
+    """The first error of the last group of processes that has noted any."""
     noted = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     if not noted:
-        return ProcessFailed(
-            f"the process of rank {rank} ended with code {failure.exitcode} and said nothing"
-        )
+        return None
     last = max(note["restarts"] for note in noted)
     first = min((note for note in noted if note["restarts"] == last), key=lambda note: note["time"])
     if first["message"] is not None:
