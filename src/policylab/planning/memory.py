@@ -19,11 +19,9 @@ GIB = 2**30
 #: driver's context and the libraries' handles on a GPU, which is an assumption.
 LIBRARIES = 0.42 * GIB
 CONTEXT = 0.75 * GIB
-#: What the C library's heap comes to within some tens of iterations, measured: it keeps as much as launch/allocator.py
-#: allows, and what is passing lies within.
-HEAP = 0.75 * KEPT
-#: Parts that pass within an iteration.
-PASSING = ("KV cache", "logits", "activations", "work space")
+#: Freed memory that the C library keeps for the next tensors, beside what is in use, after some tens of iterations:
+#: measured, and below what launch/allocator.py allows.
+FREED = 0.7 * KEPT
 #: Tables over tokens and vocabulary that are held at once where whole distributions are compared.
 WHOLE_TABLES = 6
 
@@ -49,15 +47,9 @@ def moments(job: Job) -> list[Moment]:
     found += [Moment("backward", held | backward(job)), Moment("step", held | step(job))]
     if not job.hardware.gpu:
         copy = checkpoint_copy(job) if job.checkpoints else 0.0
-        found = [
-            Moment(m.name, m.parts | {"freed and kept": kept_free(m), "checkpoint copy": copy}) for m in found
-        ]
+        own = {"freed and kept": FREED, "checkpoint copy": copy}
+        found = [Moment(m.name, m.parts | own) for m in found]
     return [Moment(m.name, {name: size for name, size in m.parts.items() if size}) for m in found]
-
-
-def kept_free(moment: Moment) -> float:
-    """Memory that the C library holds for the next tensors."""
-    return max(0.0, HEAP - sum(moment.parts.get(name, 0.0) for name in PASSING))
 
 
 def peak(job: Job) -> Moment:
@@ -81,7 +73,8 @@ def held_throughout(job: Job) -> dict[str, float]:
     if hardware.processes > 1 and not hardware.sharded:
         parts["gradients"] = optimized_bytes(job)  # they lie in the buckets that are sent, which stay
     if job.engine == "vllm":
-        parts["vLLM"] = job.engine_share * hardware.memory
+        # Its own copy of the weights, whole, and its cache in what is left of its share.
+        parts["vLLM"] = max(job.engine_share * hardware.memory, shape.parameters * job.sampling_bytes)
     return parts | {"libraries": CONTEXT if hardware.gpu else LIBRARIES}
 
 
@@ -114,7 +107,7 @@ def rollout(job: Job) -> dict[str, float]:
 def sampling(job: Job, prompts: int, rows: int) -> dict[str, float]:
     """What an engine holds that writes ``rows`` completions of so many distinct prompts."""
     if job.engine == "vllm":
-        return {}
+        return {"gathered weights": gathered(job, whole=True)}
     shape, batch = job.shape, job.batch
     context = batch.longest_prompt + batch.new_tokens
     per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim

@@ -190,7 +190,7 @@ def problem_of(job: Job) -> str | None:
     several = together(job)
     if several is not None:
         return f"{line}; take {several.words}"
-    if part == "gathered weights":
+    if part in ("gathered weights", "vLLM"):
         return (
             f"{line}: rollouts read the whole model on each GPU, whichever engine samples, and neither fsdp nor LoRA "
             "changes that; take GPUs of more memory or a smaller model"
