@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,41 +94,41 @@ def witness():
 
 
 class Running:
-    """A command in a session of its own, so that all that it starts can be found.
+    """A command whose environment has a mark, so that all that it starts can be found.
 
     Args:
         arguments: behind the interpreter.
         folder: the current one of the command; its output is kept there.
+        name: before the names of the files with its output.
         variables: of the environment, beside what is there.
     """
 
     def __init__(self, arguments: Sequence[str], folder: Path, name: str = "", **variables: str) -> None:
         self.output, self.errors = folder / f"{name}out.txt", folder / f"{name}err.txt"
+        mark = uuid.uuid4().hex
+        self.mark = f"POLICYLAB_TEST={mark}".encode()
         with self.output.open("w") as out, self.errors.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=folder,
-                env={**os.environ, **variables},
+                env={**os.environ, **variables, "POLICYLAB_TEST": mark},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                start_new_session=True,
+                start_new_session=True,  # and group, to interrupt it as a terminal does
             )
 
     def members(self) -> list[int]:
-        """All processes of the session that live."""
+        """All its processes that live."""
         found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            except OSError:  # it has ended meanwhile
-                continue
-            if int(session) == self.process.pid and state != "Z":
-                found.append(int(stat.parent.name))
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # of another user, or it has ended meanwhile
+                if self.mark in environment.read_bytes():
+                    found.append(int(environment.parent.name))
         return found
 
     def wait(self, seconds: float = 400) -> int:
-        """The exit code; whatever is left of the session is ended."""
+        """The exit code; whatever is left is ended."""
         try:
             return self.process.wait(seconds)
         finally:
@@ -134,7 +136,8 @@ class Running:
 
     def end(self) -> None:
         for pid in self.members():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def told(self) -> str:
