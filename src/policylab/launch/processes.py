@@ -109,8 +109,8 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
         outcome = outcomes[0]
         if outcome.signum is not None:
             raise Interrupted(forward.signum or outcome.signum)
-        if outcome.useless and (error := noted_error(Path(errors))) is not None:
-            raise error
+        if outcome.useless and (noted := noted_error(Path(errors))) is not None:
+            raise noted
         return outcome.value
 
 
