@@ -152,6 +152,47 @@ def test_a_damaged_file_falls_back_to_the_one_before(run_folder, harm, caplog):
         newest_whole_checkpoint(run_folder)
 
 
+def test_a_missing_file_is_told(run_folder, caplog):
+    last = run_folder / "checkpoints" / "last.ckpt"
+    last.unlink()
+    assert newest_whole_checkpoint(run_folder) == last.with_stem("previous")
+    assert "last.ckpt is missing; going on from" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        RuntimeError("unable to mmap 9 bytes from file <last.ckpt>: Cannot allocate memory (12)"),
+    ],
+)
+def test_what_is_wrong_elsewhere_is_no_damage(run_folder, monkeypatch, error):
+    def fail(_: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoints, "read", fail)
+    cause = "Permission denied|Stale file handle|Cannot allocate memory"
+    with pytest.raises(
+        UserError, match=rf"cannot read .*last\.ckpt: ({cause}); this says nothing of the file"
+    ):
+        newest_whole_checkpoint(run_folder)
+
+
+def test_the_state_before_the_last_one_stays_another_file(run_folder):
+    """One bad sector must not take both."""
+    become_newest(run_folder, run_folder / "checkpoints" / "last.ckpt")
+    assert files(run_folder) == {"last": 2, "previous": 1, "best": 1}
+
+
+def test_a_damaged_file_is_set_aside(run_folder):
+    last = run_folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(b"half of it")
+    become_newest(run_folder, last.with_stem("previous"))
+    assert files(run_folder) == {"last": 1, "previous": 1, "best": 1}
+    assert last.with_name("last.ckpt.damaged").read_bytes() == b"half of it"
+
+
 def test_what_passes_as_whole_is_whole(tmp_path):
     """Each bit of the archive's directory and some of the rest: a flip is found, or changes nothing."""
     path, good = tmp_path / "x.ckpt", state(3)

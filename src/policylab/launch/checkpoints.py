@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pickle
@@ -24,6 +25,11 @@ UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
     *(RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError),
 )
+#: Of the machine rather than of the file, which may well be whole.
+ELSEWHERE = (
+    *(errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
 
 
 def newest_whole_checkpoint(run_folder: Path) -> Path | None:
@@ -33,21 +39,20 @@ def newest_whole_checkpoint(run_folder: Path) -> Path | None:
         None for a run that was killed before it wrote its first.
 
     Raises:
-        UserError: when there are files, and all are damaged.
+        UserError: when there are files, and all are damaged; or when one cannot be looked at.
     """
-    damaged = list[str]()
-    for name in (LAST, PREVIOUS):
-        path = run_folder / "checkpoints" / name
-        if not path.exists():
-            continue
-        if (why := damage(path)) is None:
-            if damaged:
-                log.warning("%s; going on from %s, the one before it", "; ".join(damaged), path)
+    paths = [run_folder / "checkpoints" / name for name in (LAST, PREVIOUS)]
+    faults = list[str]()
+    for path in paths:
+        why = damage(path) if path.exists() else ""
+        if why is None:
+            if faults:
+                log.warning("%s; going on from %s, the one before it", "; ".join(faults), path)
             return path.resolve()
-        damaged.append(f"{path} is damaged ({why})")
-    if damaged:
+        faults.append(f"{path} is damaged ({why})" if why else f"{path} is missing")
+    if any(path.exists() for path in paths):
         raise UserError(
-            f"{'; '.join(damaged)}; name another file, such as resume={run_folder}/checkpoints/best.ckpt, or start a "
+            f"{'; '.join(faults)}; name another file, such as resume={run_folder}/checkpoints/best.ckpt, or start a "
             "new run"
         )
     return None
@@ -68,6 +73,9 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint file; None when it is whole.
 
     It is a zip archive, which holds a CRC-32 of each tensor. Torch does not look at them; this does, at about 1 GB/s.
+
+    Raises:
+        UserError: when it cannot be looked at, for a cause that lies elsewhere.
     """
     try:
         with zipfile.ZipFile(checkpoint) as archive:
@@ -81,9 +89,21 @@ def damage(checkpoint: Path) -> str | None:
                         pass
         read(checkpoint)  # torch wants more of the archive's directory to be right
     except UNREADABLE as error:
+        if cause := cause_elsewhere(error):
+            raise UserError(
+                f"cannot read {checkpoint}: {cause}; this says nothing of the file, so mend it and try again"
+            ) from error
         size = checkpoint.stat().st_size if checkpoint.exists() else 0
         return f"{size} bytes; {error or type(error).__name__}"
     return None
+
+
+def cause_elsewhere(error: Exception) -> str | None:
+    """What keeps a file from being read that may be whole; torch says it in words alone."""
+    causes = {code: os.strerror(code) for code in ELSEWHERE}
+    if isinstance(error, OSError) and error.errno in causes:
+        return causes[error.errno]
+    return next((cause for cause in causes.values() if cause in str(error)), None)
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
@@ -98,10 +118,15 @@ def become_newest(run_folder: Path, checkpoint: Path) -> None:
     """A run that goes on from an older state goes on from it again if it is killed before the next one is written.
 
     Otherwise it would then go on from a newer state than its records, which are cut back, and leave a gap in them.
-    Call it before the records are cut.
+    Call it before the records are cut. The state before the last one stays what it is when the run goes on from the
+    last; and a damaged last one is set aside, for whoever wants to look at it.
     """
-    for name in (LAST, PREVIOUS):
-        path = run_folder / "checkpoints" / name
+    last, previous = (run_folder / "checkpoints" / name for name in (LAST, PREVIOUS))
+    if checkpoint.resolve() == last.resolve():
+        return
+    if last.exists() and damage(last):
+        os.replace(last, last.with_name(f"{LAST}.damaged"))
+    for path in (last, previous):
         if checkpoint.resolve() != path.resolve():
             link_atomically(checkpoint, path)
 
