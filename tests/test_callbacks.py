@@ -61,7 +61,7 @@ def trainer(tmp_path):
         state=SimpleNamespace(fn=TrainerFn.FITTING),
     )
 
-    def save_checkpoint(path: Path) -> None:
+    def save_checkpoint(path: Path, weights_only: bool) -> None:
         state = {
             "policylab": {"iteration": trainer.module.iteration, "tokens_sampled": 0},
             "state_dict": {"policy.lm.iteration": torch.tensor(trainer.module.iteration)},

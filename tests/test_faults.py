@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig
 
-from policylab.callbacks.checkpoint import Checkpoint
+from policylab.callbacks.checkpoint import Checkpoint, write_policy
 from policylab.callbacks.loggers import tolerated
 from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.callbacks.metrics_file import read_rows
@@ -437,6 +437,30 @@ def test_rewards_that_draw_and_remember_are_resumed_exactly(tmp_path):
     assert torch.equal(weights(resumed), weights(whole))
 
 
+def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
+    """The first state is written after the validation that precedes it, and so may the best one be."""
+
+    def session(checkpoint: Path | None = None) -> Any:
+        built = experiment(tmp_path, algo("reinforce"), iterations=2, **{"callbacks.checkpoint.every": 100})
+        built.trainer.limit_val_batches = built.trainer.val_check_interval = 1
+        module, means = built.module, built.module.reduced
+        module.reward = Moody()
+        module.reduced = lambda m: means(m) | {"val/reward": float(module.iteration == 1)}
+        with quiet():
+            built.trainer.validate(module, datamodule=built.data, ckpt_path=checkpoint, weights_only=True)
+        return fit(built, checkpoint)
+
+    whole = session()
+    assert files(tmp_path) == {"last": 2, "previous": 0, "best": 1}
+    for name, iteration in {"previous": 0, "best": 1}.items():
+        checkpoint = tmp_path / "checkpoints" / f"{name}.ckpt"
+        assert checkpoint_iteration(checkpoint) == iteration
+        rewind(tmp_path, iteration, validates=True)
+        resumed = session(checkpoint)
+        assert resumed.reward.asked == whole.reward.asked
+        assert torch.equal(weights(resumed), weights(whole))
+
+
 def test_a_memory_that_cannot_be_kept_is_told_at_the_start(tmp_path):
     built = experiment(tmp_path, algo("reinforce"))
     built.module.reward = Moody()
@@ -480,6 +504,32 @@ def test_a_best_that_a_kill_left_behind_is_made_right(tmp_path):
     assert files(tmp_path) == {"last": 3, "previous": 2, "best": 3}
     assert (model / "best" / "model.safetensors").read_bytes() == before
     assert (model / "final" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_best_of_a_dropped_future_goes_with_it(tmp_path, validates):
+    best_of(tmp_path)
+    become_newest(tmp_path, tmp_path / "checkpoints" / "previous.ckpt")
+    rewind(tmp_path, 2, validates=validates)
+    best_of(tmp_path, tmp_path / "checkpoints" / "last.ckpt", iterations=2)
+    best = {} if validates else {"best": 2}  # the validation there is done again first, or is on record
+    assert files(tmp_path) == {"last": 2, "previous": 2} | best
+    stamps = [json.loads(path.read_text()) for path in tmp_path.glob("model/best/policylab.json")]
+    assert stamps == [{"iteration": iteration} for iteration in best.values()]
+
+
+def test_a_policy_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    module, target, rename = best_of(tmp_path), tmp_path / "model" / "best", Path.rename
+    before = (target / "model.safetensors").read_bytes()
+
+    def fail(path: Path, to: Path) -> Path:
+        return full_disk() if path.suffix == ".new" else rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_policy(module.policy, tmp_path / "checkpoints" / "last.ckpt", 3, target)
+    assert (target / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in target.parent.iterdir()) == ["best", "final"]
 
 
 # -- disks ----------------------------------------------------------------------------------------------------

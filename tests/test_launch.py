@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import signal
@@ -404,8 +405,10 @@ def SignalAt(at: int):
     return Signal()
 
 
-def test_a_run_leaves_all_its_files(train):
+def test_a_run_leaves_all_its_files(train, caplog):
+    caplog.set_level(logging.INFO)
     run = train([])
+    assert not [said for said in caplog.messages if "weights_only" in said]
     for name in (
         "config.yaml",
         "env.json",

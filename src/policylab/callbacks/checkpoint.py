@@ -113,7 +113,9 @@ class Checkpoint(Callback):
     def save_last(self, trainer: Trainer, module: Any) -> None:
         """Writes ``last.ckpt``, unless its weights are of no use: then the last good ones stay, and the run ends."""
         module.demand_finite_weights()
-        trainer.save_checkpoint(self.last)
+        trainer.save_checkpoint(
+            self.last, weights_only=False
+        )  # left out, Lightning tells what it takes it for
         self.saved_at = module.iteration
 
     def keep_if_best(self, trainer: Trainer, module: Any) -> None:
@@ -135,7 +137,7 @@ class Checkpoint(Callback):
                 self.writer.submit(self.best, partial(link_state, self.last, self.best, iteration))
         elif trainer.state.fn == TrainerFn.FITTING:
             module.demand_finite_weights()
-            trainer.save_checkpoint(self.best)
+            trainer.save_checkpoint(self.best, weights_only=False)
         else:  # before a resumed run trains: `catch_up` comes next
             return
         if trainer.is_global_zero:
@@ -149,11 +151,16 @@ class Checkpoint(Callback):
 
     def catch_up(self, trainer: Trainer, module: Any) -> None:
         """Does what a kill has kept from being done: after the validation of ``last.ckpt`` was recorded, before it was
-        kept as the best, or before the best was exported."""
+        kept as the best, or before the best was exported. A best from after it, which the run has gone back behind, is
+        on record no more, and goes."""
         done = checkpoint_iteration(self.last)
+        if (iteration_of(self.best) or 0) > done:
+            self.best.unlink()
         if self.best_iteration(trainer) == done and iteration_of(self.best) != done:
             link_state(self.last, self.best, done)
         target = self.run_dir / "model" / "best"
+        if (exported_iteration(target) or 0) > done:
+            shutil.rmtree(target)
         kept = iteration_of(self.best)
         if self.export and kept is not None and exported_iteration(target) != kept:
             write_policy(module.policy, self.best, kept, target)
@@ -221,7 +228,12 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
         write_json(temporary / STAMP, {"iteration": iteration})
         if target.exists():
             target.rename(old)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     except SafetensorError as error:
         raise OSError(str(error)) from error
     finally:

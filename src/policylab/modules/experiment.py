@@ -86,6 +86,9 @@ class ExperimentModule(ManualOptimization):
         self._seconds: dict[str, float] = {}
         self._checked = False
         self._reminded = False
+        self._memory_before: tuple[int, Any] | None = (
+            None  # of the reward, before a validation; and which one
+        )
 
     # -- one iteration, in pieces --------------------------------------------------------------------
 
@@ -241,6 +244,7 @@ class ExperimentModule(ManualOptimization):
         seed_libraries(self.seed, VALIDATION, batch_idx, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
+        self._memory_before = (self.iteration, memory_of(self.reward))
         self._val_means = Means()
         self.samples = []
 
@@ -330,7 +334,7 @@ class ExperimentModule(ManualOptimization):
             "tokens_sampled": self.tokens_sampled,
             "tokens_trained": self.tokens_trained,
             "skipped_in_a_row": dict(self.skipped_in_a_row),
-            "reward": self.from_all(memory_of(self.reward)),
+            "reward": self.from_all(self.memory_to_keep()),
             "micro_batch_tokens": (self.optim.micro_batch_tokens, self.micro_batch_tokens),
             "config": self.resolved_config,
             "base": self.base,
@@ -358,6 +362,13 @@ class ExperimentModule(ManualOptimization):
             )
         own, given = self.state_dict(), self.given_weights()
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
+
+    def memory_to_keep(self) -> Any:
+        """What the reward remembers; after this iteration's validation what it did before, for a run that goes on from
+        here validates again."""
+        if self._memory_before is not None and self._memory_before[0] == self.iteration:
+            return self._memory_before[1]
+        return memory_of(self.reward)
 
     def remind_reward(self, states: Sequence[Any]) -> None:
         """Has the reward go on from what it remembered, on each process; with another number of them, on the first.

@@ -20,7 +20,7 @@ def remembers(reward: Reward) -> bool:
 
 
 def memory_of(reward: Reward) -> Any:
-    """What the reward remembers now; None where it says nothing of it.
+    """A copy of what the reward remembers now; None where it says nothing of it.
 
     Raises:
         UserError: for a state that could not be read back.
@@ -34,13 +34,12 @@ def memory_of(reward: Reward) -> Any:
     try:
         torch.save(state, file)
         file.seek(0)
-        torch.load(file, weights_only=True)
+        return torch.load(file, weights_only=True)
     except Exception as error:  # pickle raises what it likes
         raise UserError(
             f"the state_dict of reward {reward_name(reward)} holds more than plain values and tensors, which is all "
             f"that checkpoints keep: {str(error).splitlines()[0]}"
         ) from error
-    return state
 
 
 def remind(reward: Reward, state: Any) -> None:
