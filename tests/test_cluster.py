@@ -261,6 +261,7 @@ def test_a_multirun_has_one_folder_a_job_and_leaves_nothing_behind(folder: Path)
     assert after["children"] == []
 
 
+@pytest.mark.slow
 def test_one_process_evaluates_what_two_have_trained(uninterrupted, monkeypatch):
     from policylab.launch.evaluate import evaluate
 
@@ -290,7 +291,7 @@ def terminate_launcher(running: Running) -> None:
     ("ask", "code"),
     [
         (interrupt_group, 130),
-        (terminate_all, 75),
+        pytest.param(terminate_all, 75, marks=pytest.mark.slow),
         pytest.param(terminate_launcher, 75, marks=pytest.mark.slow),
     ],
 )
@@ -367,6 +368,7 @@ def test_what_failed_first_is_told(tmp_path, monkeypatch):
     assert isinstance(first_error(tmp_path, raised), UserError)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_no_process(start, folder):
     running = start(*DDP, LONG)
     until(lambda: iteration(folder / "run") >= 1)
@@ -444,6 +446,7 @@ def test_two_nodes_are_one_run_and_equal_two_processes(start, folder, uninterrup
     same(folder / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_processes_of_different_configs_refuse_to_start(start, folder):
     nodes = two_nodes(start, *DDP, others=["optim.lr=0.5"])
     assert all(node.wait() != 0 for node in nodes)
@@ -505,6 +508,7 @@ def test_the_first_node_of_a_step_is_the_main_one(nodelist, host):
     assert main_address({**step(0), "MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == ("here", 1234)
 
 
+@pytest.mark.slow
 def test_tasks_of_a_slurm_step_are_one_run(start, folder, uninterrupted):
     """Two processes with the variables that srun would give them."""
     port = {"MASTER_PORT": str(free_port())}

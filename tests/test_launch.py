@@ -29,7 +29,7 @@ from policylab.launch.messages import improve, nearest
 from policylab.launch.resume import NothingLeft, check_same_run, rewind, with_command_of
 from policylab.launch.run_folder import claim, point_latest, write_atomically, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder
-from policylab.launch.status import RunStatus, read_status, running_process
+from policylab.launch.status import RunStatus, finish_status, read_status, running_process
 
 ROOT = Path(__file__).parent.parent
 
@@ -320,6 +320,7 @@ def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_done(tmp_path):
         with_command_of(["resume=auto"])
     assert with_command_of(command) == command[:3]
     make_run(run)
+    write_json(run / "env.json", {"overrides": []})
     status = {"iteration": 10, "iterations": 10, "max_tokens": None}
     write_json(run / "status.json", {**status, "status": "running"})
     assert with_command_of(command) == ["algo=ppo", "iterations=10", f"resume={run}"]
@@ -328,6 +329,29 @@ def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_done(tmp_path):
         with_command_of(command)
     longer = ["algo=ppo", "iterations=20", *command[2:]]
     assert with_command_of(longer) == ["algo=ppo", "iterations=20", f"resume={run}"]
+
+
+def test_a_run_whose_command_is_not_known_in_full_is_not_repeated(tmp_path):
+    run = tmp_path / "run"
+    make_run(run)
+    with pytest.raises(UserError, match=r"has no env\.json"):
+        with_command_of([f"resume={run}"])
+    write_json(run / "env.json", {"overrides": ["seed=1", "+reward.api_key=***"]})
+    with pytest.raises(UserError, match=r"reward\.api_key was given in secret .* give it again"):
+        with_command_of([f"resume={run}"])
+    given = [f"resume={run}", "+reward.api_key=x"]
+    assert with_command_of(given) == ["seed=1", *given]
+
+
+def test_only_a_status_of_this_session_is_corrected(tmp_path):
+    def after(content):
+        write_json(tmp_path / "status.json", {"host": "elsewhere", "process": 1, **content})
+        finish_status(tmp_path, "2026-01-01T00:00:10+00:00", "failed", "why")
+        return read_status(tmp_path)["status"]
+
+    assert after({"status": "running", "updated": "2026-01-01T00:00:11+00:00"}) == "failed"
+    assert after({"status": "running", "updated": "2026-01-01T00:00:09+00:00"}) == "running"
+    assert after({"status": "done", "updated": "2026-01-01T00:00:11+00:00"}) == "done"
 
 
 def test_records_after_the_checkpoint_are_dropped(tmp_path):

@@ -69,7 +69,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     check_parts(config)
     algorithm = instantiate(config.algo)
     if config.hardware.strategy == "fsdp":
-        demand_shardable(config.hardware, algorithm)
+        demand_shardable(config.hardware, algorithm, adapted=config.model.get("adapter") is not None)
     plan = batch_plan(config, algorithm)
     optim = instantiate(config.optim)
     engine = instantiate(without(config.rollout, PLANNED))
@@ -242,7 +242,9 @@ def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Pro
     return policy.prompts(texts, task.instruction)
 
 
-def demand_shardable(hardware: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> None:
+def demand_shardable(
+    hardware: DictConfig, algorithm: Algorithm | QLearning | Supervised, *, adapted: bool
+) -> None:
     """Sharded weights are not for everything.
 
     Raises:
@@ -252,6 +254,11 @@ def demand_shardable(hardware: DictConfig, algorithm: Algorithm | QLearning | Su
         raise UserError(
             "hardware.strategy=fsdp: a trust region works on all weights as one vector, which no process has; take "
             "hardware=ddp, or algo/update=minibatch_epochs"
+        )
+    if adapted:
+        raise UserError(
+            "model/adapter=lora with hardware.strategy=fsdp cannot export the policy yet; take hardware=ddp: what LoRA "
+            "trains is small, and the frozen weights have neither gradients nor moments"
         )
     if hardware.compile:
         raise UserError(

@@ -36,7 +36,7 @@ def settled(config: DictConfig) -> DictConfig:
     if hardware.num_nodes == AUTO:
         raise UserError(
             "hardware.num_nodes=auto takes the processes that SLURM has started, and there are none; start it with "
-            "srun, or with hydra/launcher=slurm and -m"
+            "srun, or with hydra/launcher=submitit_slurm and -m"
         )
     if hardware.devices == AUTO:
         hardware.devices = gpus() if hardware.accelerator == "gpu" else 1

@@ -28,14 +28,16 @@ PACKAGES = (
 SECRET_NAME = re.compile(
     r"(^|[_-])(api_?key|access_?key|auth|token|secret|password|credentials?)$", re.IGNORECASE
 )
+#: ``https://user:password@host``
+ADDRESS_PASSWORD = re.compile(r"(\w://[^/\s:@]*:)[^/\s@]+@")
 HIDDEN = "***"
 
 
 def redact(value: Any) -> Any:
     """A copy of plain data without secrets.
 
-    Hidden are text under a name such as ``api_key`` or ``hf_token``, and any text that holds the value of an
-    environment variable with such a name.
+    Hidden are text under a name such as ``api_key`` or ``hf_token``, passwords in addresses, and any text that holds
+    the value of an environment variable with such a name.
     """
     secrets = [v for k, v in os.environ.items() if SECRET_NAME.search(k) and len(v) >= 8]
 
@@ -50,6 +52,7 @@ def redact(value: Any) -> Any:
             return HIDDEN
         for secret in secrets:
             item = item.replace(secret, HIDDEN)
+        item = ADDRESS_PASSWORD.sub(rf"\1{HIDDEN}@", item)
         # KEY=VALUE, as in a command line
         return re.sub(
             r"([\w.]+)=(\S+)", lambda m: f"{m[1]}={HIDDEN}" if SECRET_NAME.search(m[1]) else m[0], item

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.errors import ProcessFailed, RunError, UserError
 from policylab.launch.messages import is_mistake, one_line
 from policylab.launch.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, can_listen, stop_at_once
-from policylab.launch.status import FAILED, INTERRUPTED, finish_status
+from policylab.launch.status import FAILED, INTERRUPTED, finish_status, now
 from policylab.launch.world import world
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -94,17 +94,20 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
             errors=errors,
             launcher=os.getpid(),
         )
+        began = now()
         try:
             outcomes: dict[int, Outcome] = elastic_launch(spec, work)(job)
         except ChildFailedError as failed:
             if forward.signum is not None:
-                finish_status(run_dir, INTERRUPTED)
+                finish_status(run_dir, began, INTERRUPTED)
                 raise Interrupted(forward.signum) from None
             error = first_error(Path(errors), failed.failures)
-            finish_status(run_dir, FAILED, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+            finish_status(
+                run_dir, began, FAILED, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+            )
             raise error from None
         except KeyboardInterrupt:
-            finish_status(run_dir, INTERRUPTED)
+            finish_status(run_dir, began, INTERRUPTED)
             raise
         outcome = outcomes[0]
         if outcome.signum is not None:

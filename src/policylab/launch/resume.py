@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows, write_rows
 from policylab.errors import UserError
-from policylab.launch.checkpoints import checkpoint_state
+from policylab.launch.checkpoints import LAST, PREVIOUS, checkpoint_state
+from policylab.launch.environment import HIDDEN
 from policylab.launch.find_run import LATEST, find_run
 from policylab.launch.run_folder import write_atomically
 from policylab.launch.status import DONE, read_status, running_process
@@ -32,6 +33,9 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command; with ``resume=RUN`` among them, on top of those that RUN was started with.
 
     So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
+
+    Raises:
+        UserError: when it is not known, or not in full, what RUN was started with.
     """
     resume, logs = last_value(arguments, "resume"), last_value(arguments, "paths.logs")
     if resume == AUTO:
@@ -43,9 +47,17 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     if resume == LATEST:  # from here on the run has a name, so that a newer one cannot slip in
         arguments = [f"resume={folder}" if word == f"resume={LATEST}" else word for word in arguments]
     environment = folder / "env.json"
-    before = json.loads(environment.read_text())["overrides"] if environment.is_file() else []
+    if not environment.is_file():
+        raise UserError(
+            f"{folder} has no env.json, which says what it was started with; start a new run, without resume"
+        )
     given = {override_key(word) for word in arguments}
-    return [word for word in before if override_key(word) not in given] + list(arguments)
+    before = [
+        word for word in json.loads(environment.read_text())["overrides"] if override_key(word) not in given
+    ]
+    if hidden := [override_key(word) for word in before if HIDDEN in word]:
+        raise UserError(f"{hidden[0]} was given in secret and is not kept; give it again: {hidden[0]}=...")
+    return [*before, *arguments]
 
 
 def go_on_or_start(arguments: Sequence[str]) -> list[str]:
@@ -106,6 +118,7 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
                 f"this run has {key}={old}, the command says {new}; start a new run, without resume"
             )
     if checkpoint is None:
+        demand_nothing_done(run_folder)
         log.warning("%s has saved no state yet; it starts from the beginning", run_folder)
         return
     state, finished = checkpoint_state(checkpoint), read_status(run_folder).get("status") == DONE
@@ -118,6 +131,23 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
         raise UserError(
             f"{run_folder} has sampled {sampled} of max_tokens={config.max_tokens} tokens; give max_tokens=N above "
             "that to go on"
+        )
+
+
+def demand_nothing_done(run_folder: Path) -> None:
+    """Refuses to start a run over whose states are lost: its records would be lost as well.
+
+    A run that was killed while it wrote its first state has left what it had written of it.
+
+    Raises:
+        UserError: saying how far it was.
+    """
+    writing = (run_folder / "checkpoints" / f".{LAST}").exists()
+    done = max((int(row["iteration"]) for row in read_rows(run_folder / "metrics.csv")), default=0)
+    if read_status(run_folder).get("status") == DONE or (done > 0 and not writing):
+        raise UserError(
+            f"{run_folder} has done {done} iterations, but checkpoints/{LAST} and {PREVIOUS} are missing; put one of "
+            "them back, name another file with resume=, or start a new run"
         )
 
 

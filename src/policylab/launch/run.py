@@ -16,7 +16,8 @@ from policylab.callbacks.metrics_file import read_rows, validated
 from policylab.config.checks import check
 from policylab.config.hardware import backend, processes, settled
 from policylab.errors import UserError
-from policylab.launch.checkpoints import become_newest, checkpoint_iteration
+from policylab.launch.checkpoints import become_newest, checkpoint_iteration, checkpoint_state, demand_fit
+from policylab.launch.environment import redact
 from policylab.launch.find_run import checkpoint_to_resume
 from policylab.launch.imports import import_libraries
 from policylab.launch.logs import FILE_ONLY, silence_noise
@@ -27,7 +28,16 @@ from policylab.launch.screen import Screen
 from policylab.launch.signals import SIGNALS, Interrupted
 from policylab.launch.status import RunStatus
 from policylab.launch.summary import summarize, write_summary
-from policylab.launch.world import agreed, attempt, connect, demand_same, in_environment, meet, world
+from policylab.launch.world import (
+    agreed,
+    connect,
+    demand_same,
+    in_environment,
+    meet,
+    note,
+    noted,
+    world,
+)
 from policylab.rewards.pool import ended_workers
 
 if TYPE_CHECKING:
@@ -51,8 +61,9 @@ def train_job(config: DictConfig) -> float | None:
         with leaving_nothing(run_dir):
             plan_job(config)
         return None
-    config = settled(config)
-    if processes(config) == world().size:
+    config, here = settled(config), world()
+    watched = here.elastic or not config.hardware.max_restarts
+    if processes(config) == here.size and watched:
         return train(config, run_dir, overrides)
     from policylab.launch.processes import launch
 
@@ -82,7 +93,7 @@ def train(
     check(config)
     config, main = settled(config), world().main
     demand_same("config", OmegaConf.to_yaml(config, resolve=True))
-    checkpoint, fresh = starting_point(config, run_dir)
+    checkpoint, fresh = starting_point(config, run_dir, overrides)
     screen = Screen(config, run_dir)
     with RunStatus(run_dir, config.iterations, config.max_tokens, writes=main) as status, log_failure():
         screen.opening(overrides)  # stands before the seconds of heavy imports
@@ -92,15 +103,13 @@ def train(
         from policylab.launch.stop import StopOnSignal
 
         with StopOnSignal(signals) as stop, closed_loggers():
-            experiment = prepare(config, run_dir, overrides)
+            experiment = prepare(config, run_dir, overrides, checkpoint)
             if main:
                 if checkpoint:
                     become_newest(run_dir, checkpoint)
                 if not fresh:  # not before all is built: a command that is refused must not cut the records
                     iteration = checkpoint_iteration(checkpoint) if checkpoint else 0
-                    # that after the last iteration stays, when it is not the last any more
-                    validates = validates_at(config, iteration) or not status.was_done
-                    rewind(run_dir, iteration, validates=validates)
+                    rewind(run_dir, iteration, validates=validates_again(config, checkpoint))
                     save_config(config, run_dir)
                 # a run that could not be built is nothing to point at
                 point_latest(run_dir, Path(config.paths.logs))
@@ -122,26 +131,28 @@ def train(
     return summary["best"]["value"] if summary["best"] else None
 
 
-def starting_point(config: DictConfig, run_dir: Path) -> tuple[Path | None, bool]:
+def starting_point(config: DictConfig, run_dir: Path, overrides: list[str]) -> tuple[Path | None, bool]:
     """The checkpoint to go on from, None for the start of the run; and whether the folder is new.
 
     Rank 0 looks, and the others hear of it. A group of processes that was started again goes on with its own run.
     """
-    here = world()
-    again = attempt() > 1 and (run_dir / "status.json").is_file()
-    resume = config.resume or (str(run_dir) if again else None)
-    checkpoint: str
-    if not here.main:
-        checkpoint = agreed("checkpoint", None)
-    elif resume:
-        found = checkpoint_to_resume(resume)
-        check_same_run(config, run_dir, found)
-        checkpoint = agreed("checkpoint", str(found or ""))
-    else:
-        refuse_taken_folder(run_dir)
-        save_config(config, run_dir)
-        checkpoint = agreed("checkpoint", "")
-    return Path(checkpoint) if checkpoint else None, resume is None
+    own = f"run of {run_dir}"
+    resume, checkpoint = config.resume, ""
+    if world().main:
+        if noted(own) and (run_dir / "status.json").is_file():
+            resume = str(run_dir)
+        if resume:
+            found = checkpoint_to_resume(resume)
+            check_same_run(config, run_dir, found)
+            checkpoint = str(found or "")
+        else:
+            refuse_taken_folder(run_dir)
+            save_config(config, run_dir)
+            # before there is a status: what has one can be resumed, with what it was started with
+            write_json(run_dir / "env.json", {"overrides": redact(overrides)})
+        note(own)
+    checkpoint = agreed("checkpoint", checkpoint, config.hardware.timeout)
+    return Path(checkpoint) if checkpoint else None, not resume
 
 
 def demand_model(config: DictConfig) -> None:
@@ -160,16 +171,25 @@ def demand_model(config: DictConfig) -> None:
             hub.demand_reachable(config.model.name)
 
 
-def prepare(config: DictConfig, run_dir: Path, overrides: list[str]) -> Experiment:
-    """Seeds, records the environment, builds everything, and hands the config to the loggers."""
+def prepare(
+    config: DictConfig, run_dir: Path, overrides: list[str], checkpoint: Path | None
+) -> Experiment:
+    """Seeds, builds everything, records the environment, and hands the config to the loggers.
+
+    Raises:
+        UserError: when something cannot be built, or the checkpoint does not fit it. Nothing is recorded then: a run
+            that goes on repeats the command on record.
+    """
     from lightning import seed_everything
 
     from policylab.config.build import build
-    from policylab.launch.environment import describe_environment, redact
+    from policylab.launch.environment import describe_environment
 
     silence_noise()
     seed_everything(config.seed, workers=True, verbose=False)
     experiment = build(config, run_dir)
+    if checkpoint:
+        demand_fit(experiment.module, checkpoint)
     environment = {
         **describe_environment(Path(config.paths.repo)),
         "weights": experiment.module.policy.source,
@@ -184,10 +204,10 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str]) -> Experime
 
 
 def with_earlier_sessions(environment: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The environment of this session, and in a resumed run those of the sessions before it."""
-    if not file.is_file():
-        return environment
+    """The environment of this session, and in a resumed run those of the sessions before it that got so far."""
     before = json.loads(file.read_text())
+    if before.keys() == {"overrides"}:
+        return environment
     return {**environment, "earlier_sessions": [*before.pop("earlier_sessions", []), before]}
 
 
@@ -201,13 +221,25 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if module.iteration < module.iterations and not trainer.should_stop:
             raise RuntimeError(f"training ended after {module.iteration} of {module.iterations} iterations")
-        if not stop.stopped and not agreed("validated", is_validated(run_dir, module.iteration)):
-            trainer.validate(module, datamodule=data, verbose=False)
+        if not stop.stopped and not agreed(
+            "validated", is_validated(run_dir, module.iteration), experiment.config.hardware.timeout
+        ):
+            trainer.validate(module, datamodule=data, verbose=False, weights_only=True)
 
 
 def validates_at(config: DictConfig, iteration: int) -> bool:
     """Whether a validation is due after so many iterations, be they the last or not."""
     return bool(iteration % config.validation.every == 0)
+
+
+def validates_again(config: DictConfig, checkpoint: Path | None) -> bool:
+    """Whether a run that goes on from a state validates it: because that is due there, or nothing is left to train. The
+    validation of an end that is the end no more stays on record."""
+    if checkpoint is None:
+        return True
+    state = checkpoint_state(checkpoint)
+    spent = config.max_tokens is not None and state["tokens_sampled"] >= config.max_tokens
+    return validates_at(config, state["iteration"]) or state["iteration"] >= config.iterations or spent
 
 
 def is_validated(run_dir: Path, iteration: int) -> bool:
@@ -223,6 +255,10 @@ def survive_exit(stop: StopOnSignal) -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt):
         if stop.signum is None:
             raise
+        if (
+            world().size > 1 and not stop.stopped
+        ):  # the others have not agreed, and may be waiting for this one
+            raise Interrupted(stop.signum) from None
         stop.stopped = True
 
 
@@ -260,4 +296,7 @@ def closed_loggers() -> Iterator[None]:
         if "wandb" in sys.modules:
             import wandb
 
-            wandb.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+            try:
+                wandb.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+            except Exception as error:  # the run is done, whatever wandb says
+                log.warning("wandb could not finish: %s", error)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -61,11 +62,19 @@ def began_after(process: int, moment: str | None) -> bool:
     return moment is not None and began > datetime.fromisoformat(moment).timestamp() + slack
 
 
-def finish_status(run_folder: Path, status: str, exception: str | None = None) -> None:
-    """Says how a run ended whose process can no longer say it, or that it was going to say that it was fine."""
-    if content := read_status(run_folder):
-        content |= {"status": status, "exception": exception, "finished": now(), "updated": now()}
-        write_json(run_folder / "status.json", content)
+def finish_status(run_folder: Path, began: str, status: str, exception: str | None = None) -> None:
+    """Says how a run ended whose process can no longer say it, or knew only what followed from the cause.
+
+    Args:
+        began: when the processes were started. A status of before is another session's, which they were refused to
+            go on with, and stays.
+    """
+    with suppress(OSError):  # what went wrong matters more than that the disk is full besides
+        content = read_status(run_folder)
+        ours = content.get("updated", "") >= began and content["status"] != DONE
+        if ours and running_process(run_folder) is None:
+            content |= {"status": status, "exception": exception, "finished": now(), "updated": now()}
+            write_json(run_folder / "status.json", content)
 
 
 class RunStatus:
@@ -87,7 +96,6 @@ class RunStatus:
         self.patience = Patience(self.path, "what it says is out of date until it can be")
         self.clock = time.monotonic()
         self.seconds_before = float(before.get("wall_seconds", 0.0))
-        self.was_done = before.get("status") == DONE  #: the run is prolonged
         self.content: dict[str, Any] = {
             "status": RUNNING,
             "iteration": int(before.get("iteration", 0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -62,7 +63,8 @@ class StopOnSignal(Callback):
         if at_once:
             raise Interrupted(signum)
         if world().main:
-            print("stopping after this iteration; Ctrl-C again stops at once", flush=True)
+            # not by print: the signal may have come amid one
+            os.write(1, b"stopping after this iteration; Ctrl-C again stops at once\n")
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lightning has set a handler of its own for SIGTERM, which talks to the other processes amid anything."""

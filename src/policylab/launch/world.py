@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from policylab.errors import UserError
+from policylab.errors import ProcessFailed, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -40,6 +40,7 @@ class World:
     local_rank: int = 0  #: on this node
     local_size: int = 1
     restarts: int = 0  #: times that the group was started again after a failure
+    elastic: bool = False  #: whether torch's launcher watches over it, ours or torchrun's
 
     @property
     def main(self) -> bool:
@@ -65,6 +66,7 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             local_rank=int(environment["LOCAL_RANK"]),
             local_size=int(environment["LOCAL_WORLD_SIZE"]),
             restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            elastic=True,
         )
     # Of the step that srun has started: the script of sbatch and the shell of salloc have the variables of their whole
     # job, and no tasks beside them.
@@ -82,15 +84,16 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     return World()
 
 
-def agreed(name: str, value: T | None) -> T:
+def agreed(name: str, value: T | None, seconds: float) -> T:
     """What the process of rank 0 says, on all processes: plain data. All must call it, in the same order.
 
     Args:
         name: for whom, in messages.
         value: on rank 0; the others' is not looked at.
+        seconds: that the others wait for it.
 
     Raises:
-        UserError: when rank 0 says nothing for ten minutes.
+        ProcessFailed: when rank 0 says nothing for so long, or is no more.
     """
     here = world()
     if here.size == 1:
@@ -103,16 +106,17 @@ def agreed(name: str, value: T | None) -> T:
         assert value is not None
         return value
     try:
+        store.wait([key], timedelta(seconds=seconds))
         said: T = json.loads(store.get(key))
         return said
     except RuntimeError as error:
-        raise UserError(f"the process of rank 0 said nothing about {name} for {START_TIMEOUT}") from error
+        raise ProcessFailed(f"the process of rank 0 has not said which {name} ({error})") from error
 
 
 def lasting(name: str, make: Callable[[], str]) -> str:
     """What rank 0 makes, on all processes, and again the same when the group is started again after a failure."""
     here = world()
-    if here.size == 1:
+    if here.size == 1 and not here.elastic:
         return make()
     store = _store()
     if here.main and not store.check([name]):
@@ -120,17 +124,29 @@ def lasting(name: str, make: Callable[[], str]) -> str:
     return store.get(name).decode()
 
 
+def noted(name: str) -> bool:
+    """Whether `note` was called with this name, by this group of processes or one before it."""
+    return world().elastic and bool(_store().check([name]))
+
+
+def note(name: str) -> None:
+    """Leaves word for a group that is started again after a failure."""
+    if world().elastic:
+        _store().set(name, "")
+
+
 def demand_same(name: str, text: str) -> None:
     """Refuses to go on when the processes hold different texts.
 
     Raises:
-        UserError: on every process, naming those that differ from rank 0; or when not all have come in ten minutes.
+        UserError: on every process, naming those that differ from rank 0.
+        ProcessFailed: when not all have come in ten minutes.
     """
     try:
         said = _gathered(name, hashlib.sha256(text.encode()).hexdigest(), START_TIMEOUT)
     except RuntimeError as error:
-        raise UserError(
-            f"not all {world().size} processes have said what their {name} is, in {START_TIMEOUT}"
+        raise ProcessFailed(
+            f"not all {world().size} processes have said what their {name} is ({error})"
         ) from error
     others = [str(rank) for rank, hashed in enumerate(said) if hashed != said[0]]
     if others:
@@ -146,7 +162,14 @@ def meet(name: str, seconds: float) -> None:
     Raises:
         RuntimeError: when they have not, after so many seconds.
     """
-    _gathered(name, "here", timedelta(seconds=seconds))
+    here, timeout = world(), timedelta(seconds=seconds)
+    _gathered(name, "here", timeout)
+    if here.size > 1:  # rank 0 may hold the store, so it leaves last
+        left = [f"{name}/left/{attempt()}/{rank}" for rank in range(1, here.size)]
+        if here.main:
+            _store().wait(left, timeout)
+        else:
+            _store().set(left[here.rank - 1], "")
 
 
 def _gathered(name: str, text: str, timeout: timedelta) -> list[str]:
@@ -215,7 +238,7 @@ def attempt() -> int:
     the question that each of the others has just asked; of those of an earlier group none hears the answer.
 
     Raises:
-        UserError: when not all have come in ten minutes.
+        ProcessFailed: when not all have come in ten minutes.
     """
     here = world()
     if here.size == 1:
@@ -238,7 +261,7 @@ def attempt() -> int:
                 time.sleep(0.02)
         return number
     except RuntimeError as error:
-        raise UserError(f"not all {here.size} processes have come in {START_TIMEOUT}") from error
+        raise ProcessFailed(f"not all {here.size} processes have come ({error})") from error
 
 
 def connect(backend: str, seconds: float) -> None:
