@@ -521,6 +521,16 @@ def test_a_run_killed_after_its_last_iteration_is_finished(train, length):
     assert read_status(run)["status"] == "done"
 
 
+def test_the_validation_of_an_earlier_end_stays(train):
+    """Whatever became of the session that was to prolong the run."""
+    run = train(["iterations=1", "validation.every=2"])
+    (_, end) = read_rows(run / "metrics.csv")
+    write_json(run / "status.json", read_status(run) | {"status": "running"})
+    train([f"resume={run}", "iterations=2"])
+    assert "val/reward" in end
+    assert read_rows(run / "metrics.csv")[1] == end
+
+
 def test_a_token_budget_ends_a_run_and_a_larger_one_prolongs_it(train):
     options = ["iterations=50", "validation.every=3", "callbacks.checkpoint.every=100"]
     run = train([*options, "max_tokens=1"])
@@ -618,6 +628,29 @@ def test_settings_given_at_a_resume_take_effect(train):
 def test_a_refused_resume_leaves_the_records_alone(train):
     run = train(["iterations=2", "callbacks.checkpoint.every=1"])
     records = {name: (run / name).read_text() for name in ("config.yaml", "env.json", "metrics.csv")}
-    with pytest.raises(UserError, match="is not a number"):
-        train([f"resume={run}", "iterations=3", "optim.lr=fast"])
-    assert records == {name: (run / name).read_text() for name in records}
+    for override, message in {
+        "optim.lr=fast": "is not a number",
+        "model.architecture.n_layer=1": r"is of another model than the command's: \S+ is \[.* there and missing here",
+        "optim.frozen_layers=1": r"last.ckpt trained \d+ weights, the command \d+; give the model",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            train([f"resume={run}", "iterations=3", override])
+        assert records == {name: (run / name).read_text() for name in records}
+    train([f"resume={run}", "iterations=3"])
+
+
+def test_a_run_whose_states_are_lost_is_not_started_over(tmp_path):
+    run = make_run(tmp_path / "run", algo={}, model={}, task={})
+    config = OmegaConf.create({"resume": str(run)})
+    with pytest.raises(
+        UserError, match=r"has done 0 iterations, but checkpoints/last\.ckpt and previous\.ckpt are"
+    ):
+        check_same_run(config, run, None)
+    write_json(run / "status.json", {"status": "running"})
+    check_same_run(config, run, None)
+    (run / "metrics.csv").write_text("iteration,x\n0,1\n3,2\n")
+    with pytest.raises(UserError, match="has done 3 iterations, but"):
+        check_same_run(config, run, None)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / ".last.ckpt").touch()  # killed while it wrote the first
+    check_same_run(config, run, None)

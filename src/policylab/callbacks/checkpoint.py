@@ -113,9 +113,8 @@ class Checkpoint(Callback):
     def save_last(self, trainer: Trainer, module: Any) -> None:
         """Writes ``last.ckpt``, unless its weights are of no use: then the last good ones stay, and the run ends."""
         module.demand_finite_weights()
-        trainer.save_checkpoint(
-            self.last, weights_only=False
-        )  # left out, Lightning tells what it takes it for
+        # were weights_only left out, Lightning would say what it takes it for
+        trainer.save_checkpoint(self.last, weights_only=False)
         self.saved_at = module.iteration
 
     def keep_if_best(self, trainer: Trainer, module: Any) -> None:

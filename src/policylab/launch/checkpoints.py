@@ -114,6 +114,37 @@ def read(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
+def demand_fit(module: Any, checkpoint: Path) -> None:
+    """Refuses a state that is another model's, before anything of the run is touched.
+
+    Args:
+        module: as it was built.
+
+    Raises:
+        UserError: naming a weight.
+    """
+    content = read(checkpoint)
+    module.demand_base(content["policylab"])
+    given = module.given_weights()
+    own = {name: shape_of(value) for name, value in module.state_dict().items() if name not in given}
+    found = {name: shape_of(value) for name, value in content["state_dict"].items() if name not in given}
+    advice = "give the model.* and optim.frozen_layers that the run was started with, or start a new run"
+    if wrong := [name for name in own | found if own.get(name) != found.get(name)]:
+        here, there = own.get(wrong[0], "missing"), found.get(wrong[0], "missing")
+        raise UserError(
+            f"{checkpoint} is of another model than the command's: {wrong[0]} is {there} there and {here} here "
+            f"({len(wrong)} weights differ); {advice}"
+        )
+    trained = [len(group["params"]) for group in module.configure_optimizers().param_groups]
+    if (then := [len(g["params"]) for g in content["optimizer_states"][0]["param_groups"]]) != trained:
+        raise UserError(f"{checkpoint} trained {sum(then)} weights, the command {sum(trained)}; {advice}")
+
+
+def shape_of(value: Any) -> list[int]:
+    """Of a weight; what else a state holds has none."""
+    return list(getattr(value, "shape", ()))
+
+
 def become_newest(run_folder: Path, checkpoint: Path) -> None:
     """A run that goes on from an older state goes on from it again if it is killed before the next one is written.
 

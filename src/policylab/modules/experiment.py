@@ -86,9 +86,7 @@ class ExperimentModule(ManualOptimization):
         self._seconds: dict[str, float] = {}
         self._checked = False
         self._reminded = False
-        self._memory_before: tuple[int, Any] | None = (
-            None  # of the reward, before a validation; and which one
-        )
+        self._memory_before: tuple[int, Any] | None = None  # a validation's iteration, the reward's memory
 
     # -- one iteration, in pieces --------------------------------------------------------------------
 
@@ -355,13 +353,21 @@ class ExperimentModule(ManualOptimization):
         asked, found = state.get("micro_batch_tokens", (None, None))
         if asked == self.optim.micro_batch_tokens:  # what was found then cuts the work as it was cut then
             self._micro_batch_tokens = found
+        self.demand_base(state)
+        own, given = self.state_dict(), self.given_weights()
+        checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
+
+    def demand_base(self, state: dict[str, Any]) -> None:
+        """Refuses adapters that were trained beside other weights.
+
+        Raises:
+            UserError: naming those of this command.
+        """
         if state.get("base") != self.base:
             raise UserError(
                 "the checkpoint belongs to other weights: adapters (model/adapter) fit only the model that they were "
                 f"trained beside, and this one is {self.policy.source}; give the same model and the same model/adapter"
             )
-        own, given = self.state_dict(), self.given_weights()
-        checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
 
     def memory_to_keep(self) -> Any:
         """What the reward remembers; after this iteration's validation what it did before, for a run that goes on from
