@@ -24,6 +24,8 @@ from policylab.planning.work import Rates, Work, exchanged, work
 
 #: Planned and measured peaks have differed by up to a quarter: from this share of the memory on, a fit is narrow.
 NARROW = 0.8
+#: GiB that a process receives a second, to give an example of what the exchange with others adds.
+LINK = 100
 
 
 def plan_job(config: DictConfig) -> None:
@@ -134,9 +136,8 @@ def length(config: DictConfig, job: Job, needed: Work, rates: Rates, given: bool
         "as given" if given else "measured here"
     )
     sent = exchanged(job) / GIB
-    traffic = (
-        [("exchange", f"{sent:,.1f} GiB reach each process an iteration, in no time here")] if sent else []
-    )
+    later = f"{sent:,.1f} GiB reach each process an iteration; not in the times: at {LINK} GiB a second, "
+    traffic = [("exchange", f"{later}{seconds(sent / LINK)} more")] if sent else []
     return [
         ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.batch.updates} updates"),
         ("speed", f"{speed}; {rates.bandwidth / GIB:,.0f} GiB of memory read a second"),
