@@ -37,6 +37,7 @@ ifeq ($(ARGS),)
 		$(BIN)/python benchmarks/where.py --model gpt2 --precision $$precision --out $(RESULTS)/where.csv || exit 1; done
 	$(BIN)/python benchmarks/products.py --out $(RESULTS)/products.csv
 	$(BIN)/python benchmarks/scaling.py --out $(RESULTS)/scaling
+	$(BIN)/python benchmarks/plan.py --out $(RESULTS)/plan.csv
 	for model in tiny gpt2 smollm2; do \
 		$(BIN)/python benchmarks/faithfulness.py --model $$model --out $(RESULTS)/faithfulness.csv || exit 1; \
 		for precision in fp32 bf16; do \
