@@ -1,6 +1,6 @@
 """Does a run that is killed lose or change anything?
 
-    python benchmarks/chaos.py --runs 36 --out benchmarks/results/chaos.csv      about 40 minutes on two cores
+    python benchmarks/chaos.py --runs 36 --out benchmarks/results/chaos.csv      half an hour on two cores
     python benchmarks/chaos.py --runs 3 --settings ppo --kinds "kill -9"         a minute and a half
 
 Each setting is run once by itself. Then small runs of the same command are killed at moments that a seed draws,
