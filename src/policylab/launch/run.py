@@ -171,9 +171,7 @@ def demand_model(config: DictConfig) -> None:
             hub.demand_reachable(config.model.name)
 
 
-def prepare(
-    config: DictConfig, run_dir: Path, overrides: list[str], checkpoint: Path | None
-) -> Experiment:
+def prepare(config: DictConfig, run_dir: Path, overrides: list[str], checkpoint: Path | None) -> Experiment:
     """Seeds, builds everything, records the environment, and hands the config to the loggers.
 
     Raises:

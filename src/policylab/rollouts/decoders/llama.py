@@ -93,7 +93,9 @@ class _Block:
         parts = attention.q_proj, attention.k_proj, attention.v_proj
         biases = [part.bias for part in parts if part.bias is not None]
         self.qkv = Linear(
-            torch.cat([whole_weight(part).to(dtype) for part in parts]), torch.cat(biases) if biases else None, dtype
+            torch.cat([whole_weight(part).to(dtype) for part in parts]),
+            torch.cat(biases) if biases else None,
+            dtype,
         )
         self.out, self.up, self.gate, self.down = (
             Linear(whole_weight(part), part.bias, dtype)
