@@ -3,6 +3,7 @@
     python benchmarks/plan.py                       all configs, some twenty minutes on two cores
     python benchmarks/plan.py --only tiny-ppo       one of them
     python benchmarks/plan.py --out benchmarks/results/plan.csv
+    python benchmarks/plan.py --out benchmarks/results/plan.csv --replan      anew, against what was measured then
 
 Each config is planned without weights and then run for some iterations by ``train.py`` in a process of its own, a
 checkpoint after every iteration. Compared is the peak of that process's resident memory, libraries included, with the
@@ -23,9 +24,10 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 
@@ -47,7 +49,7 @@ MODELS = {
 CASES: dict[str, tuple[str, ...]] = {
     "tiny-ppo": ("algo=ppo",),
     "tiny-grpo-8": ("algo=grpo", "rollout.prompts=8"),
-    "tiny-ppo-separate": ("algo=ppo", "algo/critic=separate", "rollout.max_new_tokens=96"),
+    "tiny-ppo-separate": ("algo=ppo", "algo/critic=separate", "rollout.max_new_tokens=48"),
     "tiny-reinforce-large": ("algo=reinforce", "rollout.prompts=128", "rollout.group_size=8"),
     "tiny-trpo": ("algo=trpo",),
     "tiny-dqn": ("algo=dqn",),
@@ -98,8 +100,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=sorted(CASES), help="some of the configs")
     parser.add_argument("--bound", type=float, default=0.25, help="share that a plan may be off by (0.25)")
-    parser.add_argument("--out", type=Path, help="a CSV to write")
-    return parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="a CSV to write; rows of other configs stay")
+    parser.add_argument(
+        "--replan", action="store_true", help="run nothing: hold new plans against the CSV's runs"
+    )
+    chosen = parser.parse_args(argv)
+    if chosen.replan and not (chosen.out and chosen.out.is_file()):
+        parser.error("--replan needs --out, and a CSV there")
+    return chosen
 
 
 def overrides(case: str) -> list[str]:
@@ -147,22 +155,37 @@ def measured(words: list[str]) -> tuple[float, float]:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), min(times)
 
 
+def plan_of(case: str, run: float) -> dict[str, Any]:
+    """The columns that a plan fills, held against the bytes that a run took."""
+    moment, plan, libraries, plan_s = planned(overrides(case))
+    return {
+        "case": case,
+        "planned": round(plan / MIB),
+        "off": round(plan / run - 1, 3),
+        "planned_without_libraries": round((plan - libraries) / MIB),
+        "measured_without_libraries": round((run - libraries) / MIB),
+        "off_without_libraries": round((plan - libraries) / (run - libraries) - 1, 3),
+        "moment": moment,
+        "planned_s": round(plan_s, 2),
+    }
+
+
+def replanned(file: Path) -> list[Row]:
+    """Rows of a CSV with what is planned today."""
+    columns = {field.name: field.type for field in fields(Row)}
+    kinds: dict[Any, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+    rows = [{n: kinds[columns[n]](v) for n, v in row.items()} for row in csv.DictReader(file.open())]
+    return [Row(**row | plan_of(row["case"], row["measured"] * MIB)) for row in rows if row["case"] in CASES]
+
+
 def compare(case: str) -> Row:
     """Plans a case and runs it."""
     words = overrides(case)
-    moment, plan, libraries, plan_s = planned(words)
     run, run_s = measured(words)
     versions = package_versions()
     return Row(
-        case=case,
-        planned=round(plan / MIB),
+        **plan_of(case, run),
         measured=round(run / MIB),
-        off=round(plan / run - 1, 3),
-        planned_without_libraries=round((plan - libraries) / MIB),
-        measured_without_libraries=round((run - libraries) / MIB),
-        off_without_libraries=round((plan - libraries) / (run - libraries) - 1, 3),
-        moment=moment,
-        planned_s=round(plan_s, 2),
         measured_s=round(run_s, 2),
         command=shlex.join(["python", "train.py", *words]),
         machine=f"{cpu_name()}, {os.cpu_count()} cores",
@@ -205,8 +228,10 @@ def write(file: Path, found: Sequence[Row]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = arguments(argv)
     resolvers.register(ROOT)
-    found = []
-    for case in chosen.only or CASES:
+    found = replanned(chosen.out) if chosen.replan else []
+    if chosen.replan:
+        write(chosen.out, found)
+    for case in [] if chosen.replan else chosen.only or CASES:
         found.append(compare(case))
         print(table(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
         if chosen.out:

@@ -19,9 +19,10 @@ GIB = 2**30
 #: driver's context and the libraries' handles on a GPU, which is an assumption.
 LIBRARIES = 0.42 * GIB
 CONTEXT = 0.75 * GIB
-#: Freed memory that the C library keeps for the next tensors, beside what is in use, after some tens of iterations:
-#: measured, and below what launch/allocator.py allows.
+#: Freed memory that the C library keeps for the next tensors, measured after some tens of iterations: most of what
+#: launch/allocator.py allows, and holes between what is in use, as a share of that.
 FREED = 0.7 * KEPT
+HOLES = 0.1
 #: Tables over tokens and vocabulary that are held at once where whole distributions are compared.
 WHOLE_TABLES = 6
 
@@ -47,9 +48,14 @@ def moments(job: Job) -> list[Moment]:
     found += [Moment("backward", held | backward(job)), Moment("step", held | step(job))]
     if not job.hardware.gpu:
         copy = checkpoint_copy(job) if job.checkpoints else 0.0
-        own = {"freed and kept": FREED, "checkpoint copy": copy}
-        found = [Moment(m.name, m.parts | own) for m in found]
+        found = [Moment(m.name, m.parts | {"checkpoint copy": copy}) for m in found]
+        found = [Moment(m.name, m.parts | {"freed and kept": kept_free(m)}) for m in found]
     return [Moment(m.name, {name: size for name, size in m.parts.items() if size}) for m in found]
+
+
+def kept_free(moment: Moment) -> float:
+    """Memory that is in no use and yet not given back."""
+    return FREED + HOLES * (moment.total - moment.parts["libraries"])
 
 
 def peak(job: Job) -> Moment:
