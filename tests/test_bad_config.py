@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from policylab.config import hardware
 from policylab.errors import UserError
+from policylab.launch.world import World
 
 
 @pytest.mark.parametrize(
@@ -30,8 +32,19 @@ from policylab.errors import UserError
         (["rollout.prompts=0"], r"rollout\.prompts is 0; it must be at least 1"),
         (["+foo=1"], "foo is not a key of the config"),
         (["tags=a"], r"tags='a' is not a list"),
-        (["hardware.devices=2"], "several processes is not supported yet"),
-        (["hardware.precision=bf16-true"], r"take model\.dtype=bfloat16"),
+        (["hardware.devices=two"], r"hardware\.devices='two' is not a whole number"),
+        (["hardware.strategy=zero"], r"hardware\.strategy=zero is not one of auto, ddp, fsdp"),
+        (["hardware.precision=fp8"], r"hardware\.precision=fp8 is not one of 32-true, bf16-mixed, bf16-true"),
+        (["hardware.max_restarts=-1"], r"hardware\.max_restarts is -1; it must be at least 0"),
+        (["hardware.cpu_offload=true"], r"hardware\.cpu_offload=true is a thing of hardware\.strategy=fsdp"),
+        (
+            ["hardware.strategy=fsdp", "hardware.devices=2", "algo=trpo"],
+            "a trust region works on all weights as one vector",
+        ),
+        (
+            ["hardware.strategy=fsdp", "hardware.devices=2", "model/adapter=lora"],
+            "cannot export the policy yet",
+        ),
         (["algo.advantage.gamma=2"], r"algo\.advantage\.gamma is 2; it must be at least 0 and at most 1"),
         (["algo.surrogate.clip_low=-1"], r"algo\.surrogate\.clip_low is -1"),
         (
@@ -54,3 +67,28 @@ def test_refused(compose, tmp_path, overrides, message):
 
     with pytest.raises(UserError, match=message):
         build(compose(overrides), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hardware=gpu"], "torch sees no GPU"),
+        (["hardware=ddp"], "torch sees no GPU"),
+        (["hardware=cpu", "hardware.num_nodes=2"], "start it on each machine with torchrun --nnodes=2"),
+        (["hardware=cpu", "hardware.num_nodes=auto"], "takes the processes that SLURM has started"),
+        (["hardware=cpu", "hardware.strategy=fsdp"], "and there is one; take hardware.devices=2 or more"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(compose, monkeypatch, overrides, message):
+    monkeypatch.setattr(hardware, "gpus", lambda: 0)
+    with pytest.raises(UserError, match=message):
+        hardware.settled(compose(overrides))
+
+
+def test_devices_are_counted_where_the_run_starts(compose, monkeypatch):
+    monkeypatch.setattr(hardware, "gpus", lambda: 4)
+    assert hardware.processes(hardware.settled(compose(["hardware=ddp"]))) == 4
+    assert hardware.settled(compose(["hardware.devices=2"])).hardware.accelerator == "gpu"
+    monkeypatch.setattr(hardware, "world", lambda: World(rank=3, size=6, local_rank=1, local_size=2))
+    there = hardware.settled(compose(["hardware=slurm"])).hardware
+    assert (there.devices, there.num_nodes) == (2, 3)
