@@ -126,7 +126,7 @@ def planned(words: list[str]) -> tuple[str, float, float, float]:
         config = compose("train", [*words, "paths.run=nowhere"])
     job = describe(config).job
     most = peak(job)
-    return most.name, most.total, most.parts["libraries"], work(job, rates_for(config, job)[0]).total_seconds
+    return most.name, most.total, most.parts["libraries"], work(job, rates_for(config, job)).total_seconds
 
 
 def measured(words: list[str]) -> tuple[float, float]:

@@ -305,6 +305,7 @@ def test_what_does_not_fit_names_the_knobs_that_help(compose, tmp_path):
         (["hardware=ddp", "plan_memory=80"], r"hardware.devices=auto, and there is no GPU here to count"),
         (["hardware=gpu", "plan_memory=80"], r"no GPU here to measure; .* plan_flops=4e14"),
         (["plan_memory=-1"], "plan_memory is -1; it must be above 0"),
+        (["plan_flops=fast"], "plan_flops=fast is not a number"),
         (["plan=maybe"], "plan=maybe is neither true nor false"),
         (["model=hf", "model.name=nobody/nothing"], "nobody/nothing is not in the local cache"),
         (["model=hf", "model.name=a", "model.path=nowhere"], "model.path=nowhere: no config.json there"),

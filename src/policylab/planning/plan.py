@@ -1,31 +1,21 @@
-"""``plan=true``: what a run would take, printed in place of the run."""
+"""``plan=true``: what a run would take, said in place of the run."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from omegaconf import DictConfig
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from policylab.callbacks.tables import console, duration, rows
+from policylab.callbacks.tables import console
 from policylab.config.checks import check
 from policylab.errors import UserError, demand
 from policylab.launch.world import world
-from policylab.planning.advice import Knob, helpful, together
-from policylab.planning.job import Job
-from policylab.planning.memory import GIB, Moment, main_memory, moments, parts_in_order, peak
+from policylab.planning.advice import together
+from policylab.planning.job import FP32, Job
+from policylab.planning.memory import GIB, main_memory, peak
 from policylab.planning.probe import probe
-from policylab.planning.read import Described, describe
-from policylab.planning.work import Rates, Work, exchanged, work
-
-#: Planned and measured peaks have differed by up to a quarter: from this share of the memory on, a fit is narrow.
-NARROW = 0.8
-#: GiB that a process receives a second, to give an example of what the exchange with others adds.
-LINK = 100
+from policylab.planning.read import describe
+from policylab.planning.show import show
+from policylab.planning.work import Rates
 
 
 def plan_job(config: DictConfig) -> None:
@@ -35,140 +25,15 @@ def plan_job(config: DictConfig) -> None:
         UserError: when the config is wrong, or the run would not fit, saying what does not and what to turn.
     """
     check(config)
-    demand("plan_memory", config.plan_memory, 0, above=True)
-    demand("plan_flops", config.plan_flops, 0, above=True)
+    for key in ("plan_memory", "plan_flops"):
+        if isinstance(config[key], str | bool):
+            raise UserError(f"{key}={config[key]} is not a number")
+        demand(key, config[key], 0, above=True)
     described = describe(config)
     if world().main:
-        show(console(), config, described)
+        show(console(), config, described, rates_for(config, described.job))
     if problem := problem_of(described.job):
         raise UserError(problem)
-
-
-def show(out: Console, config: DictConfig, described: Described) -> None:
-    """The whole plan: what runs, memory by moment, work and time, and knobs."""
-    job = described.job
-    found = moments(job)
-    rates, given = rates_for(config, job)
-    needed = work(job, rates)
-    out.print("plan")
-    out.print(rows([(f"  {label}", value) for label, value in what_runs(config, described)]))
-    out.print(memory_table(found, job))
-    out.print(work_table(needed))
-    out.print(rows([(f"  {label}", value) for label, value in length(config, job, needed, rates, given)]))
-    if job.hardware.gpu:
-        host = f"{main_memory(job) / GIB:,.0f} GiB a machine, libraries and a checkpoint's copy"
-        out.print(rows([("  main memory", host)]))
-    most = max(found, key=lambda moment: moment.total)
-    out.print(rows([("  verdict", verdict(most, job))]))
-    if most.total > NARROW * job.hardware.memory and (turns := knob_lines(job)):
-        out.print(rows([("  turn" if i == 0 else "", line) for i, line in enumerate(turns)]))
-
-
-def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]:
-    """Model, machine and batch."""
-    job = described.job
-    shape, hardware, batch = job.shape, job.hardware, job.batch
-    trained = "" if shape.trained == shape.parameters else f", of which {shape.trained:,} are trained"
-    if shape.adapters:
-        trained = f", and {shape.adapters:,} of adapters, which are trained"
-    device = (
-        f"GPU of {hardware.memory / GIB:.0f} GiB"
-        if hardware.gpu
-        else (f"process on the CPU with {hardware.memory / GIB:.1f} GiB of main memory")
-    )
-    strategy = "" if hardware.processes == 1 else f", {'fsdp' if hardware.sharded else 'ddp'}"
-    machines = hardware.processes // hardware.local
-    where = f"{hardware.processes} x {device}" + (f" on {machines} machines" if machines > 1 else "")
-    tokens = f"{batch.prompt_tokens:.0f} a prompt (at most {batch.longest_prompt}), {batch.new_tokens} a completion"
-    critic = [] if job.critic is None else [("critic", f"{job.critic.parameters:,} parameters of its own")]
-    return [
-        ("model", f"{config.model.name}: {described.source}"),
-        ("parameters", f"{shape.parameters:,}{trained}"),
-        *critic,
-        ("hardware", f"{where}, {hardware.precision}{strategy}"),
-        *described.plan.table(),
-        (
-            "tokens",
-            tokens
-            + (", counted by another tokenizer, as the model has none here" if described.stand_in else ""),
-        ),
-        (
-            "passes",
-            f"{job.pass_tokens:,.0f} tokens at most, {job.micro_batches} to an update on each process",
-        ),
-    ]
-
-
-def memory_table(found: Sequence[Moment], job: Job) -> Table:
-    """A row a part, a column a moment."""
-    large = max(moment.total for moment in found) >= 10 * GIB
-    unit, name, digits = (GIB, "GiB", 1) if large else (2**20, "MiB", 0)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
-    table.add_column(f"memory of a process, {name}", footer="in all")
-    for moment in found:
-        table.add_column(moment.name, justify="right", footer=f"{moment.total / unit:,.{digits}f}")
-    for part in parts_in_order(list(found)):
-        sizes = [moment.parts.get(part, 0.0) for moment in found]
-        table.add_row(part, *(f"{size / unit:,.{digits}f}" if size else "-" for size in sizes))
-    return table
-
-
-def work_table(needed: Work) -> Table:
-    """Operations and seconds by phase."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
-    table.add_column("an iteration", footer="in all")
-    table.add_column("operations", justify="right", footer=f"{needed.total_flops:.2e}")
-    table.add_column("time", justify="right", footer=seconds(needed.total_seconds))
-    for name, flops in needed.flops.items():
-        table.add_row(name, f"{flops:.2e}", seconds(needed.seconds[name]))
-    return table
-
-
-def length(config: DictConfig, job: Job, needed: Work, rates: Rates, given: bool) -> list[tuple[str, str]]:
-    """Tokens, speed, and the whole run."""
-    iterations = config.iterations
-    if config.max_tokens is not None and needed.tokens:
-        iterations = min(iterations, math.ceil(config.max_tokens / needed.tokens))
-    prompts = config.validation.prompts * (iterations // config.validation.every + 1)
-    sampled = needed.seconds.get("rollout", needed.total_seconds) / max(1, job.batch.sequences)
-    total = iterations * needed.total_seconds + prompts * sampled
-    speed = f"{rates.flops:.2g} operations a second and process, " + (
-        "as given" if given else "measured here"
-    )
-    sent = exchanged(job) / GIB
-    later = f"{sent:,.1f} GiB reach each process an iteration; not in the times: at {LINK} GiB a second, "
-    traffic = [("exchange", f"{later}{seconds(sent / LINK)} more")] if sent else []
-    return [
-        ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.batch.updates} updates"),
-        ("speed", f"{speed}; {rates.bandwidth / GIB:,.0f} GiB of memory read a second"),
-        *traffic,
-        ("the run", f"{iterations} iterations and their validations, about {duration(total)}"),
-    ]
-
-
-def verdict(most: Moment, job: Job) -> str:
-    """Whether it fits, in a few words."""
-    share = most.total / job.hardware.memory
-    words = f"{most.total / GIB:.1f} of {job.hardware.memory / GIB:.1f} GiB in the {most.name}"
-    if share > 1:
-        return f"does not fit: {words}"
-    return (
-        f"fits: {words}" if share <= NARROW else f"fits narrowly, and plans may be off by a quarter: {words}"
-    )
-
-
-def knob_lines(job: Job) -> list[str]:
-    """What each knob alone would make of the peak; and several, where no single one is enough."""
-    found = helpful(job)
-    lines = [effect(knob) for knob in found]
-    if found and not found[0].fits and (several := together(job)) is not None:
-        lines.append(effect(several))
-    return lines
-
-
-def effect(knob: Knob) -> str:
-    """A knob and what it leads to."""
-    return f"{knob.words}: {knob.peak / GIB:.1f} GiB" + (", fits" if knob.fits else "")
 
 
 def problem_of(job: Job) -> str | None:
@@ -199,19 +64,14 @@ def problem_of(job: Job) -> str | None:
     return f"{line}; take a smaller model, shorter completions or more memory"
 
 
-def rates_for(config: DictConfig, job: Job) -> tuple[Rates, bool]:
-    """How fast a process is: as given, else measured here; and which of the two."""
+def rates_for(config: DictConfig, job: Job) -> Rates:
+    """How fast a process is: as given, else measured here."""
     if config.plan_flops is not None:
-        return Rates.of(float(config.plan_flops)), True
+        return Rates.of(float(config.plan_flops))
     gpu = job.hardware.gpu
     if gpu and not torch.cuda.is_available():
         raise UserError(
             "there is no GPU here to measure; say how fast one is: plan_flops=4e14 (operations a second that it "
             "reaches in large products, some 40 % of its data sheet's)"
         )
-    return probe(gpu, torch.float32 if job.compute_bytes == 4 else torch.bfloat16), False
-
-
-def seconds(value: float) -> str:
-    """Short times with their fractions."""
-    return f"{value:.2g} s" if value < 10 else duration(value)
+    return probe(gpu, torch.float32 if job.compute_bytes == FP32 else torch.bfloat16)
