@@ -56,9 +56,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "gpt2-reinforce": ("algo=reinforce", "rollout.prompts=8"),
     "gpt2-ppo": ("algo=ppo", "rollout.prompts=16"),
     "gpt2-ppo-separate": ("algo=ppo", "algo/critic=separate", "rollout.prompts=8"),
-    "gpt2-grpo-long": ("algo=grpo", "rollout.prompts=8", "rollout.max_new_tokens=256"),
+    "gpt2-grpo-long": ("algo=grpo", "rollout.prompts=4", "rollout.max_new_tokens=256"),
     "gpt2-grpo-checkpointing": (
-        "algo=grpo", "rollout.prompts=8", "rollout.max_new_tokens=256", "hardware.gradient_checkpointing=true",
+        "algo=grpo", "rollout.prompts=4", "rollout.max_new_tokens=256", "hardware.gradient_checkpointing=true",
     ),
     "gpt2-grpo-bf16": ("algo=grpo", "rollout.prompts=16", "hardware.precision=bf16-mixed"),
     "gpt2-grpo-lora": ("algo=grpo", "rollout.prompts=16", "model/adapter=lora"),
