@@ -31,6 +31,7 @@ def plan_job(config: DictConfig) -> None:
         demand(key, config[key], 0, above=True)
     described = describe(config)
     if world().main:
+        console().quiet = False  # a plan is all that was asked for, whoever was to be silent
         show(console(), config, described, rates_for(config, described.job))
     if problem := problem_of(described.job):
         raise UserError(problem)
