@@ -65,6 +65,7 @@ def test_random_walks_get_shorter(compose, algo):
     assert gain(compose(overrides), shuffled=False) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
 def test_a_shuffled_reward_teaches_nothing(compose, algo):
     overrides = [*WALKS, f"algo={algo}"] + (["iterations=25", "optim.lr=1e-3"] if algo == "reinforce" else [])
@@ -83,6 +84,7 @@ def test_the_default_run_learns_kindness(compose, shuffled):
 Q_WALKS = [word for word in WALKS if not word.startswith(("algo.kl", "iterations"))] + ["iterations=25"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["dqn", "soft_q"])
 def test_q_learning_finds_shorter_walks(compose, algo):
     """dqn is validated by its best tokens, which score 0.85 from the start; soft_q by samples, which score 0.76."""

@@ -159,6 +159,7 @@ def verdicts(specimen: Specimen, chosen: list[Knob], models: Models) -> dict[str
 # -- no dead knobs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_kind_of_knob_acts(models):
     """Each field of each part, in the first preset or option that takes another value for it."""
     hosts = [specimen for option in OPTIONS if (specimen := host(option)) is not None]
