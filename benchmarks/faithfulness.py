@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from policylab.config import resolvers
-from policylab.config.build import instantiate
+from policylab.config.build import instantiate, model_config
 from policylab.functional.linear_head import head_figures
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
@@ -54,7 +54,7 @@ def policy_of(model: str) -> Policy:
     resolvers.register(ROOT)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("train", MODELS[model])
-    return Policy(instantiate(config.model), critic=None).eval()
+    return Policy(instantiate(model_config(config)), critic=None).eval()
 
 
 def sampled(policy: Policy, engine: Any) -> Rollout:

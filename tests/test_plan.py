@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import fresh_policy
-from policylab.config.build import ADAPTED, build_policy, instantiate, without
+from policylab.config.build import build_policy, instantiate, model_config
 from policylab.errors import UserError
 from policylab.launch.saved_config import plain
 from policylab.models.critic import value_model
@@ -103,7 +103,7 @@ def test_parameters_are_those_of_the_model(compose, name):
     if name == "smollm2" and not SMOLLM2.is_dir():
         pytest.skip("its weights are not here")
     task = "random_walks" if name.startswith("walker") else "reviews"
-    node = without(compose([f"task={task}", f"model={name}"]).model, ADAPTED)
+    node = model_config(compose([f"task={task}", f"model={name}"]))
     shape = shape_of(outline(plain(node)).lm)
     assert shape.parameters == sum(p.numel() for p in instantiate(node).lm.parameters())
     assert shape.decoder == ("llama" if name == "smollm2" else "gpt2")
@@ -115,7 +115,7 @@ def test_a_critics_parameters_are_those_it_will_have(compose, algo, own_layers):
     part = "critic" if algo == "ppo" else "dueling"
     overrides = [f"algo={algo}", "model=tiny", f"algo.{part}.own_layers={own_layers}"]
     config = compose([*overrides, "algo/critic=separate"] if algo == "ppo" else overrides)
-    loaded = instantiate(without(config.model, ADAPTED))
+    loaded = instantiate(model_config(config))
     critic = value_model(loaded.lm, own_layers, init=None)
     planned = critic_of(loaded.lm, shape_of(loaded.lm), instantiate(config.algo))
     assert planned.parameters == sum(p.numel() for p in critic.parameters())

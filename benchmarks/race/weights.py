@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from policylab.config import resolvers
-from policylab.config.build import instantiate
+from policylab.config.build import instantiate, model_config
 from race.work import EOS, PAD, PROMPT_TOKENS
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def save(model: str, folder: Path, with_critic: bool) -> None:
     resolvers.register(ROOT)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("train", MODELS[model])
-    lm: Any = instantiate(config.model).lm
+    lm: Any = instantiate(model_config(config)).lm
     renumber(lm, rarest(lm))
     for settings in (lm.config, lm.generation_config):
         settings.bos_token_id = settings.eos_token_id = EOS

@@ -161,7 +161,7 @@ def check_parts(config: DictConfig) -> None:
 
 def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> Policy:
     """The model, with a critic where the algorithm uses one."""
-    loaded = instantiate(without(model_config(config), ADAPTED))
+    loaded = instantiate(model_config(config))
     adapter = adapter_for(config, algorithm)
     if adapter is not None:
         adapter.adapt(loaded.lm, config.optim.frozen_layers)
@@ -175,10 +175,11 @@ def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervis
 
 
 def model_config(config: DictConfig) -> DictConfig:
-    """``config.model``, its weights in bf16 where the hardware wants that throughout."""
-    if config.hardware.precision != "bf16-true":
-        return config.model
-    return OmegaConf.merge(config.model, {"dtype": "bfloat16"})  # type: ignore[return-value]
+    """What loads the model: ``config.model`` without its adapter, in bf16 where the hardware wants that throughout."""
+    node = without(config.model, ADAPTED)
+    if config.hardware.precision == "bf16-true":
+        node.dtype = "bfloat16"
+    return node
 
 
 def adapter_for(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> LoRA | None:

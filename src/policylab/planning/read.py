@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 
 from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervised, TrustRegion
 from policylab.config.build import (
-    ADAPTED,
     PLANNED,
     TAKEN_OVER,
     adapter_for,
@@ -69,7 +68,7 @@ def describe(config: DictConfig) -> Described:
     engine = instantiate(without(config.rollout, PLANNED))
     task = instantiate(without(config.task, TAKEN_OVER))
     val = take_validation(task, config.validation.prompts)
-    model = outline(plain(without(model_config(config), ADAPTED)))
+    model = outline(plain(model_config(config)))
     shape = shape_of(model.lm, adapter_for(config, algorithm), config.optim.frozen_layers)
     prompts, targets = lengths(model, task, [*task.train, *val])
     new_tokens = (
