@@ -38,6 +38,7 @@ def sample(reward: float, iteration: int = 1, split: str = "val") -> Sample:
         kl=0.5,
         length=7,
         ended=True,
+        tokens=(17, 9, 0),
     )
 
 
@@ -171,6 +172,7 @@ def test_samples_are_appended(tmp_path, trainer, module):
         "kl": 0.5,
         "length": 7,
         "ended": True,
+        "tokens": [17, 9, 0],
     }
 
 

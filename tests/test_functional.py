@@ -83,6 +83,17 @@ class TestKL:
         assert kl.k2(p, q).item() == pytest.approx(0.5 * math.log(2) ** 2)
         assert kl.k3(p, q).item() == pytest.approx(0.5 - 1 + math.log(2))
 
+    def test_k3_stays_finite_however_unlikely_the_token(self):
+        """Beyond a log-ratio of 20 it goes on along its tangent: e^20 - 1 - 20 + (e^20 - 1) (90 - 20)."""
+        p = torch.tensor([[-91.0, -21.0, -1.0]], requires_grad=True)
+        value = kl.k3(p, torch.full_like(p, -1.0))
+        far, at = 71 * math.expm1(20.0) - 20, math.expm1(20.0) - 20
+        torch.testing.assert_close(value, torch.tensor([[far, at, 0.0]]))
+        (gradient,) = torch.autograd.grad(value.sum(), p)
+        assert gradient[0, 0].item() == pytest.approx(-math.expm1(20.0), rel=1e-6)  # towards the reference
+        assert gradient[0, 2] == 0
+        assert kl.k3(torch.tensor([[-1.0]]), torch.tensor([[-torch.inf]])).item() == math.inf
+
     def test_exact_by_hand(self):
         # 0.5 log(0.5 / 0.25) + 0.5 log(0.5 / 0.75)
         expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)

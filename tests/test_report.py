@@ -114,17 +114,17 @@ def make_run(folder: Path, seed: int, after: float, status: str = "done", **chan
             json.dumps({"wall_seconds": 10.0 + seed, "tokens_sampled": 1000})
         )
     (folder / "metrics.csv").write_text(
-        "iteration,train/reward,val/reward,val/kl\n"
-        "0,,0.1,0.0\n"
-        f"2,{after / 2},,\n"
-        f"4,{after},{after},{2.0 + seed}\n"
+        "iteration,train/reward,train/entropy,val/reward,val/kl\n"
+        "0,,,0.1,0.0\n"
+        f"2,{after / 2},3.5,,\n"
+        f"4,{after},3.25,{after},{2.0 + seed}\n"
     )
     return folder
 
 
 def report(runs: Any, out: Path, **changes: Any) -> str:
     settings: dict[str, Any] = {"metrics": ["val/reward", "val/kl"], "title": "", "labels": []}
-    settings |= {"x": "iteration", "ranked": False}
+    settings |= {"x": "iteration", "ranked": False, "at_kl": []}
     return write_evidence(runs, out, **{**settings, **changes})
 
 
@@ -155,6 +155,7 @@ def test_whole_report(tmp_path: Path) -> None:
         "val/reward": "0.8",
         "val/kl": "4",
         "train/reward": "0.8",
+        "train/entropy": "3.25",
     }
     config = OmegaConf.load(tmp_path / "out" / "config.yaml")
     assert config.seed == 0
@@ -202,7 +203,7 @@ def test_curves_over_tokens_are_interpolated_as_far_as_all_seeds_go(tmp_path: Pa
     with pytest.raises(UserError, match="x is seconds; choose iteration or train/tokens"):
         report(f"{tmp_path}/run_*", tmp_path / "out", x="seconds")
     plain = make_run(tmp_path / "plain", 0, 0.5)
-    with pytest.raises(UserError, match="plain has no train/tokens for the x axis"):
+    with pytest.raises(UserError, match="plain has no train/tokens to draw val/reward by"):
         report(str(plain), tmp_path / "out", x="train/tokens")
 
 
@@ -220,6 +221,37 @@ def test_comparison_of_many_methods(tmp_path: Path) -> None:
     assert rows[0][6] == "0.00023"
     for figure in ("curve.png", "ranking.png"):
         assert (tmp_path / "out" / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_at_equal_kl(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"run_s{seed}", seed, 0.5)
+    # Seed 0 comes back before it goes further: at 3 nats it first was between (2, 0.3) and (4, 0.5).
+    (tmp_path / "run_s0" / "metrics.csv").write_text(
+        "iteration,val/reward,val/kl\n0,0.1,0\n1,0.3,2\n2,0.9,1.5\n3,0.5,4\n"
+    )
+    report(f"{tmp_path}/run_*", tmp_path / "out", at_kl=[3.5, 3])
+    header, _, row, *_ = (tmp_path / "out" / "frontier.md").read_text().splitlines()
+    assert header == "| run | seeds | at 3 nats | at 3.5 nats |"
+    # Seed 1 ends at (3, 0.5), so 0.4 and 0.5 at 3 nats: s / sqrt(2) = 0.05, t(0.975, 1) = 12.7062
+    assert row == "| ppo-tiny-reviews | 2 | 0.450 [-0.185, 1.085] | - (1 of 2) |"
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evidence_is_read_again(tmp_path: Path) -> None:
+    """Its figures can be drawn without the runs, and its rows stay what they are."""
+    for seed in (0, 1):
+        make_run(tmp_path / f"a_s{seed}", seed, 0.5)
+        make_run(tmp_path / f"b_s{seed}", seed, 0.6, algo__name="a2c")
+    report(f"{tmp_path}/?_s?", tmp_path / "out")
+    report(str(tmp_path / "out"), tmp_path / "again", at_kl=[1])
+    for name in ("metrics.csv", "config.yaml"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text()
+    # half way from 0.1 to 0.5 by 2 nats, a third by 3: 0.3 and 0.2333
+    assert "| ppo | 2 | 0.267 [-0.157, 0.690] |" in (tmp_path / "again" / "frontier.md").read_text()
+    run = make_run(tmp_path / "more", 2, 0.5)
+    with pytest.raises(UserError, match="several groups of runs are called ppo"):
+        report([str(tmp_path / "out"), str(run)], tmp_path / "mixed", labels=["ppo", "a2c", "ppo"])
 
 
 def test_unfinished_run_must_be_named(tmp_path: Path) -> None:

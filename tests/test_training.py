@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -154,11 +155,19 @@ def test_kl_in_the_reward_by_hand():
 
 def test_adaptive_coefficient_by_hand():
     control = AdaptiveCoefficient(initial=0.2, target=6.0, horizon=1000)
-    # error clipped at 0.2: 0.2 * (1 + 0.2 * 100 / 1000)
-    assert control.next(0.2, 60.0, 100) == pytest.approx(0.204)
-    assert control.next(0.2, 0.0, 100) == pytest.approx(0.196)
-    assert control.next(0.2, 6.6, 100) == pytest.approx(0.202)
+    # error clipped at 0.2: 0.2 * e^(0.2 * 100 / 1000)
+    assert control.next(0.2, 60.0, 100) == pytest.approx(0.2 * 1.0202013)
+    assert control.next(0.2, 0.0, 100) == pytest.approx(0.2 / 1.0202013)
+    assert control.next(0.2, 6.6, 100) == pytest.approx(0.2 * 1.0100502)  # e^0.01
     assert FixedCoefficient(0.2).next(0.2, 60.0, 100) == 0.2
+
+
+@pytest.mark.parametrize(("horizon", "sequences"), [(100, 1024), (1, 100_000)])
+def test_adaptive_coefficient_stays_positive_whatever_the_horizon(horizon, sequences):
+    control = AdaptiveCoefficient(initial=0.2, target=6.0, horizon=horizon)
+    # the exponents would be -2.048 and -20000: an iteration divides by e at most
+    assert control.next(0.2, 0.0, sequences) == pytest.approx(0.2 / math.e)
+    assert control.next(0.2, 1e9, sequences) == pytest.approx(0.2 * math.e)
 
 
 def test_senseless_combinations_are_refused():

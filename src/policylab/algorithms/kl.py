@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -42,10 +43,14 @@ class AdaptiveCoefficient:
     """Proportional control in log-space: "Fine-Tuning Language Models from Human Preferences",
     arXiv:1909.08593, section 2.2.
 
+    The paper's factor, ``1 + error n / horizon``, is taken as its exponential, which it is to first order: with a short
+    horizon the factor itself is negative.
+
     Args:
         initial: first coefficient.
         target: KL to hold, in nats a sequence.
-        horizon: sequences over which an error of 100 % multiplies the coefficient by about e^0.2.
+        horizon: sequences over which an error of 20 % or more multiplies the coefficient by e^0.2. An iteration
+            multiplies it by e at most, and divides it by e at most.
     """
 
     initial: float
@@ -59,7 +64,7 @@ class AdaptiveCoefficient:
 
     def next(self, coefficient: float, kl: float, sequences: int) -> float:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return coefficient * (1 + error * sequences / self.horizon)
+        return coefficient * math.exp(min(max(error * sequences / self.horizon, -1.0), 1.0))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,13 @@ exact     ``sum_v p log(p / q)``   no variance; needs both distributions
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from policylab.functional.ratios import MAX_LOG_RATIO
 
 
 def k1(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -32,9 +36,14 @@ def k2(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Fl
 
 
 def k3(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """``q / p - 1 - log(q / p)``: unbiased, never negative."""
+    """``q / p - 1 - log(q / p)``: unbiased, never negative.
+
+    Beyond a log-ratio of :data:`~policylab.functional.ratios.MAX_LOG_RATIO` it goes on along its tangent, so that value
+    and gradient stay finite and the gradient still pulls towards the reference.
+    """
     log_ratio = ref_logprobs - logprobs
-    return torch.expm1(log_ratio) - log_ratio
+    near, beyond = log_ratio.clamp(max=MAX_LOG_RATIO), (log_ratio - MAX_LOG_RATIO).clamp(min=0.0)
+    return torch.expm1(near) - near + math.expm1(MAX_LOG_RATIO) * beyond
 
 
 def exact(logp: Float[Tensor, "*B V"], ref_logp: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:

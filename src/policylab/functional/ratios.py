@@ -7,7 +7,7 @@ from torch import Tensor
 
 from policylab.functional.masks import masked_sum
 
-#: ``exp`` of more overflows in float32 at 88, and infinity times a gradient of zero is NaN. At e^20 (about 5e8)
+#: ``exp`` overflows in float32 at 88, and infinity times a gradient of zero is NaN. At e^20 (about 5e8)
 #: a ratio means nothing any more: it stays there, without gradient.
 MAX_LOG_RATIO = 20.0
 

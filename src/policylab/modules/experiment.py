@@ -300,6 +300,7 @@ class ExperimentModule(ManualOptimization):
                 kl=kls[row],
                 length=len(completion.tokens),
                 ended=completion.ended,
+                tokens=completion.tokens,
             )
             for row, completion in enumerate(completions)
         ]

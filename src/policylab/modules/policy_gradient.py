@@ -12,6 +12,7 @@ from policylab.algorithms import Algorithm, MinibatchEpochs, MovingReference, Si
 from policylab.functional import kl
 from policylab.functional.advantages import explained_variance
 from policylab.functional.masks import masked_moments
+from policylab.functional.ratios import probability_ratio
 from policylab.modules.collection import Collection
 from policylab.modules.experiment import Parts
 from policylab.modules.preflight import Pace
@@ -167,7 +168,7 @@ class PolicyGradient(Collection):
             self._means.add("train/entropy", evaluation.entropy, mask)
             self._means.add("train/clip_fraction", terms.clipped, mask)
             self._means.add("train/kl_old", distance, mask)
-            ratio = (evaluation.logprobs - rollout.old_logprobs).exp().masked_fill(~mask, 1.0)
+            ratio = probability_ratio(evaluation.logprobs - rollout.old_logprobs).masked_fill(~mask, 1.0)
             self._ratio_max = torch.maximum(self._ratio_max, ratio.max())
             if terms.value is not None:
                 self._means.add("train/value_loss", terms.value, mask)

@@ -18,6 +18,7 @@ from policylab.functional import kl
 from policylab.functional.conjugate_gradient import conjugate_gradient
 from policylab.functional.logprobs import token_logprobs
 from policylab.functional.masks import masked_sum
+from policylab.functional.ratios import probability_ratio
 from policylab.modules.experiment import Parts
 from policylab.modules.fisher import GROUPS, Actor, FisherProducts, fisher_diagonal
 from policylab.modules.policy_gradient import PolicyGradient
@@ -293,7 +294,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
                     masked_sum(terms.clipped, mask).sum(),
                 ]
             )
-            ratio_max = torch.maximum(ratio_max, (logprobs - before).exp().max())
+            ratio_max = torch.maximum(ratio_max, probability_ratio(logprobs - before).max())
         total, distance, sampled, clipped = self.all_sum(sums).tolist()
         return Outcome(
             loss=total,

@@ -12,8 +12,8 @@ from policylab.errors import UserError
 from policylab.report.groups import group_runs
 from policylab.report.plots import draw_curves
 from policylab.report.ranking import by_gain, draw_ranking
-from policylab.report.read import ITERATION, TOKENS, read_runs
-from policylab.report.tables import markdown_table, write_metrics
+from policylab.report.read import ITERATION, KL, TOKENS, read_runs
+from policylab.report.tables import kl_table, markdown_table, write_metrics
 
 
 def report_job(config: DictConfig) -> None:
@@ -28,6 +28,7 @@ def report_job(config: DictConfig) -> None:
         labels=settings["labels"],
         x=settings["x"],
         ranked=settings["ranked"],
+        at_kl=settings["at_kl"],
     )
     print(f"{table}\nwritten to {settings['out']}")
 
@@ -40,22 +41,24 @@ def write_evidence(
     labels: Sequence[str],
     x: str,
     ranked: bool,
+    at_kl: Sequence[float],
 ) -> str:
     """Write ``metrics.csv``, ``curve.png``, ``table.md`` and ``config.yaml`` to a folder.
 
-    Several groups of runs get a ``ranking.png`` as well.
+    Several groups of runs get a ``ranking.png`` as well, and ``at_kl`` a ``frontier.png`` and a ``frontier.md``.
 
     Args:
-        runs: run folders, patterns that find them, or "latest".
+        runs: run folders, patterns that find them, "latest", or folders that this function has written.
         out: made if need be; files of these names in it are replaced, others stay.
         metrics: the first one is the table's subject; each is a panel of the curve.
         title: of the curve.
         labels: names of the groups of runs, in order; empty for ``algo-model-task``.
         x: of the curve: "iteration", or "train/tokens".
         ranked: the largest gain first; else the order of the runs.
+        at_kl: distances from the reference, nats a sequence, at which the first metric is compared; empty for none.
 
     Returns:
-        The table, in Markdown.
+        The tables, in Markdown.
 
     Raises:
         UserError: when the runs are none, unfinished, not comparable, or lack a metric.
@@ -70,7 +73,8 @@ def write_evidence(
         curves = [run.curve(metric) for metric in metrics]  # all are looked at before anything is written
         if 0 not in curves[0]:
             raise UserError(f"{run.folder} has no {metrics[0]} at iteration 0: no baseline, so no gain")
-        run.along(metrics[0], x)
+        for axis in [x, KL] if at_kl else [x]:
+            run.along(metrics[0], axis)
     if ranked:
         groups = by_gain(groups, metrics[0])
     table = markdown_table(groups, metrics[0])
@@ -81,7 +85,12 @@ def write_evidence(
     write_metrics(groups, metrics, x, out / "metrics.csv")
     (out / "table.md").write_text(table)
     OmegaConf.save(OmegaConf.create(portable(found[0].config)), out / "config.yaml")
-    return table
+    if not at_kl:
+        return table
+    frontier = kl_table(groups, metrics[0], sorted(at_kl))
+    draw_curves(groups, metrics[:1], KL, title, out / "frontier.png", until=max(at_kl))
+    (out / "frontier.md").write_text(frontier)
+    return f"{table}\n{frontier}"
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:

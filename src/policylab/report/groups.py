@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from policylab.errors import UserError
-from policylab.report.read import ITERATION, Run
+from policylab.report.read import ITERATION, KL, Run
 from policylab.report.statistics import Estimate, estimate
 
 # What a run was called, what watched it and where it lay says nothing about what it did.
@@ -44,6 +44,18 @@ class Group:
         values = [np.interp(points, list(curve), list(curve.values())) for curve in curves]
         return {point: estimate(column) for point, column in zip(points, np.transpose(values), strict=True)}
 
+    def at_kl(self, metric: str, nats: float) -> list[float]:
+        """The metric of each seed where it first is so far from the reference, linear between its validations.
+
+        Seeds that never get so far, or start beyond it, are left out.
+        """
+        curves = [run.along(metric, KL) for run in self.runs]
+        return [
+            float(np.interp(nats, list(curve), list(curve.values())))
+            for curve in curves
+            if min(curve) <= nats <= max(curve)
+        ]
+
     def ends(self, metric: str) -> list[float]:
         """The last value of each seed."""
         return [list(run.curve(metric).values())[-1] for run in self.runs]
@@ -60,16 +72,16 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     Args:
         runs: at least one.
         labels: names for the groups, in order; without any, ``algo-model-task`` and the settings that differ,
-            less what all groups have in common.
+            less what all groups have in common. Runs of committed evidence keep the name that they have there.
 
     Raises:
-        UserError: when the runs were not measured alike, a seed appears twice in a group, or the labels
-            do not fit the groups.
+        UserError: when the runs were not measured alike, a seed appears twice in a group, two groups have one name,
+            or the labels do not fit the groups.
     """
     _check_comparable(runs)
     grouped: dict[str, list[Run]] = {}
     for run in runs:
-        grouped.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+        grouped.setdefault(run.label or json.dumps(_settings(run), sort_keys=True), []).append(run)
     members = [sorted(group, key=lambda run: run.seed) for group in grouped.values()]
     for group in members:
         _check_seeds(group)
@@ -79,6 +91,8 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
         raise UserError(
             f"{len(names)} labels for {len(members)} groups of runs: {own}; give one label a group"
         )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"several groups of runs are called {', '.join(twice)}; give one label a group")
     return [Group(name, tuple(group)) for name, group in zip(names, members, strict=True)]
 
 
@@ -109,6 +123,9 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
     Runs that share a name add the settings that tell them apart.
     """
+    if any(run.label for run in runs):
+        fresh = iter(_names([run for run in runs if not run.label]))
+        return [run.label or next(fresh) for run in runs]
     parts = [_name_parts(run.config) for run in runs]
     telling = [values for values in zip(*parts, strict=True) if len(set(values)) > 1] or list(
         zip(*parts, strict=True)

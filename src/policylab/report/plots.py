@@ -43,7 +43,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_curves(groups: Sequence[Group], metrics: Sequence[str], x: str, title: str, path: Path) -> None:
+def draw_curves(
+    groups: Sequence[Group],
+    metrics: Sequence[str],
+    x: str,
+    title: str,
+    path: Path,
+    until: float | None = None,
+) -> None:
     """Write a PNG that is readable at the width of a README (about 880 pixels).
 
     As many groups as there are colours share a panel a metric. More of them get a panel each, for the first
@@ -52,13 +59,18 @@ def draw_curves(groups: Sequence[Group], metrics: Sequence[str], x: str, title: 
     Args:
         groups: a group of one seed has no band.
         metrics: panels from left to right; a metric without any value is a UserError.
-        x: "iteration", or a column that grows with it.
+        x: "iteration", a column that grows with it, or "val/kl".
         title: stands above the panels; may be empty.
         path: of the PNG.
+        until: where the x axis ends; None takes in all there is.
     """
     with plt.rc_context(STYLE):
         draw = _one_panel_a_metric if len(groups) <= len(COLOURS) else _one_panel_a_group
-        save(draw(groups, metrics, x), title, path)
+        figure = draw(groups, metrics, x)
+        if until is not None:
+            for axes in figure.axes:
+                axes.set_xlim(0, until)
+        save(figure, title, path)
 
 
 def save(figure: Figure, title: str, path: Path) -> None:

@@ -6,9 +6,9 @@ import csv
 import glob
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from policylab.errors import UserError
 from policylab.launch.find_run import find_run
 
-ITERATION, TOKENS = "iteration", "train/tokens"
+ITERATION, TOKENS, KL = "iteration", "train/tokens", "val/kl"
 FILES = ("config.yaml", "metrics.csv", "status.json")
 
 
@@ -34,6 +34,7 @@ class Run:
     status: str  #: running | done | failed | interrupted
     summary: dict[str, Any]  #: empty for a run that did not finish
     curves: dict[str, dict[int, float]]
+    label: str = ""  #: of its group, where it is read from a folder of evidence
 
     @property
     def seed(self) -> int:
@@ -60,7 +61,8 @@ class Run:
         """The values of a metric by another column of the same iterations, in order of iterations.
 
         Args:
-            x: "iteration", or a column that grows with it; before the first iteration it is 0.
+            x: "iteration"; a column that grows with it, which before the first iteration is 0; or "val/kl", of which
+                those points are taken that lie further from the reference than all before them.
 
         Raises:
             UserError: when the run lacks either.
@@ -69,13 +71,17 @@ class Run:
         if x == ITERATION:
             return {float(iteration): value for iteration, value in values.items()}
         if x not in self.curves:
-            raise UserError(f"{self.folder} has no {x} for the x axis; take x=iteration")
+            raise UserError(f"{self.folder} has no {x} to draw {metric} by; take x=iteration at_kl=[]")
         places = {0: 0.0} | self.curves[x]
-        return {places[iteration]: value for iteration, value in values.items() if iteration in places}
+        points = {places[iteration]: value for iteration, value in values.items() if iteration in places}
+        furthest = accumulate(points, max)
+        return {place: points[place] for place in dict.fromkeys(furthest)} if x == KL else points
 
 
 def read_runs(runs: str | Sequence[str]) -> list[Run]:
     """The runs that paths, glob patterns and "latest" name, each once, in the order of naming.
+
+    A folder of evidence, as ``report.py`` writes it, stands for the runs in its ``metrics.csv``.
 
     A run that did not finish is refused when only a pattern names it, so that a failed seed is neither lost
     nor slipped in unseen; its own path takes it in.
@@ -84,8 +90,11 @@ def read_runs(runs: str | Sequence[str]) -> list[Run]:
         UserError: when nothing is found, a path is no run folder, or a pattern finds an unfinished run.
     """
     names = [runs] if isinstance(runs, str) else list(runs)
+    committed = [name for name in names if is_evidence(Path(name))]
+    names = [name for name in names if name not in committed]
     named = {find_run(name) for name in names if not glob.has_magic(name)}
-    found = [read_run(folder) for folder in dict.fromkeys(chain.from_iterable(map(_expand, names)))]
+    found = [run for name in committed for run in read_evidence(Path(name))]
+    found += [read_run(folder) for folder in dict.fromkeys(chain.from_iterable(map(_expand, names)))]
     if not found:
         raise UserError(f"no run at {', '.join(names)}; give folders or a quoted pattern: 'logs/*/*/*'")
     unfinished = [run for run in found if run.status != "done" and run.folder not in named]
@@ -128,13 +137,40 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def is_evidence(folder: Path) -> bool:
+    """Whether the folder is one that ``report.py`` has written: its rows name run and seed."""
+    path = folder / "metrics.csv"
+    return path.is_file() and path.open().readline().startswith("run,seed,iteration")
+
+
+def read_evidence(folder: Path) -> list[Run]:
+    """The runs in the ``metrics.csv`` of a folder of evidence, under the names that they have there.
+
+    What is not in that file (seconds, settings of each group) is not known of them.
+    """
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(config, dict)
+    rows: dict[tuple[str, str], list[dict[str, str]]] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault((row.pop("run"), row.pop("seed")), []).append(row)
+    return [
+        Run(folder, {**config, "seed": int(seed)}, "done", {}, _curves(of_run), label)
+        for (label, seed), of_run in rows.items()
+    ]
+
+
 def _read_curves(path: Path) -> dict[str, dict[int, float]]:
+    with path.open(newline="") as file:
+        return _curves(csv.DictReader(file))
+
+
+def _curves(rows: Iterable[dict[str, str]]) -> dict[str, dict[int, float]]:
     """Column by column; a cell left empty (no validation at that iteration) has no value."""
     curves: dict[str, dict[int, float]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            iteration = int(row.pop("iteration"))
-            for name, cell in row.items():
-                if cell:
-                    curves.setdefault(name, {})[iteration] = float(cell)
+    for row in rows:
+        iteration = int(row["iteration"])
+        for name, cell in row.items():
+            if cell and name != "iteration":
+                curves.setdefault(name, {})[iteration] = float(cell)
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policylab.report.groups import Group
-from policylab.report.read import ITERATION
+from policylab.report.read import ITERATION, KL
 from policylab.report.statistics import Estimate, estimate, holm, iqm_interval, p_above_zero
 
-KL = "val/kl"
+ENTROPY = "train/entropy"
 HEADER = (
     "run", "seeds", "before", "after", "IQM [95 % bootstrap]", "gain [95 % t]", "p", "KL", "seconds", "tokens sampled",
 )  # fmt: skip
@@ -24,9 +24,36 @@ def markdown_table(groups: Sequence[Group], metric: str) -> str:
     """
     chances = holm([p_above_zero(group.gains(metric)) for group in groups])
     body = [_row(group, metric, p) for group, p in zip(groups, chances, strict=True)]
-    rows = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *body]
+    rows = [HEADER, _rule(HEADER), *body]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_legend(groups, metric)}\n"
+
+
+def kl_table(groups: Sequence[Group], metric: str, at_kl: Sequence[float]) -> str:
+    """One row a group: a metric at equal distances from the reference, mean over seeds with its 95 % interval."""
+    header = ("run", "seeds", *(f"at {nats:g} nats" for nats in at_kl))
+    body = [
+        (group.label, str(len(group.runs)), *(_at_kl(group.at_kl(metric, n), len(group.runs)) for n in at_kl))
+        for group in groups
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [header, _rule(header), *body])
+    legend = (
+        f"{metric} where a run first is so many nats a sequence from the reference, linear between validations: mean "
+        "over seeds with Student's t interval. A dash: not all seeds get there, or they start beyond it."
+    )
+    return f"{table}\n\n{legend}\n"
+
+
+def _at_kl(found: Sequence[float], seeds: int) -> str:
+    if len(found) < seeds:
+        return f"- ({len(found)} of {seeds})"
+    value = estimate(found)
+    return _with_interval(value.mean, _bounds(value), ".3f")
+
+
+def _rule(header: Sequence[str]) -> tuple[str, ...]:
+    """Below a header: text to the left, numbers to the right."""
+    return ("---", *["---:"] * (len(header) - 1))
 
 
 def _row(group: Group, metric: str, p: float | None) -> tuple[str, ...]:
@@ -89,10 +116,12 @@ def _legend(groups: Sequence[Group], metric: str) -> str:
 def write_metrics(groups: Sequence[Group], metrics: Sequence[str], x: str, path: Path) -> None:
     """A tidy CSV: one line for each run and iteration that has any of the metrics; no value, empty cell.
 
-    Beside each ``val/...`` stands its ``train/...``, where the runs have it. The x axis comes first.
+    Beside each ``val/...`` stands its ``train/...``, and the policy's entropy, where the runs have them. The x axis
+    comes first.
     """
     runs = [(group.label, run) for group in groups for run in group.runs]
-    wanted = [*metrics, *(name.replace("val/", "train/", 1) for name in metrics if name.startswith("val/"))]
+    trained = [name.replace("val/", "train/", 1) for name in metrics if name.startswith("val/")]
+    wanted = list(dict.fromkeys([*metrics, *trained, ENTROPY]))
     columns = [name for name in wanted if any(run.curves.get(name) for _, run in runs)]
     axis = [] if x == ITERATION else [x]
     with path.open("w", newline="") as file:

@@ -44,3 +44,4 @@ class Sample:
     kl: float | None  #: nats a sequence to the reference; None without one
     length: int  #: tokens that the policy chose
     ended: bool
+    tokens: tuple[int, ...]  #: the completion's ids as they were sampled, EOS included when there is one
