@@ -155,7 +155,14 @@ def read_evidence(folder: Path) -> list[Run]:
         for row in csv.DictReader(file):
             rows.setdefault((row.pop("run"), row.pop("seed")), []).append(row)
     return [
-        Run(folder, {**config, "seed": int(seed)}, "done", {}, _curves(of_run), label)
+        Run(
+            folder,
+            {str(key): value for key, value in config.items()} | {"seed": int(seed)},
+            "done",
+            {},
+            _curves(of_run),
+            label,
+        )
         for (label, seed), of_run in rows.items()
     ]
 
