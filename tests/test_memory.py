@@ -179,6 +179,8 @@ def test_what_cannot_be_compiled_says_why_and_runs(build_run, monkeypatch):
         (["reward.workers=100000"], "reward.workers is 100000; it must be at least 0 and at most 1024"),
         (["reward.pool=fork"], "reward.pool=fork is not one of process, thread"),
         (["rollout.dtype=float8"], "rollout.dtype is float8"),
+        (["rollout.max_rows=0"], "rollout.max_rows is 0; it must be at least 1"),
+        (["rollout.max_rows=2.5"], "rollout.max_rows=2.5 is not a whole number"),
     ],
 )
 def test_bad_values_are_refused(build_run, overrides, message):

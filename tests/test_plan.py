@@ -59,7 +59,7 @@ SHAPE = Shape(
 #: Two prompts of three tokens, two completions of five each, in one update.
 BATCH = Batch(
     prompts=2, group=2, minibatch=4, updates=1, passes=1.0, prompt_tokens=3.0, longest_prompt=3, new_tokens=5,
-    limit=None, validation=1, samples=True,
+    limit=None, max_rows=None, validation=1, samples=True,
 )  # fmt: skip
 HARDWARE = Hardware(
     gpu=True, memory=80 * GIB, host_memory=None, processes=1, local=1, sharded=False, offload=False,

@@ -35,12 +35,13 @@ from policylab.modules.sharded_strategy import ShardedStrategy
 from policylab.rewards.pool import pooled
 from policylab.rollouts.engine import Engine, check_context
 from policylab.rollouts.plan import BatchPlan, ReplayPlan
+from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example, Task, take_validation
 from policylab.tasks.datamodule import PromptData
 
-#: Keys of ``rollout`` that the batch plan uses, not the engine.
-PLANNED = frozenset({"prompts", "group_size"})
+#: Keys of ``rollout`` that say what is sampled at a time, and are not for the engine.
+PLANNED = frozenset({"prompts", "group_size", "max_rows"})
 #: Keys of ``task`` that ``rollout`` takes over, not the task.
 TAKEN_OVER = frozenset({"max_new_tokens"})
 #: Keys of ``model`` that say what becomes of it once it is loaded.
@@ -102,6 +103,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         task=task,
         optim=optim,
         plan=plan,
+        max_rows=config.rollout.get("max_rows", EVERY_ROW),
         seed=config.seed,
         iterations=config.iterations,
         max_tokens=config.max_tokens,

@@ -43,8 +43,9 @@ def check(config: DictConfig) -> None:
         raise UserError(f"{unknown[0]} is not a key of the config; {hint}")
     for path in WHOLE_NUMBERS:
         demand_whole(path, OmegaConf.select(config, path), 0 if path == "seed" else 1)
-    if config.max_tokens is not None:
-        demand_whole("max_tokens", config.max_tokens, 1)
+    for path in ("max_tokens", "rollout.max_rows"):
+        if (value := OmegaConf.select(config, path)) is not None:
+            demand_whole(path, value, 1)
     if not isinstance(config.tags, ListConfig):
         raise UserError(f"tags={config.tags!r} is not a list; write tags=[{config.tags}]")
     demand("seed", config.seed, 0, 2**32 - 1)

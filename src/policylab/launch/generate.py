@@ -93,6 +93,7 @@ def completions(policy: Policy, text: str, config: DictConfig, trained_with: Dic
     """
     from policylab.rollouts.cached import CachedEngine
     from policylab.rollouts.noise import GENERATE, uniforms
+    from policylab.rollouts.row_limit import RowLimit
 
     rollout = trained_with.rollout
     engine = CachedEngine(
@@ -102,7 +103,8 @@ def completions(policy: Policy, text: str, config: DictConfig, trained_with: Dic
     instruction = OmegaConf.select(trained_with, "task.instruction")
     (prompt,) = policy.prompts([(text, "", None)], instruction)
     noise = uniforms(config.seed, GENERATE, 0, range(config.n), engine.max_new_tokens)
-    sampled = engine.sample(policy, [prompt], config.n, noise)
+    limit = RowLimit(rollout.get("max_rows"))
+    sampled = limit.sample(engine, policy, [prompt], config.n, noise)
     return [
         policy.decode(tokens[:length].tolist())
         for tokens, length in zip(sampled.tokens, sampled.lengths.tolist(), strict=True)

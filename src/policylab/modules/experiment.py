@@ -29,6 +29,7 @@ from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.noise import PREFLIGHT, TRAIN, VALIDATION, seed_libraries, uniforms
 from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.row_limit import EVERY_ROW, RowLimit
 from policylab.rollouts.types import Completion, Prompt, PromptBatch, Rollout, Sample
 from policylab.tasks.base import Task
 
@@ -43,6 +44,9 @@ class Parts:
     task: Task
     optim: AdamW
     plan: BatchPlan
+    max_rows: (
+        int | None
+    )  #: completions sampled at once on each process; None: as many as should fit in memory
     seed: int  #: of the sampling noise and the order of minibatches
     iterations: int  #: of the whole run
     max_tokens: int | None  #: sampled in training, after which the run ends before its last iteration
@@ -66,6 +70,7 @@ class ExperimentModule(ManualOptimization):
         self.reference: Policy | None = None
         self.compiles_layers = False  #: whether torch is to compile the policy's layers before the first pass
         self.engine = parts.engine
+        self.row_limit = RowLimit(parts.max_rows)
         self.reward = parts.reward
         self.task = parts.task
         self.seed = parts.seed
@@ -102,7 +107,7 @@ class ExperimentModule(ManualOptimization):
         iteration = self.iteration if stream != VALIDATION else 0
         noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
         with gathered(self.policy) as policy:
-            rollout = self.engine.sample(policy, prompts, group_size, noise, behaviour)
+            rollout = self.row_limit.sample(self.engine, policy, prompts, group_size, noise, behaviour)
         if stream not in (VALIDATION, PREFLIGHT):
             self._tokens_here += int(rollout.action_mask.sum())
         return rollout
@@ -184,10 +189,17 @@ class ExperimentModule(ManualOptimization):
         account = {"train/tokens": float(self.tokens_sampled)} if self.tokens_sampled else {}
         self.metrics = {**self.reduced(self._means), **metrics, **skipped, **account, **perf}
         self._means = Means()
-        self.agree_on_micro_batches()
+        self.agree_on_cuts()
         self._seconds = {}
         self.record(self.metrics)
         self.end_with_budget()
+
+    def agree_on_cuts(self) -> None:
+        """From here on no process takes more at a time than any has found to fit; a checkpoint holds one number each."""
+        rows = self.row_limit.rows or EVERY_ROW
+        tokens, rows = (-self.all_max(-torch.tensor([self.micro_batch_tokens, rows]))).tolist()
+        self._micro_batch_tokens = tokens
+        self.row_limit.rows = None if rows == EVERY_ROW else rows
 
     def end_with_budget(self) -> None:
         """Ends training when ``max_tokens`` are spent."""
@@ -335,6 +347,7 @@ class ExperimentModule(ManualOptimization):
             "skipped_in_a_row": dict(self.skipped_in_a_row),
             "reward": self.from_all(self.memory_to_keep()),
             "micro_batch_tokens": (self.optim.micro_batch_tokens, self.micro_batch_tokens),
+            "max_rows": (self.row_limit.asked, self.row_limit.rows),
             "config": self.resolved_config,
             "base": self.base,
         }
@@ -354,6 +367,9 @@ class ExperimentModule(ManualOptimization):
         asked, found = state.get("micro_batch_tokens", (None, None))
         if asked == self.optim.micro_batch_tokens:  # what was found then cuts the work as it was cut then
             self._micro_batch_tokens = found
+        asked, found = state.get("max_rows", (None, None))
+        if asked == self.row_limit.asked:
+            self.row_limit.rows = found
         self.demand_base(state)
         own, given = self.state_dict(), self.given_weights()
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})

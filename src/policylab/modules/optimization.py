@@ -22,6 +22,7 @@ from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.modules.optimizer import AdamW
 from policylab.modules.skipping import WEIGHTS, cause_of, dump, is_finite, named
 from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.row_limit import is_out_of_memory
 from policylab.rollouts.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class ManualOptimization(LightningModule):
         return self.within_memory(attempt)
 
     def within_memory(self, attempt: Callable[[], T]) -> T:
-        """What ``attempt`` gives, which cuts its work by `micro_batches`. When a GPU's memory runs out, all is done
+        """What ``attempt`` gives, which cuts its work by `micro_batches`. When memory runs out, all is done
         again in micro-batches of half the size, as if nothing had been; the size stays. The other processes just wait
         longer, unless it happens amid something that all take part in.
 
@@ -139,14 +140,16 @@ class ManualOptimization(LightningModule):
                     self._before, self._counted = outer.copy(), self._means
                     outer.merge(self._means)
                     return result
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     self._halve(error)
         finally:
             self._means = outer
             if self.sharded:
                 self.release_weights()
 
-    def _halve(self, error: torch.OutOfMemoryError) -> None:
+    def _halve(self, error: RuntimeError) -> None:
         tried = self._tried
         if tried.rows <= 1 or (self._others_wait and self.trainer.world_size > 1):
             raise UserError(
@@ -162,10 +165,6 @@ class ManualOptimization(LightningModule):
         tokens = min(self.micro_batch_tokens, tried.tokens) // 2
         warnings.warn(f"out of memory: from here on at most {tokens} tokens a forward pass", stacklevel=2)
         self._micro_batch_tokens = tokens
-
-    def agree_on_micro_batches(self) -> None:
-        """From here on no process takes more at a time than any has found to fit; a checkpoint holds one number."""
-        self._micro_batch_tokens = -int(self.all_max(torch.tensor(-self.micro_batch_tokens)))
 
     def idle(self, rollout: Rollout, loss_of: Callable[[Rollout], Tensor]) -> Tensor:
         """A zero that is tied to every parameter: the loss of a process that has no rows, or none any more.

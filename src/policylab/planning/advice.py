@@ -61,6 +61,9 @@ def knobs(job: Job) -> Iterator[Knob]:
     longest = batch.longest_prompt + batch.new_tokens
     if (fewer := max(longest, int(job.pass_tokens) // 4)) < job.pass_tokens:
         yield Knob(f"optim.micro_batch_tokens={fewer}", replace(job, batch=replace(batch, limit=fewer)))
+    rows = min(job.rows, max(batch.samples * job.sequences, batch.validation // hardware.processes))
+    if job.engine != "vllm" and (half := rows // 2):
+        yield Knob(f"rollout.max_rows={half}", replace(job, batch=replace(batch, max_rows=half)))
     if shape.weight_bytes == FP32 and not method.vectors:
         yield Knob(
             "hardware.precision=bf16-true",

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from policylab.planning.shape import Shape
-from policylab.rollouts.plan import tokens_a_pass
+from policylab.rollouts.plan import rows_at_once, tokens_a_pass
 
 BF16, FP32 = 2, 4
 
@@ -66,6 +66,7 @@ class Batch:
         longest_prompt: tokens.
         new_tokens: of a completion, at most; the plan takes all to be as long.
         limit: tokens a forward pass; None as many as should fit.
+        max_rows: completions sampled at once; None as many as should fit.
         validation: prompts a validation batch, over all processes.
         samples: whether training samples; else it learns from what is there.
     """
@@ -79,6 +80,7 @@ class Batch:
     longest_prompt: int
     new_tokens: int
     limit: int | None
+    max_rows: int | None
     validation: int
     samples: bool
 
@@ -168,6 +170,25 @@ class Job:
             recomputes_layers=self.hardware.gradient_checkpointing,
             gpu_bytes=int(self.hardware.memory) if self.hardware.gpu else None,
         )
+
+    @cached_property
+    def rows(self) -> int:
+        """Completions that are sampled at once, at most."""
+        return self.batch.max_rows or rows_at_once(
+            layers=self.shape.layers,
+            heads=self.shape.heads,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            vocab_size=self.shape.vocab,
+            context=self.batch.longest_prompt + self.batch.new_tokens,
+            number=self.shape.weight_bytes,
+            memory=self.hardware.memory,
+        )
+
+    @property
+    def pieces(self) -> int:
+        """Pieces in which an iteration's completions are sampled."""
+        return max(1, -(-self.sequences // self.rows))
 
     def tokens(self, sequences: int) -> float:
         """That a model reads for so many sequences of the rollout: with packing, each distinct prompt once."""

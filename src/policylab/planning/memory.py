@@ -102,11 +102,13 @@ def optimized_bytes(job: Job) -> float:
 
 
 def rollout(job: Job) -> dict[str, float]:
-    """The largest rollout: of training, or of a validation batch."""
+    """The largest piece of a rollout: of training, or of a validation batch."""
     batch, processes = job.batch, job.hardware.processes
-    sizes = [(max(1, batch.validation // processes),) * 2]
+    rows = min(job.rows, max(1, batch.validation // processes))
+    sizes = [(rows, rows)]
     if batch.samples:
-        sizes.append((job.prompts, job.sequences))
+        rows = min(job.rows, job.sequences)
+        sizes.append((min(job.prompts, -(-rows // batch.group)), rows))
     return max((sampling(job, *size) for size in sizes), key=lambda parts: sum(parts.values()))
 
 

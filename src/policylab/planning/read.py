@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +22,7 @@ from policylab.config.build import (
 )
 from policylab.config.hardware import AUTO, gpus
 from policylab.errors import UserError
+from policylab.launch.allocator import main_memory
 from policylab.launch.saved_config import plain
 from policylab.launch.world import world
 from policylab.models.loading import ASSETS, read_tokenizer
@@ -32,6 +31,7 @@ from policylab.planning.job import BF16, FP32, Batch, Critic, Hardware, Job, Met
 from policylab.planning.memory import GIB
 from policylab.planning.shape import Shape, after_layers, backbone, shape_of
 from policylab.rollouts.plan import BatchPlan
+from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.tasks.base import Example, Task, take_validation
 
 #: Texts whose tokens are counted, evenly spread over the task's.
@@ -92,6 +92,7 @@ def describe(config: DictConfig) -> Described:
             longest_prompt=max(prompts),
             new_tokens=new_tokens,
             limit=config.optim.micro_batch_tokens,
+            max_rows=config.rollout.get("max_rows", EVERY_ROW),
             validation=min(config.validation.batch_size, config.validation.prompts),
             samples=not isinstance(algorithm, Supervised),
         ),
@@ -153,14 +154,6 @@ def hardware_of(config: DictConfig) -> Hardware:
         precision=hardware.precision,
         gradient_checkpointing=hardware.gradient_checkpointing,
     )
-
-
-def main_memory() -> int:
-    """Bytes of this machine, or of the container that this process may fill."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(pages, int(text)) if text.isdigit() else pages
 
 
 # -- what -----------------------------------------------------------------------------------------------------

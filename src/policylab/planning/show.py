@@ -58,6 +58,7 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
     where = f"{hardware.processes} x {device}" + (f" on {machines} machines" if machines > 1 else "")
     counted = ", counted by another tokenizer, as the model has none here" if described.stand_in else ""
     prompt = f"{batch.prompt_tokens:.0f} a prompt (at most {batch.longest_prompt})"
+    cut = f", sampled {job.rows} at a time in {job.pieces} pieces" if job.pieces > 1 and batch.samples else ""
     critic = [] if job.critic is None else [("critic", f"{job.critic.parameters:,} parameters of its own")]
     return [
         ("model", f"{config.model.name}: {described.source}"),
@@ -65,7 +66,7 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
         *critic,
         ("hardware", f"{where}, {hardware.precision}{strategy}"),
         *described.plan.table(),
-        ("tokens", f"{prompt}, {batch.new_tokens} a completion{counted}"),
+        ("tokens", f"{prompt}, {batch.new_tokens} a completion{cut}{counted}"),
         (
             "passes",
             f"{job.pass_tokens:,.0f} tokens at most, {job.micro_batches} to an update on each process",

@@ -52,14 +52,15 @@ def work(job: Job, rates: Rates) -> Work:
     flops = {name: value for name, value in flops.items() if value}
     seconds = {name: value / processes / rates.flops for name, value in flops.items()}
     calls = {
-        "rollout": batch.new_tokens * batch.samples,
+        "rollout": batch.new_tokens * batch.samples * job.pieces,
         "evaluation": job.method.forwards * job.tokens(job.sequences) / job.limit,
         "update": 3 * batch.updates * job.micro_batches,
     }
     for name in seconds:
         seconds[name] += calls[name] * job.shape.layers * CALL
     if "rollout" in seconds:  # each step reads all weights, however few rows there are
-        read = batch.new_tokens * (job.shape.linear + job.shape.head) * job.sampling_bytes / rates.bandwidth
+        weights = (job.shape.linear + job.shape.head) * job.sampling_bytes
+        read = batch.new_tokens * job.pieces * weights / rates.bandwidth
         seconds["rollout"] = max(seconds["rollout"], read)
     # Weights, gradients and both moments are read, all but the gradients written.
     spread = processes if job.hardware.sharded else 1

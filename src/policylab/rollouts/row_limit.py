@@ -1,0 +1,132 @@
+"""Rollouts in pieces: no more completions are sampled at once than fit in memory.
+
+A completion depends on the weights, its prompt and its own noise alone, so the cut changes no token.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from policylab.errors import UserError
+from policylab.launch.allocator import main_memory
+from policylab.launch.world import world
+from policylab.models.policy import Policy
+from policylab.rollouts.behaviour import Behaviour
+from policylab.rollouts.engine import Engine
+from policylab.rollouts.plan import rows_at_once
+from policylab.rollouts.types import Prompt, Rollout
+
+#: For engines that schedule their rows themselves.
+EVERY_ROW = sys.maxsize
+
+
+class RowLimit:
+    """How many completions are sampled at once.
+
+    Args:
+        rows: at most so many, from 1; None takes as many as should fit in memory.
+
+    Attributes:
+        asked: ``rows``.
+        rows: ``asked`` or, once memory has run out, what was found to fit.
+    """
+
+    def __init__(self, rows: int | None) -> None:
+        self.asked = self.rows = rows
+
+    def sample(
+        self,
+        engine: Engine,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        noise: Float[Tensor, "B T"],
+        behaviour: Behaviour | None = None,
+    ) -> Rollout:
+        """As ``engine.sample``, in pieces of whole groups or, where not even one fits, of one prompt's completions.
+
+        When memory runs out, the piece is sampled again in halves, and the smaller limit stays.
+
+        Raises:
+            UserError: when not even one completion fits.
+        """
+        limit = self.rows or rows_that_fit(policy, prompts, engine.max_new_tokens)
+        pieces: list[Rollout] = []
+        first = 0
+        while first < len(noise):
+            some, completions = piece(prompts, group_size, first, limit)
+            rows = len(some) * completions
+            try:
+                pieces.append(
+                    engine.sample(policy, some, completions, noise[first : first + rows], behaviour)
+                )
+                first += rows
+                continue
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise UserError(
+                        f"out of memory while one completion of at most {engine.max_new_tokens} tokens is sampled; "
+                        "take a smaller model, or lower rollout.max_new_tokens"
+                    ) from error
+            # Outside the handler: the error holds what the failed attempt has allocated.
+            if policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.rows = limit = rows // 2
+            warnings.warn(
+                f"out of memory: from here on at most {limit} completions are sampled at once; rollout.max_rows={limit} "
+                "starts with that",
+                stacklevel=2,
+            )
+        if len(pieces) == 1:
+            return pieces[0]
+        rollout = Rollout.concatenate(pieces)
+        groups = torch.arange(len(prompts), device=rollout.tokens.device)
+        return rollout.replace(group_ids=groups.repeat_interleave(group_size))
+
+
+def piece(prompts: Sequence[Prompt], group_size: int, first: int, limit: int) -> tuple[Sequence[Prompt], int]:
+    """What is sampled next, from row ``first`` on: some prompts, and how many completions of each.
+
+    >>> piece("abc", 4, 0, 9), piece("abc", 4, 8, 9), piece("abc", 4, 0, 3), piece("abc", 4, 3, 3)
+    (('ab', 4), ('c', 4), ('a', 3), ('a', 1))
+    """
+    prompt, done = divmod(first, group_size)
+    if done == 0 and limit >= group_size:
+        return prompts[prompt : prompt + limit // group_size], group_size
+    return prompts[prompt : prompt + 1], min(limit, group_size - done)
+
+
+def rows_that_fit(policy: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """Completions of these prompts that should fit in memory at once. Depends on model, prompts and machine alone, not
+    on what else is in memory, so that a resumed run is cut as before."""
+    device = policy.device
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = main_memory() // world().local_size
+    config: Any = policy.lm.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return rows_at_once(
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        context=max(len(prompt.tokens) for prompt in prompts) + max_new_tokens,
+        number=policy.dtype.itemsize,
+        memory=memory,
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory has run out, or the C library refuses a block of main memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
