@@ -22,7 +22,7 @@ from policylab.config.hardware import backend
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.cluster import Cluster
-from policylab.launch.saved_config import plain
+from policylab.launch.saved_config import as_yaml
 from policylab.launch.world import world
 from policylab.models.adapter import LoRA
 from policylab.models.critic import ValueModel, value_model
@@ -107,7 +107,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         seed=config.seed,
         iterations=config.iterations,
         max_tokens=config.max_tokens,
-        resolved_config=OmegaConf.to_yaml(OmegaConf.create(plain(config))),
+        resolved_config=as_yaml(config),
     )
     module = module_for(algorithm, parts)
     module.compiles_layers = config.hardware.compile

@@ -18,6 +18,7 @@ from policylab.config import resolvers
 from policylab.errors import ProcessFailed, UserError
 from policylab.launch.allocator import keep_freed_memory
 from policylab.launch.help import help_page
+from policylab.launch.redaction import redact_text
 from policylab.launch.resume import NothingLeft, with_command_of
 from policylab.launch.signals import INTERRUPTED, stop_on_signals
 from policylab.launch.world import world
@@ -109,16 +110,15 @@ def end_with(error: Exception) -> NoReturn:
         print_traceback(error)
         sys.exit(1)
     whose = "" if world().main else f" on rank {world().rank}"
-    print(f"error{whose}: {message}", file=sys.stderr)
+    print(f"error{whose}: {redact_text(message)}", file=sys.stderr)
     sys.exit(BAD_INPUT if is_mistake(error) else 1)
 
 
 def print_traceback(error: Exception) -> None:
     """All that is known of an error; of one in another process, what that process knew."""
-    if isinstance(error, ProcessFailed):
-        print(error, file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+    told = isinstance(error, ProcessFailed)
+    text = str(error) if told else "".join(traceback.format_exception(error))
+    print(redact_text(text), file=sys.stderr)
 
 
 def as_job(task: Callable[[], float | None]) -> float | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from policylab.launch.redaction import redact_words
 
 PACKAGES = (
     "torch",
@@ -25,40 +26,6 @@ PACKAGES = (
     "numpy",
     "vaderSentiment",
 )
-SECRET_NAME = re.compile(
-    r"(^|[_-])(api_?key|access_?key|auth|token|secret|password|credentials?)$", re.IGNORECASE
-)
-#: ``https://user:password@host``
-ADDRESS_PASSWORD = re.compile(r"(\w://[^/\s:@]*:)[^/\s@]+@")
-HIDDEN = "***"
-
-
-def redact(value: Any) -> Any:
-    """A copy of plain data without secrets.
-
-    Hidden are text under a name such as ``api_key`` or ``hf_token``, passwords in addresses, and any text that holds
-    the value of an environment variable with such a name.
-    """
-    secrets = [v for k, v in os.environ.items() if SECRET_NAME.search(k) and len(v) >= 8]
-
-    def clean(item: Any, name: str) -> Any:
-        if isinstance(item, dict):
-            return {key: clean(inner, str(key)) for key, inner in item.items()}
-        if isinstance(item, list | tuple):
-            return [clean(inner, name) for inner in item]
-        if not isinstance(item, str):
-            return item
-        if SECRET_NAME.search(name):
-            return HIDDEN
-        for secret in secrets:
-            item = item.replace(secret, HIDDEN)
-        item = ADDRESS_PASSWORD.sub(rf"\1{HIDDEN}@", item)
-        # KEY=VALUE, as in a command line
-        return re.sub(
-            r"([\w.]+)=(\S+)", lambda m: f"{m[1]}={HIDDEN}" if SECRET_NAME.search(m[1]) else m[0], item
-        )
-
-    return clean(value, "")
 
 
 def git_state(folder: Path) -> dict[str, Any]:
@@ -116,6 +83,6 @@ def describe_environment(repository: Path) -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "git": git_state(repository),
-        "command": redact(shlex.join([Path(sys.executable).name, *sys.argv])),
+        "command": shlex.join([Path(sys.executable).name, *redact_words(sys.argv)]),
         "folder": os.getcwd(),
     }

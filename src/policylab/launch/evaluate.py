@@ -13,14 +13,14 @@ from policylab.callbacks.tables import console, headlines, number, pick, rows, s
 from policylab.launch.find_run import find_checkpoint, find_run
 from policylab.launch.imports import import_libraries
 from policylab.launch.run_folder import write_json
-from policylab.launch.saved_config import load_config
+from policylab.launch.saved_config import demand_known, load_config, with_consent
 
 
 def evaluate_job(config: DictConfig) -> None:
     """The Hydra task of ``evaluate.py``."""
     run_folder = find_run(config.run)
     checkpoint = find_checkpoint(run_folder, config.checkpoint)
-    result = evaluate(run_folder, checkpoint, config.prompts, config.seed)
+    result = evaluate(run_folder, checkpoint, config.prompts, config.seed, config.trust_remote_code)
     out = Path(config.out).expanduser() if config.out else run_folder / "evaluate.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
@@ -28,18 +28,25 @@ def evaluate_job(config: DictConfig) -> None:
     console().print(rows([("written to", short_path(out))]), soft_wrap=True)
 
 
-def evaluate(run_folder: Path, checkpoint: Path, prompts: int | None, seed: int | None) -> dict[str, Any]:
+def evaluate(
+    run_folder: Path,
+    checkpoint: Path,
+    prompts: int | None,
+    seed: int | None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Builds the run's experiment anew and validates a checkpoint.
 
     Args:
         prompts: validation prompts; None takes as many as the run did.
         seed: of the sampling noise; None takes the run's.
+        trust_remote_code: the consent of whoever asks now; that on record in the run does not count.
 
     Returns:
         The content of ``evaluate.json``: run, checkpoint, iteration, seed, prompts, metrics, samples.
 
     Raises:
-        UserError: when the task has fewer prompts.
+        UserError: when the task has fewer prompts, or a secret is needed that was not kept.
     """
     import_libraries()
     from policylab.config.build import build
@@ -49,7 +56,8 @@ def evaluate(run_folder: Path, checkpoint: Path, prompts: int | None, seed: int 
     warnings.filterwarnings(
         "ignore", message="(?s).*callbacks used to create the checkpoint"
     )  # left out on purpose
-    config = for_evaluation(load_config(run_folder), prompts, seed)
+    config = with_consent(for_evaluation(load_config(run_folder), prompts, seed), trust_remote_code)
+    demand_known(config, run_folder)
     experiment = build(config, run_folder)
     module = experiment.module
     experiment.trainer.validate(

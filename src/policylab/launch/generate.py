@@ -13,7 +13,7 @@ from policylab.callbacks.tables import console
 from policylab.errors import UserError
 from policylab.launch.find_run import find_run
 from policylab.launch.imports import UNUSED, absent
-from policylab.launch.saved_config import load_config
+from policylab.launch.saved_config import demand_known, load_config
 
 if TYPE_CHECKING:
     from policylab.models.policy import Policy
@@ -24,7 +24,8 @@ def generate_job(config: DictConfig) -> None:
     check(config)
     run_folder = find_run(config.run)
     trained_with = load_config(run_folder)
-    policy = load_policy(run_folder, config.policy, trained_with)
+    demand_known(trained_with, run_folder, parts=("model", "rollout", "task.instruction"))
+    policy = load_policy(run_folder, config.policy, trained_with, config.trust_remote_code)
     for prompt in prompts(config.prompt):
         for text in completions(policy, prompt, config, trained_with):
             console().print(f"[dim]{escaped(prompt)}[/]{escaped(text)}", soft_wrap=True)
@@ -42,8 +43,13 @@ def check(config: DictConfig) -> None:
         raise UserError("prompt is empty; give some text to go on from, or leave it out to be asked")
 
 
-def load_policy(run_folder: Path, which: str, trained_with: DictConfig) -> Policy:
+def load_policy(
+    run_folder: Path, which: str, trained_with: DictConfig, trust_remote_code: bool = False
+) -> Policy:
     """A policy that a run has exported, on the best device.
+
+    Args:
+        trust_remote_code: the consent of whoever asks now; that on record in the run does not count.
 
     Raises:
         UserError: when the run has not exported it.
@@ -59,9 +65,7 @@ def load_policy(run_folder: Path, which: str, trained_with: DictConfig) -> Polic
         there = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))
         raise UserError(f"no policy at {folder}; this run has exported {', '.join(there) or 'none'}")
     model = trained_with.model
-    options = LoadOptions(
-        model.dtype, model.attn_implementation, bool(model.get("trust_remote_code")), model.get("chat")
-    )
+    options = LoadOptions(model.dtype, model.attn_implementation, trust_remote_code, model.get("chat"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Policy(from_folder(folder, options, source=str(folder)), critic=None).to(device).eval()
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import TextIO
 
+from policylab.launch.redaction import redact_text
 from policylab.launch.world import world
 
 #: Said by Lightning or torch in every run and of no use in any; whatever else they say is shown.
@@ -44,6 +45,14 @@ class ConsoleHandler(logging.StreamHandler):
     @stream.setter
     def stream(self, _: TextIO) -> None:
         """Ignored: logging's own set-up assigns it."""
+
+
+class Formatter(logging.Formatter):
+    """Lines without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Logging's call."""
+        return redact_text(super().format(record))
 
 
 class LogFile(logging.FileHandler):

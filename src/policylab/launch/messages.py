@@ -21,6 +21,8 @@ UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<group>[^']+)/(?P<choice>[^'/]+)'")
 # The key alone, with its path in the next line; or, behind an interpolation, the path at once.
 MISSING = re.compile(r"Missing mandatory value: (?:(\S+)\s+full_key: (?=\S+\.\1\b))?(?P<key>\S+)")
+#: A variable of the environment that is not set, for one.
+UNRESOLVED = re.compile(r"\w+ raised while resolving interpolation: (?P<why>.*)\s+full_key: (?P<key>\S+)")
 SEARCHED = re.compile(r"path=file://(\S+)")
 NOISE = ("full_key", "Error parsing override", "object_type", "See http", "reference_type")
 
@@ -76,6 +78,9 @@ def improve(message: str) -> str:
         return f"{key} is not in the config; {nearest(key, known_keys(key))}see what is with --cfg job"
     if match := MISSING.search(message):
         return f"{match['key']} must be given: {match['key']}=..."
+    if match := UNRESOLVED.search(message):
+        why = match["why"].strip('"')
+        return f"{match['key']}: {why}"
     lines = [line.strip() for line in message.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith(NOISE))
 

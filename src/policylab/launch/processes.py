@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import ProcessFailed, RunError, UserError
 from policylab.launch.messages import is_mistake, one_line
+from policylab.launch.saved_config import self_contained
 from policylab.launch.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, can_listen, stop_at_once
 from policylab.launch.status import FAILED, INTERRUPTED, finish_status, now
 from policylab.launch.world import world
@@ -44,7 +45,7 @@ STOP = "stop"
 class Job:
     """What a process needs to know."""
 
-    config: str  #: resolved, as YAML
+    config: str  #: resolved but for what stands in the environment, as YAML
     logging: str  #: Hydra's ``job_logging``, resolved, as YAML
     run_dir: str
     overrides: list[str]
@@ -87,7 +88,7 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
             shutdown_timeout=GRACE,
         )
         job = Job(
-            config=OmegaConf.to_yaml(config, resolve=True),
+            config=OmegaConf.to_yaml(OmegaConf.create(self_contained(config))),
             logging=OmegaConf.to_yaml(job_logging, resolve=True),
             run_dir=str(run_dir),
             overrides=overrides,

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.callbacks.metrics_file import read_rows, write_rows
 from policylab.errors import UserError
 from policylab.launch.checkpoints import LAST, PREVIOUS, checkpoint_state
-from policylab.launch.environment import HIDDEN
 from policylab.launch.find_run import LATEST, find_run
+from policylab.launch.redaction import HIDDEN
 from policylab.launch.run_folder import write_atomically
 from policylab.launch.status import DONE, read_status, running_process
 
@@ -56,7 +56,10 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
         word for word in json.loads(environment.read_text())["overrides"] if override_key(word) not in given
     ]
     if hidden := [override_key(word) for word in before if HIDDEN in word]:
-        raise UserError(f"{hidden[0]} was given in secret and is not kept; give it again: {hidden[0]}=...")
+        raise UserError(
+            f"{hidden[0]} was given in clear and is not kept; give it again: {hidden[0]}=... "
+            "(or '${oc.env:NAME}', which is kept)"
+        )
     return [*before, *arguments]
 
 

@@ -17,13 +17,20 @@ from policylab.config.checks import check
 from policylab.config.hardware import backend, processes, settled
 from policylab.errors import UserError
 from policylab.launch.checkpoints import become_newest, checkpoint_iteration, checkpoint_state, demand_fit
-from policylab.launch.environment import redact
 from policylab.launch.find_run import checkpoint_to_resume
 from policylab.launch.imports import import_libraries
 from policylab.launch.logs import FILE_ONLY, silence_noise
+from policylab.launch.redaction import redact_words
 from policylab.launch.resume import check_same_run, rewind
 from policylab.launch.run_folder import leaving_nothing, point_latest, write_json
-from policylab.launch.saved_config import plain, refuse_taken_folder, save_config
+from policylab.launch.saved_config import (
+    TRUST,
+    learn_secrets,
+    leaves,
+    plain,
+    refuse_taken_folder,
+    save_config,
+)
 from policylab.launch.screen import Screen
 from policylab.launch.signals import SIGNALS, Interrupted
 from policylab.launch.status import RunStatus
@@ -53,7 +60,11 @@ def train_job(config: DictConfig) -> float | None:
 
     hydra = HydraConfig.get()
     run_dir, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    learn_secrets(config)
+    sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records it
     check(config)
+    if config.resume:
+        demand_consent(config, sys.orig_argv)
     if config.plan:
         import_libraries()
         from policylab.planning.plan import plan_job
@@ -68,6 +79,23 @@ def train_job(config: DictConfig) -> float | None:
     from policylab.launch.processes import launch
 
     return launch(config, hydra.job_logging, run_dir, overrides)
+
+
+def demand_consent(config: DictConfig, typed: Sequence[str]) -> None:
+    """A run that goes on trusts the code of others only if the present command says so, not because it once did.
+
+    Args:
+        typed: the present command line, without what a resumed run adds to it.
+
+    Raises:
+        UserError: naming the key.
+    """
+    trusting = [key for key, value in leaves(OmegaConf.to_container(config)) if value and key.endswith(TRUST)]
+    if trusting and not any(TRUST in word for word in typed):
+        raise UserError(
+            f"{config.resume} was started with {trusting[0]}=true, and that consent does not last; give it again if "
+            "you trust the code that comes with the model"
+        )
 
 
 def train(
@@ -90,13 +118,14 @@ def train(
     """
     if not (config.logger and config.logger.get("csv")):
         raise UserError("logger.csv is off, but summary and resume read metrics.csv; leave it on")
+    learn_secrets(config)
     check(config)
     config, main = settled(config), world().main
     demand_same("config", OmegaConf.to_yaml(config, resolve=True))
     checkpoint, fresh = starting_point(config, run_dir, overrides)
     screen = Screen(config, run_dir)
     with RunStatus(run_dir, config.iterations, config.max_tokens, writes=main) as status, log_failure():
-        screen.opening(overrides)  # stands before the seconds of heavy imports
+        screen.opening(redact_words(overrides))  # stands before the seconds of heavy imports
         demand_model(config)
         import_libraries()
         from policylab.launch.follow import FollowStatus
@@ -149,7 +178,7 @@ def starting_point(config: DictConfig, run_dir: Path, overrides: list[str]) -> t
             refuse_taken_folder(run_dir)
             save_config(config, run_dir)
             # before there is a status: what has one can be resumed, with what it was started with
-            write_json(run_dir / "env.json", {"overrides": redact(overrides)})
+            write_json(run_dir / "env.json", {"overrides": redact_words(overrides)})
         note(own)
     checkpoint = agreed("checkpoint", checkpoint, config.hardware.timeout)
     return Path(checkpoint) if checkpoint else None, not resume
@@ -192,7 +221,7 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str], checkpoint:
         **describe_environment(Path(config.paths.repo)),
         "weights": experiment.module.policy.source,
         **in_environment(),
-        "overrides": redact(overrides),
+        "overrides": redact_words(overrides),
     }
     if world().main:
         write_json(run_dir / "env.json", with_earlier_sessions(environment, run_dir / "env.json"))

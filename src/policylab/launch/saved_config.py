@@ -2,28 +2,94 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from policylab.errors import UserError
-from policylab.launch.environment import redact
+from policylab.launch.messages import improve
+from policylab.launch.redaction import HIDDEN, redact, remember
 from policylab.launch.run_folder import write_atomically
 
+#: Whether code that comes with a model may run. Consent counts on the present command line alone.
+TRUST = "trust_remote_code"
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved config as plain containers, secrets hidden.
+
+def self_contained(config: DictConfig) -> dict[str, Any]:
+    """The config as plain containers that stand for themselves: all is resolved but ``${oc.env:NAME}``.
 
     Raises:
         omegaconf.MissingMandatoryValue: when a ``???`` was left.
     """
-    return redact(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    with environment_unresolved():
+        kept = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    both = _self_contained(kept, resolved)
+    assert isinstance(both, dict)
+    return both
+
+
+@contextmanager
+def environment_unresolved() -> Iterator[None]:
+    """While active, ``${oc.env:NAME}`` resolves to itself."""
+
+    def itself(*words: object) -> str:
+        return f"${{oc.env:{','.join('null' if word is None else str(word) for word in words)}}}"
+
+    OmegaConf.register_new_resolver("oc.env", itself, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _self_contained(kept: Any, resolved: Any) -> Any:
+    """A value that, read again, gives the resolved one; with references to the environment where that is possible."""
+    if isinstance(kept, str) and kept != resolved and _read(kept) == resolved:
+        return kept
+    if isinstance(resolved, dict):
+        inner = kept if isinstance(kept, dict) else {}
+        return {key: _self_contained(inner.get(key), value) for key, value in resolved.items()}
+    if isinstance(resolved, list):
+        items = kept if isinstance(kept, list) else [None] * len(resolved)
+        return [_self_contained(*pair) for pair in zip(items, resolved, strict=True)]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", resolved) if isinstance(resolved, str) else resolved
+
+
+def _read(text: str) -> Any:
+    """What a text of a config resolves to; None where it cannot be resolved."""
+    try:
+        return OmegaConf.create({"value": text}).value
+    except OmegaConfBaseException:
+        return None
+
+
+def learn_secrets(config: DictConfig) -> None:
+    """From here on the secrets of a config are hidden wherever they appear."""
+    remember(OmegaConf.to_container(config, resolve=True))
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """What is kept of a config: all that it says, secrets hidden."""
+    learn_secrets(config)
+    hidden: dict[str, Any] = redact(self_contained(config))
+    return hidden
+
+
+def as_yaml(config: DictConfig) -> str:
+    """The content of ``config.yaml``, which checkpoints hold as well."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
 
 
 def save_config(config: DictConfig, run_folder: Path) -> None:
     """Writes ``config.yaml``, atomically."""
-    write_atomically(run_folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+    write_atomically(run_folder / "config.yaml", as_yaml(config))
 
 
 def load_config(run_folder: Path) -> DictConfig:
@@ -36,6 +102,52 @@ def load_config(run_folder: Path) -> DictConfig:
     if not isinstance(config, DictConfig) or not config:
         raise UserError(f"{run_folder / 'config.yaml'} holds no config")
     return config
+
+
+def demand_known(config: DictConfig, run_folder: Path, parts: tuple[str, ...] = ("",)) -> None:
+    """Refuses to work with a run's config of which something was not kept, or cannot be resolved here.
+
+    Args:
+        parts: dotted keys of what is needed; "" is all.
+
+    Raises:
+        UserError: naming the first key.
+    """
+    file = run_folder / "config.yaml"
+    for key, value in leaves(OmegaConf.to_container(config)):
+        if key.startswith(parts) and isinstance(value, str) and HIDDEN in value:
+            raise UserError(
+                f"{key} was given in clear and is not kept; write ${{oc.env:NAME}}, a variable of the environment, in "
+                f"its place in {file}"
+            )
+    for part in parts:
+        try:
+            node = OmegaConf.select(config, part) if part else config
+            if OmegaConf.is_config(node):
+                remember(OmegaConf.to_container(node, resolve=True))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{file}: {improve(str(error))}") from error
+
+
+def with_consent(config: DictConfig, trust_remote_code: bool) -> DictConfig:
+    """A copy of a run's config that trusts code which comes with a model as far as the present command does."""
+    changed = config.copy()
+    for key, _ in leaves(OmegaConf.to_container(config)):
+        if key.split(".")[-1] == TRUST:
+            OmegaConf.update(changed, key, trust_remote_code)
+    return changed
+
+
+def leaves(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values of plain data with their dotted keys."""
+    if isinstance(item, dict):
+        for key, inner in item.items():
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(item, list):
+        for number, inner in enumerate(item):
+            yield from leaves(inner, f"{path}[{number}]")
+    else:
+        yield path, item
 
 
 def refuse_taken_folder(run_folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from policylab.launch.patience import Patience
+from policylab.launch.redaction import redact_text
 from policylab.launch.run_folder import write_json
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
@@ -73,7 +74,8 @@ def finish_status(run_folder: Path, began: str, status: str, exception: str | No
         content = read_status(run_folder)
         ours = content.get("updated", "") >= began and content["status"] != DONE
         if ours and running_process(run_folder) is None:
-            content |= {"status": status, "exception": exception, "finished": now(), "updated": now()}
+            reason = redact_text(exception or "") or None
+            content |= {"status": status, "exception": reason, "finished": now(), "updated": now()}
             write_json(run_folder / "status.json", content)
 
 
@@ -141,4 +143,8 @@ class RunStatus:
         elif isinstance(error, KeyboardInterrupt):
             self.interrupted()
         else:
-            self.write(status=FAILED, finished=now(), exception=f"{type(error).__name__}: {error}")
+            self.write(
+                status=FAILED,
+                finished=now(),
+                exception=redact_text(f"{type(error).__name__}: {error}"),
+            )

@@ -155,6 +155,11 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
                 **common,
             )
     except (ValueError, RuntimeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{where} comes with Python code of its own, which runs only if this command says so: with "
+                "model.trust_remote_code=true (train.py), or trust_remote_code=true (evaluate.py, generate.py)"
+            ) from error
         raise UserError(f"cannot load {where}: {first_line(error)}") from error
     lm, report = loaded
     if report["missing_keys"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervised, TrustRegion
 from policylab.config.build import (
@@ -23,7 +23,6 @@ from policylab.config.build import (
 from policylab.config.hardware import AUTO, gpus
 from policylab.errors import UserError
 from policylab.launch.allocator import main_memory
-from policylab.launch.saved_config import plain
 from policylab.launch.world import world
 from policylab.models.loading import ASSETS, read_tokenizer
 from policylab.models.meta import Outline, outline
@@ -68,7 +67,8 @@ def describe(config: DictConfig) -> Described:
     engine = instantiate(without(config.rollout, PLANNED))
     task = instantiate(without(config.task, TAKEN_OVER))
     val = take_validation(task, config.validation.prompts)
-    model = outline(plain(model_config(config)))
+    settings: Any = OmegaConf.to_container(model_config(config), resolve=True)
+    model = outline(settings)
     shape = shape_of(model.lm, adapter_for(config, algorithm), config.optim.frozen_layers)
     prompts, targets = lengths(model, task, [*task.train, *val])
     new_tokens = (

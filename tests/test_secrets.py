@@ -1,0 +1,232 @@
+"""Secrets stay out of what is kept, and a run folder decides nothing that the present command has to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from policylab.errors import UserError
+from policylab.launch import redaction
+from policylab.launch.hydra_files import Redacted
+from policylab.launch.logs import Formatter
+from policylab.launch.redaction import HIDDEN, redact, redact_text, redact_words
+from policylab.launch.resume import with_command_of
+from policylab.launch.run import demand_consent
+from policylab.launch.run_folder import write_json
+from policylab.launch.saved_config import demand_known, plain, self_contained, with_consent
+from policylab.launch.status import RunStatus, read_status
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch):
+    """What one test calls a secret is none in the next."""
+    monkeypatch.setattr(redaction, "_known", set())
+
+
+class Paid:
+    """A reward that needs a key."""
+
+    def __init__(self, api_key: str, password: object = None, headers: object = None) -> None:
+        self.api_key = api_key
+
+    def __call__(self, completions):
+        logging.getLogger(__name__).warning("asked with %s", self.api_key)
+        return [float(len(completion.text)) for completion in completions]
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("+reward.api_key=sk-SECRET", f"+reward.api_key={HIDDEN}"),
+        ("++x.password=123456", f"++x.password={HIDDEN}"),
+        ("a.token='tk SECRET'", f"a.token={HIDDEN}"),
+        ("a.api_keys=[one,two]", f"a.api_keys={HIDDEN}"),
+        ("a.authToken=a,b", f"a.authToken={HIDDEN}"),
+        ("+a={_target_:my.Reward,api-key:x}", f"+a={HIDDEN}"),
+        ("+a=[{X-API-Key:x}],[{X-API-Key:y}]", f"+a={HIDDEN}"),
+        ("+a.secrets.openai=x", f"+a.secrets.openai={HIDDEN}"),
+        ("+a.key=${oc.env:KEY,sk-SECRET}", "+a.key=${oc.env:KEY,sk-SECRET}"),
+        ("+a.api_key=${oc.env:KEY,sk-SECRET}", f"+a.api_key={HIDDEN}"),
+        ("a.uri=http://user:word@host", f"a.uri={HIDDEN}"),
+        ("a.uri=http://host?token=x&n=1", f"a.uri={HIDDEN}"),
+        *[
+            (word, word)
+            for word in (
+                *("+a.api_key=${oc.env:KEY}", "+a={Authorization:'Bearer ${oc.env:KEY}'}", "a.token=null"),
+                *("m.eos_token=0", "m.pad_token='<pad>'", "rollout.max_new_tokens=8", "a.use_auth=true"),
+                *("~a.api_key", "-m", "train.py", "--config-dir=/x", "a.uri=http://u:${oc.env:P}@host"),
+            )
+        ],
+    ],
+)
+def test_a_command_line_without_secrets(word, kept):
+    assert redact_words([word]) == [kept]
+
+
+def test_a_secret_is_hidden_wherever_else_it_stands(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    before = {
+        "logger": {"wandb": {"api_key": "sk-SECRET", "project": "p"}},
+        "reward": {"password": 123456, "credentials": {"user": "me"}, "eos_token": "</s>"},
+        "note": ["holds 0123456789abcdef inside", "sk-SECRET again"],
+        "command": "train.py hf_token=abc seed=1",
+    }
+    after = {
+        "logger": {"wandb": {"api_key": HIDDEN, "project": "p"}},
+        "reward": {"password": HIDDEN, "credentials": {"user": HIDDEN}, "eos_token": "</s>"},
+        "note": [f"holds {HIDDEN} inside", f"{HIDDEN} again"],
+        "command": f"train.py hf_token={HIDDEN} seed=1",
+    }
+    assert redact(before) == after
+    assert redact_text("401 for sk-SECRET") == f"401 for {HIDDEN}"
+    record = logging.makeLogRecord({"msg": "401 for %s", "args": ("sk-SECRET",)})
+    assert Formatter("%(message)s").format(record) == f"401 for {HIDDEN}"
+
+
+def test_the_reason_of_a_failure_holds_no_secret(tmp_path):
+    redact({"api_key": "sk-SECRET"})
+    with pytest.raises(ValueError, match="401"), RunStatus(tmp_path, 1, None):
+        raise ValueError("401 for sk-SECRET")
+    assert read_status(tmp_path)["exception"] == f"ValueError: 401 for {HIDDEN}"
+
+
+def test_a_saved_config_refers_to_the_environment_and_resolves_all_else(monkeypatch):
+    monkeypatch.setenv("KEY", "sk-SECRET")
+    monkeypatch.setenv("NUMBER", "5")
+    config = OmegaConf.create(
+        {
+            "reward": {"api_key": "${oc.env:KEY}", "auth": "Bearer ${oc.env:KEY}", "token": "literal"},
+            "copy": "${reward.api_key}",
+            "number": "${oc.decode:${oc.env:NUMBER}}",
+            "other": "${number}",
+            "default": "${oc.env:NOT_THERE,3}",
+            "text": "a \\${b} and \\\\\\${c}",
+        }
+    )
+    saved = plain(config)
+    assert saved["reward"] == {
+        "api_key": "${oc.env:KEY}",
+        "auth": "Bearer ${oc.env:KEY}",
+        "token": HIDDEN,
+    }
+    assert saved["copy"] == "${oc.env:KEY}"
+    assert saved["number"] == saved["other"] == 5
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert OmegaConf.to_container(OmegaConf.create(self_contained(config)), resolve=True) == resolved
+    assert "SECRET" not in json.dumps(saved)
+
+
+def test_what_was_not_kept_is_not_worked_with(monkeypatch, tmp_path):
+    monkeypatch.delenv("KEY", raising=False)
+    config = OmegaConf.create({"reward": {"api_key": HIDDEN}, "model": {"key": "${oc.env:KEY}"}, "n": 1})
+    demand_known(config, tmp_path, parts=("n",))
+    with pytest.raises(UserError, match=r"reward\.api_key was given in clear and is not kept; write \$\{oc"):
+        demand_known(config, tmp_path)
+    with pytest.raises(UserError, match=r"config\.yaml: model\.key: Environment variable 'KEY' not found"):
+        demand_known(config, tmp_path, parts=("model",))
+    monkeypatch.setenv("KEY", "here")
+    demand_known(config, tmp_path, parts=("model",))
+
+
+def test_hydra_s_own_files_hold_no_secrets(tmp_path):
+    content = {
+        "reward": {"api_key": "sk-SECRET", "more": "${reward.api_key}"},
+        "hydra": {
+            "mode": RunMode.MULTIRUN,
+            "overrides": {"task": ["+reward.api_key=sk-SECRET", "seed=0,1"]},
+            "job": {"override_dirname": "+reward.api_key=sk-SECRET,seed=0"},
+            "sweep": {"dir": str(tmp_path)},
+            "runtime": {"output_dir": str(tmp_path / "0")},
+            "output_subdir": ".hydra",
+        },
+    }
+    files = tmp_path / "multirun.yaml", tmp_path / "0" / ".hydra" / "overrides.yaml"
+    files[1].parent.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(content), files[0])
+    OmegaConf.save(OmegaConf.create(["+reward.api_key=sk-SECRET", "seed=0"]), files[1])
+    Redacted().on_job_start(OmegaConf.create(content))
+    assert [file.read_text().count("SECRET") for file in files] == [0, 0]
+    assert OmegaConf.load(files[1]) == [f"+reward.api_key={HIDDEN}", "seed=0"]
+    assert OmegaConf.to_container(OmegaConf.load(files[0]))["reward"]["more"] == "${reward.api_key}"
+
+
+def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
+    """In no file, of a logger's either, and what stands in the environment is known again at evaluation."""
+    from policylab.launch.evaluate import evaluate
+    from policylab.launch.find_run import find_checkpoint
+
+    monkeypatch.setenv("PAID_KEY", "sk-SECRET123")
+    run = train_briefly(
+        [
+            *("debug=fast", "model=tiny_scratch", "hardware=cpu", "callbacks.console=null"),
+            *(f"reward._target_={__name__}.Paid", "reward._partial_=false", "logger=tensorboard"),
+            *(
+                "+reward.api_key=${oc.env:PAID_KEY}",
+                "+reward.password=4711000",
+                "+reward.headers=[{token: to ken}]",
+            ),
+        ]
+    )
+    assert any("sk-SECRET123" in message for message in caplog.messages), "the reward had its key"
+    said = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert [
+        path for path, text in said.items() if b"SECRET" in text or b"4711000" in text or b"to ken" in text
+    ] == []
+    assert len([path for path, text in said.items() if b"${oc.env:PAID_KEY}" in text]) >= 3
+    checkpoint = find_checkpoint(run, "last")
+    with pytest.raises(UserError, match=r"reward\.password was given in clear"):
+        evaluate(run, checkpoint, None, None)
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace(HIDDEN, "${oc.env:PAID_KEY}"))
+    assert evaluate(run, checkpoint, None, None)["metrics"]["val/reward"] > 0
+
+
+# -- code that comes with a model ---------------------------------------------------------------------------
+
+
+def test_consent_of_the_present_command_alone_counts():
+    config = OmegaConf.create({"model": {"trust_remote_code": True}, "reward": [{"trust_remote_code": True}]})
+    changed = with_consent(config, False)
+    assert not changed.model.trust_remote_code
+    assert not changed.reward[0].trust_remote_code
+    assert with_consent(changed, True) == config
+    config.resume = "logs/x"
+    with pytest.raises(
+        UserError, match=r"logs/x was started with model\.trust_remote_code=true, .* give it again"
+    ):
+        demand_consent(config, ["train.py", "resume=logs/x"])
+    demand_consent(config, ["train.py", "resume=logs/x", "model.trust_remote_code=true"])
+    demand_consent(OmegaConf.create({"model": {"trust_remote_code": False}}), [])
+
+
+def test_a_run_s_folder_cannot_have_code_run(tmp_path, monkeypatch):
+    """A model whose folder brings its own code runs it for whoever says so now, whatever config.yaml says."""
+    from policylab.launch.generate import load_policy
+
+    folder = tmp_path / "model" / "best"
+    folder.mkdir(parents=True)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    write_json(folder / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}})
+    config = OmegaConf.create(
+        {"model": {"dtype": "float32", "attn_implementation": "sdpa", "trust_remote_code": True}}
+    )
+    with pytest.raises(UserError, match="trust_remote_code=true"):
+        load_policy(tmp_path, "best", config)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_resumed_run_asks_for_its_secret(tmp_path: Path):
+    write_json(tmp_path / "status.json", {"status": "failed"})
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    write_json(
+        tmp_path / "env.json", {"overrides": redact_words(["+reward.api_key=x", "+a.api_key=${oc.env:KEY}"])}
+    )
+    with pytest.raises(UserError, match=r"reward\.api_key was given in clear .* give it again"):
+        with_command_of([f"resume={tmp_path}"])
+    words = with_command_of([f"resume={tmp_path}", "+reward.api_key=x"])
+    assert words[0] == "+a.api_key=${oc.env:KEY}"
