@@ -195,7 +195,7 @@ class ExperimentModule(ManualOptimization):
         self.end_with_budget()
 
     def agree_on_cuts(self) -> None:
-        """From here on no process takes more at a time than any has found to fit; a checkpoint holds one number each."""
+        """From here on no process takes more at a time than has been found to fit on each; a checkpoint holds that."""
         rows = self.row_limit.rows or EVERY_ROW
         tokens, rows = (-self.all_max(-torch.tensor([self.micro_batch_tokens, rows]))).tolist()
         self._micro_batch_tokens = tokens

@@ -62,8 +62,9 @@ def knobs(job: Job) -> Iterator[Knob]:
     if (fewer := max(longest, int(job.pass_tokens) // 4)) < job.pass_tokens:
         yield Knob(f"optim.micro_batch_tokens={fewer}", replace(job, batch=replace(batch, limit=fewer)))
     rows = min(job.rows, max(batch.samples * job.sequences, batch.validation // hardware.processes))
-    if job.engine != "vllm" and (half := rows // 2):
-        yield Knob(f"rollout.max_rows={half}", replace(job, batch=replace(batch, max_rows=half)))
+    if job.engine != "vllm" and rows > 1:
+        cut = replace(batch, max_rows=rows // 2)
+        yield Knob(f"rollout.max_rows={cut.max_rows}", replace(job, batch=cut))
     if shape.weight_bytes == FP32 and not method.vectors:
         yield Knob(
             "hardware.precision=bf16-true",

@@ -82,8 +82,8 @@ class RowLimit:
                 torch.cuda.empty_cache()
             self.rows = limit = rows // 2
             warnings.warn(
-                f"out of memory: from here on at most {limit} completions are sampled at once; rollout.max_rows={limit} "
-                "starts with that",
+                f"out of memory: from here on at most {limit} completions are sampled at once; "
+                f"rollout.max_rows={limit} starts with that",
                 stacklevel=2,
             )
         if len(pieces) == 1:
