@@ -1,11 +1,11 @@
 """How far every fast path is from the plain fp32 forward and backward pass.
 
-    python benchmarks/faithfulness.py --model tiny|gpt2|smollm2 [--out benchmarks/results/faithfulness.csv]
+    python benchmarks/faithfulness.py --model tiny|gpt2|smollm2|llama [--device cuda] [--out FILE.csv]
 
 The plain way is the model's own code: a padded row for each sequence, PyTorch's own products, whole
 log-distributions, autograd's gradient. It is given the tokens that a path sampled, or else those of the default engine.
 Log-probs are compared a token (nats), gradients as whole vectors; the gradient is that of the sum of log-probs
-with random signs. Prompts are random ids of 4 to 32 tokens. gpt2 has random weights.
+with random signs. Prompts are random ids of 4 to 32 tokens. gpt2 and llama have random weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from policylab.config import resolvers
-from policylab.config.build import instantiate, model_config
 from policylab.functional.linear_head import head_figures
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
@@ -37,24 +34,17 @@ from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.types import Prompt, Rollout
+from race import weights
 
 ROOT = Path(__file__).parents[1]
-MODELS = {
-    "tiny": ["model=tiny"],
-    "gpt2": ["model=gpt2_scratch", "model.vocab_size=50257"],
-    "smollm2": ["model=smollm2"],
-}
 PROMPTS, GROUP, NEW_TOKENS = 8, 4, 32
 
 Figures = tuple[Tensor, Tensor]  #: log-probs on the rollout's grid, and the gradient
 
 
-def policy_of(model: str) -> Policy:
+def policy_of(model: str, device: str = "cpu") -> Policy:
     """The model as a run would load it."""
-    resolvers.register(ROOT)
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", MODELS[model])
-    return Policy(instantiate(model_config(config)), critic=None).eval()
+    return Policy(weights.load(model), critic=None).eval().to(device)
 
 
 def sampled(policy: Policy, engine: Any) -> Rollout:
@@ -66,7 +56,8 @@ def sampled(policy: Policy, engine: Any) -> Rollout:
     prompts = [Prompt(i, "", tuple(tokens), None, ()) for i, tokens in enumerate(ids)]
     rows = PROMPTS * GROUP
     rollout = engine.sample(policy, prompts, GROUP, uniforms(0, TRAIN, 0, range(rows), NEW_TOKENS))
-    kept = torch.minimum(rollout.lengths, torch.randint(8, NEW_TOKENS + 1, (rows,), generator=generator))
+    cuts = torch.randint(8, NEW_TOKENS + 1, (rows,), generator=generator).to(policy.device)
+    kept = torch.minimum(rollout.lengths, cuts)
     mask = length_mask(kept, rollout.tokens.shape[1])
     return rollout.replace(
         lengths=kept, action_mask=mask, tokens=rollout.tokens * mask, logprobs=rollout.logprobs * mask
@@ -75,7 +66,7 @@ def sampled(policy: Policy, engine: Any) -> Rollout:
 
 def backward(policy: Policy, logprobs: Tensor) -> Tensor:
     """The gradient of the log-probs, each with a sign of its own."""
-    signs = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1)).sign()
+    signs = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1)).sign().to(policy.device)
     policy.zero_grad(set_to_none=True)
     (logprobs * signs).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.lm.parameters() if p.grad is not None])
@@ -103,9 +94,9 @@ def by_update(policy: Policy, rollout: Rollout) -> Figures:
     return logprobs.detach(), backward(policy, logprobs)
 
 
-def bf16() -> AbstractContextManager[Any]:
+def bf16(policy: Policy) -> AbstractContextManager[Any]:
     """As ``hardware.precision=bf16-mixed`` does it."""
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    return torch.autocast(policy.device.type, torch.bfloat16, cache_enabled=False)
 
 
 def in_chunks() -> AbstractContextManager[Any]:
@@ -149,7 +140,7 @@ def measure(policy: Policy) -> list[Errors]:
         "update, head in chunks": (in_chunks, {"packs": True}),
         "update, rows apart": (nullcontext, {"packs": False}),
         "update, gradient checkpointing": (nullcontext, {"recomputes_layers": True}),
-        "update, bf16-mixed": (bf16, {"packs": True}),
+        "update, bf16-mixed": (functools.partial(bf16, policy), {"packs": True}),
     }
     for path, (context, settings) in paths.items():
         with context(), mock.patch.multiple(policy, **settings):
@@ -162,10 +153,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
+    parser.add_argument("--model", choices=sorted(weights.MODELS), default="tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="a CSV to add rows to")
     chosen = parser.parse_args()
-    rows = measure(policy_of(chosen.model))
+    rows = measure(policy_of(chosen.model, chosen.device))
     print(f"{chosen.model:32} {'mean':>9} {'largest':>9} {'gradient':>9}")
     for row in rows:
         gradient = "" if row.gradient is None else f"{row.gradient:9.1e}"
@@ -194,7 +186,8 @@ def main() -> None:
         for row in rows:
             gradient = "" if row.gradient is None else f"{row.gradient:.2e}"
             table.writerow([
-                chosen.model, row.path, f"{row.mean:.2e}", f"{row.largest:.2e}", gradient, about["cpu"],
+                chosen.model, row.path, f"{row.mean:.2e}", f"{row.largest:.2e}", gradient,
+                about["cpu"] if chosen.device == "cpu" else about["gpus"][0],
                 about["packages"]["torch"], about["git"]["commit"], datetime.date.today().isoformat(),
             ])  # fmt: skip
 

@@ -27,7 +27,9 @@ from race.figures import Ratio, median_lap
 from race.referee import RaceError, Result
 from race.work import Work
 
-NEW_TOKENS = {"tiny": 64, "gpt2": 32, "smollm2": 32}
+NEW_TOKENS = {"tiny": 64, "gpt2": 32, "smollm2": 32, "llama": 64}
+#: Those that ``--all`` races; llama, of 0.5 B, is for a GPU.
+ALL = ("tiny", "gpt2", "smollm2")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -45,6 +47,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, help="a completion's; 64 for tiny, else 32")
     parser.add_argument("--trl-micro-batch", type=int, help="sequences that TRL's update takes at once; all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment with TRL")
     parser.add_argument("--check", action="store_true", help="compare the first update and end")
     parser.add_argument("--all", action="store_true", help="every model, algorithm and kind of lengths")
@@ -71,7 +74,7 @@ def races(chosen: argparse.Namespace) -> list[Work]:
         kinds = [(chosen.model, chosen.algo, chosen.critic, chosen.lengths, chosen.precision)]
     else:
         algos = (("grpo", "separate"), ("rloo", "separate"), ("ppo", "separate"), ("ppo", "shared"))
-        grid = itertools.product(NEW_TOKENS, algos, ("fixed", "varied"), PRECISIONS)
+        grid = itertools.product(ALL, algos, ("fixed", "varied"), PRECISIONS)
         kinds = [(model, *algo, lengths, precision) for model, algo, lengths, precision in grid]
         # Autocast gains nothing where the overhead of calls is what counts.
         kinds = [kind for kind in kinds if kind[0] != "tiny" or kind[-1] == "fp32"]
@@ -84,6 +87,7 @@ def races(chosen: argparse.Namespace) -> list[Work]:
             critic,
             **sizes,
             new_tokens=chosen.new_tokens or NEW_TOKENS[model],
+            device=chosen.device,
         )
         for model, algo, critic, lengths, precision in kinds
     ]
@@ -121,6 +125,7 @@ def record(result: Result) -> dict[str, Any]:
         "transformers": f"{mine['transformers']} / {other['transformers']}",
         "python": f"{result.ours['python']} / {result.theirs['python']}",
         "cpu": result.ours["cpu"],
+        "gpu": result.ours["gpu"],
         "cores": result.ours["cores"],
         "threads": result.ours["threads"],
         "system": platform.system(),

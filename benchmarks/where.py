@@ -183,7 +183,7 @@ def main() -> None:
     given = parser.parse_args()
     work = Work(
         given.model, given.algo, given.lengths, given.precision, given.critic, given.prompts, 4,
-        64 if given.model == "tiny" else 32, 16,
+        64 if given.model == "tiny" else 32, 16, "cpu",
     )  # fmt: skip
     prepare(str(ROOT / "train.py"))
     rows = table(work, look(work))

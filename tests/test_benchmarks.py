@@ -23,7 +23,7 @@ from race.figures import Lap, Ratio
 from race.lane import Lane
 from race.work import EOS, PAD, Work
 
-WORK = Work("tiny", "grpo", "varied", "fp32", "separate", 4, 2, 16, 8)
+WORK = Work("tiny", "grpo", "varied", "fp32", "separate", 4, 2, 16, 8, "cpu")
 
 
 def lap(seconds: float) -> Lap:
@@ -142,7 +142,7 @@ def test_wrong_arguments_are_told(wrong: list[str], capsys: pytest.CaptureFixtur
 
 def test_record_is_flat_and_json() -> None:
     facts = {
-        "rest_gib": 0.5, "peak_gib": 1.0, "threads": 2, "python": "3.12", "cpu": "a CPU", "cores": 2,
+        "rest_gib": 0.5, "peak_gib": 1.0, "threads": 2, "python": "3.12", "cpu": "a CPU", "gpu": "", "cores": 2,
         "commit": "0123456789abcdef", "dirty": True,
         "versions": {"policylab": "0.1", "trl": "1.10", "torch": "2.13", "transformers": "5.23"},
     }  # fmt: skip

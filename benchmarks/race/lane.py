@@ -103,12 +103,16 @@ class Lane:
 
 
 def memory() -> float | None:
-    """GiB of this process that are in memory now; None where the system does not tell."""
+    """GiB that this process holds, on the GPU where it uses one; None where the system does not tell."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated() / 2**30
     file = Path("/proc/self/statm")
     return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30 if file.exists() else None
 
 
 def peak_memory() -> float:
-    """GiB of this process that were in memory at most."""
+    """GiB that this process held at most, on the GPU where it uses one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -103,7 +103,8 @@ class Racer(Callback):
 def overrides(race: Work, folder: Path) -> list[str]:
     """The work as overrides of our config."""
     common = [
-        "model=hf", f"model.path={folder / 'policy'}", f"model.name={race.model}", "hardware=cpu",
+        "model=hf", f"model.path={folder / 'policy'}", f"model.name={race.model}",
+        f"hardware={'cpu' if race.device == 'cpu' else 'gpu'}",
         f"hardware.precision={'32-true' if race.precision == 'fp32' else 'bf16-mixed'}",
         "callbacks=none", "callbacks.checkpoint=null", "logger.csv=null", "~algo_model", f"paths.run={folder}",
         f"iterations={ENDLESS}", f"validation.every={ENDLESS}", "validation.prompts=1",
@@ -163,6 +164,7 @@ def main(race: Work, folder: Path) -> None:
     facts = {
         "versions": {"policylab": environment["policylab"], **environment["packages"]},
         "python": environment["python"], "cpu": environment["cpu"], "cores": environment["cpu_cores"],
+        "gpu": environment["gpus"][0] if race.device == "cuda" else "",
         "commit": environment["git"]["commit"], "dirty": environment["git"]["dirty"],
     }  # fmt: skip
     experiment.trainer.callbacks.append(Racer(lane, facts))  # type: ignore[attr-defined]

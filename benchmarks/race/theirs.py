@@ -83,7 +83,8 @@ class Generation:
             waiting[tuple(prompt)].append(completion)
         rows = [waiting[tuple(row.tolist())].pop(0) for row in input_ids]
         width = max(map(len, rows))
-        completions = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+        padded = [row + [PAD] * (width - len(row)) for row in rows]
+        completions = torch.tensor(padded, device=input_ids.device)
         tokens = torch.cat([input_ids, completions], 1)
         if not with_scores:
             return tokens
@@ -105,7 +106,8 @@ class TokenReward(nn.Module):
         )
 
     def score(self, tokens: Tensor) -> Tensor:
-        rewards = torch.tensor([work.reward(row) for row in tokens[:, PROMPT_TOKENS:].tolist()])
+        given = [work.reward(row) for row in tokens[:, PROMPT_TOKENS:].tolist()]
+        rewards = torch.tensor(given, device=tokens.device)
         return rewards[:, None, None].expand(-1, tokens.shape[1], 1)
 
 
@@ -128,7 +130,8 @@ def settings(race: Work, folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "trl"), "per_device_train_batch_size": race.trl_micro_batch,
         "gradient_accumulation_steps": race.sequences // race.trl_micro_batch,
-        "gradient_checkpointing": False, "bf16": race.precision == "bf16", "use_cpu": True,
+        "gradient_checkpointing": False, "bf16": race.precision == "bf16", "use_cpu": race.device == "cpu",
+       
         "learning_rate": work.LEARNING_RATE, "lr_scheduler_type": "constant",
         "adam_beta1": work.BETAS[0], "adam_beta2": work.BETAS[1], "adam_epsilon": work.EPS, "weight_decay": 0.0,
         "max_grad_norm": 0.0, "optim": "adamw_torch_fused", "logging_strategy": "no", "save_strategy": "no",
@@ -147,6 +150,8 @@ def group_trainer(
         "num_generations": race.group_size, "max_completion_length": race.new_tokens, "disable_dropout": True,
         "shuffle_dataset": False, "max_steps": ENDLESS, "epsilon": work.CLIP, "num_iterations": 1,
     }  # fmt: skip
+    if race.device == "cuda":
+        common["cache_implementation"] = "static"  # faster there than a cache that grows
     if race.algo == "grpo":
         trainer: Any = GRPOTrainer
         args: Any = GRPOConfig(**common, beta=0.0, loss_type="grpo", scale_rewards="group")
@@ -216,7 +221,7 @@ def main(race: Work, folder: Path) -> None:
     critic = trainer.value_model if race.algo == "ppo" else None
     lane.gradients = lambda: gradients(model, critic)
     # PPO's generation goes past what accelerate wraps; the whole of it under autocast is the fastest there is.
-    with torch.autocast("cpu", torch.bfloat16, enabled=race.algo == "ppo" and race.precision == "bf16"):
+    with torch.autocast(race.device, torch.bfloat16, enabled=race.algo == "ppo" and race.precision == "bf16"):
         trainer.train()
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from policylab.config import resolvers
 from policylab.config.build import instantiate, model_config
+from policylab.models.loading import LoadedModel
 from race.work import EOS, PAD, PROMPT_TOKENS
 
 ROOT = Path(__file__).parents[2]
@@ -26,15 +27,36 @@ MODELS = {
     "tiny": ["model=tiny"],
     "gpt2": ["model=gpt2_scratch", "model.vocab_size=50257"],
     "smollm2": ["model=smollm2"],
+    "llama": ["model=gpt2_scratch", "model.vocab_size=151936"],
 }
+#: Instead of the config's own: of Qwen2.5-0.5B's size.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+}
+
+
+def load(model: str) -> LoadedModel:
+    """A model of `MODELS`, as a run would load it."""
+    resolvers.register(ROOT)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", MODELS[model])
+    if model in ARCHITECTURES:
+        config.model.architecture = ARCHITECTURES[model]
+    return instantiate(model_config(config))
 
 
 def save(model: str, folder: Path, with_critic: bool) -> None:
     """Writes ``folder/policy`` and, for PPO, ``folder/critic`` in Hugging Face format."""
-    resolvers.register(ROOT)
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", MODELS[model])
-    lm: Any = instantiate(model_config(config)).lm
+    lm: Any = load(model).lm
     renumber(lm, rarest(lm))
     for settings in (lm.config, lm.generation_config):
         settings.bos_token_id = settings.eos_token_id = EOS

@@ -28,10 +28,10 @@ VALUE_COEF = 0.1
 class Work:
     """One race.
 
-    Example: ``Work("tiny", "grpo", "fixed", "fp32", "separate", 16, 4, 64, 64)``
+    Example: ``Work("tiny", "grpo", "fixed", "fp32", "separate", 16, 4, 64, 64, "cpu")``
     """
 
-    model: str  #: tiny, gpt2, smollm2
+    model: str  #: tiny, gpt2, smollm2, llama
     algo: str  #: ppo, grpo, rloo
     lengths: (
         str  #: fixed: all completions are cut at ``new_tokens``; varied: each ends where ``schedule`` says
@@ -42,6 +42,7 @@ class Work:
     group_size: int
     new_tokens: int
     trl_micro_batch: int  #: sequences that TRL's update takes at once; a divisor of all
+    device: str  #: cpu, cuda
 
     @property
     def sequences(self) -> int:
@@ -50,7 +51,8 @@ class Work:
     @property
     def name(self) -> str:
         critic = f"-{self.critic}" if self.algo == "ppo" else ""
-        return f"{self.model}-{self.algo}{critic}-{self.lengths}-{self.precision}"
+        device = "" if self.device == "cpu" else f"-{self.device}"
+        return f"{self.model}-{self.algo}{critic}-{self.lengths}-{self.precision}{device}"
 
     def schedule(self) -> list[int]:
         """Tokens of each completion, its EOS included. Varied: evenly spread over 1 to ``new_tokens``, shuffled."""

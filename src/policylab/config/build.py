@@ -336,6 +336,7 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         enable_model_summary=False,
         default_root_dir=run_dir,
         detect_anomaly=config.detect_anomaly,
+        deterministic=hardware.deterministic,
     )
 
 

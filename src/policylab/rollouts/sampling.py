@@ -57,17 +57,33 @@ def _first_above(
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """Index, counted over both axes, at which the cumulative share exceeds the uniform number; and the sum."""
     sums = weights.sum(-1)
-    cdf = sums.cumsum(-1, dtype=torch.double)
+    cdf = _running_sums(sums)
     total = cdf[:, -1]
     threshold = _below(uniform.double() * total, total)
     block = _search(cdf, threshold)
     within = weights.gather(1, block[..., None].expand(-1, 1, weights.shape[-1])).squeeze(1)
-    own = within.cumsum(-1, dtype=torch.double)
+    own = _running_sums(within)
     # The block's own sum may differ from the one above by rounding.
     rest = threshold - (cdf.gather(-1, block) - sums.gather(-1, block)).squeeze(-1)
     return (block * weights.shape[-1] + _search(own, _below(rest.clamp(min=0), own[:, -1]))).squeeze(
         -1
     ), total
+
+
+def _running_sums(x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """Running sums of a row, in float64.
+
+    CUDA's scan has no deterministic form. Where one is asked for, this is a product with a triangle of ones.
+    """
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return by_triangle(x)
+    return x.cumsum(-1, dtype=torch.double)
+
+
+def by_triangle(x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """Running sums as one product."""
+    n = x.shape[-1]
+    return x.double() @ torch.ones(n, n, dtype=torch.double, device=x.device).triu()
 
 
 def _below(x: Float[Tensor, " B"], bound: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
