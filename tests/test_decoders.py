@@ -18,7 +18,7 @@ from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.decoders.gpt2 import GPT2
 from policylab.rollouts.decoders.llama import Llama
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.sampling import BLOCK, draw, inverse_cdf
+from policylab.rollouts.sampling import BLOCK, by_triangle, draw, inverse_cdf
 from policylab.rollouts.types import Prompt
 
 SMALL = {
@@ -285,3 +285,13 @@ class TestDraw:
             policy.lm.transformer.ln_f.weight[0] = float("nan")
         with pytest.raises(FloatingPointError, match="not finite"):
             engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)
+
+
+def test_running_sums_by_a_triangle_are_running_sums():
+    """The form without a scan, which CUDA takes where deterministic algorithms are asked for."""
+    weights = torch.rand(3, 300)
+    weights[:, 7] = 0.0
+    sums = by_triangle(weights)
+    torch.testing.assert_close(sums, weights.cumsum(-1, dtype=torch.double), atol=1e-12, rtol=1e-12)
+    assert torch.equal(sums[:, 7], sums[:, 6])  # a token of probability zero is never drawn
+    assert (sums.diff(dim=-1) >= 0).all()
