@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from policylab.callbacks.metrics_file import read_rows
 from policylab.callbacks.writing import write_state
 from policylab.config import resolvers
 from policylab.errors import UserError
-from policylab.launch.entry import flags_first, quoted
+from policylab.launch.entry import flags_first
 from policylab.launch.environment import describe_environment
 from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, find_run
 from policylab.launch.messages import improve, nearest
@@ -31,6 +32,8 @@ from policylab.launch.resume import NothingLeft, check_same_run, rewind, with_co
 from policylab.launch.run_folder import claim, point_latest, write_atomically, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder
 from policylab.launch.status import RunStatus, finish_status, read_status, running_process
+from policylab.launch.words import command, read, typed
+from policylab.launch.words import override as overriding
 
 ROOT = Path(__file__).parent.parent
 
@@ -247,13 +250,13 @@ def test_bad_input_is_one_line_and_code_2(words, message):
     ["it's [so] good", 'a "quote" b', "back\\slash", "end\\", "a, b=c {d} ${e} $f", '\\"x', "null", "3", ""],
 )
 def test_free_text_needs_no_quotes(text):
-    override = OverridesParser.create().parse_override(quoted(f"prompt={text}", ["prompt"]))
+    override = OverridesParser.create().parse_override(typed(f"prompt={text}", ["prompt"]))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
 
 
 def test_other_words_are_left_alone():
-    assert quoted("algo=ppo", ["prompt"]) == "algo=ppo"
-    assert quoted("debug=nan", []) == 'debug="nan"', "a name, not a number"
+    assert typed("algo=ppo", ["prompt"]) == "algo=ppo"
+    assert typed("debug=nan") == 'debug="nan"', "a name, not a number"
     assert flags_first(["algo=ppo", "-m", "seed=0,1"]) == ["-m", "algo=ppo", "seed=0,1"]
 
 
@@ -638,3 +641,48 @@ def test_a_run_whose_states_are_lost_is_not_started_over(tmp_path):
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / ".last.ckpt").touch()  # killed while it wrote the first
     check_same_run(config, run, None)
+
+
+# -- commands that are printed, paths that are typed ------------------------------------------------------
+
+ODD = ("a b=1,[c]", "it's", 'say "x"', "${e}", "7", "null", "back\\", "x: {y}", "å/é")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_printed_commands_reach_a_folder_of_any_name(name, tmp_path, monkeypatch):
+    """Through a shell, the root script and Hydra."""
+    words = shlex.split(command("evaluate.py", overriding("run", name)))
+    assert words[:2] == ["python", "evaluate.py"]
+    assert OmegaConf.create({"x": read(typed(words[2]))}).x == name
+    run = make_run(tmp_path / name)
+    assert OmegaConf.create({"x": read(typed(f"run={run}"))}).x == str(run)
+    write_json(run / "env.json", {"overrides": ["seed=1"]})
+    before, resume = with_command_of([typed(shlex.split(command("train.py", overriding("resume", run)))[2])])
+    assert (before, find_run(OmegaConf.create({"x": read(resume)}).x)) == ("seed=1", run)
+
+
+def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    assert read(typed(f"model.path={tmp_path}/a,b")) == f"{tmp_path}/a,b"
+    assert typed("seed=0,1") == "seed=0,1"
+    assert typed("resume=null") == "resume=null"
+    assert typed("hydra.run.dir=${paths.logs}/x") == "hydra.run.dir=${paths.logs}/x"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding):
+    code = (
+        "from policylab.launch.entry import prepare; prepare('train.py');"
+        "from policylab.callbacks.tables import config_tree, console, before_after;"
+        "console().print('\\N{GRINNING FACE} \\u2500'); console().print(config_tree({'a': {'b': '\\u4e2d'}}, []));"
+        "console().print(before_after({'val/x': 1.0}, {'val/x': 2.0}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\U0001f600" in done.stdout.decode(encoding)

@@ -254,11 +254,19 @@ def test_evidence_is_read_again(tmp_path: Path) -> None:
         report([str(tmp_path / "out"), str(run)], tmp_path / "mixed", labels=["ppo", "a2c", "ppo"])
 
 
-def test_unfinished_run_must_be_named(tmp_path: Path) -> None:
-    make_run(tmp_path / "good", 0, 0.5)
+def test_a_run_that_did_not_finish_is_left_out_and_named_unless_its_path_is_given(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "good", 0, 0.5)
     failed = make_run(tmp_path / "bad", 1, 0.2, status="failed")
-    with pytest.raises(UserError, match=r"not finished: .*bad \(failed\)"):
-        read_runs(f"{tmp_path}/*")
+    killed = make_run(tmp_path / "killed", 2, 0.2, status="running")
+    (killed / "metrics.csv").unlink()
+    assert [run.folder for run in read_runs(f"{tmp_path}/*")] == [good]
+    table = report(f"{tmp_path}/*", tmp_path / "out")
+    assert (
+        f"Left out, as not finished: {tmp_path.name}/bad (failed), {tmp_path.name}/killed (running)." in table
+    )
+    assert table == (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(UserError, match=r"no run at .*; not finished: .*bad"):
+        read_runs(f"{tmp_path}/b*")
     table = report([f"{tmp_path}/good", str(failed)], tmp_path / "out")
     assert "Seed 1 of ppo-tiny-reviews is failed after iteration 4." in table
 

@@ -16,7 +16,7 @@ from policylab.launch.hydra_files import Redacted
 from policylab.launch.logs import Formatter
 from policylab.launch.redaction import HIDDEN, redact, redact_text, redact_words
 from policylab.launch.resume import with_command_of
-from policylab.launch.run import demand_consent
+from policylab.launch.run import changes, demand_consent
 from policylab.launch.run_folder import write_json
 from policylab.launch.saved_config import demand_known, plain, self_contained, with_consent
 from policylab.launch.status import RunStatus, read_status
@@ -119,6 +119,12 @@ def test_a_saved_config_refers_to_the_environment_and_resolves_all_else(monkeypa
     resolved = OmegaConf.to_container(config, resolve=True)
     assert OmegaConf.to_container(OmegaConf.create(self_contained(config)), resolve=True) == resolved
     assert "SECRET" not in json.dumps(saved)
+
+
+def test_a_reference_on_the_command_line_is_recorded_as_it_stands(monkeypatch):
+    monkeypatch.setenv("KEY", "sk-SECRET")
+    words = ["+reward.api_key=${oc.env:KEY}", "seed=1"]
+    assert redact_words(changes(OmegaConf.create({"overrides": {"task": words}}))) == words
 
 
 def test_what_was_not_kept_is_not_worked_with(monkeypatch, tmp_path):

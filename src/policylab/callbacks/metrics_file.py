@@ -16,7 +16,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     """All whole rows; values that are empty are left out, and so is a row cut short by a crash."""
     if not path.is_file():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     rows = []
     for row in csv.DictReader(io.StringIO(whole)):

@@ -56,7 +56,7 @@ class Profile(Callback):
         self.folder.mkdir(exist_ok=True)
         order = "self_cuda_time_total" if pl_module.device.type == "cuda" else "self_cpu_time_total"
         table = self.profiler.key_averages().table(sort_by=order, row_limit=self.rows)
-        (self.folder / "operators.txt").write_text(table)
+        (self.folder / "operators.txt").write_text(table, encoding="utf-8")
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
         self.profiler = None
         console().print(f"profile of {self.iterations} iterations: {short_path(self.folder)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from policylab.errors import UserError
+from policylab.launch.words import word
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ def newest_whole_checkpoint(run_folder: Path) -> Path | None:
         faults.append(f"{path} is damaged ({why})" if why else f"{path} is missing")
     if any(path.exists() for path in paths):
         raise UserError(
-            f"{'; '.join(faults)}; name another file, such as resume={run_folder}/checkpoints/best.ckpt, or start a "
-            "new run"
+            f"{'; '.join(faults)}; name another file, such as "
+            f"{word('resume', run_folder / 'checkpoints' / 'best.ckpt')}, or start a new run"
         )
     return None
 

@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 bad input, 75 told to end (SIGTERM, SIGUSR1), nothing is w
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,9 +17,11 @@ from policylab.config import resolvers
 from policylab.errors import ProcessFailed, UserError
 from policylab.launch.allocator import keep_freed_memory
 from policylab.launch.help import help_page
+from policylab.launch.logs import escape_unprintable
 from policylab.launch.redaction import redact_text
 from policylab.launch.resume import NothingLeft, with_command_of
 from policylab.launch.signals import INTERRUPTED, stop_on_signals
+from policylab.launch.words import typed
 from policylab.launch.world import world
 
 BAD_INPUT = 2
@@ -39,6 +40,7 @@ def prepare(script: str) -> None:
     # reads it when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     keep_freed_memory()
+    escape_unprintable()
     resolvers.register(Path(script).resolve().parent)
     if os.getcwd() not in sys.path:
         sys.path.insert(1, os.getcwd())  # so that a reward of one's own can be named by its module
@@ -58,7 +60,7 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
     os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits with 1
     try:
         stop_on_signals()
-        sys.argv[1:] = flags_first([quoted(word, free_text) for word in with_command_of(sys.argv[1:])])
+        sys.argv[1:] = flags_first(with_command_of([typed(word, free_text) for word in sys.argv[1:]]))
         main()
     except NothingLeft as done:
         print(done)
@@ -83,22 +85,6 @@ def flags_first(words: list[str]) -> list[str]:
             "hardware=ddp or hardware=ddp_cpu"
         )
     return sorted(words, key=lambda word: word not in multirun)
-
-
-def quoted(word: str, free_text: Sequence[str]) -> str:
-    """An argument as Hydra's grammar wants it: the value of a free-text key in quotes.
-
-    >>> quoted("prompt=it's [so] good", ["prompt"])
-    'prompt="it\'s [so] good"'
-    """
-    if word == "debug=nan":
-        return 'debug="nan"'  # the name of a preset, not the number
-    key, equals, value = word.partition("=")
-    if key not in free_text or not equals:
-        return word
-    value = re.sub(r'(\\*)"', r'\1\1\\"', value)  # a quote, and the backslashes before it
-    value = re.sub(r"(\\+)$", r"\1\1", value)  # backslashes before the closing quote
-    return f'{key}="{value}"'.replace("${", "\\${")
 
 
 def end_with(error: Exception) -> NoReturn:

@@ -17,7 +17,7 @@ def help_page(doc: str, script: Path) -> str:
         doc: docstring of the script.
         script: its path; ``configs/<name>.yaml`` beside it is its config.
     """
-    text = (script.parent / "configs" / f"{script.stem}.yaml").read_text()
+    text = (script.parent / "configs" / f"{script.stem}.yaml").read_text(encoding="utf-8")
     defaults = {match["group"]: match for line in text.splitlines() if (match := DEFAULT.match(line))}
     sections = [doc.strip()]
     if groups := list_groups(script.parent) if defaults else {}:

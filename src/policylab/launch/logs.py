@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -78,6 +79,13 @@ class NoiseFilter(logging.Filter):
         """False for noise."""
         message = record.getMessage()
         return not any(noise in message for noise in NOISE)
+
+
+def escape_unprintable() -> None:
+    """A character that the terminal cannot show is printed as its number: no run ends for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def silence_noise() -> None:

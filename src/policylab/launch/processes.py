@@ -28,6 +28,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import ProcessFailed, RunError, UserError
+from policylab.launch.logs import escape_unprintable
 from policylab.launch.messages import is_mistake, one_line
 from policylab.launch.saved_config import self_contained
 from policylab.launch.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, can_listen, stop_at_once
@@ -133,6 +134,7 @@ def work(job: Job) -> Outcome:
 
     from policylab.launch.run import train
 
+    escape_unprintable()
     end_with(job.launcher)
     end_at_word_of(job.launcher)
     for number in set(SIGNALS) - {signal.SIGTERM}:
@@ -199,7 +201,7 @@ def note_error(error: Exception, folder: Path) -> None:
         "mistake": is_mistake(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    (folder / f"{here.restarts}_{here.rank}.json").write_text(json.dumps(content))
+    (folder / f"{here.restarts}_{here.rank}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
@@ -220,7 +222,7 @@ def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
 
 def noted_error(folder: Path) -> Exception | None:
     """The first error of the last group of processes that has noted any."""
-    noted = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    noted = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
     if not noted:
         return None
     last = max(note["restarts"] for note in noted)

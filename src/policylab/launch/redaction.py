@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from policylab.launch.run_folder import write_atomically
+from policylab.launch.words import UNREAD, read
 
 #: Stands in the place of a secret.
 HIDDEN = "<secret>"
@@ -39,8 +40,6 @@ ADDRESS_PASSWORD = re.compile(r"(\w://[^/\s:@]*:)([^/\s@]+)@")
 ASSIGNMENT = re.compile(r"([\w.\-]+)=(\"[^\"]*\"|'[^']*'|[^\s&]+)")
 #: ``name=value`` as Hydra takes it from a command line.
 OVERRIDE = re.compile(r"([+~]*)([\w./@\-]+)=(.*)", re.DOTALL)
-
-UNREAD = object()
 
 #: Values that this process has met under a secret's name.
 _known: set[str] = set()
@@ -133,23 +132,11 @@ def _redacted_word(word: str) -> str:
     if match is None:
         return redact_text(word)
     sign, key, text = match.groups()
-    value, hidden = _value(word), _under_secret(key)
+    value, hidden = read(word), _under_secret(key)
     if value is UNREAD:
         value, hidden = text, hidden or any(map(is_secret, re.findall(r"[\w-]+", text)))
     _known.update(_secrets(value, hidden))
     return word if _redacted(value, hidden) == value else f"{sign}{key}={HIDDEN}"
-
-
-def _value(word: str) -> Any:
-    """What Hydra makes of an override; ``UNREAD`` for a sweep, and where it makes nothing of it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(word)
-        return UNREAD if override.is_sweep_override() else override.value()
-    except HydraException:
-        return UNREAD
 
 
 def redact_file(path: Path) -> None:

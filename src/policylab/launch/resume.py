@@ -16,6 +16,7 @@ from policylab.launch.find_run import LATEST, find_run
 from policylab.launch.redaction import HIDDEN
 from policylab.launch.run_folder import write_atomically
 from policylab.launch.status import DONE, read_status, running_process
+from policylab.launch.words import override, read
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +46,17 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     folder = find_run(resume, Path(logs) if logs else None)
     if resume == LATEST:  # from here on the run has a name, so that a newer one cannot slip in
-        arguments = [f"resume={folder}" if word == f"resume={LATEST}" else word for word in arguments]
+        arguments = [
+            override("resume", folder) if override_key(word) == "resume" else word for word in arguments
+        ]
     environment = folder / "env.json"
     if not environment.is_file():
         raise UserError(
             f"{folder} has no env.json, which says what it was started with; start a new run, without resume"
         )
     given = {override_key(word) for word in arguments}
-    before = [
-        word for word in json.loads(environment.read_text())["overrides"] if override_key(word) not in given
-    ]
+    recorded = json.loads(environment.read_text(encoding="utf-8"))["overrides"]
+    before = [word for word in recorded if override_key(word) not in given]
     if hidden := [override_key(word) for word in before if HIDDEN in word]:
         raise UserError(
             f"{hidden[0]} was given in clear and is not kept; give it again: {hidden[0]}=... "
@@ -82,13 +84,16 @@ def go_on_or_start(arguments: Sequence[str]) -> list[str]:
     lengths = {key: last_value(rest, key) for key in ("iterations", "max_tokens")}
     if status["status"] == DONE and all(v in (None, str(status.get(key))) for key, v in lengths.items()):
         raise NothingLeft(f"{folder} is done: {status['iteration']} of {status['iterations']} iterations")
-    return [word for word in rest if not word.startswith("hydra.run.dir=")] + [f"resume={folder}"]
+    return [word for word in rest if not word.startswith("hydra.run.dir=")] + [override("resume", folder)]
 
 
 def last_value(arguments: Sequence[str], key: str) -> str | None:
     """The value that a command line gives a key; None when it gives none."""
-    values = [word.partition("=")[2] for word in arguments if word.startswith(f"{key}=")]
-    return values[-1] if values else None
+    words = [word for word in arguments if word.startswith(f"{key}=")]
+    if not words:
+        return None
+    value = read(words[-1])
+    return value.replace("\\${", "${") if isinstance(value, str) else words[-1].partition("=")[2]
 
 
 def override_key(word: str) -> str:
@@ -171,7 +176,9 @@ def rewind(run_folder: Path, iteration: int, *, validates: bool) -> None:
         cut = [{k: v for k, v in row.items() if stays(row["iteration"], k.split("/")[0])} for row in rows]
         write_rows(metrics, [row for row in cut if set(row) > {"iteration"}])
     if samples.is_file():
-        kept = [line for line in samples.read_text().splitlines() if stays(*sample_origin(line))]
+        kept = [
+            line for line in samples.read_text(encoding="utf-8").splitlines() if stays(*sample_origin(line))
+        ]
         write_atomically(samples, "".join(line + "\n" for line in kept))
 
 

@@ -59,7 +59,7 @@ def train_job(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    run_dir, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    run_dir, overrides = Path(hydra.runtime.output_dir), changes(hydra)
     learn_secrets(config)
     sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records it
     check(config)
@@ -79,6 +79,11 @@ def train_job(config: DictConfig) -> float | None:
     from policylab.launch.processes import launch
 
     return launch(config, hydra.job_logging, run_dir, overrides)
+
+
+def changes(hydra: DictConfig) -> list[str]:
+    """What the command line changes; references to the environment stay what they are."""
+    return [str(word) for word in OmegaConf.to_container(hydra.overrides.task)]
 
 
 def demand_consent(config: DictConfig, typed: Sequence[str]) -> None:
@@ -232,7 +237,7 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str], checkpoint:
 
 def with_earlier_sessions(environment: dict[str, Any], file: Path) -> dict[str, Any]:
     """The environment of this session, and in a resumed run those of the sessions before it that got so far."""
-    before = json.loads(file.read_text())
+    before = json.loads(file.read_text(encoding="utf-8"))
     if before.keys() == {"overrides"}:
         return environment
     return {**environment, "earlier_sessions": [*before.pop("earlier_sessions", []), before]}

@@ -16,6 +16,7 @@ from policylab.errors import UserError
 from policylab.launch.messages import improve
 from policylab.launch.redaction import HIDDEN, redact, remember
 from policylab.launch.run_folder import write_atomically
+from policylab.launch.words import word
 
 #: Whether code that comes with a model may run. Consent counts on the present command line alone.
 TRUST = "trust_remote_code"
@@ -158,5 +159,6 @@ def refuse_taken_folder(run_folder: Path) -> None:
     """
     if (run_folder / "status.json").exists():
         raise UserError(
-            f"{run_folder} already holds a run; give another hydra.run.dir, or resume={run_folder} to go on with it"
+            f"{run_folder} already holds a run; give another hydra.run.dir, or go on with it: "
+            f"{word('resume', run_folder)}"
         )

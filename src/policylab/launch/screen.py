@@ -11,6 +11,7 @@ from policylab import __version__
 from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, short_path
 from policylab.launch.environment import git_state
 from policylab.launch.saved_config import plain
+from policylab.launch.words import command, override
 from policylab.launch.world import world
 
 if TYPE_CHECKING:
@@ -78,10 +79,13 @@ class Screen:
                 ("best", f"{best['metric']} {number(best['value'])} at iteration {best['iteration']}")
             )
         folder = short_path(self.run_dir)
-        lines += [("run", folder), ("next", f"python evaluate.py run={folder}")]
-        lines.append(("", f"python generate.py run={folder}"))
-        further = "" if summary["status"] == "interrupted" else f" {self._twice(summary)}"
-        lines.append(("", f"python train.py resume={folder}{further}"))
+        further = [] if summary["status"] == "interrupted" else [self._twice(summary)]
+        lines += [
+            ("run", folder),
+            ("next", command("evaluate.py", override("run", folder))),
+            ("", command("generate.py", override("run", folder))),
+            ("", command("train.py", override("resume", folder), *further)),
+        ]
         self.console.print(rows(lines), soft_wrap=True)
 
     def _length(self) -> str:

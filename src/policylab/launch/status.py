@@ -26,7 +26,7 @@ def now() -> str:
 def read_status(run_folder: Path) -> dict[str, Any]:
     """Content of a run's ``status.json``; empty when it has none."""
     path = run_folder / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def running_process(run_folder: Path) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from policylab.errors import UserError
 from policylab.report.groups import group_runs
 from policylab.report.plots import draw_curves
 from policylab.report.ranking import by_gain, draw_ranking
-from policylab.report.read import ITERATION, KL, TOKENS, read_runs
+from policylab.report.read import ITERATION, KL, TOKENS, read_runs, unfinished
 from policylab.report.tables import kl_table, markdown_table, write_metrics
 
 
@@ -61,7 +61,7 @@ def write_evidence(
         The tables, in Markdown.
 
     Raises:
-        UserError: when the runs are none, unfinished, not comparable, or lack a metric.
+        UserError: when the runs are none, not comparable, or lack a metric.
     """
     if not metrics:
         raise UserError("metrics is empty; name at least one, such as metrics=[val/reward,val/kl]")
@@ -77,20 +77,30 @@ def write_evidence(
             run.along(metrics[0], axis)
     if ranked:
         groups = by_gain(groups, metrics[0])
-    table = markdown_table(groups, metrics[0])
+    table = markdown_table(groups, metrics[0]) + left_out(unfinished(runs))
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(groups, metrics, x, title, out / "curve.png")
     if len(groups) > 1:
         draw_ranking(groups, metrics, title, out / "ranking.png")
     write_metrics(groups, metrics, x, out / "metrics.csv")
-    (out / "table.md").write_text(table)
+    (out / "table.md").write_text(table, encoding="utf-8")
     OmegaConf.save(OmegaConf.create(portable(found[0].config)), out / "config.yaml")
     if not at_kl:
         return table
     frontier = kl_table(groups, metrics[0], sorted(at_kl))
     draw_curves(groups, metrics[:1], KL, title, out / "frontier.png", until=max(at_kl))
-    (out / "frontier.md").write_text(frontier)
+    (out / "frontier.md").write_text(frontier, encoding="utf-8")
     return f"{table}\n{frontier}"
+
+
+def left_out(runs: Mapping[Path, str]) -> str:
+    """A paragraph that names the runs which did not finish: a failed seed is not lost unseen."""
+    listed = ", ".join(f"{Path(*folder.parts[-2:])} ({status})" for folder, status in runs.items())
+    return (
+        f"\nLeft out, as not finished: {listed}. Finish them, or name their paths to take them in.\n"
+        if runs
+        else ""
+    )
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:

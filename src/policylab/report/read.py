@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from policylab.errors import UserError
 from policylab.launch.find_run import find_run
+from policylab.launch.status import DONE, read_status
 
 ITERATION, TOKENS, KL = "iteration", "train/tokens", "val/kl"
 FILES = ("config.yaml", "metrics.csv", "status.json")
@@ -83,37 +84,46 @@ def read_runs(runs: str | Sequence[str]) -> list[Run]:
 
     A folder of evidence, as ``report.py`` writes it, stands for the runs in its ``metrics.csv``.
 
-    A run that did not finish is refused when only a pattern names it, so that a failed seed is neither lost
-    nor slipped in unseen; its own path takes it in.
+    A run that did not finish is left out when only a pattern names it (`unfinished`); its own path takes it in.
 
     Raises:
-        UserError: when nothing is found, a path is no run folder, or a pattern finds an unfinished run.
+        UserError: when nothing is found, or a path is no run folder.
     """
-    names = [runs] if isinstance(runs, str) else list(runs)
+    names = _list(runs)
     committed = [name for name in names if is_evidence(Path(name))]
     names = [name for name in names if name not in committed]
-    named = {find_run(name) for name in names if not glob.has_magic(name)}
+    missing = unfinished(names)
     found = [run for name in committed for run in read_evidence(Path(name))]
-    found += [read_run(folder) for folder in dict.fromkeys(chain.from_iterable(map(_expand, names)))]
+    found += [read_run(folder) for folder in _folders(names) if folder not in missing]
     if not found:
-        raise UserError(f"no run at {', '.join(names)}; give folders or a quoted pattern: 'logs/*/*/*'")
-    unfinished = [run for run in found if run.status != "done" and run.folder not in named]
-    if unfinished:
-        listed = ", ".join(f"{run.folder} ({run.status})" for run in unfinished)
-        raise UserError(f"not finished: {listed}; finish them, or name their paths to take them in")
+        left = f"; not finished: {', '.join(map(str, missing))}" if missing else ""
+        raise UserError(f"no run at {', '.join(names)}{left}; give folders or a quoted pattern: 'logs/*/*/*'")
     return found
 
 
+def unfinished(runs: str | Sequence[str]) -> dict[Path, str]:
+    """Folders that only a pattern names of runs that did not finish, with their status."""
+    names = _list(runs)
+    named = {find_run(name) for name in names if not glob.has_magic(name) and not is_evidence(Path(name))}
+    patterns = [name for name in names if glob.has_magic(name)]
+    status = {folder: str(read_status(folder)["status"]) for folder in _folders(patterns)}
+    return {folder: word for folder, word in status.items() if word != DONE and folder not in named}
+
+
+def _list(runs: str | Sequence[str]) -> list[str]:
+    return [runs] if isinstance(runs, str) else list(runs)
+
+
+def _folders(names: Sequence[str]) -> list[Path]:
+    """All run folders that paths and patterns name, each once."""
+    return list(dict.fromkeys(chain.from_iterable(map(_expand, names))))
+
+
 def _expand(name: str) -> list[Path]:
-    if not glob.has_magic(name):
+    if not glob.has_magic(name) or Path(name).exists():
         return [find_run(name)]
     matches = sorted(Path(path).resolve() for path in glob.glob(name, recursive=True))
-    return [path for path in matches if is_run(path)]
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder holds what a run leaves behind."""
-    return all((folder / name).is_file() for name in FILES)
+    return [path for path in matches if (path / "status.json").is_file()]
 
 
 def read_run(folder: Path) -> Run:
@@ -131,8 +141,8 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         config={str(key): value for key, value in config.items()},
-        status=json.loads((folder / "status.json").read_text())["status"],
-        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        status=str(read_status(folder)["status"]),
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
         curves=_read_curves(folder / "metrics.csv"),
     )
 
@@ -140,7 +150,7 @@ def read_run(folder: Path) -> Run:
 def is_evidence(folder: Path) -> bool:
     """Whether the folder is one that ``report.py`` has written: its rows name run and seed."""
     path = folder / "metrics.csv"
-    return path.is_file() and path.open().readline().startswith("run,seed,iteration")
+    return path.is_file() and path.open(encoding="utf-8").readline().startswith("run,seed,iteration")
 
 
 def read_evidence(folder: Path) -> list[Run]:
@@ -151,7 +161,7 @@ def read_evidence(folder: Path) -> list[Run]:
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(config, dict)
     rows: dict[tuple[str, str], list[dict[str, str]]] = {}
-    with (folder / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             rows.setdefault((row.pop("run"), row.pop("seed")), []).append(row)
     return [
@@ -168,7 +178,7 @@ def read_evidence(folder: Path) -> list[Run]:
 
 
 def _read_curves(path: Path) -> dict[str, dict[int, float]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return _curves(csv.DictReader(file))
 
 

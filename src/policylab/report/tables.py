@@ -124,7 +124,7 @@ def write_metrics(groups: Sequence[Group], metrics: Sequence[str], x: str, path:
     wanted = list(dict.fromkeys([*metrics, *trained, ENTROPY]))
     columns = [name for name in wanted if any(run.curves.get(name) for _, run in runs)]
     axis = [] if x == ITERATION else [x]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "seed", "iteration", *axis, *columns])
         for label, run in runs:
