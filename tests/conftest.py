@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 os.environ.update(
     {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 )
+os.environ["POLICYLAB_PRODUCTS"] = (
+    "onednn"  # golden metrics hang on it, and no test should measure the machine
+)
 
 from jaxtyping import install_import_hook
 
@@ -29,6 +32,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict, read_write
 
 from policylab.config import resolvers
+from policylab.functional import products
 
 if TYPE_CHECKING:
     from policylab.models.loading import LoadedModel
@@ -38,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they gain, and sums keep their order
 resolvers.register(ROOT)
+products.use(products.ONEDNN)
 
 Compose = Callable[..., DictConfig]
 Train = Callable[[Sequence[str]], Path]

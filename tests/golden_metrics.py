@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})  # before the libraries that read them
+os.environ.update(
+    {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "POLICYLAB_PRODUCTS": "onednn"}
+)  # before the libraries that read them
 
 import torch
 import transformers

@@ -193,9 +193,9 @@ class TestLowPrecision:
         """With ``hardware.precision=bf16-mixed`` training computes in bf16, and so does sampling."""
         policy, casts, init = policy_of("llama"), [], linear.Linear.__init__
 
-        def spy(self, weight, bias, dtype):
+        def spy(self, weight, bias, dtype, *then):
             casts.append(dtype)
-            init(self, weight, bias, dtype)
+            init(self, weight, bias, dtype, *then)
 
         monkeypatch.setattr(linear.Linear, "__init__", spy)
         with torch.autocast("cpu", torch.bfloat16):

@@ -9,9 +9,26 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from policylab.functional import products
-from policylab.functional.products import FastProducts, linear, onednn_multiplies
+from policylab.functional.products import (
+    CLASSES,
+    ONEDNN,
+    PYTORCH,
+    Choice,
+    FastProducts,
+    linear,
+    onednn_multiplies,
+    outer,
+)
+from policylab.launch import products as choosing
+from policylab.rollouts.decoders.linear import Linear
 
 pytestmark = pytest.mark.skipif(not onednn_multiplies(), reason="this build of PyTorch has no such operator")
+
+
+@pytest.fixture(autouse=True)
+def choice_of_tests():
+    yield
+    products.use(ONEDNN)
 
 
 @pytest.fixture
@@ -89,3 +106,199 @@ def test_small_products_are_not_worth_a_call(monkeypatch):
 
     monkeypatch.setattr(products, "_onednn", never)
     linear(torch.randn(3, 4), torch.randn(5, 4), None)
+
+
+# -- operands of any strides -------------------------------------------------------------------------------
+
+#: Ways in which a matrix of a shape can lie.
+LAYOUTS = {
+    "contiguous": lambda m, n: torch.randn(m, n),
+    "transposed": lambda m, n: torch.randn(n, m).t(),
+    "one row expanded": lambda m, n: torch.randn(1, n).expand(m, n),
+    "one column expanded": lambda m, n: torch.randn(m, 1).expand(m, n),
+    "a number expanded": lambda m, n: torch.randn(1, 1).expand(m, n),
+    "columns of a wider one": lambda m, n: torch.randn(m, n + 3)[:, 2:-1],
+    "rows of a wider one, transposed": lambda m, n: torch.randn(n, m + 3)[:, 2:-1].t(),
+    "every second column": lambda m, n: torch.randn(m, 2 * n)[:, ::2],
+    "every second row": lambda m, n: torch.randn(2 * m, n)[::2],
+}
+BIASES = {
+    "contiguous": torch.randn,
+    "a number expanded": lambda n: torch.randn(1).expand(n),
+    "every second": lambda n: torch.randn(2 * n)[::2],
+}
+
+
+def demand_fast(calls):
+    """oneDNN was given only what it has kernels for: anything else takes its reference kernel, minutes for a layer."""
+    for _, weight, bias in calls:
+        assert weight.is_contiguous() or weight.t().is_contiguous()
+        assert bias is None or bias.is_contiguous()
+
+
+@pytest.mark.parametrize("lies", LAYOUTS)
+@pytest.mark.parametrize("operand", ["x", "weight", "slope"])
+@pytest.mark.parametrize(("n", "i", "o"), [(6, 5, 9), (6, 9, 5), (1, 5, 9), (6, 1, 9), (6, 5, 1)])
+def test_any_strides_in_both_directions(seen, operand, lies, n, i, o):
+    shapes = {"x": (n, i), "weight": (o, i), "slope": (n, o)}
+    made = {
+        name: LAYOUTS[lies if name == operand else "contiguous"](*shape) for name, shape in shapes.items()
+    }
+    leaves = [made["x"].requires_grad_(), made["weight"].requires_grad_()]
+    found, expected = linear(*leaves, None), F.linear(*leaves)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y, leaves, made["slope"]) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert len(seen) == 3
+    demand_fast(seen)
+
+
+@pytest.mark.parametrize("lies", BIASES)
+def test_a_bias_of_any_stride(seen, lies):
+    """oneDNN reads a bias as if it were contiguous: one of another stride gave numbers from beyond its end."""
+    x, weight, bias = torch.randn(6, 5), torch.randn(9, 5), BIASES[lies](9)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(Linear(weight, bias, torch.float32)(x), F.linear(x, weight, bias))
+    demand_fast(seen)
+
+
+def test_the_sum_of_a_layer_has_a_gradient_in_no_time(seen):
+    """Its gradient is one number, expanded."""
+    layer, x = nn.Linear(5, 9), torch.randn(2, 6, 5, requires_grad=True)
+    with FastProducts():
+        found = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    torch.testing.assert_close(found, expected)
+    assert len(seen) == 3
+    demand_fast(seen)
+
+
+# -- who multiplies ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("onednn", "calls"), [(CLASSES, 3), ({"rows/small"}, 1), ({"columns/small"}, 1), ({"outer/small"}, 1),
+                          ({"rows/large", "packed/small"}, 0), (frozenset(), 0)]
+)  # fmt: skip
+def test_each_product_goes_to_the_library_of_its_class(seen, onednn, calls):
+    products.use(Choice("test", frozenset(onednn)))
+    layer, x, slope = nn.Linear(5, 9), torch.randn(6, 5, requires_grad=True), torch.randn(6, 9)
+    with FastProducts():
+        found = torch.autograd.grad(layer(x), [x, *layer.parameters()], slope)
+    torch.testing.assert_close(found, torch.autograd.grad(layer(x), [x, *layer.parameters()], slope))
+    assert len(seen) == calls
+
+
+def test_products_of_pytorch_are_its_bits(seen):
+    products.use(PYTORCH)
+    x, weight = torch.randn(60, 50, requires_grad=True), torch.randn(90, 50, requires_grad=True)
+    assert torch.equal(linear(x, weight, None), F.linear(x, weight))
+    assert torch.equal(outer(x, x), x.t() @ x)
+    assert not products.replaces_layers()
+    assert not seen
+
+
+@pytest.mark.parametrize("then", [None, "gelu", "swish"])
+@pytest.mark.parametrize("choice", [PYTORCH, ONEDNN], ids=lambda choice: choice.reason)
+@pytest.mark.parametrize("lies", LAYOUTS)
+def test_decoding_by_either_library(choice, then, lies):
+    products.use(choice)
+    x, weight, bias, residual = torch.randn(6, 5), LAYOUTS[lies](9, 5), torch.randn(9), torch.randn(6, 9)
+    layer = Linear(weight, bias, torch.float32, then)
+    assert layer.packed == (choice is ONEDNN)
+    expected = F.linear(x, weight, bias)
+    if then is not None:
+        expected = F.gelu(expected, approximate="tanh") if then == "gelu" else F.silu(expected)
+    torch.testing.assert_close(layer(x), expected)
+    if then is None:
+        torch.testing.assert_close(layer.onto(x, residual), residual + expected)
+
+
+def test_a_class_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="no classes of products"):
+        products.use(Choice("test", frozenset({"rows/huge"})))
+
+
+# -- choosing ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """How often the machine was measured; oneDNN takes ``rows/small`` after the first time, all after others."""
+    count = []
+
+    def measured():
+        count.append(1)
+        return {name: (1.0, 2.0 if name == "rows/small" or len(count) > 1 else 1.05) for name in CLASSES}
+
+    monkeypatch.setattr(choosing, "measured", measured)
+    return count
+
+
+def test_a_machine_is_measured_once(measurements, tmp_path):
+    first = choosing.choice_of_machine(tmp_path / "new")
+    assert first.onednn == {"rows/small"}
+    assert choosing.choice_of_machine(tmp_path / "new") == first
+    assert len(measurements) == 1
+    assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".json"]
+
+
+def test_of_two_processes_the_first_to_write_has_chosen_for_both(measurements, tmp_path, monkeypatch):
+    ours = choosing.measured
+
+    def meanwhile_another():
+        rates = ours()
+        if len(measurements) == 1:
+            choosing.choice_of_machine(tmp_path)
+        return rates
+
+    monkeypatch.setattr(choosing, "measured", meanwhile_another)
+    assert choosing.choice_of_machine(tmp_path).onednn == CLASSES
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"onednn": ["rows/huge"]}', '{"onednn": 3}', "[]", '{"onednn": [[]]}']
+)
+def test_a_damaged_choice_is_made_anew_and_says_so(measurements, tmp_path, caplog, content):
+    choosing.choice_of_machine(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(content)
+    assert choosing.choice_of_machine(tmp_path).onednn == CLASSES
+    assert "is damaged; the products are measured anew" in caplog.text
+
+
+def test_what_cannot_be_kept_is_not_measured_every_time_but_said(measurements, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert choosing.choice_of_machine(tmp_path / "file") == PYTORCH
+    assert "hardware.products=pytorch or onednn" in caplog.text
+
+
+def test_measuring_leaves_threads_and_choice_as_they_were(monkeypatch):
+    monkeypatch.setattr(choosing, "SHAPES", dict.fromkeys(products.SIZES, (16, 8, 8)))
+    monkeypatch.setattr(choosing, "DECODING", dict.fromkeys(products.SIZES, (16, 8, 8)))
+    threads = torch.get_num_threads()
+    rates = choosing.measured()
+    assert rates.keys() == CLASSES
+    assert all(rate > 0 for pair in rates.values() for rate in pair)
+    assert (torch.get_num_threads(), products.chosen()) == (threads, ONEDNN)
+
+
+@pytest.mark.parametrize(("name", "shape"), [*choosing.SHAPES.items(), *choosing.DECODING.items()])
+def test_what_is_measured_is_of_the_class_that_it_stands_for(name, shape):
+    n, i, o = shape
+    rows = products.PACKED_ROWS if (n, i, o) in choosing.DECODING.values() else n
+    assert products.size_of(rows * i * o) == name
+    assert n * i * o >= products.WORTH_A_CALL
+
+
+def test_a_resumed_run_multiplies_as_it_did_before():
+    products.use(Choice("this machine", frozenset({"rows/small"})))
+    kept = products.chosen().plain()
+    products.use(Choice("this machine", frozenset()))  # whatever the cache says by now
+    products.go_on(kept)
+    assert products.chosen().onednn == {"rows/small"}
+    products.use(Choice("another machine", frozenset()))
+    products.go_on(kept)
+    assert products.chosen().onednn == set()

@@ -22,6 +22,7 @@ from policylab.config.hardware import backend
 from policylab.config.signatures import check_signatures
 from policylab.errors import UserError
 from policylab.launch.cluster import Cluster
+from policylab.launch.products import choose_products
 from policylab.launch.saved_config import as_yaml
 from policylab.launch.world import world
 from policylab.models.adapter import LoRA
@@ -68,6 +69,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     """
     check(config)
     check_parts(config)
+    choose_products(config.hardware.products)
     algorithm = instantiate(config.algo)
     if config.hardware.strategy == "fsdp":
         demand_shardable(config.hardware, algorithm, adapted=config.model.get("adapter") is not None)

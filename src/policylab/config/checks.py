@@ -26,6 +26,7 @@ SWITCHES = (
 CHOICES = {
     "hardware.precision": ("32-true", "bf16-mixed", "bf16-true"),
     "hardware.strategy": ("auto", "ddp", "fsdp"),
+    "hardware.products": ("measured", "pytorch", "onednn"),
     "hardware.accelerator": ("auto", "cpu", "gpu"),
 }
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from policylab.functional.products import linear
+from policylab.functional.products import linear, outer
 
 #: Logits that are held at a time, in elements (256 MiB of fp32).
 CHUNK = 2**26
@@ -155,17 +155,19 @@ class _HeadFigures(torch.autograd.Function):
             if to_hidden is not None:
                 to_hidden[part] = linear(dz, weight.t(), None)
             if wants_weight:
-                to_weight = _add_product(to_weight, dz.T, hidden[part])
+                to_weight = _add_outer(to_weight, dz, hidden[part])
             if wants_bias:
                 to_bias = dz.sum(0, dtype=torch.float32) + (0 if to_bias is None else to_bias)
         return to_hidden, to_weight, to_bias, None, None, None, None, None
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``total + a b`` in fp32, in place where it can be: for so tall a product MKL, which can, is as fast as oneDNN."""
+def _add_outer(
+    total: Tensor | None, a: Float[Tensor, "N V"], b: Float[Tensor, "N H"]
+) -> Float[Tensor, "V H"]:
+    """``total + a^T b`` in fp32, in place where it can be."""
     if total is None:
-        return (a @ b).float()
-    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+        return outer(a, b).float()
+    return total.addmm_(a.t(), b) if a.dtype == total.dtype else total.add_(a.t() @ b)
 
 
 def _dot(a: Float[Tensor, "N V"], b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:

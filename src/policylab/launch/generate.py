@@ -57,9 +57,11 @@ def load_policy(
     import torch
 
     with absent(UNUSED):
+        from policylab.launch.products import choose_products
         from policylab.models.loading import LoadOptions, from_folder
         from policylab.models.policy import Policy
 
+    choose_products(trained_with.hardware.products)
     folder = run_folder / "model" / which
     if not folder.is_dir():
         there = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
-from policylab.functional.products import FastProducts
+from policylab.functional.products import FastProducts, replaces_layers
 from policylab.models.packing import REPLACED, CannotPackError, Packing, packed, rows_of
 from policylab.rollouts.types import Rollout
 
@@ -98,7 +98,7 @@ class Sequences:
         """While active, models with this config understand how the tokens are packed, and multiply fast."""
         with (
             nullcontext() if self.packing is None else packed(config, self.packing),
-            FastProducts() if self.tokens.device.type == "cpu" else nullcontext(),
+            FastProducts() if self.tokens.device.type == "cpu" and replaces_layers() else nullcontext(),
         ):
             yield
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from policylab.errors import UserError
+from policylab.functional import products
 from policylab.functional.masks import masked_sum
 from policylab.models.adapter import fingerprint
 from policylab.models.policy import Policy
@@ -350,6 +351,7 @@ class ExperimentModule(ManualOptimization):
             "max_rows": (self.row_limit.asked, self.row_limit.rows),
             "config": self.resolved_config,
             "base": self.base,
+            "products": products.chosen().plain(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -371,6 +373,8 @@ class ExperimentModule(ManualOptimization):
         if asked == self.row_limit.asked:
             self.row_limit.rows = found
         self.demand_base(state)
+        if "products" in state:
+            products.go_on(state["products"])
         own, given = self.state_dict(), self.given_weights()
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from policylab.callbacks.tables import console
 from policylab.config.checks import check
 from policylab.errors import UserError, demand
+from policylab.launch.products import choose_products
 from policylab.launch.world import world
 from policylab.planning.advice import together
 from policylab.planning.job import FP32, Job
@@ -75,4 +76,5 @@ def rates_for(config: DictConfig, job: Job) -> Rates:
             "there is no GPU here to measure; say how fast one is: plan_flops=4e14 (operations a second that it "
             "reaches in large products, some 40 % of its data sheet's)"
         )
+    choose_products(config.hardware.products)
     return probe(gpu, torch.float32 if job.compute_bytes == FP32 else torch.bfloat16)

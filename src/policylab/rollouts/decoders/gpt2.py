@@ -58,7 +58,7 @@ class GPT2:
         for layer, block in enumerate(self.blocks):
             qkv = block.qkv(block.before(x)).view(shape)
             x = block.out.onto(attend(layer, qkv[:, 0], qkv[:, 1:]), x)
-            x = block.down.onto(block.up(block.between(x), then="gelu"), x)
+            x = block.down.onto(block.up(block.between(x)), x)
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
@@ -68,8 +68,12 @@ class GPT2:
 class _Block:
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         self.before, self.between = _Norm(block.ln_1), _Norm(block.ln_2)
-        convs = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-        self.qkv, self.out, self.up, self.down = (Linear(whole_weight(c).t(), c.bias, dtype) for c in convs)
+        self.qkv, self.out, self.up, self.down = (
+            Linear(whole_weight(conv).t(), conv.bias, dtype, then)
+            for conv, then in (
+                (block.attn.c_attn, None), (block.attn.c_proj, None), (block.mlp.c_fc, "gelu"), (block.mlp.c_proj, None)
+            )
+        )  # fmt: skip
 
 
 class _Norm:

@@ -1,8 +1,9 @@
 """Linear layers for decoding, by the fastest kernel that is there.
 
-On a CPU that is oneDNN (`policylab.functional.products` says why): it takes weights in a layout of its own, into which
-they are packed once a rollout, and fuses what follows a product (activation, residual). Its operators are private to
-PyTorch, so they are tried once, and where they fail the plain product takes over.
+On a CPU oneDNN takes weights in a layout of its own, into which they are packed once a rollout, and fuses what follows
+a product (activation, residual). Its operators are private to PyTorch, so they are tried once, and where they fail the
+plain product takes over; in fp32 they are used for the classes of products that `policylab.functional.products` was
+told to leave to oneDNN.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.functional.products import packs
+
 Activation = Literal["gelu", "swish"]
 
 
@@ -24,33 +27,47 @@ class Linear:
     Args:
         weight: ``[out, in]``, of whatever strides.
         dtype: of the product; another than the weight's own is cast to once, here.
+        then: the activation of the product: GELU by tanh ("gelu"), or SiLU ("swish").
     """
 
-    def __init__(self, weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None, dtype: torch.dtype):
-        self.weight = weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.onednn = weight.device.type == "cpu" and onednn_works(dtype)
-        if self.onednn:
+    def __init__(
+        self,
+        weight: Float[Tensor, "O I"],
+        bias: Float[Tensor, " O"] | None,
+        dtype: torch.dtype,
+        then: Activation | None = None,
+    ):
+        self.weight, self.then = weight.detach().to(dtype), then
+        self.bias = None if bias is None else bias.detach().to(dtype).contiguous()
+        on_cpu, fp32 = weight.device.type == "cpu", dtype == torch.float32
+        wanted = not fp32 or packs(weight.numel(), activated=then is not None)
+        self.packed = on_cpu and wanted and onednn_works(dtype)
+        if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
+        elif on_cpu and fp32:
+            self.weight = self.weight.t().contiguous().t()  # with few rows, MKL is faster at this layout
 
-    def __call__(self, x: Float[Tensor, "B I"], then: Activation | None = None) -> Float[Tensor, "B O"]:
-        """The product, and the activation of it: GELU by tanh ("gelu"), or SiLU ("swish")."""
+    def __call__(self, x: Float[Tensor, "B I"]) -> Float[Tensor, "B O"]:
+        """The product, and the activation of it."""
         x = x.to(self.weight.dtype)
-        if self.onednn:
-            algorithm = "tanh" if then == "gelu" else ""
+        if self.packed:
+            algorithm = "tanh" if self.then == "gelu" else ""
             return torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, then or "none", [], algorithm
+                x, self.weight, self.bias, self.then or "none", [], algorithm
             )
-        product = F.linear(x, self.weight, self.bias)
-        if then is None:
-            return product
-        return F.gelu(product, approximate="tanh") if then == "gelu" else F.silu(product)
+        return _activated(F.linear(x, self.weight, self.bias), self.then)
 
     def onto(self, x: Float[Tensor, "B I"], residual: Float[Tensor, "B O"]) -> Float[Tensor, "B O"]:
         """The product added to the residual stream, which stays in fp32."""
-        if self.onednn and self.weight.dtype == residual.dtype:
+        if self.packed and self.weight.dtype == residual.dtype:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         return residual + self(x)
+
+
+def _activated(product: Tensor, then: Activation | None) -> Tensor:
+    if then is None:
+        return product
+    return F.gelu(product, approximate="tanh") if then == "gelu" else F.silu(product)
 
 
 @functools.cache
@@ -70,6 +87,6 @@ def onednn_works(dtype: torch.dtype) -> bool:
         ]
     except (AttributeError, NotImplementedError, RuntimeError):  # not built in, or not on this processor
         return False
-    plain = [product, F.gelu(product, approximate="tanh"), F.silu(product), residual + product]
+    plain = [product, _activated(product, "gelu"), _activated(product, "swish"), residual + product]
     close = 1e-5 if dtype == torch.float32 else 0.05
     return all(torch.allclose(a, b, rtol=close, atol=close) for a, b in zip(found, plain, strict=True))

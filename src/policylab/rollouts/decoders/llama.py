@@ -79,7 +79,7 @@ class Llama:
             kv = torch.stack([qk[:, self.heads :], heads[:, turned:].to(qk.dtype)], dim=1)
             x = block.out.onto(attend(layer, qk[:, : self.heads], kv), x)
             normed = _norm(x, block.between)
-            x = block.down.onto(block.up(normed).mul_(block.gate(normed, then="swish")), x)
+            x = block.down.onto(block.up(normed).mul_(block.gate(normed)), x)
         return _norm(x, self.norm)
 
     def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
@@ -98,9 +98,11 @@ class _Block:
             dtype,
         )
         self.out, self.up, self.gate, self.down = (
-            Linear(whole_weight(part), part.bias, dtype)
-            for part in (attention.o_proj, mlp.up_proj, mlp.gate_proj, mlp.down_proj)
-        )
+            Linear(whole_weight(part), part.bias, dtype, then)
+            for part, then in (
+                (attention.o_proj, None), (mlp.up_proj, None), (mlp.gate_proj, "swish"), (mlp.down_proj, None)
+            )
+        )  # fmt: skip
         self.head_norm: Tensor | None = None
         if hasattr(attention, "q_norm"):
             each = (attention.q_norm, heads), (attention.k_norm, kv_heads)
