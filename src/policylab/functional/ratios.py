@@ -12,7 +12,7 @@ from policylab.functional.masks import masked_sum
 MAX_LOG_RATIO = 20.0
 
 
-def probability_ratio(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def probability_ratio(log_ratio: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     """``exp(log_ratio)``, finite whatever the argument."""
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
