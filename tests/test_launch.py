@@ -29,7 +29,7 @@ from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, fin
 from policylab.launch.messages import improve, nearest
 from policylab.launch.redaction import HIDDEN
 from policylab.launch.resume import NothingLeft, check_same_run, rewind, with_command_of
-from policylab.launch.run_folder import claim, point_latest, write_atomically, write_json
+from policylab.launch.run_folder import claim, demand_link, point_latest, write_atomically, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder
 from policylab.launch.status import RunStatus, finish_status, read_status, running_process
 from policylab.launch.words import command, read, typed
@@ -106,6 +106,15 @@ def test_latest_points_at_the_newest_run(tmp_path):
         point_latest(run, tmp_path / "logs")
         assert (tmp_path / "logs" / "latest").resolve() == run
     assert not os.readlink(tmp_path / "logs" / "latest").startswith("/")
+
+
+def test_what_is_in_the_way_of_the_link_is_told(tmp_path):
+    demand_link(tmp_path / "latest")
+    point_latest(make_run(tmp_path / "run"), tmp_path)
+    demand_link(tmp_path / "latest")
+    (tmp_path / "logs" / "latest").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"logs/latest is to be a link .*; move it away"):
+        demand_link(tmp_path / "logs" / "latest")
 
 
 def test_a_taken_folder_is_refused(tmp_path):
@@ -243,6 +252,12 @@ def test_bad_input_is_one_line_and_code_2(words, message):
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path):
+    done = script("train.py", "iterations=0", f"paths.logs={tmp_path}")
+    assert (done.returncode, done.stderr) == (2, "error: iterations is 0; it must be at least 1\n")
+    assert [path for path in tmp_path.rglob("*") if path.is_file() or "_s0" in path.name] == []
 
 
 @pytest.mark.parametrize(
@@ -416,7 +431,7 @@ def SignalAt(at: int):
     return Signal()
 
 
-def test_a_run_leaves_all_its_files(train, caplog):
+def test_a_run_leaves_all_its_files(train, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     run = train([])
     assert not [said for said in caplog.messages if "weights_only" in said]
@@ -442,6 +457,10 @@ def test_a_run_leaves_all_its_files(train, caplog):
     assert summary["tokens_sampled"] > 0
     assert summary["tokens_trained"] > 0
     assert not list(run.rglob(".*")), "nothing half-written stays behind"
+    assert (tmp_path / "logs" / "latest").resolve() == run
+    said = "\n".join(caplog.messages)
+    for line in ("PolicyLab", "sequences    ", "val/reward", f"resume={run} iterations=4"):
+        assert line in said, "what the console would have shown, in the log"
 
 
 def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
@@ -555,6 +574,12 @@ def test_the_end_of_a_budget_is_estimated(compose, tmp_path):
     assert module.last_iteration == 7
 
 
+def test_a_command_that_is_refused_while_it_is_built_leaves_nothing(train, tmp_path):
+    with pytest.raises(UserError, match="cannot be imported"):
+        train(["reward._target_=policylab.rewards.nothing"])
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_metrics_csv_cannot_be_switched_off(train):
     with pytest.raises(UserError, match="leave it on"):
         train(["logger.csv=null"])
@@ -566,6 +591,7 @@ def test_a_failure_is_on_record(train, tmp_path):
     status = read_status(tmp_path / "run")
     assert status["status"] == "failed"
     assert "val/nothing" in status["exception"]
+    assert not (tmp_path / "logs" / "latest").exists(), "there is nothing in it to evaluate"
 
 
 @pytest.mark.parametrize("debug", ["overfit", "profile", "'nan'"])

@@ -89,11 +89,12 @@ class Console(Callback):
             self.progress.update(
                 self.task, completed=pl_module.iteration, total=pl_module.last_iteration, metrics=metrics
             )
-        elif self._line_is_due(pl_module.iteration, pl_module.last_iteration):
+        if self._line_is_due(pl_module.iteration, pl_module.last_iteration):
             self.last_line = time.monotonic()
             # with a budget, the last iteration is an estimate until it is there
             about = "~" if pl_module.iteration < pl_module.last_iteration < pl_module.iterations else ""
-            console().print(
+            show = console().print if self.progress is None else console().note  # beside the bar, for the log
+            show(
                 f"iteration {pl_module.iteration}/{about}{pl_module.last_iteration}  {metrics}",
                 soft_wrap=True,
             )

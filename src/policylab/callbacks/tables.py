@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,8 +16,12 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from policylab.launch.world import world
+
 if TYPE_CHECKING:
     from policylab.rollouts.types import Sample
+
+log = logging.getLogger(__name__)
 
 PLAIN_WIDTH = 110
 SAMPLE_WIDTH = 160
@@ -23,13 +29,32 @@ SAMPLE_WIDTH = 160
 SIDE = ("paths", "callbacks", "logger")
 
 
+class LoggedConsole(Console):
+    """A console whose lines go to ``train.log`` as well, as plain text; also where it is quiet."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Rich's call."""
+        super().print(*objects, **options)
+        self.note(*objects, **options)
+
+    def note(self, *objects: Any, **options: Any) -> None:
+        """For the log alone."""
+        if not (log.isEnabledFor(logging.INFO) and world().main):
+            return
+        page = Console(file=io.StringIO(), width=PLAIN_WIDTH, highlight=False, color_system=None)
+        page.print(*objects, **options)
+        lines = [line.rstrip() for line in page.file.getvalue().strip("\n").split("\n")]
+        if any(lines):
+            log.info("%s", "\n".join(lines if len(lines) == 1 else ["", *lines]))
+
+
 @cache
-def console() -> Console:
+def console() -> LoggedConsole:
     """The console of this process: one, so that what is printed appears above a live progress bar."""
-    probe = Console(highlight=False)
+    probe = LoggedConsole(highlight=False)
     if probe.is_terminal:
         return probe
-    return Console(highlight=False, width=int(os.environ.get("COLUMNS", PLAIN_WIDTH)))
+    return LoggedConsole(highlight=False, width=int(os.environ.get("COLUMNS", PLAIN_WIDTH)))
 
 
 def short_path(path: Path) -> str:

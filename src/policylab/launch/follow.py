@@ -1,11 +1,16 @@
-"""Tells the status of a run how far it is."""
+"""What others see of a run while it trains: its status, and that it is the latest."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
 
+from policylab.callbacks.writing import BackgroundWriter
+from policylab.launch.find_run import LATEST
+from policylab.launch.run_folder import point_latest
 from policylab.launch.status import RunStatus
 
 
@@ -21,3 +26,20 @@ class FollowStatus(Callback):
         """One iteration further."""
         if trainer.is_global_zero:
             self.status.write(iteration=pl_module.iteration, tokens_sampled=pl_module.tokens_sampled)
+
+
+class BecomeLatest(Callback):
+    """Lets ``logs/latest`` point at a run once it has a state on disk: what `latest` names can be evaluated.
+
+    Stand it after the checkpoint callback, and it waits its turn behind that one's first state.
+    """
+
+    def __init__(self, run_dir: Path, logs: Path) -> None:
+        self.run_dir = run_dir
+        self.logs = logs
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """The checkpoint callback has handed its first state to the writer."""
+        writer = trainer.strategy.checkpoint_io
+        if trainer.is_global_zero and isinstance(writer, BackgroundWriter):
+            writer.submit(self.logs / LATEST, partial(point_latest, self.run_dir, self.logs))

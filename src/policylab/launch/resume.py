@@ -176,9 +176,8 @@ def rewind(run_folder: Path, iteration: int, *, validates: bool) -> None:
         cut = [{k: v for k, v in row.items() if stays(row["iteration"], k.split("/")[0])} for row in rows]
         write_rows(metrics, [row for row in cut if set(row) > {"iteration"}])
     if samples.is_file():
-        kept = [
-            line for line in samples.read_text(encoding="utf-8").splitlines() if stays(*sample_origin(line))
-        ]
+        lines = samples.read_text(encoding="utf-8").split("\n")  # splitlines() knows more ends
+        kept = [line for line in lines if stays(*sample_origin(line))]
         write_atomically(samples, "".join(line + "\n" for line in kept))
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,12 @@ from policylab.config.checks import check
 from policylab.config.hardware import backend, processes, settled
 from policylab.errors import UserError
 from policylab.launch.checkpoints import become_newest, checkpoint_iteration, checkpoint_state, demand_fit
-from policylab.launch.find_run import checkpoint_to_resume
+from policylab.launch.find_run import LATEST, checkpoint_to_resume
 from policylab.launch.imports import import_libraries
 from policylab.launch.logs import FILE_ONLY, silence_noise
 from policylab.launch.redaction import redact_words
 from policylab.launch.resume import check_same_run, rewind
-from policylab.launch.run_folder import leaving_nothing, point_latest, write_json
+from policylab.launch.run_folder import demand_link, forgotten_if_refused, leaving_nothing, write_json
 from policylab.launch.saved_config import (
     TRUST,
     learn_secrets,
@@ -62,6 +62,12 @@ def train_job(config: DictConfig) -> float | None:
     run_dir, overrides = Path(hydra.runtime.output_dir), changes(hydra)
     learn_secrets(config)
     sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records it
+    with leaving_nothing(run_dir) if world().main else nullcontext():
+        return start(config, hydra.job_logging, run_dir, overrides)
+
+
+def start(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[str]) -> float | None:
+    """Checks what can be checked at once, then plans, trains, or starts the processes that train."""
     check(config)
     if config.resume:
         demand_consent(config, sys.orig_argv)
@@ -69,16 +75,16 @@ def train_job(config: DictConfig) -> float | None:
         import_libraries()
         from policylab.planning.plan import plan_job
 
-        with leaving_nothing(run_dir):
-            plan_job(config)
+        plan_job(config)
         return None
+    demand_link(Path(config.paths.logs) / LATEST)
     config, here = settled(config), world()
     watched = here.elastic or not config.hardware.max_restarts
     if processes(config) == here.size and watched:
         return train(config, run_dir, overrides)
     from policylab.launch.processes import launch
 
-    return launch(config, hydra.job_logging, run_dir, overrides)
+    return launch(config, job_logging, run_dir, overrides)
 
 
 def changes(hydra: DictConfig) -> list[str]:
@@ -129,15 +135,20 @@ def train(
     demand_same("config", OmegaConf.to_yaml(config, resolve=True))
     checkpoint, fresh = starting_point(config, run_dir, overrides)
     screen = Screen(config, run_dir)
-    with RunStatus(run_dir, config.iterations, config.max_tokens, writes=main) as status, log_failure():
+    with (
+        forgotten_if_refused(run_dir) if fresh and main else nullcontext(lambda: None) as accept,
+        RunStatus(run_dir, config.iterations, config.max_tokens, writes=main) as status,
+        log_failure(),
+    ):
         screen.opening(redact_words(overrides))  # stands before the seconds of heavy imports
         demand_model(config)
         import_libraries()
-        from policylab.launch.follow import FollowStatus
+        from policylab.launch.follow import BecomeLatest, FollowStatus
         from policylab.launch.stop import StopOnSignal
 
         with StopOnSignal(signals) as stop, closed_loggers():
             experiment = prepare(config, run_dir, overrides, checkpoint)
+            accept()
             if main:
                 if checkpoint:
                     become_newest(run_dir, checkpoint)
@@ -145,10 +156,9 @@ def train(
                     iteration = checkpoint_iteration(checkpoint) if checkpoint else 0
                     rewind(run_dir, iteration, validates=validates_again(config, checkpoint))
                     save_config(config, run_dir)
-                # a run that could not be built is nothing to point at
-                point_latest(run_dir, Path(config.paths.logs))
-            # before the checkpoint callback
-            experiment.trainer.callbacks[:0] = [FollowStatus(status), stop]  # type: ignore[attr-defined]
+            callbacks = experiment.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:0] = [FollowStatus(status), stop]  # before the checkpoint callback
+            callbacks.append(BecomeLatest(run_dir, Path(config.paths.logs)))
             screen.plan(experiment)
             connect(backend(config.hardware), config.hardware.timeout)
             with ended_workers(experiment.module.reward):

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -48,6 +48,28 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
     finally:
         if folder.is_dir() and [path.name for path in folder.iterdir()] == ["train.log"]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def forgotten_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
+    """What a run has written of itself is gone if its command is refused before the run is called accepted.
+
+    Gives:
+        The function to call when all is built and the run begins.
+    """
+    accepted = False
+
+    def accept() -> None:
+        nonlocal accepted
+        accepted = True
+
+    try:
+        yield accept
+    except UserError:
+        if not accepted:
+            for name in ("config.yaml", "env.json", "status.json"):
+                (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -93,6 +115,18 @@ def append_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically, indented, with a newline at the end."""
     write_atomically(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def demand_link(latest: Path) -> None:
+    """Refuses to start where ``logs/latest`` is something of the user's own.
+
+    Raises:
+        UserError: when it is there and no link.
+    """
+    if latest.exists() and not latest.is_symlink():
+        raise UserError(
+            f"{latest} is to be a link to the newest run, but it is a folder or file; move it away"
+        )
 
 
 def point_latest(run_folder: Path, logs: Path) -> None:

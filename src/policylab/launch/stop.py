@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -14,6 +15,8 @@ from lightning import Callback, Trainer
 
 from policylab.launch.signals import ECHO, SIGNALS, Interrupted, can_listen
 from policylab.launch.world import world
+
+log = logging.getLogger(__name__)
 
 
 class StopOnSignal(Callback):
@@ -83,6 +86,8 @@ class StopOnSignal(Callback):
         if asked:
             self.signum = asked
             self.stopped = True
+            if world().main:
+                log.info("stopping after iteration %s: %s", pl_module.iteration, signal.Signals(asked).name)
             trainer.should_stop = True
             trainer.limit_val_batches = 0
 
