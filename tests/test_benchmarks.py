@@ -1,19 +1,28 @@
-"""The parts of benchmarks/ that need no other library and no clock."""
+"""Every command of benchmarks/ and scripts/ in a quick form, and the parts that need no clock."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import chaos
+import estimator_variance
+import scaling
 import vs_trl
 from kills import records
 from kills.kinds import KINDS
@@ -23,6 +32,7 @@ from race.figures import Lap, Ratio
 from race.lane import Lane
 from race.work import EOS, PAD, Work
 
+ROOT = Path(__file__).parent.parent
 WORK = Work("tiny", "grpo", "varied", "fp32", "separate", 4, 2, 16, 8, "cpu")
 
 
@@ -190,21 +200,138 @@ def test_gaps_and_doubles_in_metrics_are_seen(tmp_path: Path) -> None:
         assert records.unequal(expected, read(other))
 
 
+# -- every command --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quick:
+    """A benchmark in a quick form."""
+
+    words: tuple[str, ...] = ()  #: of the command line; ``OUT`` stands for an empty folder
+    smaller: Mapping[str, Any] = field(
+        default_factory=dict
+    )  #: names in the module that get other values; OUT as well
+    slow: bool = False
+
+
+DONE = SimpleNamespace(returncode=0)
+QUICK = {
+    "chaos": Quick(
+        ("--runs", "1", "--settings", "ppo", "--kinds", "while writing", "--iterations", "2", "--hits", "1",
+         "--folder", "OUT/runs", "--out", "OUT/chaos.csv"),
+        slow=True,
+    ),
+    "estimator_variance": Quick(smaller={"WORLDS": range(1), "ESTIMATORS": estimator_variance.ESTIMATORS[:1]}),
+    "faithfulness": Quick(("--out", "OUT/x.csv"), {"PROMPTS": 2, "GROUP": 2, "NEW_TOKENS": 8}),
+    "gpu": Quick(
+        ("--device", "cpu", "--quick", "--models", "tiny", "--batch", "1", "--out", "OUT"), slow=True
+    ),
+    "gpu_wheels": Quick(
+        ("--python", "3.12"),
+        {"FOLDER": Path("OUT/wheels"), "subprocess": SimpleNamespace(run=lambda *_, **__: DONE)},
+    ),
+    "plan": Quick(("--out", "OUT/plan.csv", "--replan")),
+    "products": Quick(("--out", "OUT/products.csv"), {"SHAPES": [(4, 8, 16)]}),
+    "rollout": Quick(
+        ("--batch", "2", "--group-size", "2", "--prompt-tokens", "2", "--new-tokens", "3", "--runs", "1", "--threads",
+         "1", "--out", "OUT/rollout.csv"),
+        {"fastest": lambda work: (work(), 1.0)[1]},
+    ),
+    "scaling": Quick(
+        ("--tiny", "--iterations", "2", "--out", "OUT"), {"AXES": {"prompts": scaling.AXES["prompts"]}}, slow=True
+    ),
+    "vs_trl": Quick(
+        ("--prompts", "2", "--group-size", "2", "--new-tokens", "4", "--runs", "1", "--out", "OUT/vs_trl.csv",
+         "--trl-python", "OUT/stand_in"),
+        slow=True,
+    ),
+    "where": Quick(
+        ("--prompts", "1", "--out", "OUT/where.csv"),
+        {"prepare": lambda _: None, "WARM": 0, "Work": lambda *kind: Work(*kind[:-3], 4, 4, "cpu")},
+    ),
+}  # fmt: skip
+COMMANDS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text())
+#: In the place of an interpreter that has TRL: our side once more.
+STAND_IN = f"""#!{sys.executable}
+import sys
+from pathlib import Path
+
+from race import ours
+
+described = ours.describe_environment
+ours.describe_environment = lambda root: described(root) | {{"packages": described(root)["packages"] | {{"trl": ""}}}}
+ours.main(ours.Work.from_json(sys.argv[-2]), Path(sys.argv[-1]))
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in QUICK and QUICK[n].slow else n for n in COMMANDS],
+)
+def test_every_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name in QUICK, f"benchmarks/{name}.py needs a quick form in QUICK"
+    (tmp_path / "stand_in").write_text(STAND_IN)
+    (tmp_path / "stand_in").chmod(0o755)
+    plans = (ROOT / "benchmarks" / "results" / "plan.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "plan.csv").write_text("".join(plans[:2]))
+    module = importlib.import_module(name)
+    for constant, value in QUICK[name].smaller.items():
+        if isinstance(value, Path):
+            value = Path(str(value).replace("OUT", str(tmp_path)))
+        monkeypatch.setattr(module, constant, value)
+    words = [word.replace("OUT", str(tmp_path)) for word in QUICK[name].words]
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    assert not module.main()
+    for word in words:
+        assert not word.endswith(".csv") or len(Path(word).read_text().splitlines()) > 1, word
+
+
 @pytest.mark.slow
-def test_a_run_is_killed_and_the_same_in_the_end(tmp_path: Path) -> None:
-    small = [
-        "--runs",
-        "1",
-        "--settings",
-        "ppo",
-        "--kinds",
-        "while writing",
-        "--iterations",
+@pytest.mark.parametrize("algo", ["grpo", "ppo", "rloo"])
+def test_both_sides_make_the_same_update(algo: str) -> None:
+    pytest.importorskip("trl", reason="the other side of the race is not installed")
+    words = [
+        "--algo",
+        algo,
+        "--lengths",
+        "varied",
+        "--prompts",
         "2",
-        "--hits",
-        "1",
+        "--group-size",
+        "2",
+        "--new-tokens",
+        "4",
     ]
-    assert chaos.main([*small, "--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "chaos.csv")]) == 0
-    (row,) = csv.DictReader((tmp_path / "chaos.csv").open())
-    assert (row["setting"], row["kind"], row["verdict"]) == ("ppo", "while writing", "same")
-    assert len(row["exit_codes"].split()) == int(row["resumes"]) + 1
+    assert vs_trl.main([*words, "--check"]) == 0
+
+
+SHELL = sorted([*(ROOT / "benchmarks").glob("*.sh"), *(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"])
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_shell_scripts_can_be_read(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "requeued"),
+    [
+        ("exit 7", 7, False),
+        # told of the time limit: it saves, and asks to be run again
+        ('trap \'echo "{\\"status\\": \\"interrupted\\"}" > status.json; exit 75\' USR1\n'
+         "kill -USR1 $PPID; sleep 5 & wait", 75, True),
+    ],
+)  # fmt: skip
+def test_the_job_of_slurm(tmp_path: Path, step: str, code: int, requeued: bool) -> None:
+    for name, body in (("srun", f'echo "$@" > told\n{step}'), ("scontrol", 'echo "$@" > requeued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "RUN": "."}
+    script = ROOT / "scripts" / "slurm.sbatch"
+    done = subprocess.run(["bash", script, "algo=grpo"], cwd=tmp_path, env=environment, timeout=20)
+    assert done.returncode == code
+    assert (
+        "python train.py hardware=slurm resume=auto hydra.run.dir=. algo=grpo"
+        in (tmp_path / "told").read_text()
+    )
+    assert (tmp_path / "requeued").exists() is requeued

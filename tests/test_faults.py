@@ -11,8 +11,11 @@ import random
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,9 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig
 
+from kills import records
+from policylab.callbacks import checkpoint as checkpoint_callback
+from policylab.callbacks import metrics_csv, samples, writing
 from policylab.callbacks.checkpoint import Checkpoint, write_policy
 from policylab.callbacks.loggers import tolerated
 from policylab.callbacks.metrics_csv import MetricsCSV
@@ -28,7 +34,7 @@ from policylab.callbacks.metrics_file import read_rows
 from policylab.callbacks.samples import Samples
 from policylab.callbacks.writing import write_state
 from policylab.errors import RunError, UserError
-from policylab.launch import checkpoints
+from policylab.launch import checkpoints, patience
 from policylab.launch.checkpoints import (
     become_newest,
     checkpoint_iteration,
@@ -476,9 +482,16 @@ def test_workers_remember_nothing():
         pooled(Moody(), 2, "thread")
 
 
-def best_of(folder: Path, checkpoint: Path | None = None, iterations: int = 3) -> Any:
+def best_of(
+    folder: Path, checkpoint: Path | None = None, iterations: int = 3, preset: str = "reinforce"
+) -> Any:
     """A run that validates each iteration, the better the longer it is, and exports."""
-    built = experiment(folder, algo("reinforce"), iterations=iterations)
+    return fit(improving(folder, iterations, preset), checkpoint)
+
+
+def improving(folder: Path, iterations: int, preset: str) -> Any:
+    """Such a run before it trains."""
+    built = experiment(folder, algo(preset), iterations=iterations)
     built.trainer.limit_val_batches = 1
     built.trainer.val_check_interval = 1
     built.module.policy.lm.name_or_path = "small"
@@ -487,7 +500,7 @@ def best_of(folder: Path, checkpoint: Path | None = None, iterations: int = 3) -
             callback.export = True
     means = built.module.reduced
     built.module.reduced = lambda m: means(m) | {"val/reward": float(built.module.iteration)}
-    return fit(built, checkpoint)
+    return built
 
 
 def test_a_best_that_a_kill_left_behind_is_made_right(tmp_path):
@@ -564,8 +577,89 @@ def fill(folder: Path) -> Path:
     return filler
 
 
-def test_a_run_outlives_a_full_disk(small_disk, caplog):
-    """Full from the first iteration to the third; afterwards nothing is missing."""
+class BrieflyFull:
+    """A disk that refuses the next few writes of each kind."""
+
+    WRITES = (
+        (samples, "append_whole"),
+        (metrics_csv, "write_rows"),
+        (MetricsCSV, "_write_row"),
+        (writing, "save"),
+        (checkpoint_callback, "write_json"),
+    )
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.refusals = Counter[str]()
+        self.refused = set[str]()
+        patch.setattr(patience, "PAUSE", 0.001)
+        for owner, name in self.WRITES:
+            patch.setattr(owner, name, self.refusing(name, getattr(owner, name)))
+
+    def refusing(self, name: str, write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*arguments: Any) -> Any:
+            if self.refusals[name]:
+                self.refusals[name] -= 1
+                self.refused.add(name)
+                full_disk()
+            return write(*arguments)
+
+        return attempt
+
+    def fill_up(self) -> None:
+        self.refusals.update({name: 3 for _, name in self.WRITES})
+
+
+@pytest.mark.parametrize("preset", ["dqn", "ppo"])
+def test_a_disk_that_was_briefly_full_leaves_no_trace(tmp_path, monkeypatch, preset):
+    """Checkpoints, exported models, metrics and samples are those of a run that nobody disturbed, bit for bit."""
+    disk = BrieflyFull(monkeypatch)
+    for name in ("calm", "disturbed"):
+        built = improving(tmp_path / name, 3, preset)
+        built.trainer.callbacks.insert(0, Samples(str(tmp_path / name), every=1, keep=4, show=0))
+        if name == "disturbed":
+            record = built.module.record
+            built.module.record = lambda metrics, record=record: (disk.fill_up(), record(metrics))
+        fit(built)
+        (tmp_path / name / "status.json").write_text("{}")
+    assert records.differences(tmp_path / "calm", tmp_path / "disturbed") == []
+    assert disk.refused == {name for _, name in disk.WRITES}
+
+
+def test_records_that_could_not_be_written_are_an_error_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(patience, "ROOM", 0.0)
+    monkeypatch.setattr(samples, "append_whole", full_disk)
+    callback = Samples(str(tmp_path), every=1, keep=1, show=0)
+    callback.unwritten = ["waiting"]
+    with pytest.raises(RunError, match=r"samples\.jsonl: 1 samples are lost"):
+        callback.teardown(SimpleNamespace(), None, "fit")
+    monkeypatch.setattr(metrics_csv, "write_rows", full_disk)
+    logger = MetricsCSV(str(tmp_path))
+    logger.log_metrics({"x": 0.0}, step=0)
+    logger.finalize("failed")  # what went wrong is told already
+    with pytest.raises(RunError, match=r"metrics\.csv: 1 rows are missing"):
+        logger.finalize("success")
+
+
+def test_no_longer_than_a_while_is_room_waited_for(monkeypatch):
+    monkeypatch.setattr(patience, "ROOM", 0.02)
+    monkeypatch.setattr(patience, "PAUSE", 0.001)
+    calls = list[int]()
+
+    def refused(code: int) -> None:
+        calls.append(code)
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(PermissionError):
+        patience.wait_for_room(partial(refused, errno.EACCES))
+    assert calls == [errno.EACCES]
+    with pytest.raises(OSError, match="No space left"):
+        patience.wait_for_room(partial(refused, errno.ENOSPC))
+    assert calls.count(errno.ENOSPC) > 1
+
+
+def test_a_run_outlives_a_full_disk(small_disk, caplog, monkeypatch):
+    """Full from the first iteration to the third, longer than is waited; afterwards nothing is missing."""
+    monkeypatch.setattr(patience, "ROOM", 0.0)
     built = experiment(small_disk, algo("ppo"), iterations=5)
     module, filler = built.module, list[Path]()
     finish = module.finish_iteration
@@ -593,6 +687,7 @@ def test_a_run_outlives_a_full_disk(small_disk, caplog):
 def test_in_the_end_a_state_that_could_not_be_written_is_an_error(tmp_path, monkeypatch):
     built = experiment(tmp_path, algo("reinforce"), iterations=2)
     monkeypatch.setattr("policylab.callbacks.writing.save", full_disk)
+    monkeypatch.setattr(patience, "ROOM", 0.0)
     with pytest.raises(RunError, match=r"could not write .*last\.ckpt: No space left on device; make room"):
         fit(built)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -99,8 +101,10 @@ class Checkpoint(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Lets a finished run be prolonged: whether a batch was the last is for the resuming command to say. Metrics
-        that found no room on disk go with the state, so that the two never part."""
+        that cannot be written to their file go with the state, so that the two never part."""
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        for csv in metrics_files(trainer):
+            csv.settle()
         checkpoint["unwritten_metrics"] = [row for csv in metrics_files(trainer) for row in csv.unwritten]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -233,8 +237,9 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
             if old.exists():
                 old.rename(target)
             raise
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    except SafetensorError as error:  # it tells the system's error in words alone
+        full = os.strerror(errno.ENOSPC) in str(error)
+        raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(str(error))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -10,7 +10,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from policylab.callbacks.metrics_file import columns_of, format_row, read_rows, write_rows
-from policylab.launch.patience import Patience
+from policylab.errors import RunError
+from policylab.launch.patience import Patience, wait_for_room
 
 
 class MetricsCSV(Logger):
@@ -84,11 +85,21 @@ class MetricsCSV(Logger):
             self._row = missing[-1]
             self._save()
 
+    def settle(self) -> None:
+        """Writes the rows that wait; on a full disk, as soon as there is room."""
+        if self.unwritten:
+            with self.patience:
+                wait_for_room(self._write_all)
+
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """One more attempt."""
-        if self.unwritten:
-            self._save()
+        """One more attempt; rows that could not be written to the very end are an error."""
+        self.settle()
+        if self.unwritten and status == "success":
+            raise RunError(
+                f"could not write {self.path}: {len(self.unwritten)} rows are missing; make room (or the file "
+                "writable), then go on with resume=RUN"
+            )
 
     def _open(self) -> None:
         """Takes over the file of a run that is resumed. It is written anew, without a line that a crash cut short."""

@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import WandbLogger
 
 from policylab.callbacks.loggers import attempt
 from policylab.callbacks.tables import console, pick, samples_table
-from policylab.launch.patience import Patience
+from policylab.errors import RunError
+from policylab.launch.patience import Patience, wait_for_room
 from policylab.launch.run_folder import append_whole
 from policylab.rollouts.types import Sample
 
@@ -42,7 +43,8 @@ class Samples(Callback):
         self.patience = Patience(self.path, "its lines wait in memory until it can be")
 
     def state_dict(self) -> dict[str, Any]:
-        """Lines that found no room on disk go with the state."""
+        """Lines that cannot be written to their file go with the state."""
+        self.settle()
         return {"unwritten": list(self.unwritten)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,11 +75,29 @@ class Samples(Callback):
             return
         self.unwritten += [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in kept]
         with self.patience:
-            append_whole(self.path, "".join(self.unwritten))
-            self.unwritten = []
+            self.save()
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 attempt(logger, partial(self._log_table, logger, kept))
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Lines that could not be written to the very end are an error."""
+        self.settle()
+        if self.unwritten:
+            raise RunError(
+                f"could not write {self.path}: {len(self.unwritten)} samples are lost; make room, or the file writable"
+            )
+
+    def settle(self) -> None:
+        """Writes the lines that wait; on a full disk, as soon as there is room."""
+        if self.unwritten:
+            with self.patience:
+                wait_for_room(self.save)
+
+    def save(self) -> None:
+        """Appends the lines that wait."""
+        append_whole(self.path, "".join(self.unwritten))
+        self.unwritten = []
 
     def _log_table(self, logger: WandbLogger, samples: Sequence[Sample]) -> None:
         import wandb

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from policylab.errors import RunError
 from policylab.launch.checkpoints import LAST, PREVIOUS, link_atomically
+from policylab.launch.patience import wait_for_room
 from policylab.launch.run_folder import sync_folder
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ class BackgroundWriter(TorchCheckpointIO):
     """Lightning's checkpoints, and other files that training need not wait for.
 
     A state is copied to main memory first, so that training may go on at once; there is never more than one such copy.
-    Lightning waits for the last file when it is done, in whatever way. A file that cannot be written is told, and
-    training goes on without it.
+    Lightning waits for the last file when it is done, in whatever way. A write waits a while for room on a full disk.
+    A file that cannot be written is told, and training goes on without it.
 
     Attributes:
         failed: what could not be written, and has not been since.
@@ -46,7 +47,7 @@ class BackgroundWriter(TorchCheckpointIO):
 
     def submit(self, path: Path, write: Callable[[], None]) -> None:
         """Has a file (or folder) written after those that are waiting."""
-        self.pending.append((path, self.thread.submit(write)))
+        self.pending.append((path, self.thread.submit(wait_for_room, write)))
 
     def wait(self) -> None:
         """Returns when all is written, or has failed."""

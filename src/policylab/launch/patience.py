@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 log = logging.getLogger(__name__)
+
+#: Seconds in which a full disk may get room again before a write is given up, and between two attempts.
+ROOM, PAUSE = 30.0, 0.1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def wait_for_room(write: Callable[[], None]) -> None:
+    """Calls ``write`` until there is room on the disk for what it writes, for ``ROOM`` seconds at most.
+
+    Raises:
+        OSError: when there is still no room; any other one at once.
+    """
+    deadline = time.monotonic() + ROOM
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in NO_ROOM or time.monotonic() >= deadline:
+                raise
+        time.sleep(PAUSE)
 
 
 class Patience:
