@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from conftest import fresh_policy, scratch_model
 from policylab.errors import UserError
-from policylab.functional import kl
+from policylab.functional import kl, products
 from policylab.functional.linear_head import Head, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.functional.masks import length_mask
@@ -47,6 +47,37 @@ def sampled(policy, group_size=3):
     return whole.replace(
         lengths=lengths, action_mask=mask, tokens=whole.tokens * mask, logprobs=whole.logprobs * mask
     )
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_filler_behind_a_row_changes_nothing(monkeypatch, name, exact):
+    """Where oneDNN multiplies, rows come in a few lengths only, so that it does not keep a kernel for each length."""
+    policy = fresh_policy(scratch_model(**ARCHITECTURES[name]))
+    rollout = sampled(policy)
+    found, fillers = [], []
+    for few in (products.FEW_ROWS, 16):
+        monkeypatch.setattr(products, "FEW_ROWS", few)
+        fillers.append(Sequences.of(rollout, packed=True).packing.filler)
+        policy.zero_grad()
+        now = policy.evaluate(rollout, 1.0, entropy_gradient=True, reference=policy if exact else None)
+        figures = now.logprobs, now.entropy, now.values
+        sum((figure**2).sum() for figure in figures).backward()
+        found.append([*figures, *(p.grad.clone() for p in policy.parameters() if p.grad is not None)])
+    assert fillers[0] == 0 < fillers[1]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_common_lengths_are_few():
+    cpu = torch.device("cpu")
+    lengths = {products.common_length(n, cpu) for n in range(256, 2049)}
+    assert len(lengths) == 16 * 3 + 1
+    assert all(n <= products.common_length(n, cpu) < n * 17 / 16 for n in range(256, 2049))
+    assert products.common_length(100, cpu) == 100
+    assert products.common_length(1001, torch.device("meta")) == 1001
+    products.use(products.PYTORCH)
+    assert products.common_length(1001, cpu) == 1001
+    products.use(products.ONEDNN)
 
 
 # -- rows of unequal length -------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from policylab.functional.products import linear, outer
+from policylab.functional.products import common_length, linear, outer
 
 #: Logits that are held at a time, in elements (256 MiB of fp32).
 CHUNK = 2**26
@@ -65,9 +66,15 @@ def head_figures(
         other: the other head with its hidden states; it gets no gradient.
         chunk: elements of logits that are held at a time.
     """
-    logprobs, entropy, exact_kl = _HeadFigures.apply(
+    n = len(tokens)
+    filler = common_length(n, hidden.device) - n
+    if filler:
+        hidden, tokens = F.pad(hidden, (0, 0, 0, filler)), F.pad(tokens, (0, filler))
+        other = None if other is None else (other[0], F.pad(other[1], (0, 0, 0, filler)))
+    figures = _HeadFigures.apply(
         hidden, head.weight, head.bias, tokens, head.temperature, entropy_gradient, other, chunk
     )
+    logprobs, entropy, exact_kl = (figure[:n] for figure in figures)
     return HeadFigures(logprobs, entropy, None if other is None else exact_kl)
 
 

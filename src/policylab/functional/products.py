@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 #: Multiply-adds from which oneDNN, slow to call, can be the faster one, and from which a product is a large one.
 WORTH_A_CALL, LARGE = 2**21, 2**27
+#: Rows of which there are too few to be worth a common length.
+FEW_ROWS = 2**8
 #: A weight that is to be packed counts as a product with so many rows, however many there are: large is what does not
 #: stay in a core's cache (1 MiB).
 PACKED_ROWS = 2**9
@@ -89,6 +91,18 @@ def go_on(with_choice: dict[str, Any]) -> None:
 def replaces_layers() -> bool:
     """Whether oneDNN takes any product of training."""
     return any(_choice.onednn & {f"{layout}/{size}" for layout in TRAINING} for size in SIZES)
+
+
+def common_length(rows: int, device: torch.device) -> int:
+    """So many rows or a few more: one of 16 lengths between a power of two and the next, where oneDNN trains.
+
+    oneDNN makes kernels for each number of rows, half a megabyte for a layer, and never forgets them: with rows of
+    every length memory would grow for the whole run. Less than 256 rows stay as they are.
+    """
+    if rows < FEW_ROWS or device.type != "cpu" or not replaces_layers():
+        return rows
+    step = 2 ** (rows.bit_length() - 5)
+    return -(-rows // step) * step
 
 
 def packs(weight_numbers: int, activated: bool) -> bool:

@@ -25,6 +25,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from policylab.functional.masks import length_mask
+from policylab.functional.products import common_length
 from policylab.functional.ragged import Ragged
 
 #: The name under which transformers knows `_attend`.
@@ -41,12 +42,15 @@ class CannotPackError(Exception):
 
 @dataclass(frozen=True)
 class Packing:
-    """``[prompt 1 | prompt 2 | ... | completion 1 | completion 2 | ...]`` as one row of ``N`` tokens."""
+    """``[prompt 1 | prompt 2 | ... | completion 1 | completion 2 | ... | filler]`` as one row of ``N`` tokens."""
 
     prompts: Ragged  #: on ``[U, P]``
     completions: Ragged  #: on ``[B, T]``
     prompt_of: Int[Tensor, " B"]  #: the prompt that each completion answers
     bias: Float[Tensor, "B 1 T S"]  #: 0 where a completion's token may look, -inf elsewhere; ``S = P + T``
+    filler: (
+        int  #: tokens behind all others that nobody looks at (`policylab.functional.products.common_length`)
+    )
 
     @classmethod
     def of(
@@ -57,27 +61,31 @@ class Packing:
         sees_prompt = length_mask(prompt_lengths[prompt_of], prompt_width)[:, None].expand(-1, width, -1)
         causal = torch.ones(width, width, dtype=torch.bool, device=lengths.device).tril()
         seen = torch.cat([sees_prompt, causal.expand(len(lengths), -1, -1)], dim=-1)[:, None]
+        prompts, completions = Ragged.of(prompt_lengths, prompt_width), Ragged.of(lengths, width)
+        tokens = prompts.count + completions.count
         return cls(
-            prompts=Ragged.of(prompt_lengths, prompt_width),
-            completions=Ragged.of(lengths, width),
+            prompts=prompts,
+            completions=completions,
             prompt_of=prompt_of,
             bias=torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf")),
+            filler=common_length(tokens, lengths.device) - tokens,
         )
 
     def attend(
         self, query: Float[Tensor, "N A D"], key: Tensor, value: Tensor, scale: float | None
     ) -> Float[Tensor, "N A D"]:
         """Causal attention of each prompt to itself, and of each completion to its prompt and itself."""
-        n = self.prompts.count
-        q, k, v = (self.prompts.pad(x[:n]) for x in (query, key, value))
+        parts = self.prompts.count, self.completions.count, self.filler
+        q, k, v = (self.prompts.pad(x.split(parts)[0]) for x in (query, key, value))
         of_prompts = self.prompts.pack(_attention(q, k, v, scale, None))
+        nothing = of_prompts.new_zeros(self.filler, *of_prompts.shape[1:])
         if self.completions.count == 0:
-            return of_prompts
-        q, own_k, own_v = (self.completions.pad(x[n:]) for x in (query, key, value))
+            return torch.cat([of_prompts, nothing])
+        q, own_k, own_v = (self.completions.pad(x.split(parts)[1]) for x in (query, key, value))
         keys = torch.cat([rows_of(k, self.prompt_of), own_k], dim=1)
         values = torch.cat([rows_of(v, self.prompt_of), own_v], dim=1)
         of_completions = self.completions.pack(_attention(q, keys, values, scale, self.bias))
-        return torch.cat([of_prompts, of_completions])
+        return torch.cat([of_prompts, of_completions, nothing])
 
 
 def rows_of(x: Tensor, index: Int[Tensor, " R"]) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -76,8 +77,12 @@ class Sequences:
         inputs = rollout.tokens[:, : is_input.shape[1]]
         return cls(
             rollout=rollout,
-            tokens=torch.cat([prompts[is_prompt.flip(-1)], inputs[is_input]])[None],
-            positions=torch.cat([prompt_places[is_prompt], places[is_input]])[None],
+            tokens=F.pad(torch.cat([prompts[is_prompt.flip(-1)], inputs[is_input]]), (0, packing.filler))[
+                None
+            ],
+            positions=F.pad(torch.cat([prompt_places[is_prompt], places[is_input]]), (0, packing.filler))[
+                None
+            ],
             attention=None,
             packing=packing,
             chosen_at=chosen_at[rollout.action_mask],
