@@ -163,6 +163,17 @@ class TestTokens:
         ended = torch.tensor([0, 1, 0, 1, 1, 0, 0], dtype=torch.bool)
         assert cached.going_on(ended).tolist() == [0, 5, 2, 6]
 
+    def test_many_rows_come_in_few_numbers(self, monkeypatch):
+        monkeypatch.setattr(cached, "MANY_ROWS", 3)
+        monkeypatch.setattr(cached, "ROW_STEP", 3)
+        ended = torch.tensor([0, 1, 0, 1, 1, 0, 0], dtype=torch.bool)
+        assert cached.going_on(ended).tolist() == [0, 6, 2, 3, 4, 5]
+        assert cached.going_on(ended[:6]).tolist() == [0, 5, 2]
+        assert cached.going_on(~ended[:5]).tolist() == [3, 1, 4]
+        assert len(cached.going_on(ended[:4])) == 2
+        monkeypatch.setattr(cached, "ROW_STEP", 100)
+        assert cached.going_on(ended).tolist() == list(range(7))
+
 
 class TestLowPrecision:
     @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])

@@ -24,6 +24,8 @@ from policylab.rollouts.types import Prompt, Rollout
 
 #: Finished rows leave the batch once they are this share of it; about as many rows of the cache are then copied.
 COMPACT_AT = 0.125
+#: Of as many rows and more, only a multiple of so many is left.
+MANY_ROWS, ROW_STEP = 32, 8
 #: Steps after which an accelerator is asked how many rows have ended: an answer waits for all work under way.
 STEPS_BETWEEN_QUESTIONS = 8
 
@@ -118,8 +120,14 @@ class CachedEngine:
                     break
                 if done >= COMPACT_AT * len(rows):
                     still = going_on(ended)
-                    decoder.keep(still)
-                    rows, drawn, ended, uniform = rows[still], drawn[still], ended[still], uniform[:, still]
+                    if len(still) < len(rows):
+                        decoder.keep(still)
+                        rows, drawn, ended, uniform = (
+                            rows[still],
+                            drawn[still],
+                            ended[still],
+                            uniform[:, still],
+                        )
             decoder.step(drawn)
         steps = t + 1
         return tokens[:steps].T, logprobs[:steps].T, None if values is None else values[:steps].T
@@ -140,8 +148,14 @@ class CachedEngine:
 
 
 def going_on(ended: Bool[Tensor, " B"]) -> Int[Tensor, " K"]:
-    """The rows that have not ended: the last of them in the places of those that have, the others where they were."""
+    """The rows that stay: the last that have not ended in the places of those that have, the others where they were.
+
+    With many rows some that have ended stay as well, so that their number is one of few: libraries keep kernels for
+    each number.
+    """
     count = int((~ended).sum())
-    rows = torch.arange(count, device=ended.device)
-    rows[ended[:count]] = count + (~ended[count:]).nonzero().squeeze(-1)
+    stay = count if count < MANY_ROWS else min(-(-count // ROW_STEP) * ROW_STEP, len(ended))
+    rows = torch.arange(stay, device=ended.device)
+    moving = stay + (~ended[stay:]).nonzero().squeeze(-1)
+    rows[ended[:stay].nonzero().squeeze(-1)[: len(moving)]] = moving
     return rows
