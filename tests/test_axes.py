@@ -91,6 +91,15 @@ def test_overlong_penalty_by_hand():
     assert shaped.rewards.tolist() == [1.0] * 4  # what is reported stays the task's
 
 
+def test_overlong_penalty_does_not_count_the_words_of_an_environment():
+    """Four positions, of which the policy chose the first and the last: no more than its two free tokens."""
+    rollout = rollout_of([4], [1.0], [0])
+    talk = rollout.replace(action_mask=torch.tensor([[True, False, False, True]]))
+    penalty = OverlongPenalty(limit=4, buffer=2, scale=0.5)
+    assert penalty.penalty(rollout).tolist() == [-0.5]
+    assert penalty.penalty(talk).tolist() == [0.0]
+
+
 def test_importance_weights_by_hand():
     rollout = rollout_of([2], [1.0], [0], width=3).replace(
         logprobs=torch.tensor([[-1.0, -3.0, 0.0]]),

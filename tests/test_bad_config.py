@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policylab.config import hardware
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 from policylab.launch.world import World
 
 
@@ -18,13 +18,30 @@ from policylab.launch.world import World
         (["algo.kl.estimator=k4"], r"algo\.kl\.estimator='k4' is not one of k1, k2, k3, exact"),
         (["~algo.advantage.lam"], r"algo\.advantage\.lam is missing; GAE needs it"),
         (["algo.update.epochs=2.5"], r"algo\.update\.epochs=2\.5 is not a whole number"),
-        (["algo._target_=policylab.algorithms.Nothing"], r"cannot be imported"),
+        (
+            ["algo._target_=policylab.algorithms.PPO"],
+            r"algo\._target_=policylab\.algorithms\.PPO cannot be imported: there is no PPO in policylab\.algorithms",
+        ),
+        (["reward._target_=nowhere.mine"], "cannot be imported: there is no module nowhere; looked in"),
+        (
+            ["reward._target_=policylab.rewards.sentiment.sentimental"],
+            r"did you mean .*sentiment\.sentiment\?",
+        ),
+        (
+            ["reward._target_=policylab.rewards.sentiment"],
+            "sentiment is a module; it takes a function or a class",
+        ),
+        (["reward._partial_=false"], "if sentiment is the reward itself, give reward._partial_=true"),
+        (
+            ["reward._target_=policylab.rewards.base.Score"],
+            "reward Score is a class: give reward._partial_=false",
+        ),
+        (["reward._target_=policylab.rewards.base.checked"], "cannot be called with completions alone"),
         (["algo/surrogate=logprob"], "right for one update"),
         (["algo/critic=none"], "needs a critic"),
         (["iterations=0"], "iterations is 0"),
         (["seed=-1"], "seed is -1"),
         (["validation.every=0"], r"validation\.every is 0"),
-        (["validation.prompts=100000"], "holds out 256 prompts"),
         (["rollout.temperature=0"], "it must be above 0"),
         (["algo.update.minibatches=7"], "cannot be cut into 7 minibatches"),
         (["seed=abc"], "seed='abc' is not a whole number"),
@@ -67,6 +84,47 @@ def test_refused(compose, tmp_path, overrides, message):
 
     with pytest.raises(UserError, match=message):
         build(compose(overrides), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            "import a_missing_package",
+            r"failed at .*broken_1\.py:1: ModuleNotFoundError: .*'a_missing_package'",
+        ),
+        ("raise StopIteration", r"failed at .*broken_2\.py:1: StopIteration"),
+        ("def mine(completions:", r"failed at .*broken_3\.py:1: SyntaxError: "),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_blamed_once(
+    compose, tmp_path, monkeypatch, caplog, request, module, message
+):
+    """The module that is missing is named, not the one that asks for it; and Hydra adds nothing of its own."""
+    from policylab.config.build import build
+
+    name = f"broken_{request.node.callspec.indices['module'] + 1}"
+    (tmp_path / f"{name}.py").write_text(module + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunError, match=rf"^reward\._target_={name}\.mine cannot be imported: it {message}"):
+        build(compose([f"reward._target_={name}.mine"]), tmp_path)
+    assert not caplog.records
+
+
+def test_what_a_class_of_ones_own_raises_while_it_is_built_is_one_line(compose, tmp_path):
+    from policylab.config.build import build
+
+    mine = ["reward._target_=test_bad_config.Unbuilt", "reward._partial_=false"]
+    with pytest.raises(
+        RunError,
+        match=r"test_bad_config\.Unbuilt could not be built: it failed at .*\.py:\d+: StopIteration$",
+    ):
+        build(compose(mine), tmp_path)
+
+
+class Unbuilt:
+    def __init__(self) -> None:
+        raise StopIteration
 
 
 @pytest.mark.parametrize(

@@ -412,7 +412,12 @@ def test_an_estimated_end_says_so(screen, trainer, module):
 
 def test_expected_time_and_baseline(screen, trainer, module):
     callback = Console([], plain_seconds=10, plain_lines=10)
-    module.val_metrics = {"val/length": 7.0, "val/reward/positive": 0.1, "val/reward": 0.2}
+    module.val_metrics = {
+        "val/length": 7.0,
+        "val/reward/positive": 0.1,
+        "val/reward": 0.2,
+        "val/prompts": 4.0,
+    }
     callback.on_validation_start(trainer, module)
     callback.on_validation_end(trainer, module)
     module.expected_seconds = 75.0
@@ -420,7 +425,7 @@ def test_expected_time_and_baseline(screen, trainer, module):
     callback.on_train_batch_start(trainer, module, None, 1)
     assert screen().splitlines() == [
         "validating before training ...",
-        "validation before training:  reward 0.2  length 7",
+        "validation before training (4 prompts):  reward 0.2  length 7",
         "expected time: 1 min 15 s for 10 iterations",
     ]
 
@@ -455,7 +460,8 @@ def test_overridden_values_have_a_star():
 def test_numbers_and_names_for_people():
     assert [number(x) for x in (12345.6, 0.123456, -3e-9, 0.0, None)] == ["12,346", "0.1235", "0", "0", "-"]
     assert [duration(x) for x in (5, 61, 7300)] == ["5 s", "1 min 1 s", "2 h 1 min"]
-    metrics = dict.fromkeys(["val/length", "val/kl_token", "val/reward/part", "val/kl", "val/reward"], 0.0)
+    names = ["val/length", "val/kl_token", "val/reward/part", "val/kl", "val/prompts", "val/reward"]
+    metrics = dict.fromkeys(names, 0.0)
     assert headlines(metrics) == ["val/reward", "val/kl", "val/length"]
 
 

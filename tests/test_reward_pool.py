@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from traceback import format_exception as traceback_of
 
 import pytest
 
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 from policylab.rewards.base import Score, score
 from policylab.rewards.optimality import optimality
 from policylab.rewards.pool import PooledReward, begin, ended_workers, pooled
@@ -55,6 +57,10 @@ def fails(completions: Sequence[Completion]) -> list[float]:
 
 def fails_oddly(completions: Sequence[Completion]) -> list[float]:
     raise Odd("odd", "very")
+
+
+def stops(completions: Sequence[Completion]) -> list[float]:
+    return [next(1.0 for _ in [0] if "dull" not in c.text) for c in completions]
 
 
 def dies(completions: Sequence[Completion]) -> list[float]:
@@ -140,16 +146,34 @@ class TestErrors:
         with pytest.raises(UserError, match=message):
             begin(hands(reward, 2, pool), COMPLETIONS[1:] if reward is one_too_few else COMPLETIONS)()
 
-    def test_an_error_of_the_reward_comes_with_its_traceback(self, hands):
-        with pytest.raises(ValueError, match="no server there") as caught:
-            begin(hands(fails, 2, "process"), COMPLETIONS)()
-        assert "in fails" in "".join(caught.value.__notes__)
-        with pytest.raises(RuntimeError, match="Odd: odd: very"):
-            begin(hands(fails_oddly, 2, "process"), COMPLETIONS)()
+    @pytest.mark.parametrize(
+        ("reward", "message"),
+        [
+            (fails, "ValueError: no server there"),
+            (fails_oddly, "Odd: odd: very"),
+            (stops, "StopIteration"),
+        ],
+    )
+    def test_an_error_of_the_reward_is_told_in_one_line(self, hands, pool, reward, message):
+        line = reward.__code__.co_firstlineno + 1
+        with pytest.raises(
+            RunError, match=rf"^reward {reward.__name__} failed at .*test_reward_pool\.py:{line}(?s:.*)"
+        ) as caught:
+            begin(hands(reward, 2, pool), COMPLETIONS)()
+        assert str(caught.value).endswith(f": {message}")
+        assert reward is not stops or " on the completion ' a dull film' of the prompt 'it is'" in str(
+            caught.value
+        )
+        traceback = "".join(traceback_of(caught.value))
+        assert f"in {reward.__name__}" in traceback
 
     def test_a_process_that_dies_is_told(self, hands):
-        with pytest.raises(RuntimeError, match="a process of reward dies ended by itself, with code 7"):
+        with pytest.raises(RunError, match="a process of reward dies ended by itself, with code 7"):
             begin(hands(dies, 2, "process"), COMPLETIONS)()
+
+    def test_a_reference_that_cannot_be_sent_is_told(self, hands):
+        with pytest.raises(RunError, match="completions cannot be sent to a process of reward fails"):
+            begin(hands(fails, 1, "process"), [replace(COMPLETIONS[0], reference=lambda: None)])
 
     def test_a_reward_that_cannot_be_sent_is_refused_at_once(self):
         with pytest.raises(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from policylab.errors import UserError
-from policylab.rewards.base import Score, Scores, score
+from policylab.errors import RunError, UserError
+from policylab.rewards.base import Score, Scores, demand_reward, score
 from policylab.rewards.optimality import optimality
 from policylab.rewards.sentiment import sentiment
 from policylab.rollouts.types import Completion
+from policylab.tasks.base import measured
 
 
 def completion(text: str, prompt: str = "the film is", reference: Any = None) -> Completion:
@@ -59,8 +61,24 @@ class TestScore:
         [
             ([1.0], "reward stubborn returned 1 scores for 2 completions"),
             ([1.0, 2.0, 3.0], "reward stubborn returned 3 scores for 2 completions"),
-            (0.5, "reward stubborn returned 0.5; it must return one score for each of the 2 completions"),
+            (0.5, "reward stubborn returned 0.5; it must return a list of 2 scores, one for each completion"),
             (None, "reward stubborn returned None"),
+            ("ab", "reward stubborn returned 'ab'; it must return a list"),
+            (b"ab", "reward stubborn returned b'ab'; it must return a list"),
+            ({0: 1.0, 1: 2.0}, r"reward stubborn returned \{0: 1.0, 1: 2.0\}; it must return a list"),
+            ({1.0, 2.0}, r"reward stubborn returned \{1.0, 2.0\}; it must return a list"),
+            ((x for x in (1.0, 2.0)), "reward stubborn returned <generator .*; it must return a list"),
+            ({0: 1.0, 1: 2.0}.values(), r"returned dict_values\(.*; it must return a list"),
+            (np.ones((2, 1)), r"returned an array of shape \(2, 1\); it must return a list"),
+            (torch.ones(()), r"returned an array of shape \(\); it must return a list"),
+            ([np.ones(1), 1.0], r"gave array\(\[1.\]\) as the score of completion 0"),
+            ([[1.0], [1.0]], r"gave \[1.0\] as the score of completion 0"),
+            ([b"1", 1.0], "gave b'1' as the score of completion 0"),
+            ([10**400, 1.0], r"gave 10+\.\.\. as the score of completion 0"),
+            ([10**5000, 1.0], "gave <int> as the score of completion 0"),
+            ([1e39, 1.0], "gave 1e\\+39 as the score of completion 0"),
+            ([Score(1.0, {1: 1.0}), 1.0], r"gave \{1: 1.0\} as the parts of completion 0"),
+            ([Score(1.0, None), 1.0], "gave None as the parts of completion 0"),
             ([1.0, None], r"gave None as the score of completion 1 \('.*'\); it must be a finite number"),
             ([math.nan, 1.0], "gave nan as the score of completion 0"),
             ([1.0, math.inf], "gave inf as the score of completion 1"),
@@ -74,6 +92,114 @@ class TestScore:
     def test_refuses(self, answer: Any, message: str):
         with pytest.raises(UserError, match=message):
             score(constant(answer), TWO)
+
+
+def changes_its_argument(completions: Any) -> list[float]:
+    completions.sort(key=lambda completion: completion.text)
+    return [1.0] * len(completions)
+
+
+def changes_references(completions: Any) -> list[float]:
+    return [completion.reference["left"].pop() for completion in completions]
+
+
+def stops(completions: Any) -> list[float]:
+    return [next(1.0 for _ in [0] if "bad" not in completion.text) for completion in completions]
+
+
+def quits(completions: Any) -> list[float]:
+    sys.exit(0)
+
+
+class Lazy(list):
+    def __iter__(self) -> Any:
+        raise StopIteration
+
+
+class TestUserCode:
+    """Whatever it does, it does not end a run without a word, and changes nothing but its own copies."""
+
+    def test_stop_iteration_is_told_with_its_line_and_completion(self):
+        line = stops.__code__.co_firstlineno + 1
+        with pytest.raises(
+            RunError,
+            match=rf"^reward stops failed at .*test_rewards\.py:{line} on the completion ' bad' of the prompt "
+            "'the film is': StopIteration$",
+        ) as caught:
+            score(stops, TWO)
+        assert isinstance(caught.value.__cause__, StopIteration), "train.log gets its traceback"
+
+    def test_leaving_is_no_way_out(self):
+        with pytest.raises(RunError, match=r"reward quits failed at .*test_rewards\.py:\d+: SystemExit: 0"):
+            score(quits, TWO)
+
+    def test_an_answer_that_cannot_be_read(self):
+        with pytest.raises(RunError, match=r"reward stubborn failed at .*: StopIteration"):
+            score(constant(Lazy([1.0, 2.0])), TWO)
+
+    def test_a_user_error_is_told_as_it_is(self):
+        with pytest.raises(UserError, match=r"^reward=optimality found no map"):
+            score(optimality, TWO)
+
+    def test_the_list_of_completions_cannot_be_changed(self):
+        with pytest.raises(RunError, match="'tuple' object has no attribute 'sort'"):
+            score(changes_its_argument, TWO)
+
+    def test_references_are_copies(self):
+        completions = [
+            completion(" good", reference={"left": [1.0]}),
+            completion(" bad", reference={"left": [2.0]}),
+        ]
+        assert score(changes_references, completions) == score(changes_references, completions)
+        with pytest.raises(RunError, match=r"copying the references \(they must be plain data\) failed"):
+            score(constant([1.0]), [completion("", reference=sys)])
+
+    def test_task_metrics_are_checked_in_the_same_way(self):
+        def metrics(answer: Any) -> Any:
+            task = SimpleNamespace(name="mine", metrics=constant(answer))
+            return lambda: measured(task, TWO)
+
+        assert metrics({"words": np.array([1, 2])})() == {"words": [1.0, 2.0]}
+        for answer, message in (
+            (None, "task mine: metrics returned None; it must return a dict"),
+            ({"words": [1.0]}, "task mine: metric 'words' returned 1 scores for 2 completions"),
+            ({"words": "ab"}, "task mine: metric 'words' returned 'ab'"),
+            ({"words": [1.0, math.nan]}, "task mine gave nan as the metric 'words' of completion 1"),
+            (
+                {"reward": [1.0, 1.0]},
+                "task mine: the metric 'reward' has the name of another one, val/reward",
+            ),
+            ({"reward/x": [1.0, 1.0]}, "task mine: the metric 'reward/x' has the name of another one"),
+        ):
+            with pytest.raises(UserError, match=message):
+                metrics(answer)()
+        with pytest.raises(
+            RunError, match=r"task mine: metrics failed at .*on the completion ' bad'.*StopIteration"
+        ):
+            measured(SimpleNamespace(name="mine", metrics=stops), TWO)
+
+
+class TestWhatARewardIs:
+    def test_callables_of_one_argument(self):
+        for reward in (sentiment, partial(sentiment), torch.nn.Identity(), len):
+            demand_reward(reward)
+
+    @pytest.mark.parametrize(
+        ("reward", "message"),
+        [
+            (
+                lambda prompts, completions, **kw: [1.0],
+                "cannot be called with completions alone .*'completions'",
+            ),
+            (partial(lambda completions, words: [1.0]), "cannot be called with completions alone .*'words'"),
+            (lambda: [1.0], "cannot be called with completions alone"),
+            (partial(Lazy), "reward Lazy is a class: give reward._partial_=false"),
+            (3, "reward: 3 cannot be called; a reward is a function"),
+        ],
+    )
+    def test_refuses(self, reward: Any, message: str):
+        with pytest.raises(UserError, match=message):
+            demand_reward(reward)
 
 
 class TestSentiment:

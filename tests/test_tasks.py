@@ -19,7 +19,7 @@ from conftest import Compose
 from policylab.errors import UserError
 from policylab.rollouts.types import Completion
 from policylab.tasks import vader
-from policylab.tasks.base import Example, take_validation
+from policylab.tasks.base import Example, examples, take_validation
 from policylab.tasks.metrics import distinct_2, polarity
 from policylab.tasks.reviews import Reviews
 from policylab.tasks.shuffle import permutation
@@ -127,7 +127,7 @@ class TestFile:
         with pytest.raises(UserError, match=r"task\.prompt_words=0"):
             reviews("default", prompt_words=0)
         with pytest.raises(UserError, match=r"task\.instruction='Go on:' has no place for the prompt"):
-            reviews("default", instruction="Go on:")
+            examples(reviews("default", instruction="Go on:"), "val")
 
 
 class TestHub:
@@ -239,12 +239,28 @@ def test_distinct_2_literals():
     assert [distinct_2(text) for text in texts] == [0.4, 1.0, 0.5, 1.0, 1.0]
 
 
-def test_take_validation():
+def test_take_validation(caplog: pytest.LogCaptureFixture):
     task = reviews("default")
     assert take_validation(task, 3) == task.val[:3]
-    for count in (0, 257):
-        with pytest.raises(UserError, match=f"validation.prompts={count}, but task reviews holds out 256"):
-            take_validation(task, count)
+    assert not caplog.records
+    assert take_validation(task, 257) == task.val
+    assert caplog.messages == ["validation.prompts=257: task reviews holds out 256; all of them are taken"]
+    task.val = []
+    with pytest.raises(UserError, match="task reviews holds out no prompt for validation"):
+        take_validation(task, 3)
+
+
+def test_rows_of_a_task_are_examples():
+    task = reviews("default")
+    assert examples(task, "train") == task.train
+    task.train = [task.train[0], ("a", "b")]
+    with pytest.raises(
+        UserError, match=r"row 1 of train of task reviews is \('a', 'b'\); it must be an Example"
+    ):
+        examples(task, "train")
+    del task.instruction
+    with pytest.raises(UserError, match="task Reviews has no instruction"):
+        examples(task, "train")
 
 
 def test_permutation_is_a_pure_function_of_its_key():

@@ -42,7 +42,7 @@ class OverlongPenalty:
     linearly to ``-scale`` at the limit.
 
     Args:
-        limit: tokens at which a completion is cut.
+        limit: tokens of the policy's at which a completion is cut.
         buffer: tokens before the limit where the punishment begins.
         scale: reward lost by a completion that reaches the limit.
     """
@@ -64,5 +64,6 @@ class OverlongPenalty:
         return torch.ones_like(rollout.ended)
 
     def penalty(self, rollout: Rollout) -> Float[Tensor, " B"]:
-        over = rollout.lengths - (self.limit - self.buffer)
+        # the policy's tokens alone: an environment's words are not its fault
+        over = rollout.action_mask.sum(-1) - (self.limit - self.buffer)
         return -self.scale * over.clamp(min=0).to(rollout.logprobs.dtype) / self.buffer

@@ -43,7 +43,8 @@ class Console(Callback):
             shown = "  ".join(
                 f"{name.removeprefix('val/')} {number(metrics[name])}" for name in headlines(metrics)
             )
-            console().print(f"[bold]validation[/] {when}:  {shown}", soft_wrap=True)
+            count = f"{metrics['val/prompts']:.0f} prompts"
+            console().print(f"[bold]validation[/] {when} ({count}):  {shown}", soft_wrap=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Sets up the bar."""

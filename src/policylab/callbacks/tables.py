@@ -89,9 +89,9 @@ def number(value: float | None) -> str:
 
 
 def headlines(metrics: Mapping[str, float]) -> list[str]:
-    """Names of the validation metrics for people: reward and KL first, without parts and sums over tokens."""
+    """Names of the validation metrics for people: reward and KL first, without parts, sums over tokens and counts."""
     first = ["val/reward", "val/kl", "val/loss"]
-    names = [name for name in metrics if name.count("/") == 1 and name != "val/kl_token"]
+    names = [name for name in metrics if name.count("/") == 1 and name not in ("val/kl_token", "val/prompts")]
     return [name for name in first if name in names] + [name for name in names if name not in first]
 
 

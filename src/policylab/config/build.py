@@ -20,7 +20,7 @@ from policylab.callbacks.loggers import tolerated
 from policylab.config.checks import check
 from policylab.config.hardware import backend
 from policylab.config.signatures import check_signatures
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 from policylab.launch.cluster import Cluster
 from policylab.launch.products import choose_products
 from policylab.launch.saved_config import as_yaml
@@ -38,8 +38,9 @@ from policylab.rollouts.engine import Engine, check_context
 from policylab.rollouts.plan import BatchPlan, ReplayPlan
 from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.rollouts.types import Prompt
-from policylab.tasks.base import Example, Task, take_validation
+from policylab.tasks.base import Example, Task, examples, take_validation
 from policylab.tasks.datamodule import PromptData
+from policylab.user_code import is_theirs, place, said
 
 #: Keys of ``rollout`` that say what is sampled at a time, and are not for the engine.
 PLANNED = frozenset({"prompts", "group_size", "max_rows"})
@@ -80,13 +81,13 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         instantiate(without(config.reward, POOLED)), config.reward.get("workers"), config.reward.get("pool")
     )
     task = instantiate(without(config.task, TAKEN_OVER))
-    val = take_validation(task, config.validation.prompts)
+    train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     if isinstance(algorithm, Supervised):
         demand_no_budget(config)
-        demand_completions(task)
+        demand_completions(task, train)
 
     policy = build_policy(config, algorithm)
-    train_prompts, val_prompts = prompts(policy, task, task.train), prompts(policy, task, val)
+    train_prompts, val_prompts = prompts(policy, task, train), prompts(policy, task, val)
     check_context(policy, longest(train_prompts + val_prompts, engine))
     if isinstance(algorithm, QLearning):
         algorithm.replay.demand_room(plan.sequences, longest(train_prompts, engine))
@@ -131,14 +132,19 @@ def instantiate(config: DictConfig) -> Any:
     """The object that a config node describes; lists and dicts inside become plain ones.
 
     Raises:
-        UserError: whatever a part says about its values, without Hydra's wrapping.
+        UserError, RunError: whatever a part says about its values, without Hydra's wrapping.
+        RunError: for whatever else the user's own code raises.
     """
     try:
         return hydra.utils.instantiate(config, _convert_="all")
     except hydra.errors.InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | RunError):
             raise cause from None
+        if cause is not None and is_theirs(cause):
+            raise RunError(
+                f"{config._target_} could not be built: it failed{place(cause)}: {said(cause)}"
+            ) from cause
         raise
 
 
@@ -289,13 +295,13 @@ def demand_no_budget(config: DictConfig) -> None:
         )
 
 
-def demand_completions(task: Task) -> None:
+def demand_completions(task: Task, train: Sequence[Example]) -> None:
     """Supervised training needs something to imitate.
 
     Raises:
         UserError: naming the first example without a completion.
     """
-    for number, example in enumerate(task.train):
+    for number, example in enumerate(train):
         if not example.completion:
             raise UserError(
                 f"example {number} of task {task.name} ({example.text!r}) has no completion, and algo=sft trains on "

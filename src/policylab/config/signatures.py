@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import pydoc
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig
 
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
+from policylab.user_code import place, said
 
 #: Keys that speak to Hydra rather than to the target.
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -39,10 +41,7 @@ def check_signatures(config: DictConfig, path: str, ignore: frozenset[str]) -> N
 
 
 def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
-    try:
-        target: Callable[..., Any] = get_object(config["_target_"])
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}._target_={config['_target_']} cannot be imported: {error}") from error
+    target = target_of(config, path)
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
@@ -52,15 +51,57 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
             near = difflib.get_close_matches(key, parameters, n=1)
             hint = f"did you mean {path}.{near[0]}?" if near else f"known are {', '.join(parameters)}"
             raise UserError(f"{path}.{key} is not a key of {target.__name__}; {hint}")
-    needed = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
-    if config.get("_partial_"):  # the first parameter comes with the call
-        needed = [name for name in needed if name != next(iter(parameters))]
-    if needed:
-        raise UserError(f"{path}.{needed[0]} is missing; {target.__name__} needs it")
+    demanded = [
+        p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+    ]
+    missing = [name for name in demanded if name not in given]
+    if missing and not config.get(
+        "_partial_"
+    ):  # a reward, which is asked when it is built what it can be called with
+        function = (
+            ""
+            if inspect.isclass(target) or path != "reward"
+            else (f"; or, if {target.__name__} is the reward itself, give reward._partial_=true")
+        )
+        raise UserError(f"{path}.{missing[0]} is missing; {target.__name__} needs it{function}")
     hints = _hints(target)
     for key, value in given.items():
         if key in hints and not isinstance(value, DictConfig) and not _fits(value, hints[key]):
             raise UserError(f"{path}.{key}={value!r} is not {_words(hints[key])}")
+
+
+def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
+    """The function or class that a node names.
+
+    Raises:
+        UserError: when there is none.
+        RunError: when its module is there and cannot be imported.
+    """
+    name = config["_target_"]
+    try:
+        # tells a module that is not there from one that imports what is not there, as Hydra does not
+        target = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as failed:
+        error = failed.value
+        if not isinstance(error, Exception | SystemExit):
+            raise error from None
+        raise RunError(
+            f"{path}._target_={name} cannot be imported: it failed{place(error)}: {said(error)}"
+        ) from error
+    if not callable(target):
+        module, _, attribute = name.rpartition(".")
+        where = pydoc.locate(module) if module else None
+        near = difflib.get_close_matches(attribute, dir(where), n=1) if where else []
+        hint = (
+            f"did you mean {module}.{near[0]}?"
+            if near
+            else f"looked in {Path.cwd()} and among what is installed"
+        )
+        there = f"there is no {attribute} in {module}" if where else f"there is no module {module or name}"
+        if target is not None:
+            there, hint = f"{name} is a {type(target).__name__}", "it takes a function or a class"
+        raise UserError(f"{path}._target_={name} cannot be imported: {there}; {hint}")
+    return target
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:

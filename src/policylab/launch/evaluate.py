@@ -38,15 +38,15 @@ def evaluate(
     """Builds the run's experiment anew and validates a checkpoint.
 
     Args:
-        prompts: validation prompts; None takes as many as the run did.
+        prompts: validation prompts at most; None takes as many as the run did.
         seed: of the sampling noise; None takes the run's.
         trust_remote_code: the consent of whoever asks now; that on record in the run does not count.
 
     Returns:
-        The content of ``evaluate.json``: run, checkpoint, iteration, seed, prompts, metrics, samples.
+        The content of ``evaluate.json``: run, checkpoint, iteration, seed, prompts that were counted, metrics, samples.
 
     Raises:
-        UserError: when the task has fewer prompts, or a secret is needed that was not kept.
+        UserError: when a secret is needed that was not kept.
     """
     import_libraries()
     from policylab.config.build import build
@@ -68,7 +68,7 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "iteration": module.iteration,
         "seed": config.seed,
-        "prompts": config.validation.prompts,
+        "prompts": int(module.val_metrics["val/prompts"]),
         "metrics": module.val_metrics,
         "samples": [asdict(sample) for sample in module.samples],
     }

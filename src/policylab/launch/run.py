@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.callbacks.metrics_file import read_rows, validated
 from policylab.config.checks import check
 from policylab.config.hardware import backend, processes, settled
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 from policylab.launch.checkpoints import become_newest, checkpoint_iteration, checkpoint_state, demand_fit
 from policylab.launch.find_run import LATEST, checkpoint_to_resume
 from policylab.launch.imports import import_libraries
@@ -262,7 +262,10 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
             trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if module.iteration < module.iterations and not trainer.should_stop:
-            raise RuntimeError(f"training ended after {module.iteration} of {module.iterations} iterations")
+            raise RunError(
+                f"training ended after {module.iteration} of {module.iterations} iterations: something raised "
+                "StopIteration, which ends Lightning's loops; look at your callbacks"
+            )
         if not stop.stopped and not agreed(
             "validated", is_validated(run_dir, module.iteration), experiment.config.hardware.timeout
         ):

@@ -133,7 +133,7 @@ class Policy(nn.Module):
         ]
 
     def _templated(self, texts: Sequence[str], instruction: str | None) -> list[str]:
-        messages = [instruction.format(text=text) if instruction else text for text in texts]
+        messages = [instruction.replace("{text}", text) if instruction else text for text in texts]
         chats = [[{"role": "user", "content": message}] for message in messages]
         return list(self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
 

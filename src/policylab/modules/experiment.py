@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policylab.errors import UserError
+from policylab.errors import RunError, UserError
 from policylab.functional import products
 from policylab.functional.masks import masked_sum
 from policylab.models.adapter import fingerprint
@@ -25,14 +25,15 @@ from policylab.modules.optimizer import AdamW
 from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, Scores
 from policylab.rewards.memory import memory_of, remind
-from policylab.rewards.pool import Pending, begin
+from policylab.rewards.networks import move
+from policylab.rewards.pool import Pending, PooledReward, begin
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.noise import PREFLIGHT, TRAIN, VALIDATION, seed_libraries, uniforms
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.row_limit import EVERY_ROW, RowLimit
 from policylab.rollouts.types import Completion, Prompt, PromptBatch, Rollout, Sample
-from policylab.tasks.base import Task
+from policylab.tasks.base import Task, measured
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class ExperimentModule(ManualOptimization):
         metrics: of the last iteration; ``val_metrics``: of the last validation.
         samples: completions of the last iteration or validation, for people.
         rollout: the last one that was trained on.
+        reward: a network among them is neither trained nor saved.
     """
+
+    reward: Reward
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.policy, parts.optim, parts.plan, parts.iterations)
@@ -72,7 +76,8 @@ class ExperimentModule(ManualOptimization):
         self.compiles_layers = False  #: whether torch is to compile the policy's layers before the first pass
         self.engine = parts.engine
         self.row_limit = RowLimit(parts.max_rows)
-        self.reward = parts.reward
+        # not by assignment, which would take a reward that is a network for a part of this module
+        object.__setattr__(self, "reward", parts.reward)
         self.task = parts.task
         self.seed = parts.seed
         self.resolved_config = parts.resolved_config
@@ -89,6 +94,7 @@ class ExperimentModule(ManualOptimization):
         self.samples: list[Sample] = []
         self.rollout: Rollout | None = None
         self._val_means = Means()
+        self._val_prompts = 0  # counted so far by the validation under way, on this process
         self._seconds: dict[str, float] = {}
         self._checked = False
         self._reminded = False
@@ -168,7 +174,13 @@ class ExperimentModule(ManualOptimization):
     def begin_scoring(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[list[Completion], Pending]:
         """The rollout's completions as text, and their scores to come. ``prompts``: one for each row."""
         completions = [self._completion(rollout, row, prompt) for row, prompt in enumerate(prompts)]
-        return completions, begin(self.reward, completions)
+        # scores are those of the same reward in a worker, where neither is in force
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return completions, begin(self.reward, completions)
+
+    def move_reward(self) -> None:
+        """A reward that is a network comes to where the policy is; one in processes of its own stays there."""
+        move(self.reward.reward if isinstance(self.reward, PooledReward) else self.reward, self.device)
 
     def judge(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Completion]]:
         """The rollout with rewards, and its completions as text. ``prompts``: one for each row."""
@@ -220,6 +232,7 @@ class ExperimentModule(ManualOptimization):
 
     def on_validation_start(self) -> None:
         """The first validation of a run is preceded by its preflight."""
+        self.move_reward()
         if not self._checked:
             self.check()
 
@@ -227,6 +240,7 @@ class ExperimentModule(ManualOptimization):
         """A resumed run may have no validation before it trains, or nothing to train; its optimizer obeys the present
         config."""
         self.reapply_optimizer_settings()
+        self.move_reward()
         self.end_with_budget()
         if not self._checked:
             self.check()
@@ -257,6 +271,7 @@ class ExperimentModule(ManualOptimization):
     def on_validation_epoch_start(self) -> None:
         self._memory_before = (self.iteration, memory_of(self.reward))
         self._val_means = Means()
+        self._val_prompts = 0
         self.samples = []
 
     @torch.no_grad()
@@ -266,12 +281,25 @@ class ExperimentModule(ManualOptimization):
         completions, scores = self.begin_scoring(rollout, batch.prompts)
         rollout = rewarded(self.refer(rollout), scores())
         self.measure(rollout, self._val_means, "val")
-        for name, values in self.task.metrics(completions).items():
+        for name, values in measured(self.task, completions).items():
             self._val_means.add(f"val/{name}", torch.tensor(values, dtype=torch.double, device=self.device))
         self.samples += self.describe(rollout, completions, "val")
+        self._val_prompts += len(batch.prompts)
 
     def on_validation_epoch_end(self) -> None:
-        self.val_metrics = self.reduced(self._val_means)
+        """Records the validation, unless some of its prompts are missing.
+
+        Raises:
+            RunError: when Lightning has ended it early, as it does when anything raises StopIteration.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        counted = int(self.all_sum(torch.tensor(self._val_prompts)))
+        if counted != len(data.val):
+            raise RunError(
+                f"the validation of iteration {self.iteration} ended after {counted} of {len(data.val)} prompts and is "
+                "not recorded; something raised StopIteration, which ends Lightning's loops: look at your callbacks"
+            )
+        self.val_metrics = {**self.reduced(self._val_means), "val/prompts": float(counted)}
         self.record(self.val_metrics)
 
     # -- records ---------------------------------------------------------------------------------------

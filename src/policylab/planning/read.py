@@ -31,7 +31,7 @@ from policylab.planning.memory import GIB
 from policylab.planning.shape import Shape, after_layers, backbone, shape_of
 from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.row_limit import EVERY_ROW
-from policylab.tasks.base import Example, Task, take_validation
+from policylab.tasks.base import Example, Task, examples, take_validation
 
 #: Texts whose tokens are counted, evenly spread over the task's.
 READ = 512
@@ -66,11 +66,11 @@ def describe(config: DictConfig) -> Described:
     plan = batch_plan(settled, algorithm)
     engine = instantiate(without(config.rollout, PLANNED))
     task = instantiate(without(config.task, TAKEN_OVER))
-    val = take_validation(task, config.validation.prompts)
+    train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     settings: Any = OmegaConf.to_container(model_config(config), resolve=True)
     model = outline(settings)
     shape = shape_of(model.lm, adapter_for(config, algorithm), config.optim.frozen_layers)
-    prompts, targets = lengths(model, task, [*task.train, *val])
+    prompts, targets = lengths(model, task, [*train, *val])
     new_tokens = (
         max(engine.max_new_tokens, max(targets, default=0))
         if isinstance(algorithm, Supervised)
@@ -167,7 +167,7 @@ def lengths(model: Outline, task: Task, examples: Sequence[Example]) -> tuple[li
         tokenizer = read_tokenizer(ASSETS / "tiny", local_files_only=True, trust_remote_code=False)
     texts = [example.text for example in some]
     if model.chat:
-        asked = [task.instruction.format(text=text) if task.instruction else text for text in texts]
+        asked = [task.instruction.replace("{text}", text) if task.instruction else text for text in texts]
         chats = [[{"role": "user", "content": message}] for message in asked]
         texts = list(tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
     read = tokenizer(texts, add_special_tokens=not model.chat)["input_ids"]

@@ -7,13 +7,24 @@ See ``docs/tasks_and_rewards.md``.
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from policylab.errors import UserError
 from policylab.rollouts.text import Completion
+from policylab.user_code import call, shown
+
+#: The largest number of single precision, in which rewards are kept.
+LARGEST = 3.4028234663852886e38
+WHAT_A_REWARD_IS = (
+    "a reward is a function of one argument, the completions (each with .prompt, .text, .reference, .tokens and "
+    ".ended), that returns a number for each; whatever else it takes is given by keys of `reward` (+reward.words=3)"
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,70 @@ def reward_name(reward: Reward) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
+def demand_reward(reward: Any) -> None:
+    """Refuses what cannot be called with completions alone.
+
+    Raises:
+        UserError: saying what a reward is.
+    """
+    name = reward_name(reward)
+    if isinstance(reward, functools.partial) and inspect.isclass(reward.func):
+        raise UserError(
+            f"reward {name} is a class: give reward._partial_=false, and it is built from the keys of `reward` and "
+            "then called with completions"
+        )
+    if not callable(reward):
+        raise UserError(f"reward: {shown(reward)} cannot be called; {WHAT_A_REWARD_IS}")
+    try:
+        signature = inspect.signature(reward)
+    except ValueError:  # of a function that is not written in Python
+        return
+    try:
+        signature.bind(())
+    except TypeError as error:
+        raise UserError(
+            f"reward {name}{signature} cannot be called with completions alone ({error}): {WHAT_A_REWARD_IS}"
+        ) from None
+
+
 def score(reward: Reward, completions: Sequence[Completion]) -> Scores:
     """Calls the reward and checks what it says.
 
     Raises:
         UserError: when it gives another number of scores than completions, something that is no finite
             number, or other parts for one completion than for the first.
+        RunError: when it raises anything.
     """
-    name = reward_name(reward)
-    return checked(name, answers_of(name, reward(completions), len(completions)), completions)
+    return checked(reward_name(reward), ask(reward, completions), completions)
+
+
+def ask(reward: Reward, completions: Sequence[Completion]) -> list[Score]:
+    """The reward's answers, one for each completion, their numbers not yet checked.
+
+    Raises:
+        UserError: when it returns no sequence, or one of another length.
+        RunError: when it raises anything.
+    """
+    owner, given = f"reward {reward_name(reward)}", handed_over(completions)
+    answers = one_for_each(owner, call(owner, reward, given, among=given), len(given))
+    return [answer if isinstance(answer, Score) else Score(answer, {}) for answer in answers]
+
+
+def handed_over(completions: Sequence[Completion]) -> tuple[Completion, ...]:
+    """Completions for the user's code, which may sort the sequence or change what a reference holds: neither is ours.
+
+    A reference that completions share is copied once.
+
+    Raises:
+        RunError: when a reference cannot be copied.
+    """
+    references = call(
+        "copying the references (they must be plain data)",
+        copy.deepcopy,
+        [completion.reference for completion in completions],
+    )
+    pairs = zip(completions, references, strict=True)
+    return tuple(replace(completion, reference=reference) for completion, reference in pairs)
 
 
 def checked(name: str, answers: Sequence[Score], completions: Sequence[Completion]) -> Scores:
@@ -61,59 +127,81 @@ def checked(name: str, answers: Sequence[Score], completions: Sequence[Completio
     Raises:
         UserError: when one is no finite number, or has other parts than the first.
     """
-    parts = list(answers[0].parts) if answers else []
+    owner = f"reward {name}"
     for index, answer in enumerate(answers):
-        if answer.parts.keys() != set(parts):
+        if not isinstance(answer.parts, Mapping) or not all(isinstance(part, str) for part in answer.parts):
             raise UserError(
-                f"reward {name} gave the parts {sorted(answer.parts)} for completion {index}, but "
-                f"{sorted(parts)} for completion 0; give every completion the same parts"
+                f"{owner} gave {shown(answer.parts)} as the parts of completion {index}; they must be a dict from "
+                "names to numbers"
             )
+        if answer.parts.keys() != answers[0].parts.keys():
+            raise UserError(
+                f"{owner} gave the parts {sorted(answer.parts)} for completion {index}, but "
+                f"{sorted(answers[0].parts)} for completion 0; give every completion the same parts"
+            )
+    parts = list(answers[0].parts) if answers else []
     return Scores(
-        total=_numbers(name, "score", [answer.total for answer in answers], completions),
+        total=finite(owner, "score", [answer.total for answer in answers], completions),
         parts={
-            part: _numbers(name, f"part {part!r}", [answer.parts[part] for answer in answers], completions)
+            part: finite(owner, f"part {part!r}", [answer.parts[part] for answer in answers], completions)
             for part in parts
         },
     )
 
 
-def answers_of(name: str, given: Any, expected: int) -> list[Score]:
-    """One ``Score`` a completion, whatever sequence the reward returned.
+def one_for_each(owner: str, given: Any, expected: int) -> list[Any]:
+    """What the user's code returned, as a list.
+
+    Args:
+        owner: how messages call it.
+        expected: completions.
 
     Raises:
-        UserError: when it returned another number of them.
+        UserError: when it is no sequence in an order that means something, or of another length.
+        RunError: when going through it raises anything.
     """
-    try:
-        answers = list(given)
-    except TypeError:
+    dimensions = getattr(given, "ndim", None)  # of an array of any library
+    ordered = isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray)
+    if dimensions != 1 and (dimensions is not None or not ordered):
+        what = f"an array of shape {tuple(given.shape)}" if dimensions is not None else shown(given)
         raise UserError(
-            f"reward {name} returned {given!r:.60}; "
-            f"it must return one score for each of the {expected} completions"
-        ) from None
+            f"{owner} returned {what}; it must return a list of {expected} scores, one for each completion"
+        )
+    # an array gives all its numbers at once, be they on another device
+    answers = call(owner, given.tolist if hasattr(given, "tolist") else functools.partial(list, given))
     if len(answers) != expected:
         raise UserError(
-            f"reward {name} returned {len(answers)} scores for {expected} completions; "
+            f"{owner} returned {len(answers)} scores for {expected} completions; "
             f"return one for each, in their order"
         )
-    return [answer if isinstance(answer, Score) else Score(answer, {}) for answer in answers]
+    return answers
 
 
-def _numbers(name: str, what: str, values: list[Any], completions: Sequence[Completion]) -> list[float]:
+def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[Completion]) -> list[float]:
+    """The values as floats.
+
+    Args:
+        owner, what: how messages call who gave them, and them.
+
+    Raises:
+        UserError: naming the completion whose value is no finite number.
+    """
     numbers = [_number(value) for value in values]
     for index, number in enumerate(numbers):
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:
             raise UserError(
-                f"reward {name} gave {values[index]!r:.60} as the {what} of completion {index} "
-                f"({completions[index].text!r:.60}); it must be a finite number"
+                f"{owner} gave {shown(values[index])} as the {what} of completion {index} "
+                f"({shown(completions[index].text)}); it must be a finite number (of single precision)"
             )
     return numbers
 
 
 def _number(value: Any) -> float:
     """A number of any library as a float; not a number for everything else."""
-    if isinstance(value, str):
-        return math.nan  # float() would take "0.5", but a reward that answers in text is a mistake
+    # float() would take "0.5" and an array of one number, but a reward that answers so is a mistake
+    if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 0):
+        return math.nan
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except Exception:  # whatever an object's __float__ raises; OverflowError for 10**400
         return math.nan

@@ -7,16 +7,15 @@ from typing import Any
 
 from policylab.errors import UserError
 from policylab.rewards.base import Reward, reward_name
+from policylab.rewards.networks import is_network
+from policylab.user_code import call
 
 
 def remembers(reward: Reward) -> bool:
     """Whether it has ``state_dict()`` and ``load_state_dict(state)``. The weights of a network are not meant: they come
     from where they came from."""
-    if not all(hasattr(reward, name) for name in ("state_dict", "load_state_dict")):
-        return False
-    from torch import nn  # not before: processes that score start without it
-
-    return not isinstance(reward, nn.Module)
+    says_how = all(hasattr(reward, name) for name in ("state_dict", "load_state_dict"))
+    return says_how and not is_network(reward)
 
 
 def memory_of(reward: Reward) -> Any:
@@ -29,7 +28,7 @@ def memory_of(reward: Reward) -> Any:
         return None
     import torch
 
-    state = reward.state_dict()  # type: ignore[attr-defined]
+    state = call(f"the state_dict of reward {reward_name(reward)}", reward.state_dict)  # type: ignore[attr-defined]
     file = io.BytesIO()
     try:
         torch.save(state, file)
@@ -43,6 +42,10 @@ def memory_of(reward: Reward) -> Any:
 
 
 def remind(reward: Reward, state: Any) -> None:
-    """Has the reward go on from what it remembered."""
+    """Has the reward go on from what it remembered.
+
+    Raises:
+        RunError: when it cannot.
+    """
     if state is not None and remembers(reward):
-        reward.load_state_dict(state)  # type: ignore[attr-defined]
+        call(f"the load_state_dict of reward {reward_name(reward)}", reward.load_state_dict, state)  # type: ignore[attr-defined]

@@ -19,11 +19,13 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
-from policylab.errors import UserError, demand
+from policylab.errors import RunError, UserError, demand
 from policylab.launch.signals import SIGNALS
-from policylab.rewards.base import Reward, Score, Scores, answers_of, checked, reward_name, score
+from policylab.rewards.base import Reward, Score, Scores, ask, checked, demand_reward, reward_name, score
 from policylab.rewards.memory import remembers
+from policylab.rewards.networks import frozen
 from policylab.rollouts.text import Completion
+from policylab.user_code import call, said
 
 #: More would be a slip of the finger.
 MOST_WORKERS = 1024
@@ -64,6 +66,7 @@ class PooledReward:
                 f"reward {self.name} remembers (it has a state_dict), and workers would remember their own share each; "
                 "take reward.workers=0"
             )
+        self.reward = reward
         self.count = workers
         self.workers: Workers = Processes(reward) if pool == "process" else Threads(reward, workers)
 
@@ -88,17 +91,13 @@ class Threads:
 
     def __init__(self, reward: Reward, count: int) -> None:
         self.reward = reward
-        self.name = reward_name(reward)
-        self.executor = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{self.name}")
+        self.executor = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{reward_name(reward)}")
 
     def begin(self, shares: Sequence[Sequence[Completion]]) -> list[Answers]:
-        return [self.executor.submit(self._answer, share).result for share in shares]
+        return [self.executor.submit(ask, self.reward, share).result for share in shares]
 
     def close(self) -> None:
         self.executor.shutdown(wait=False, cancel_futures=True)
-
-    def _answer(self, share: Sequence[Completion]) -> list[Score]:
-        return answers_of(self.name, self.reward(share), len(share))
 
 
 class Processes:
@@ -128,6 +127,11 @@ class Processes:
                 connection.send((self.asked, share))
             except (BrokenPipeError, ConnectionResetError):
                 raise self._ended(process) from None
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise RunError(
+                    f"completions cannot be sent to a process of reward {self.name} ({said(error)}); references are "
+                    "plain data, or take reward.pool=thread or reward.workers=0"
+                ) from error
             pending.append(partial(self._receive, process, connection, self.asked))
         return pending
 
@@ -146,7 +150,9 @@ class Processes:
             atexit.register(self.close)
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=serve, args=(there, self.sent), name=f"reward-{self.name}-{number}")
+        process = context.Process(
+            target=serve, args=(there, self.sent, self.name), name=f"reward-{self.name}-{number}"
+        )
         process.start()
         there.close()
         self.running.append((process, here))
@@ -162,13 +168,17 @@ class Processes:
             raise answer
         return answer
 
-    def _ended(self, process: Any) -> RuntimeError:
+    def _ended(self, process: Any) -> RunError:
         process.join(timeout=1)
-        return RuntimeError(f"a process of reward {self.name} ended by itself, with code {process.exitcode}")
+        return RunError(f"a process of reward {self.name} ended by itself, with code {process.exitcode}")
 
 
-def serve(connection: Connection, sent: bytes) -> None:
-    """The life of a worker process: answers each share, until nobody asks any more."""
+def serve(connection: Connection, sent: bytes, name: str) -> None:
+    """The life of a worker process: answers each share, until nobody asks any more.
+
+    Args:
+        sent: the reward, pickled; ``name``: how messages call it.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     reward: Reward | None = None
@@ -180,42 +190,41 @@ def serve(connection: Connection, sent: bytes) -> None:
         answer: list[Score] | Exception
         try:
             if reward is None:  # here, so that what is wrong with it is told
-                reward = pickle.loads(sent)
-            answer = answers_of(reward_name(reward), reward(share), len(share))
+                reward = call(f"reward {name}, sent to a process,", pickle.loads, sent)
+            answer = ask(reward, share)
         except Exception as error:
-            answer = portable(error)
+            answer = with_traceback(error)
         try:
             connection.send((question, answer))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:  # an answer that cannot be sent
-            connection.send((question, portable(error)))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            answer = RunError(f"an answer of reward {name} cannot be sent from its process ({said(error)})")
+            connection.send((question, answer))
 
 
-def portable(error: Exception) -> Exception:
-    """The error as it can be sent, with the traceback that stays behind as a note."""
-    where = "".join(traceback.format_exception(error))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # an error that cannot be rebuilt elsewhere
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(f"in a process of the reward:\n{where}")
+def with_traceback(error: Exception) -> Exception:
+    """The error with its traceback, which cannot be sent, as a note."""
+    error.add_note("in a process of the reward:\n" + "".join(traceback.format_exception(error)))
     return error
 
 
 def pooled(reward: Reward, workers: int | None, pool: str | None) -> Reward:
-    """The reward itself, or in the hands of workers.
+    """The reward itself, or in the hands of workers; a network is frozen.
 
     Args:
         workers: None or 0 scores in the caller's thread.
         pool: ``process`` or ``thread``.
 
     Raises:
-        UserError: when a setting is out of its bounds, or the reward cannot be sent to a process.
+        UserError: when it cannot be called with completions, a setting is out of its bounds, or it cannot be sent to
+            a process.
     """
+    demand_reward(reward)
     if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool)):
         raise UserError(f"reward.workers={workers!r} is not a whole number")
     demand("reward.workers", workers, 0, MOST_WORKERS)
     if pool not in (None, "process", "thread"):
         raise UserError(f"reward.pool={pool} is not one of process, thread")
+    reward = frozen(reward)
     if not workers:
         return reward
     return PooledReward(reward, workers, pool)  # type: ignore[arg-type]

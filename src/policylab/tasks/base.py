@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from policylab.errors import UserError
+from policylab.rewards.base import finite, handed_over, one_for_each
 from policylab.rollouts.types import Completion
+from policylab.user_code import call, shown
+
+log = logging.getLogger(__name__)
+
+#: Validation metrics that every run has, and no task may call its own.
+OURS = frozenset({"reward", "length", "ended", "kl", "kl_token", "loss", "prompts"})
 
 
 @dataclass(frozen=True)
@@ -35,15 +43,71 @@ class Task(Protocol):
         ...
 
 
-def take_validation(task: Task, count: int) -> Sequence[Example]:
-    """The first rows held out, always the same ones.
+def measured(task: Task, completions: Sequence[Completion]) -> dict[str, list[float]]:
+    """The task's metrics, checked: a number for each completion.
 
     Raises:
-        UserError: when the task has fewer.
+        UserError: when it returns no dict of metrics, a name that is taken, another number of values than
+            completions, or a value that is no finite number.
+        RunError: when it raises anything.
     """
-    if not 0 < count <= len(task.val):
+    owner, given = f"task {task.name}", handed_over(completions)
+    metrics = call(f"{owner}: metrics", task.metrics, given, among=given)
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise UserError(
-            f"validation.prompts={count}, but task {task.name} holds out {len(task.val)} prompts; "
-            f"take 1 to {len(task.val)}"
+            f"{owner}: metrics returned {shown(metrics)}; it must return a dict from names to lists of numbers"
         )
-    return task.val[:count]
+    for name in metrics:
+        if name in OURS or name.startswith("reward/"):
+            raise UserError(
+                f"{owner}: the metric {name!r} has the name of another one, val/{name}; rename it"
+            )
+    return {
+        name: finite(
+            owner, f"metric {name!r}", one_for_each(f"{owner}: metric {name!r}", values, len(given)), given
+        )
+        for name, values in metrics.items()
+    }
+
+
+def examples(task: Task, split: Literal["train", "val"]) -> list[Example]:
+    """All rows of a split.
+
+    Raises:
+        UserError: when the task lacks something that a task has, or a row is no example.
+        RunError: when reading it raises anything.
+    """
+    for name in ("name", "instruction", "metrics"):
+        if not hasattr(task, name):
+            raise UserError(f"task {type(task).__name__} has no {name}; see policylab.tasks.base.Task")
+    if task.instruction is not None and "{text}" not in task.instruction:
+        raise UserError(
+            f"task.instruction={task.instruction!r} has no place for the prompt; put {{text}} in it, or take null"
+        )
+    rows = call(f"task {task.name}: {split}", lambda: list(getattr(task, split)))
+    for number, row in enumerate(rows):
+        if (
+            not isinstance(row, Example)
+            or not isinstance(row.text, str)
+            or not isinstance(row.completion, str)
+        ):
+            raise UserError(
+                f"row {number} of {split} of task {task.name} is {shown(row)}; it must be an Example with two texts"
+            )
+    return rows
+
+
+def take_validation(task: Task, count: int) -> list[Example]:
+    """The first rows held out, always the same ones; all of them, and it is said, where there are fewer.
+
+    Raises:
+        UserError: when there is none.
+    """
+    rows = examples(task, "val")
+    if not rows:
+        raise UserError(f"task {task.name} holds out no prompt for validation; it must hold out at least one")
+    if count > len(rows):
+        log.warning(
+            "validation.prompts=%d: task %s holds out %d; all of them are taken", count, task.name, len(rows)
+        )
+    return rows[:count]

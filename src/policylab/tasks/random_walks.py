@@ -3,8 +3,8 @@
 A directed graph of 21 nodes (letters), 1,000 random walks on it as text, and the question whether a policy
 trained on those walks learns to take the shortest ones. Source: the random-walks example of trlX (Havrilla
 et al., EMNLP 2023), after Chen et al., Decision Transformer, arXiv:2106.01345. The same seed gives the same
-graph, walks and scores as there: numpy's legacy ``RandomState`` is asked for the same numbers in the same
-order.
+graph, walks and scores as there (if its goal can be reached): numpy's legacy ``RandomState`` is asked for the
+same numbers in the same order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from policylab.rollouts.types import Completion
 from policylab.tasks.base import Example
 
 GOAL = 0  # the node whose letter is "a"
-DRAWS = 10_000  # of a graph, until every node has a way out
+DRAWS = 10_000  # of a graph, until every node has a way out and one leads to the goal
 
 Neighbours = list[list[int]]  # node -> the nodes that it leads to
 
@@ -35,12 +35,13 @@ class RandomWalks:
         nodes: of the graph, the goal included; 2 to 26.
         p_edge: chance that one node leads to another.
         walks: random walks to train on.
-        max_length: nodes of a walk at most, its start included.
+        max_length: nodes of a walk at most, its start included; at 2 all walks that arrive would be as short as can be.
         held_out: prompts for validation, which go round the start nodes in alphabetical order.
         seed: of graph and walks; not the run's seed, so that all runs solve the same problem.
 
     Raises:
-        UserError: when an argument is out of range, or no graph with so few edges is found.
+        UserError: when an argument is out of range, no graph with so few edges is found, or none of the walks starts
+            where the goal can be reached.
     """
 
     instruction = None
@@ -49,7 +50,7 @@ class RandomWalks:
         self, name: str, nodes: int, p_edge: float, walks: int, max_length: int, held_out: int, seed: int
     ) -> None:
         _check(
-            nodes=(nodes, 2, len(ascii_lowercase)), walks=(walks, 1, None), max_length=(max_length, 2, None)
+            nodes=(nodes, 2, len(ascii_lowercase)), walks=(walks, 1, None), max_length=(max_length, 3, None)
         )
         _check(held_out=(held_out, 1, None), p_edge=(p_edge, 0.0, 1.0), seed=(seed, 0, 2**32 - 1))
         self.name = name
@@ -58,6 +59,11 @@ class RandomWalks:
         texts = [_letters(draw_walk(random, neighbours, max_length)) for _ in range(walks)]
         maps = maps_from(neighbours, max_length)
         starts = sorted({text[0] for text in texts})
+        if all(maps[start]["shortest"] == max_length for start in starts):
+            raise UserError(
+                f"no reward can be had: from none of the starts {', '.join(starts)} of task.walks={walks} walks is the "
+                f"goal fewer than task.max_length={max_length} nodes away; raise either, or take another task.seed"
+            )
         self.train = [Example(text[0], text[1:], maps[text[0]]) for text in texts]
         self.val = [Example(start, "", maps[start]) for start in np.resize(starts, held_out).tolist()]
 
@@ -68,15 +74,20 @@ class RandomWalks:
 
 
 def draw_graph(random: RandomState, nodes: int, p_edge: float) -> Neighbours:
-    """A random directed graph in which every node leads somewhere, and the goal only to itself."""
+    """A random directed graph in which every node leads somewhere, and the goal only to itself.
+
+    Drawn anew until a node leads to the goal: no walk would earn anything otherwise. trlX takes such a graph as it is;
+    all others are those of trlX.
+    """
     for _ in range(DRAWS):
         edges = random.rand(nodes, nodes) > 1 - p_edge
         np.fill_diagonal(edges, False)
-        if edges.any(axis=1).all():
+        if edges.any(axis=1).all() and edges[:, GOAL].any():
             edges[GOAL] = np.arange(nodes) == GOAL
             return [np.flatnonzero(row).tolist() for row in edges]
     raise UserError(
-        f"found no graph of {nodes} nodes with a way out of each at task.p_edge={p_edge}; raise task.p_edge"
+        f"found no graph of {nodes} nodes with a way out of each and one into the goal at task.p_edge={p_edge}; "
+        "raise task.p_edge"
     )
 
 

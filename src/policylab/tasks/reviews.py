@@ -35,10 +35,6 @@ class Reviews:
     ) -> None:
         if prompt_words < 1:
             raise UserError(f"task.prompt_words={prompt_words}; a prompt has at least 1 word")
-        if instruction is not None and "{text}" not in instruction:
-            raise UserError(
-                f"task.instruction={instruction!r} has no place for the prompt; put {{text}} in it"
-            )
         self.name = name
         self.instruction = instruction
         found = _read(source, prompt_words, Path(data_dir))
