@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,6 +14,8 @@ import pytest
 
 from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.callbacks.metrics_file import best_row, read_rows, validated
+from policylab.launch.resume import rewind
+from policylab.report.read import _read_curves as read_run_curves
 
 
 @pytest.fixture
@@ -79,6 +82,39 @@ def test_a_row_cut_short_is_dropped(tmp_path, path):
     again = MetricsCSV(str(tmp_path))
     again.log_metrics({"x": 7, "y": 7}, step=2)
     assert path.read_text() == "iteration,x,y\n1,1,1\n2,7,7\n"
+
+
+NAMES = (
+    "val/reward/short, plain",
+    'val/reward/a "b"',
+    "val/reward/two\nlines",
+    "val/reward/\r",
+    "val/reward/\u00e9",
+    "val/",
+)
+
+
+def test_any_name_of_a_metric_is_written_and_read(tmp_path, path):
+    """Commas, quotes and line ends in names shift no column; a run that goes on keeps all rows."""
+    rows = [{"iteration": step} | {name: step + i / 8 for i, name in enumerate(NAMES)} for step in range(3)]
+    for part in (rows[:2], rows[2:]):  # two sessions
+        logger = MetricsCSV(str(tmp_path))
+        for row in part:
+            logger.log_metrics({name: row[name] for name in NAMES}, step=row["iteration"])
+        assert read_rows(path) == rows[: part[-1]["iteration"] + 1]
+    rewind(tmp_path, 2, validates=False)
+    assert read_rows(path) == rows
+    assert read_run_curves(path) == {name: {row["iteration"]: row[name] for row in rows} for name in NAMES}
+
+
+def test_a_resume_keeps_samples_with_odd_line_ends(tmp_path):
+    lines = [
+        json.dumps({"iteration": 1, "split": "val", "completion": f"a{c}b"}, ensure_ascii=False)
+        for c in "\u2028\x85\x0b"
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    rewind(tmp_path, 2, validates=True)
+    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n") == [*lines, ""]
 
 
 def test_a_step_is_required(tmp_path):

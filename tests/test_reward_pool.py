@@ -16,6 +16,7 @@ from traceback import format_exception as traceback_of
 
 import pytest
 
+from policylab.callbacks.metrics_file import read_rows
 from policylab.errors import RunError, UserError
 from policylab.rewards.base import Score, score
 from policylab.rewards.optimality import optimality
@@ -261,9 +262,7 @@ def test_a_run_scores_alike_with_workers(train_briefly, tmp_path):
     rewards = []
     for words in ([], ["reward.workers=2"]):
         folder = train_briefly(["model=tiny_scratch", "callbacks=none", *words])
-        lines = (folder / "metrics.csv").read_text().splitlines()
-        columns = lines[0].split(",")
-        rewards.append([line.split(",")[columns.index("train/reward")] for line in lines[1:]])
+        rewards.append([row.get("train/reward") for row in read_rows(folder / "metrics.csv")])
         folder.rename(tmp_path / f"run{len(rewards)}")
     assert rewards[0] == rewards[1]
     assert any(rewards[0])

@@ -33,13 +33,20 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 
 def format_row(row: Row, columns: Iterable[str]) -> str:
     """One line. Numbers are written in full, so that reading gives back the same bits."""
-    return ",".join(_number(row[name]) if name in row else "" for name in columns) + "\n"
+    return _line(_number(row[name]) if name in row else "" for name in columns)
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     """Replaces the file, atomically."""
     columns = columns_of(rows)
-    write_atomically(path, ",".join(columns) + "\n" + "".join(format_row(row, columns) for row in rows))
+    write_atomically(path, _line(columns) + "".join(format_row(row, columns) for row in rows))
+
+
+def _line(cells: Iterable[str]) -> str:
+    """Cells as one line; names may hold commas, quotes and line ends."""
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
 
 
 def validated(rows: Iterable[Row]) -> list[Row]:

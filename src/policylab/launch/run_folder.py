@@ -76,7 +76,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a text file whole or not at all: written beside it, flushed to disk, renamed onto it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
