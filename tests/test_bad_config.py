@@ -71,7 +71,11 @@ from policylab.launch.world import World
         (["optim.betas=[0.9]"], r"optim\.betas is"),
         (["optim.max_grad_norm=0"], r"optim\.max_grad_norm is 0; it must be above 0"),
         (["algo.kl.estimator=k3"], "does not have the KL's gradient"),
-        (["rollout.max_new_tokens=500"], r"need \d+ positions, but the model has 128"),
+        (
+            ["rollout.max_new_tokens=500"],
+            r"1536 of 1536 rows of train do not fit the 128 positions of the model",
+        ),
+        (["task.too_long=cut"], "task.too_long=cut is not one of drop, truncate, refuse"),
         (["algo=sft"], "has no completion, and algo=sft trains on completions"),
         (["max_tokens=0"], "max_tokens is 0; it must be at least 1"),
         (["max_tokens=1e4"], r"max_tokens=10000\.0 is not a whole number"),

@@ -78,6 +78,7 @@ class TestScore:
             ([10**5000, 1.0], "gave <int> as the score of completion 0"),
             ([1e39, 1.0], "gave 1e\\+39 as the score of completion 0"),
             ([Score(1.0, {1: 1.0}), 1.0], r"gave \{1: 1.0\} as the parts of completion 0"),
+            ([Score(1.0, {"a\nb": 1.0}), 1.0], r"gave \{'a\\nb': 1.0\} as the parts of completion 0"),
             ([Score(1.0, None), 1.0], "gave None as the parts of completion 0"),
             ([1.0, None], r"gave None as the score of completion 1 \('.*'\); it must be a finite number"),
             ([math.nan, 1.0], "gave nan as the score of completion 0"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +26,14 @@ from policylab.tasks.shuffle import permutation
 
 
 def reviews(source: str, data_dir: Path = Path("nowhere"), **changes: Any) -> Reviews:
-    values = {"name": "reviews", "prompt_words": 3, "held_out": 2, "instruction": None} | changes
+    values = {
+        "name": "reviews",
+        "prompt_words": 3,
+        "held_out": 2,
+        "instruction": None,
+        "columns": {},
+    } | changes
+    values["hub"] = dict.fromkeys(["config", "revision", "train", "val"]) | changes.get("hub", {})
     return Reviews(source=source, data_dir=str(data_dir), **values)
 
 
@@ -109,6 +116,22 @@ class TestFile:
         with pytest.raises(UserError, match=r"mine.jsonl:1: .*decode"):
             reviews(str(tmp_path / "mine.jsonl"))
 
+    def test_columns_by_another_name(self, tmp_path: Path):
+        source = written(
+            tmp_path / "mine.jsonl", *({"question": f"row {i}", "answer": i, "text": "no"} for i in range(4))
+        )
+        task = reviews(source, columns={"prompt": "question", "reference": "answer"}, held_out=1)
+        assert task.val == [Example("row 0", "", 0)]
+        assert task.val[0].where == f"{source}:1"
+        with pytest.raises(
+            UserError, match=r"mine.jsonl:1: task.columns.prompt=quest is not among the fields \['answer'"
+        ):
+            reviews(source, columns={"prompt": "quest"})
+        with pytest.raises(
+            UserError, match=r"task\.columns\.question is no field of a row; known are prompt"
+        ):
+            reviews(source, columns={"question": "prompt"})
+
     def test_too_few_rows(self, tmp_path: Path):
         source = written(tmp_path / "mine.jsonl", {"prompt": "a"}, {"prompt": "b"})
         with pytest.raises(UserError, match=r"task.held_out=2, but .* has 2 rows"):
@@ -133,13 +156,55 @@ class TestFile:
 class TestHub:
     """The `datasets` library is an extra, so a stand-in with its one function that is used."""
 
+    GSM8K = MappingProxyType({"question": "Natalia sold clips ?", "answer": "48 / 2 = 24\n#### 24"})
+
     def stand_in(self, monkeypatch: pytest.MonkeyPatch, splits: dict[str, Any]) -> None:
-        def load_dataset(name: str) -> dict[str, Any]:
-            if name not in splits:
-                raise FileNotFoundError(f"no {name}")
-            return splits[name]
+        def load_dataset(
+            path: str, name: str | None = None, *, revision: str | None = None
+        ) -> dict[str, Any]:
+            if path == "openai/gsm8k":
+                if name is None:
+                    raise ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']")
+                return {
+                    "train": [dict(self.GSM8K)] * 3,
+                    "test": [self.GSM8K | {"answer": f"{name} {revision}"}],
+                }
+            if path not in splits:
+                raise FileNotFoundError(f"no {path}")
+            return splits[path]
 
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+    def test_gsm8k(self, monkeypatch: pytest.MonkeyPatch):
+        """It has two configs, columns of its own and a test split."""
+        self.stand_in(monkeypatch, {})
+        columns = {"prompt": "question", "reference": "answer"}
+        task = reviews("openai/gsm8k", columns=columns, hub={"config": "main", "revision": "v1"})
+        assert task.train == [Example(self.GSM8K["question"], "", self.GSM8K["answer"])] * 3
+        assert task.val == [Example(self.GSM8K["question"], "", "main v1")]
+        assert task.val[0].where == "openai/gsm8k/test:0"
+        with pytest.raises(
+            UserError, match=r"Config name is missing. Please pick .* name one: task\.hub\.config="
+        ):
+            reviews("openai/gsm8k", columns=columns)
+        with pytest.raises(
+            UserError, match=r"neither prompt nor text .*'answer', 'question'.*task.columns.prompt="
+        ):
+            reviews("openai/gsm8k", hub={"config": "main"})
+
+    def test_splits_by_name(self, monkeypatch: pytest.MonkeyPatch):
+        self.stand_in(
+            monkeypatch,
+            {"org/films": {"part": [{"prompt": str(i)} for i in range(4)], "b": [{"prompt": "b"}]}},
+        )
+        assert len(reviews("org/films", hub={"train": "part"}).val) == 2
+        assert reviews("org/films", hub={"train": "part", "val": "b"}).val == [Example("b", "", None)]
+        with pytest.raises(
+            UserError, match=r"task\.hub\.val=test: org/films has no such split; it has part, b"
+        ):
+            reviews("org/films", hub={"train": "part", "val": "test"})
+        with pytest.raises(UserError, match="has the splits part, b; say which to take"):
+            reviews("org/films")
 
     def test_its_test_split_is_held_out(self, monkeypatch: pytest.MonkeyPatch):
         rows = {"train": [{"text": "a b c d", "label": 0}], "test": [{"text": "e f g h", "label": 1}]}
@@ -150,7 +215,9 @@ class TestHub:
 
     def test_what_cannot_be_loaded(self, monkeypatch: pytest.MonkeyPatch):
         self.stand_in(monkeypatch, {})
-        with pytest.raises(UserError, match=r"task.source=org/none: .*cannot be loaded \(no org/none\)"):
+        with pytest.raises(
+            UserError, match=r"task.source=org/none: .*cannot be loaded \(FileNotFoundError: no org/none\)"
+        ):
             reviews("org/none")
 
     def test_no_network(self, monkeypatch: pytest.MonkeyPatch):

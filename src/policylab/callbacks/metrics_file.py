@@ -43,7 +43,7 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def _line(cells: Iterable[str]) -> str:
-    """Cells as one line; names may hold commas, quotes and line ends."""
+    """Cells as one line; names may hold commas and quotes."""
     line = io.StringIO(newline="")
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()

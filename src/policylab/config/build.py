@@ -34,7 +34,8 @@ from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, Tru
 from policylab.modules.experiment import ExperimentModule, Parts
 from policylab.modules.sharded_strategy import ShardedStrategy
 from policylab.rewards.pool import pooled
-from policylab.rollouts.engine import Engine, check_context
+from policylab.rollouts.engine import Engine
+from policylab.rollouts.fitting import fitting
 from policylab.rollouts.plan import BatchPlan, ReplayPlan
 from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.rollouts.types import Prompt
@@ -44,8 +45,8 @@ from policylab.user_code import is_theirs, place, said
 
 #: Keys of ``rollout`` that say what is sampled at a time, and are not for the engine.
 PLANNED = frozenset({"prompts", "group_size", "max_rows"})
-#: Keys of ``task`` that ``rollout`` takes over, not the task.
-TAKEN_OVER = frozenset({"max_new_tokens"})
+#: Keys of ``task`` that are not for the task itself.
+TAKEN_OVER = frozenset({"max_new_tokens", "too_long"})
 #: Keys of ``model`` that say what becomes of it once it is loaded.
 ADAPTED = frozenset({"adapter"})
 #: Keys of ``reward`` that say who computes it.
@@ -87,8 +88,9 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         demand_completions(task, train)
 
     policy = build_policy(config, algorithm)
-    train_prompts, val_prompts = prompts(policy, task, train), prompts(policy, task, val)
-    check_context(policy, longest(train_prompts + val_prompts, engine))
+    too_long = config.task.get("too_long", "refuse")
+    train_prompts = prompts(policy, task, train, "train", engine, too_long)
+    val_prompts = prompts(policy, task, val, "val", engine, too_long)
     if isinstance(algorithm, QLearning):
         algorithm.replay.demand_room(plan.sequences, longest(train_prompts, engine))
     data = PromptData(
@@ -247,10 +249,20 @@ def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised
     return plan
 
 
-def prompts(policy: Policy, task: Task, examples: Sequence[Example]) -> list[Prompt]:
-    """Examples as the policy reads them, numbered in order."""
+def prompts(
+    policy: Policy, task: Task, examples: Sequence[Example], split: str, engine: Engine, too_long: str
+) -> list[Prompt]:
+    """Examples as the policy reads them, numbered in order; what becomes of those too long is for ``too_long``."""
     texts = [(example.text, example.completion, example.reference) for example in examples]
-    return policy.prompts(texts, task.instruction)
+    return fitting(
+        policy,
+        policy.prompts(texts, task.instruction),
+        examples,
+        new_tokens=engine.max_new_tokens,
+        instruction=task.instruction,
+        split=split,
+        too_long=too_long,
+    )
 
 
 def demand_shardable(

@@ -83,6 +83,7 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
         target = pydoc.locate(name)
     except pydoc.ErrorDuringImport as failed:
         error = failed.value
+        assert error is not None
         if not isinstance(error, Exception | SystemExit):
             raise error from None
         raise RunError(

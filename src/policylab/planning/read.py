@@ -76,6 +76,8 @@ def describe(config: DictConfig) -> Described:
         if isinstance(algorithm, Supervised)
         else (engine.max_new_tokens)
     )
+    if shape.context is not None and config.task.get("too_long", "refuse") != "refuse":
+        prompts = [min(tokens, max(1, shape.context - new_tokens)) for tokens in prompts]
     demand_context(shape, max(prompts) + new_tokens)
     full = config.hardware.precision == "32-true" and shape.weight_bytes == FP32
     job = Job(

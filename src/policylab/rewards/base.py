@@ -129,10 +129,10 @@ def checked(name: str, answers: Sequence[Score], completions: Sequence[Completio
     """
     owner = f"reward {name}"
     for index, answer in enumerate(answers):
-        if not isinstance(answer.parts, Mapping) or not all(isinstance(part, str) for part in answer.parts):
+        if not is_named(answer.parts):
             raise UserError(
                 f"{owner} gave {shown(answer.parts)} as the parts of completion {index}; they must be a dict from "
-                "names to numbers"
+                "names (printable, on one line) to numbers"
             )
         if answer.parts.keys() != answers[0].parts.keys():
             raise UserError(
@@ -146,6 +146,13 @@ def checked(name: str, answers: Sequence[Score], completions: Sequence[Completio
             part: finite(owner, f"part {part!r}", [answer.parts[part] for answer in answers], completions)
             for part in parts
         },
+    )
+
+
+def is_named(values: Any) -> bool:
+    """Whether it is a dict whose keys can be names of metrics."""
+    return isinstance(values, Mapping) and all(
+        isinstance(name, str) and name.isprintable() for name in values
     )
 
 
@@ -199,7 +206,7 @@ def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[C
 def _number(value: Any) -> float:
     """A number of any library as a float; not a number for everything else."""
     # float() would take "0.5" and an array of one number, but a reward that answers so is a mistake
-    if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 0):
+    if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", None):
         return math.nan
     try:
         return float(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -104,17 +105,25 @@ def pad_left(
     return tokens, torch.tensor([len(s) for s in sequences], device=device)
 
 
+def context(policy: Policy) -> tuple[float, str]:
+    """Positions that a sequence may take, and who has no more: the model or its critic; infinity where neither says."""
+    own = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
+    critics = None if policy.critic is None else policy.critic.context
+    limits = [(own, "the model"), (critics, "the critic")]
+    return min(
+        ((limit, reader) for limit, reader in limits if limit is not None), default=(math.inf, "the model")
+    )
+
+
 def check_context(policy: Policy, needed: int) -> None:
     """Refuses sequences that do not fit.
 
     Raises:
         UserError: when ``needed`` positions are more than the model has.
     """
-    own = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
-    critics = None if policy.critic is None else policy.critic.context
-    for reader, limit in (("the model", own), ("the critic", critics)):
-        if limit is not None and needed > limit:
-            raise UserError(
-                f"prompt and completion need {needed} positions, but {reader} has {limit}; "
-                "lower rollout.max_new_tokens or shorten the prompts"
-            )
+    limit, reader = context(policy)
+    if needed > limit:
+        raise UserError(
+            f"prompt and completion need {needed} positions, but {reader} has {limit}; "
+            "lower rollout.max_new_tokens or shorten the prompts"
+        )

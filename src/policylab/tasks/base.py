@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from policylab.errors import UserError
-from policylab.rewards.base import finite, handed_over, one_for_each
+from policylab.rewards.base import finite, handed_over, is_named, one_for_each
 from policylab.rollouts.types import Completion
 from policylab.user_code import call, shown
 
@@ -28,6 +28,7 @@ class Example:
     text: str  #: the prompt
     completion: str  #: what supervised training continues it with, leading space included; "" if nothing
     reference: Any  #: ground truth for rewards and metrics; plain data
+    where: str = field(default="", compare=False)  #: file and line, for messages; may be left out
 
 
 class Task(Protocol):
@@ -53,9 +54,10 @@ def measured(task: Task, completions: Sequence[Completion]) -> dict[str, list[fl
     """
     owner, given = f"task {task.name}", handed_over(completions)
     metrics = call(f"{owner}: metrics", task.metrics, given, among=given)
-    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+    if not is_named(metrics):
         raise UserError(
-            f"{owner}: metrics returned {shown(metrics)}; it must return a dict from names to lists of numbers"
+            f"{owner}: metrics returned {shown(metrics)}; it must return a dict from names (printable, on one line) to "
+            "lists of numbers"
         )
     for name in metrics:
         if name in OURS or name.startswith("reward/"):

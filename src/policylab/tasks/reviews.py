@@ -25,19 +25,35 @@ class Reviews:
         held_out: where the source has no split of its own: rows held out for validation.
         instruction: how chat models are asked, with ``{text}`` in it; None sends the bare opening.
         data_dir: folder for what is fetched.
+        columns: field (``prompt``, ``completion``, ``text``, ``reference``, ``split``) -> its name in a file or a data
+            set on the hub, where that is another one.
+        hub: of a data set on the hub: ``config``, ``revision``, and its splits to ``train`` on and to hold out as
+            ``val``; None takes what there is.
 
     Raises:
         UserError: when the source cannot be had or read, or an argument does not fit.
     """
 
     def __init__(
-        self, name: str, source: str, prompt_words: int, held_out: int, instruction: str | None, data_dir: str
+        self,
+        name: str,
+        source: str,
+        prompt_words: int,
+        held_out: int,
+        instruction: str | None,
+        data_dir: str,
+        columns: dict[str, str],
+        hub: dict[str, str | None],
     ) -> None:
+        if unknown := columns.keys() - set(rows.FIELDS):
+            raise UserError(
+                f"task.columns.{min(unknown)} is no field of a row; known are {', '.join(rows.FIELDS)}"
+            )
         if prompt_words < 1:
             raise UserError(f"task.prompt_words={prompt_words}; a prompt has at least 1 word")
         self.name = name
         self.instruction = instruction
-        found = _read(source, prompt_words, Path(data_dir))
+        found = _read(source, prompt_words, Path(data_dir), columns, hub)
         self.train, self.val = rows.hold_out(found, held_out, source)
 
     def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:
@@ -48,14 +64,16 @@ class Reviews:
         }
 
 
-def _read(source: str, prompt_words: int, data_dir: Path) -> list[rows.Row]:
+def _read(
+    source: str, prompt_words: int, data_dir: Path, columns: rows.Columns, hub: dict[str, str | None]
+) -> list[rows.Row]:
     if source == "default":
-        return rows.read_jsonl(OPENINGS, prompt_words)
+        return rows.read_jsonl(OPENINGS, prompt_words, {})
     if source == "vader":
-        return rows.read_jsonl(vader.movie_reviews(data_dir), prompt_words)
+        return rows.read_jsonl(vader.movie_reviews(data_dir), prompt_words, {})
     path = Path(source).expanduser()
     if path.is_file():
-        return rows.read_jsonl(path, prompt_words)
+        return rows.read_jsonl(path, prompt_words, columns)
     if path.suffix in (".json", ".jsonl") or source.startswith((".", "/", "~")):
         raise UserError(f"task.source={source}: there is no such file (looked in {Path.cwd()})")
-    return rows.read_hub(source, prompt_words)
+    return rows.read_hub(source, hub, prompt_words, columns)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from policylab.errors import UserError
 from policylab.tasks.base import Example
 from policylab.tasks.shuffle import permutation
+from policylab.user_code import said
 
 # Not the run's seed: runs with different seeds are compared on the same held-out rows.
 HELD_OUT_KEY = 0
 SPLITS = ("train", "val")
 HUB_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "val"}
+FIELDS = ("prompt", "completion", "text", "reference", "split")
+
+Columns = Mapping[str, str]  # field -> column
 
 
 class Row(NamedTuple):
@@ -24,8 +28,11 @@ class Row(NamedTuple):
     split: str | None
 
 
-def read_jsonl(path: Path, prompt_words: int) -> list[Row]:
+def read_jsonl(path: Path, prompt_words: int, columns: Columns) -> list[Row]:
     """The rows of a JSON-lines file, with the fields that ``docs/tasks_and_rewards.md`` lists.
+
+    Args:
+        columns: field -> what the file calls it, where that is something else.
 
     Raises:
         UserError: naming file and line, for a line that is no such row.
@@ -40,15 +47,19 @@ def read_jsonl(path: Path, prompt_words: int) -> list[Row]:
                 fields = json.loads(line)
             except ValueError as error:  # no JSON, or no UTF-8
                 raise UserError(f"{where}: {error}; give one JSON object a line") from None
-            rows += _row(fields, where, prompt_words)
+            rows += _row(fields, where, prompt_words, columns)
     return rows
 
 
-def read_hub(name: str, prompt_words: int) -> list[Row]:
-    """The rows of a data set from the hub or its local cache; its test split counts as held out.
+def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, columns: Columns) -> list[Row]:
+    """The rows of a data set from the hub or its local cache.
+
+    Args:
+        hub: its ``config`` and ``revision``, and the splits to take as ``train`` and ``val``; None takes what there is:
+            the one config, the newest revision, the train split, and validation and test as held out.
 
     Raises:
-        UserError: when ``datasets`` is not installed or the data set cannot be had.
+        UserError: when ``datasets`` is not installed, or the data set or a split of it cannot be had.
     """
     try:
         import datasets
@@ -66,14 +77,33 @@ def read_hub(name: str, prompt_words: int) -> list[Row]:
             f"and task.source=default or a .jsonl file needs no network"
         )
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(name, hub["config"], revision=hub["revision"])
     except Exception as error:  # many kinds, of which none is ours to repair
-        raise UserError(f"task.source={name}: the data set cannot be loaded ({error})") from error
+        chosen = "" if hub["config"] else "; where it has several configs, name one: task.hub.config=..."
+        raise UserError(
+            f"task.source={name}: the data set cannot be loaded ({said(error)}){chosen}"
+        ) from error
     rows: list[Row] = []
-    for split in filter(HUB_SPLITS.get, found):
+    for ours, split in _splits(name, hub, list(found)):
         for number, fields in enumerate(found[split]):
-            rows += _row(fields | {"split": HUB_SPLITS[split]}, f"{name}/{split}:{number}", prompt_words)
+            rows += _row(fields | {"split": ours}, f"{name}/{split}:{number}", prompt_words, columns)
     return rows
+
+
+def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[tuple[str, str]]:
+    """What a data set's splits are to us, and their own names."""
+    chosen: list[tuple[str, str]] = []
+    for ours in SPLITS:
+        asked = hub[ours]
+        if asked is not None and asked not in there:
+            raise UserError(f"task.hub.{ours}={asked}: {name} has no such split; it has {', '.join(there)}")
+        splits = [asked] if asked else [split for split in there if HUB_SPLITS.get(split) == ours]
+        chosen += [(ours, split) for split in splits]
+    if not chosen:
+        raise UserError(
+            f"task.source={name} has the splits {', '.join(there)}; say which to take: task.hub.train=..."
+        )
+    return chosen
 
 
 def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], list[Example]]:
@@ -99,24 +129,32 @@ def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], l
     return [train[row] for row in order[count:]], [train[row] for row in order[:count]]
 
 
-def _row(fields: Any, where: str, prompt_words: int) -> Iterator[Row]:
+def _row(fields: Any, where: str, prompt_words: int, columns: Columns) -> Iterator[Row]:
     """The row that the fields describe; none for a text of one word, which cannot be cut in two."""
     if not isinstance(fields, dict):
         raise UserError(f"{where}: {fields!r:.60} is no object; give {{'prompt': ...}} or {{'text': ...}}")
+    for field, column in columns.items():
+        if column not in fields:
+            raise UserError(
+                f"{where}: task.columns.{field}={column} is not among the fields {sorted(fields)}"
+            )
+    fields = fields | {field: fields[column] for field, column in columns.items()}
     split, reference = fields.get("split"), fields.get("reference")
     if split not in (None, *SPLITS):
         raise UserError(f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if "prompt" in fields:
         prompt = _text(fields, "prompt", where)
         completion = _text(fields, "completion", where) if fields.get("completion") else ""
-        yield Row(Example(prompt, completion, reference), split)
+        yield Row(Example(prompt, completion, reference, where), split)
     elif "text" in fields:
         words = _text(fields, "text", where).split()
         cut = min(prompt_words, len(words) - 1)
         if cut:
-            yield Row(Example(" ".join(words[:cut]), " " + " ".join(words[cut:]), reference), split)
+            yield Row(Example(" ".join(words[:cut]), " " + " ".join(words[cut:]), reference, where), split)
     else:
-        raise UserError(f"{where}: neither prompt nor text among the fields {sorted(fields)}")
+        raise UserError(
+            f"{where}: neither prompt nor text among the fields {sorted(fields)}; say which is: task.columns.prompt=..."
+        )
 
 
 def _text(fields: dict[str, Any], name: str, where: str) -> str:
