@@ -26,7 +26,7 @@ class Reviews:
         instruction: how chat models are asked, with ``{text}`` in it; None sends the bare opening.
         data_dir: folder for what is fetched.
         columns: field (``prompt``, ``completion``, ``text``, ``reference``, ``split``) -> its name in a file or a data
-            set on the hub, where that is another one.
+            set on the hub; None where it is the same.
         hub: of a data set on the hub: ``config``, ``revision``, and its splits to ``train`` on and to hold out as
             ``val``; None takes what there is.
 
@@ -42,9 +42,10 @@ class Reviews:
         held_out: int,
         instruction: str | None,
         data_dir: str,
-        columns: dict[str, str],
-        hub: dict[str, str | None],
+        columns: dict[str, str | None] | None = None,  # the two may be missing: old runs are still evaluated
+        hub: dict[str, str | None] | None = None,
     ) -> None:
+        columns, hub = columns or {}, hub or {}
         if unknown := columns.keys() - set(rows.FIELDS):
             raise UserError(
                 f"task.columns.{min(unknown)} is no field of a row; known are {', '.join(rows.FIELDS)}"
@@ -53,7 +54,8 @@ class Reviews:
             raise UserError(f"task.prompt_words={prompt_words}; a prompt has at least 1 word")
         self.name = name
         self.instruction = instruction
-        found = _read(source, prompt_words, Path(data_dir), columns, hub)
+        renamed = {field: column for field, column in columns.items() if column}
+        found = _read(source, prompt_words, Path(data_dir), renamed, hub)
         self.train, self.val = rows.hold_out(found, held_out, source)
 
     def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:

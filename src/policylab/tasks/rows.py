@@ -77,9 +77,9 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
             f"and task.source=default or a .jsonl file needs no network"
         )
     try:
-        found = datasets.load_dataset(name, hub["config"], revision=hub["revision"])
+        found = datasets.load_dataset(name, hub.get("config"), revision=hub.get("revision"))
     except Exception as error:  # many kinds, of which none is ours to repair
-        chosen = "" if hub["config"] else "; where it has several configs, name one: task.hub.config=..."
+        chosen = "" if hub.get("config") else "; where it has several configs, name one: task.hub.config=..."
         raise UserError(
             f"task.source={name}: the data set cannot be loaded ({said(error)}){chosen}"
         ) from error
@@ -94,7 +94,7 @@ def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[
     """What a data set's splits are to us, and their own names."""
     chosen: list[tuple[str, str]] = []
     for ours in SPLITS:
-        asked = hub[ours]
+        asked = hub.get(ours)
         if asked is not None and asked not in there:
             raise UserError(f"task.hub.{ours}={asked}: {name} has no such split; it has {', '.join(there)}")
         splits = [asked] if asked else [split for split in there if HUB_SPLITS.get(split) == ours]
