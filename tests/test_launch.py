@@ -257,7 +257,7 @@ def test_bad_input_is_one_line_and_code_2(words, message):
 def test_a_refused_command_leaves_no_folder(tmp_path):
     done = script("train.py", "iterations=0", f"paths.logs={tmp_path}")
     assert (done.returncode, done.stderr) == (2, "error: iterations is 0; it must be at least 1\n")
-    assert [path for path in tmp_path.rglob("*") if path.is_file() or "_s0" in path.name] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -619,6 +619,20 @@ def test_evaluate_and_generate_read_a_run(train, tmp_path):
     assert len(result["samples"]) == 8
     assert len(evaluate(run, find_checkpoint(run, "best"), prompts=5, seed=1)["samples"]) == 5
 
+    notes, foreign = tmp_path / "notes.txt", tmp_path / "foreign.ckpt"
+    notes.write_text("no checkpoint")
+    torch.save({"state_dict": {}}, foreign)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state["state_dict"] = {name: value[:1] for name, value in state["state_dict"].items()}
+    torch.save(state, tmp_path / "other.ckpt")
+    for file, message in {
+        notes: r"the checkpoint .*notes.txt is damaged \(13 bytes; .*\); take another one",
+        foreign: r"foreign.ckpt was not written by policylab",
+        tmp_path / "other.ckpt": r"is of another model than this one: .* take a checkpoint of this run",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            evaluate(run, find_checkpoint(run, file), None, None)
+
     policy = load_policy(run, "final", load_config(run))
     options = OmegaConf.create({"n": 3, "temperature": None, "max_new_tokens": 5, "seed": 0})
     texts = completions(policy, "the film", options, load_config(run))
@@ -626,6 +640,33 @@ def test_evaluate_and_generate_read_a_run(train, tmp_path):
     assert texts == completions(policy, "the film", options, load_config(run)), "the same seed, the same text"
     with pytest.raises(UserError, match="this run has exported best, final"):
         load_policy(run, "start", load_config(run))
+
+
+@pytest.mark.parametrize(
+    ("script", "word", "message"),
+    [
+        ("generate", "n=1.5", "n=1.5 is not a whole number"),
+        ("generate", "n=0", "n is 0; it must be at least 1"),
+        ("generate", "temperature=hot", "temperature='hot' is not a number"),
+        ("generate", "temperature=0", "temperature is 0; it must be above 0"),
+        ("generate", "max_new_tokens=2.5", "max_new_tokens=2.5 is not a whole number"),
+        ("generate", "seed=x", "seed='x' is not a whole number"),
+        ("evaluate", "prompts=0", "prompts is 0; it must be at least 1"),
+        ("evaluate", "show=-1", "show is -1; it must be at least 0"),
+        ("evaluate", "seed=1.5", "seed=1.5 is not a whole number"),
+        (
+            "evaluate",
+            "trust_remote_code=yes please",
+            "trust_remote_code=yes please is neither true nor false",
+        ),
+    ],
+)
+def test_values_of_evaluate_and_generate_are_checked(compose, script, word, message):
+    from policylab.launch import evaluate, generate
+
+    config = compose(["run=x", word], config_name=script)
+    with pytest.raises(UserError, match=message):
+        {"evaluate": evaluate, "generate": generate}[script].check(config)
 
 
 def test_settings_given_at_a_resume_take_effect(train):
@@ -643,7 +684,7 @@ def test_a_refused_resume_leaves_the_records_alone(train):
     records = {name: (run / name).read_text() for name in ("config.yaml", "env.json", "metrics.csv")}
     for override, message in {
         "optim.lr=fast": "is not a number",
-        "model.architecture.n_layer=1": r"is of another model than the command's: \S+ is \[.* there and missing here",
+        "model.architecture.n_layer=1": r"is of another model than this one: \S+ is \[.* there and missing here",
         "optim.frozen_layers=1": r"last.ckpt trained \d+ weights, the command \d+; give the model",
     }.items():
         with pytest.raises(UserError, match=message):
@@ -692,6 +733,7 @@ def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
     assert read(typed(f"model.path={tmp_path}/a,b")) == f"{tmp_path}/a,b"
     assert typed("seed=0,1") == "seed=0,1"
     assert typed("resume=null") == "resume=null"
+    assert read(typed("paths.logs=~/x")) == str(Path.home() / "x")
     assert typed("hydra.run.dir=${paths.logs}/x") == "hydra.run.dir=${paths.logs}/x"
 
 

@@ -41,9 +41,9 @@ class LoggedConsole(Console):
         """For the log alone."""
         if not (log.isEnabledFor(logging.INFO) and world().main):
             return
-        page = Console(file=io.StringIO(), width=PLAIN_WIDTH, highlight=False, color_system=None)
-        page.print(*objects, **options)
-        lines = [line.rstrip() for line in page.file.getvalue().strip("\n").split("\n")]
+        page = io.StringIO()
+        Console(file=page, width=PLAIN_WIDTH, highlight=False, color_system=None).print(*objects, **options)
+        lines = [line.rstrip() for line in page.getvalue().strip("\n").split("\n")]
         if any(lines):
             log.info("%s", "\n".join(lines if len(lines) == 1 else ["", *lines]))
 

@@ -56,8 +56,7 @@ def check(config: DictConfig) -> None:
     demand_whole("hardware.max_restarts", config.hardware.max_restarts, 0)
     demand("hardware.timeout", config.hardware.timeout, 0, above=True)
     for path in SWITCHES:
-        if not isinstance(value := OmegaConf.select(config, path), bool):
-            raise UserError(f"{path}={value} is neither true nor false")
+        demand_switch(path, OmegaConf.select(config, path))
     if config.hardware.compile and config.hardware.gradient_checkpointing:
         raise UserError(
             "hardware.compile=true and hardware.gradient_checkpointing=true: compiled layers cannot be told to run "
@@ -70,6 +69,19 @@ def check(config: DictConfig) -> None:
         raise UserError(
             f"hardware.cpu_offload=true is a thing of hardware.strategy=fsdp, and it is {config.hardware.strategy}"
         )
+
+
+def demand_number(path: str, value: object, above: float) -> None:
+    """Refuses what is no number, or not above its bound."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserError(f"{path}={value!r} is not a number")
+    demand(path, value, above, above=True)
+
+
+def demand_switch(path: str, value: object) -> None:
+    """Refuses what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{path}={value} is neither true nor false")
 
 
 def demand_whole(path: str, value: object, low: int) -> None:

@@ -115,11 +115,16 @@ def read(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def demand_fit(module: Any, checkpoint: Path) -> None:
+def demand_fit(
+    module: Any,
+    checkpoint: Path,
+    advice: str = "give the model.* and optim.frozen_layers that the run was started with, or start a new run",
+) -> None:
     """Refuses a state that is another model's, before anything of the run is touched.
 
     Args:
         module: as it was built.
+        advice: what to do.
 
     Raises:
         UserError: naming a weight.
@@ -129,11 +134,10 @@ def demand_fit(module: Any, checkpoint: Path) -> None:
     given = module.given_weights()
     own = {name: shape_of(value) for name, value in module.state_dict().items() if name not in given}
     found = {name: shape_of(value) for name, value in content["state_dict"].items() if name not in given}
-    advice = "give the model.* and optim.frozen_layers that the run was started with, or start a new run"
     if wrong := [name for name in own | found if own.get(name) != found.get(name)]:
         here, there = own.get(wrong[0], "missing"), found.get(wrong[0], "missing")
         raise UserError(
-            f"{checkpoint} is of another model than the command's: {wrong[0]} is {there} there and {here} here "
+            f"{checkpoint} is of another model than this one: {wrong[0]} is {there} there and {here} here "
             f"({len(wrong)} weights differ); {advice}"
         )
     trained = [len(group["params"]) for group in module.configure_optimizers().param_groups]
@@ -195,7 +199,11 @@ def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
         UserError: when the file is damaged, or not one of ours.
     """
     try:
-        state: dict[str, Any] = read(checkpoint)["policylab"]
-        return {name: state[name] for name in ("iteration", "tokens_sampled")}
+        content = read(checkpoint)
+        if not isinstance(content, dict) or "policylab" not in content:
+            raise UserError(
+                f"{checkpoint} was not written by policylab; take one of a run's checkpoints/ folder"
+            )
+        return {name: content["policylab"][name] for name in ("iteration", "tokens_sampled")}
     except UNREADABLE as error:
         raise UserError(f"cannot read the checkpoint {checkpoint}: {error}") from error

@@ -10,6 +10,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from policylab.callbacks.tables import console, headlines, number, pick, rows, samples_table, short_path
+from policylab.config.checks import demand_switch, demand_whole
+from policylab.launch.checkpoints import checkpoint_state, demand_fit
+from policylab.launch.checkpoints import demand_whole as demand_undamaged
 from policylab.launch.find_run import find_checkpoint, find_run
 from policylab.launch.imports import import_libraries
 from policylab.launch.run_folder import write_json
@@ -18,6 +21,7 @@ from policylab.launch.saved_config import demand_known, load_config, with_consen
 
 def evaluate_job(config: DictConfig) -> None:
     """The Hydra task of ``evaluate.py``."""
+    check(config)
     run_folder = find_run(config.run)
     checkpoint = find_checkpoint(run_folder, config.checkpoint)
     result = evaluate(run_folder, checkpoint, config.prompts, config.seed, config.trust_remote_code)
@@ -26,6 +30,19 @@ def evaluate_job(config: DictConfig) -> None:
     write_json(out, result)
     show(result, config.show)
     console().print(rows([("written to", short_path(out))]), soft_wrap=True)
+
+
+def check(config: DictConfig) -> None:
+    """Refuses values before anything is loaded.
+
+    Raises:
+        UserError: naming the value.
+    """
+    for name, low in (("prompts", 1), ("seed", 0)):
+        if config[name] is not None:
+            demand_whole(name, config[name], low)
+    demand_whole("show", config.show, 0)
+    demand_switch("trust_remote_code", config.trust_remote_code)
 
 
 def evaluate(
@@ -46,8 +63,9 @@ def evaluate(
         The content of ``evaluate.json``: run, checkpoint, iteration, seed, prompts that were counted, metrics, samples.
 
     Raises:
-        UserError: when a secret is needed that was not kept.
+        UserError: when a secret is needed that was not kept, or the checkpoint is damaged or another model's.
     """
+    checkpoint_state(demand_undamaged(checkpoint))
     import_libraries()
     from policylab.config.build import build
     from policylab.launch.logs import silence_noise
@@ -60,6 +78,7 @@ def evaluate(
     demand_known(config, run_folder)
     experiment = build(config, run_folder)
     module = experiment.module
+    demand_fit(module, checkpoint, "take a checkpoint of this run")
     experiment.trainer.validate(
         module, datamodule=experiment.data, ckpt_path=checkpoint, verbose=False, weights_only=True
     )

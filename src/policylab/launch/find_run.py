@@ -33,7 +33,7 @@ def find_run(run: str | Path, logs: Path | None = None) -> Path:
                 f"run=latest, but {path} does not exist; train first, or give the folder of a run"
             )
     else:
-        path = Path(run).expanduser()
+        path = Path(str(run)).expanduser()
         if not path.exists():
             raise UserError(f"no run at {path.absolute()}; give the folder of a run, or run=latest")
     path = path.resolve()
@@ -56,7 +56,7 @@ def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
     if str(checkpoint) in ("best", "last"):
         path = run_folder / "checkpoints" / f"{checkpoint}.ckpt"
     else:
-        path = Path(checkpoint).expanduser()
+        path = Path(str(checkpoint)).expanduser()
     if path.is_file():
         return path.resolve()
     found = sorted(p.stem for p in (run_folder / "checkpoints").glob("*.ckpt"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.tables import console
+from policylab.config.checks import demand_number, demand_switch, demand_whole
 from policylab.errors import UserError
 from policylab.launch.find_run import find_run
 from policylab.launch.imports import UNUSED, absent
@@ -37,8 +38,13 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: naming the value.
     """
-    if config.n < 1:
-        raise UserError(f"n is {config.n}; it must be at least 1")
+    demand_whole("n", config.n, 1)
+    demand_whole("seed", config.seed, 0)
+    if config.max_new_tokens is not None:
+        demand_whole("max_new_tokens", config.max_new_tokens, 1)
+    if config.temperature is not None:
+        demand_number("temperature", config.temperature, 0)
+    demand_switch("trust_remote_code", config.trust_remote_code)
     if config.prompt is not None and not str(config.prompt).strip():
         raise UserError("prompt is empty; give some text to go on from, or leave it out to be asked")
 
@@ -89,6 +95,8 @@ def read_line() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"a line of the input is not {error.encoding}: {error.reason}") from error
 
 
 def completions(policy: Policy, text: str, config: DictConfig, trained_with: DictConfig) -> list[str]:

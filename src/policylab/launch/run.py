@@ -62,7 +62,7 @@ def train_job(config: DictConfig) -> float | None:
     run_dir, overrides = Path(hydra.runtime.output_dir), changes(hydra)
     learn_secrets(config)
     sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records it
-    with leaving_nothing(run_dir) if world().main else nullcontext():
+    with leaving_nothing(run_dir, Path(config.paths.logs)) if world().main else nullcontext():
         return start(config, hydra.job_logging, run_dir, overrides)
 
 
@@ -87,9 +87,10 @@ def start(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[s
     return launch(config, job_logging, run_dir, overrides)
 
 
-def changes(hydra: DictConfig) -> list[str]:
+def changes(hydra: Any) -> list[str]:
     """What the command line changes; references to the environment stay what they are."""
-    return [str(word) for word in OmegaConf.to_container(hydra.overrides.task)]
+    words: Any = OmegaConf.to_container(hydra.overrides.task)
+    return list(words)
 
 
 def demand_consent(config: DictConfig, typed: Sequence[str]) -> None:

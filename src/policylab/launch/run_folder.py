@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,10 @@ def claim(path: Path) -> Path:
         UserError: when the folder cannot be made.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         for number in count(1):
             candidate = path if number == 1 else path.with_name(f"{path.name}_{number}")
             try:
-                candidate.mkdir()
+                candidate.mkdir(parents=True)
             except FileExistsError:
                 continue
             return candidate
@@ -41,13 +40,21 @@ def claim(path: Path) -> Path:
 
 
 @contextmanager
-def leaving_nothing(folder: Path) -> Iterator[None]:
-    """Afterwards a folder is gone in which there is nothing but the log that Hydra opens for every job."""
+def leaving_nothing(folder: Path, logs: Path) -> Iterator[None]:
+    """Afterwards a folder is gone in which there is nothing but the log that Hydra opens for every job.
+
+    So are those around it, below ``logs``, that are empty then.
+    """
     try:
         yield
     finally:
         if folder.is_dir() and [path.name for path in folder.iterdir()] == ["train.log"]:
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # one that is not empty
+                for parent in folder.parents:
+                    if logs not in parent.parents:
+                        break
+                    parent.rmdir()
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -61,7 +61,8 @@ def read(word: str) -> Any:
 def typed(word: str, free_text: Sequence[str] = ()) -> str:
     """A word that a person has typed, as Hydra's grammar wants it.
 
-    The value of a free-text key is taken as it stands, and so is a path, unless it is in quotes already.
+    The value of a free-text key is taken as it stands, and so is a path, unless it is in quotes already; ``~`` is the
+    home directory.
 
     >>> typed("prompt=it's [so] good", ["prompt"])
     'prompt="it\'s [so] good"'
@@ -73,7 +74,9 @@ def typed(word: str, free_text: Sequence[str] = ()) -> str:
     key, equals, value = word.partition("=")
     if equals and key in free_text:
         return f"{key}={quote(value)}"
-    there = "/" in value and Path(value).expanduser().exists()
-    if there or (key in PATHS and not re.match(r"['\"]|null$|$", value) and "${" not in value):
-        return override(key, value)
+    path = os.path.expanduser(value)
+    if ("/" in path and os.path.exists(path)) or (
+        key in PATHS and not re.match(r"['\"]|null$|$", value) and "${" not in value
+    ):
+        return override(key, path)
     return word
