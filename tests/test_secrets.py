@@ -98,13 +98,17 @@ def test_the_reason_of_a_failure_holds_no_secret(tmp_path):
 def test_a_saved_config_refers_to_the_environment_and_resolves_all_else(monkeypatch):
     monkeypatch.setenv("KEY", "sk-SECRET")
     monkeypatch.setenv("NUMBER", "5")
+    monkeypatch.setenv("HF_TOKEN", "hf-SECRET")
     config = OmegaConf.create(
         {
             "reward": {"api_key": "${oc.env:KEY}", "auth": "Bearer ${oc.env:KEY}", "token": "literal"},
             "copy": "${reward.api_key}",
             "number": "${oc.decode:${oc.env:NUMBER}}",
             "other": "${number}",
-            "default": "${oc.env:NOT_THERE,3}",
+            "setting": "${oc.env:NUMBER,3}",
+            "none": "${oc.env:NOT_THERE,null}",
+            "hub": "${oc.env:HF_TOKEN,null}",
+            "hub_too": "${oc.env:HF_TOKEN,fallback}",
             "text": "a \\${b} and \\\\\\${c}",
         }
     )
@@ -116,6 +120,8 @@ def test_a_saved_config_refers_to_the_environment_and_resolves_all_else(monkeypa
     }
     assert saved["copy"] == "${oc.env:KEY}"
     assert saved["number"] == saved["other"] == 5
+    assert (saved["setting"], saved["none"]) == ("5", "${oc.env:NOT_THERE,null}")
+    assert (saved["hub"], saved["hub_too"]) == ("${oc.env:HF_TOKEN,null}", "${oc.env:HF_TOKEN}")
     resolved = OmegaConf.to_container(config, resolve=True)
     assert OmegaConf.to_container(OmegaConf.create(self_contained(config)), resolve=True) == resolved
     assert "SECRET" not in json.dumps(saved)
@@ -219,7 +225,10 @@ def test_a_run_s_folder_cannot_have_code_run(tmp_path, monkeypatch):
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
     write_json(folder / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}})
     config = OmegaConf.create(
-        {"model": {"dtype": "float32", "attn_implementation": "sdpa", "trust_remote_code": True}}
+        {
+            "model": {"dtype": "float32", "attn_implementation": "sdpa", "trust_remote_code": True},
+            "hardware": {"products": "pytorch"},
+        }
     )
     with pytest.raises(UserError, match="trust_remote_code=true"):
         load_policy(tmp_path, "best", config)

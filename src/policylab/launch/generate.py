@@ -25,7 +25,7 @@ def generate_job(config: DictConfig) -> None:
     check(config)
     run_folder = find_run(config.run)
     trained_with = load_config(run_folder)
-    demand_known(trained_with, run_folder, parts=("model", "rollout", "task.instruction"))
+    demand_known(trained_with, run_folder, parts=("model", "rollout", "task.instruction", "hardware"))
     policy = load_policy(run_folder, config.policy, trained_with, config.trust_remote_code)
     for prompt in prompts(config.prompt):
         for text in completions(policy, prompt, config, trained_with):

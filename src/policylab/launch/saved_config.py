@@ -14,7 +14,7 @@ from omegaconf.resolvers import oc
 
 from policylab.errors import UserError
 from policylab.launch.messages import improve
-from policylab.launch.redaction import HIDDEN, redact, remember
+from policylab.launch.redaction import HIDDEN, is_secret, redact, remember
 from policylab.launch.run_folder import write_atomically
 from policylab.launch.words import word
 
@@ -23,7 +23,7 @@ TRUST = "trust_remote_code"
 
 
 def self_contained(config: DictConfig) -> dict[str, Any]:
-    """The config as plain containers that stand for themselves: all is resolved but ``${oc.env:NAME}``.
+    """The config as plain containers that stand for themselves, resolved but for references to the environment.
 
     Raises:
         omegaconf.MissingMandatoryValue: when a ``???`` was left.
@@ -38,10 +38,16 @@ def self_contained(config: DictConfig) -> dict[str, Any]:
 
 @contextmanager
 def environment_unresolved() -> Iterator[None]:
-    """While active, ``${oc.env:NAME}`` resolves to itself."""
+    """While active, ``${oc.env:NAME}`` resolves to itself.
 
-    def itself(*words: object) -> str:
-        return f"${{oc.env:{','.join('null' if word is None else str(word) for word in words)}}}"
+    One with a default, such as ``${oc.env:NAME,8}``, is a setting rather than a secret, unless its name is a secret's;
+    what it was belongs to the record of the run.
+    """
+
+    def itself(name: str, *default: Any) -> Any:
+        if default and default[0] is not None and not is_secret(name):
+            return oc.env(name, *default)
+        return f"${{oc.env:{name}{',null' if default == (None,) else ''}}}"
 
     OmegaConf.register_new_resolver("oc.env", itself, replace=True)
     try:
