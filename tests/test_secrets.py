@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from policylab.errors import UserError
 from policylab.launch import redaction
-from policylab.launch.hydra_files import Redacted
+from policylab.launch.hydra_files import Redacted, tidy
 from policylab.launch.logs import Formatter
 from policylab.launch.redaction import HIDDEN, redact, redact_text, redact_words
 from policylab.launch.resume import with_command_of
@@ -162,9 +163,13 @@ def test_hydra_s_own_files_hold_no_secrets(tmp_path):
     OmegaConf.save(OmegaConf.create(content), files[0])
     OmegaConf.save(OmegaConf.create(["+reward.api_key=sk-SECRET", "seed=0"]), files[1])
     Redacted().on_job_start(OmegaConf.create(content))
+    tidy(files[0])
     assert [file.read_text().count("SECRET") for file in files] == [0, 0]
     assert OmegaConf.load(files[1]) == [f"+reward.api_key={HIDDEN}", "seed=0"]
     assert OmegaConf.to_container(OmegaConf.load(files[0]))["reward"]["more"] == "${reward.api_key}"
+    shutil.rmtree(tmp_path / "0")
+    tidy(files[0])
+    assert not tmp_path.exists(), "every job was refused"
 
 
 def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):

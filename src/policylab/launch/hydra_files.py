@@ -1,16 +1,18 @@
-"""The files that Hydra writes of a job, without secrets."""
+"""What Hydra writes of a job, without secrets."""
 
 from __future__ import annotations
 
 import atexit
+import shutil
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from policylab.launch.redaction import redact_file
+from policylab.launch.redaction import redact_file, redact_words
 
 
 class Redacted(Callback):
@@ -22,7 +24,7 @@ class Redacted(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Before Hydra writes the file of a multirun."""
-        atexit.register(redact_file, sweep_file(config))
+        atexit.register(tidy, sweep_file(config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """After it, and after it has written those of a job."""
@@ -32,6 +34,17 @@ class Redacted(Callback):
             folder = Path(config.hydra.runtime.output_dir, config.hydra.output_subdir)
             for file in folder.glob("*.yaml"):
                 redact_file(file)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Before Hydra names the command of a job that has failed."""
+        job_return.overrides = redact_words(job_return.overrides or [])
+
+
+def tidy(file: Path) -> None:
+    """At the end of a multirun: its file without secrets, and no folder where no job has left one."""
+    redact_file(file)
+    if file.is_file() and list(file.parent.iterdir()) == [file]:
+        shutil.rmtree(file.parent)
 
 
 def sweep_file(config: DictConfig) -> Path:
