@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 import transformers
 
+from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
 from policylab.rollouts.cached import CachedEngine
@@ -79,9 +80,9 @@ class Row:
 class Endless(Policy):
     """Ends on a token that does not exist, so that every engine writes equally much."""
 
-    @property
-    def eos_id(self) -> int:
-        return int(self.lm.config.vocab_size)
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded, None)
+        self.eos_ids = (int(self.lm.config.vocab_size),)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype="float32",
         attn_implementation="sdpa",
     )
-    policy = Endless(loaded, None).eval()
+    policy = Endless(loaded).eval()
     rates = measure_rates(policy, DTYPES[chosen.precision])
     print(
         f"{platform.processor() or platform.machine()}, {chosen.threads} threads, torch {torch.__version__}, "

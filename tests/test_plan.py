@@ -173,6 +173,16 @@ def test_what_stays_in_memory():
     assert checkpoint_copy(JOB) == 3 * 256 * 4  # weights and both moments
 
 
+def test_what_stays_in_memory_in_bf16():
+    """Weights of 2 bytes; two moments and a copy of the weights in fp32, and the average that a reference moves by."""
+    job = replace(JOB, shape=replace(SHAPE, weight_bytes=2), method=replace(METHOD, moving=True))
+    parts = by_moment(job)["rollout"]
+    assert parts["weights"] == 256 * 2
+    assert parts["reference"] == 256 * (2 + 4)
+    assert parts["optimizer"] == 3 * 256 * 4
+    assert checkpoint_copy(job) == 256 * (2 + 6) + 3 * 256 * 4
+
+
 def test_a_rollout_by_hand():
     """Keys and values: 2 x 1 layer x 2 heads x 2 numbers x 4 bytes = 32 a token, of 4 x 5 own ones and 2 x 3
     of prompts. Logits: 4 rows x 10 words x 4 bytes, twice."""

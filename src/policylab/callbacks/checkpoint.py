@@ -223,6 +223,9 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
+        if policy.lm.generation_config is not None:  # what is read back ends where it ended here
+            ids = list(policy.eos_ids)
+            policy.lm.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
         with quiet_bars(True):
             policy.lm.save_pretrained(temporary, state_dict=dict(whole_weights(policy.lm, weights)))
         if policy.adapted:

@@ -6,13 +6,15 @@ ever falls back to random weights: what the checkpoint lacks is an error that na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +30,10 @@ from transformers.utils import logging as transformers_logging
 import policylab
 from policylab.errors import UserError
 from policylab.models import hub
+from policylab.models.encoding import takes_chat
 
+#: What each Git LFS pointer begins with.
+LFS = b"version https://git-lfs"
 ASSETS = Path(policylab.__file__).parent / "assets"
 
 
@@ -74,7 +79,7 @@ def from_folder(path: str | Path, options: LoadOptions, source: str) -> LoadedMo
     try:
         return load(str(folder), options, source, local_only=True)
     except OSError as error:
-        raise UserError(f"{folder}: {first_line(error)}") from error
+        raise refusal(folder, error) from error
 
 
 def embedded(
@@ -152,19 +157,80 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
                 dtype=dtype,
                 attn_implementation=options.attn_implementation,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **common,
             )
-    except (ValueError, RuntimeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{where} comes with Python code of its own, which runs only if this command says so: with "
-                "model.trust_remote_code=true (train.py), or trust_remote_code=true (evaluate.py, generate.py)"
-            ) from error
-        raise UserError(f"cannot load {where}: {first_line(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever the libraries raise at what they find there
+        raise refusal(where, error, options.attn_implementation) from error
     lm, report = loaded
+    demand_whole(where, report)
+    return finished(lm, tokenizer, options.chat, source)
+
+
+def demand_whole(where: str | Path, report: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of another model than its config describes.
+
+    Args:
+        report: transformers' own of the loading.
+
+    Raises:
+        UserError: naming weights that are missing or of another size.
+    """
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; take a whole checkpoint")
-    return finished(lm, tokenizer, options.chat, source)
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise UserError(
+            f"{where}: weights of other sizes than config.json says, such as {name}: {list(found)} for "
+            f"{list(wanted)} ({len(report['mismatched_keys'])} in all); take the config that belongs to the weights"
+        )
+
+
+def refusal(where: str | Path, error: Exception, attention: str | None = None) -> UserError:
+    """Why a model cannot be loaded, in one line.
+
+    Args:
+        where: a folder or hub id.
+        error: what the libraries said.
+        attention: the implementation that was asked for.
+    """
+    folder, words = Path(where), str(error)
+    files = sorted(file for file in folder.glob("*") if file.is_file())
+    if pointers := [file.name for file in files if is_lfs_pointer(file)]:
+        return UserError(
+            f"{folder}: {_some(set(pointers))}: a Git LFS pointer, not the file itself; run git lfs pull where it was "
+            "cloned, or download the file"
+        )
+    if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
+        weights = [file.name for file in files if file.suffix in (".safetensors", ".bin")]
+        what = f"a file of weights ({_some(set(weights))})" if weights else "a file of weights"
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+        return UserError(
+            f"{where}: {what} is damaged or holds more than tensors{reason}; copy or download it again"
+        )
+    if "trust_remote_code" in words:
+        return UserError(
+            f"{where} comes with Python code of its own, which runs only if this command says so: with "
+            "model.trust_remote_code=true (train.py), or trust_remote_code=true (evaluate.py, generate.py)"
+        )
+    if attention not in (None, "eager") and "does not support" in words and "ttention" in words:
+        return UserError(
+            f"{where}: {words.split(maxsplit=1)[0]} has no {attention} attention; take model.attn_implementation=eager"
+        )
+    kind = (
+        ""
+        if isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+        else f"{type(error).__name__}: "
+    )
+    return UserError(f"cannot load {where}: {kind}{first_line(error)}")
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git leaves in the place of a large one that was not fetched."""
+    with file.open("rb") as content:
+        return content.read(len(LFS)) == LFS
 
 
 def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
@@ -187,16 +253,19 @@ def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 local_files_only=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{name} lacks weights: {_some(report['missing_keys'])}; take a whole reward model")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries raise at what they find there
+        raise UserError(f"{name} cannot be loaded: {refusal(folder, error, attn_implementation)}") from error
+    demand_whole(name, report)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(
             f"{name} is a {type(model).__name__}, which has no linear score of a causal LM's states"
         )
+    demand_finite(model, name)
     with_fused_gelu(model)
     return model.eval()
 
@@ -207,18 +276,31 @@ def finished(
     """Check that model and tokenizer fit, and bundle them.
 
     Raises:
-        UserError: when the tokenizer has no EOS, knows more ids than the model, or lacks the chat template.
+        UserError: when a weight is not finite, the tokenizer has no EOS, knows more ids than the model, or its chat template cannot be used.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: the tokenizer has no EOS token, so no completion could ever end")
     embedding: Any = lm.get_input_embeddings()
     if len(tokenizer) > (rows := embedding.num_embeddings):
         raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
-    has_template = tokenizer.chat_template is not None
-    if chat and not has_template:
-        raise UserError(f"{source}: model.chat=true, but the tokenizer has no chat template")
+    demand_finite(lm, source)
     with_fused_gelu(lm)
-    return LoadedModel(lm.eval(), tokenizer, has_template if chat is None else chat, source)
+    return LoadedModel(lm.eval(), tokenizer, takes_chat(tokenizer, chat, source), source)
+
+
+@torch.no_grad()
+def demand_finite(model: torch.nn.Module, source: str) -> None:
+    """Refuses weights that are no numbers, which would spoil every sample.
+
+    Raises:
+        UserError: naming them.
+    """
+    bad = {name for name, weight in model.named_parameters() if not weight.isfinite().all()}
+    if bad:
+        raise UserError(
+            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take a sound checkpoint, or a wider model.dtype "
+            "where they are too large for this one"
+        )
 
 
 def with_fused_gelu(model: torch.nn.Module) -> None:
@@ -243,6 +325,9 @@ def read_tokenizer(
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         where, local_files_only=local_files_only, trust_remote_code=trust_remote_code
     )
+    files = tokenizer.vocab_files_names.values()
+    if Path(where).is_dir() and files and not any((Path(where) / file).is_file() for file in files):
+        raise OSError(f"no tokenizer there: none of {', '.join(files)}")  # transformers makes up an empty one
     for how_it_was_loaded in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     return tokenizer
@@ -272,8 +357,11 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, cut to one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What an exception says, cut to one line; two where the first is but a heading."""
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    return first or type(error).__name__
 
 
 def _some(names: set[str]) -> str:

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from policylab.errors import UserError
 from policylab.models import hub
-from policylab.models.loading import ASSETS, first_line, read_tokenizer, torch_dtype, with_fused_gelu
+from policylab.models.encoding import takes_chat
+from policylab.models.loading import ASSETS, first_line, read_tokenizer, refusal, torch_dtype, with_fused_gelu
 from policylab.models.scratch import architecture_of
 from policylab.models.smollm2 import GGUF_FILE, HUB_ID, find_gguf
 
@@ -46,17 +47,21 @@ def outline(settings: Mapping[str, Any]) -> Outline:
     path = settings.get("path")
     found = _in_folder(Path(path), settings) if path else PLACES[target](settings)
     config, tokenizer, source = found
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch_dtype(settings["dtype"]),
-            attn_implementation=settings["attn_implementation"],
-            trust_remote_code=settings.get("trust_remote_code", False),
-        )
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch_dtype(settings["dtype"]),
+                attn_implementation=settings["attn_implementation"],
+                trust_remote_code=settings.get("trust_remote_code", False),
+            )
+    except UserError:
+        raise
+    except Exception as error:  # whatever the architecture says to its config
+        raise refusal(source, error, settings["attn_implementation"]) from error
     with_fused_gelu(lm)
-    has_template = tokenizer is not None and tokenizer.chat_template is not None
-    asked = settings.get("chat")
-    return Outline(lm, tokenizer, has_template if asked is None else bool(asked and has_template), source)
+    chat = tokenizer is not None and takes_chat(tokenizer, settings.get("chat"), source)
+    return Outline(lm, tokenizer, chat, source)
 
 
 Found = tuple[PretrainedConfig, PreTrainedTokenizerBase | None, str]
@@ -115,10 +120,10 @@ def _read(
     common = {"local_files_only": local_only, "trust_remote_code": settings["trust_remote_code"]}
     try:
         config = AutoConfig.from_pretrained(where, **common, **extra)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever the libraries raise at what they find there
         raise UserError(f"no model config in {where}: {first_line(error)}") from error
     try:
         tokenizer = None if extra else read_tokenizer(where, **common)
-    except (OSError, ValueError, ImportError):  # a config alone is enough
+    except Exception:  # a config alone is enough
         tokenizer = None
     return config, tokenizer, source

@@ -12,14 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from policylab.errors import UserError
 from policylab.functional import kl
 from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.models.adapter import adapted_layers, adapters_off, shared_weights
+from policylab.models.encoding import encode, encode_chats, end_of_answer, eos_ids
 from policylab.models.head import is_linear, watch_head
 from policylab.models.sequences import Sequences, can_pack, on_grid, trial_rollout
 from policylab.models.trunk import TrunkPass, compile_layers, recomputed_layers, watch_layers
@@ -42,6 +42,8 @@ class Policy(nn.Module):
         runs_on: the device that it computes on, where that is not the one of its weights.
         adapted: whether adapters train in place of the language model's own weights.
         leaves_adapters_out: whether it acts as the language model did before it was adapted.
+        eos_ids: each of these tokens ends a completion.
+        eos_id: of these, the one that supervised training puts behind a completion.
     """
 
     def __init__(self, loaded: LoadedModel, critic: ValueModel | None) -> None:
@@ -54,6 +56,10 @@ class Policy(nn.Module):
         self.tokenizer = loaded.tokenizer
         self.chat = loaded.chat
         self.source = loaded.source
+        self.eos_ids = eos_ids(loaded.tokenizer, loaded.lm)
+        self.eos_id = int(loaded.tokenizer.eos_token_id)
+        if loaded.chat:
+            self.eos_id = end_of_answer(loaded.tokenizer, self.eos_ids)
         self.critic = critic
         self.packs = can_pack(
             loaded.lm
@@ -70,10 +76,12 @@ class Policy(nn.Module):
         """Of the language model's weights."""
         return next(self.lm.parameters()).dtype
 
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a completion."""
-        return int(self.tokenizer.eos_token_id)
+    def ends(self, tokens: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
+        """Which tokens end a completion."""
+        found = tokens == self.eos_ids[0]
+        for other in self.eos_ids[1:]:
+            found |= tokens == other
+        return found
 
     def frozen_copy(self) -> Self:
         """A reference: the same weights without gradient or critic."""
@@ -114,11 +122,12 @@ class Policy(nn.Module):
             UserError: naming the text that the tokenizer cannot read.
         """
         texts = [text for text, _, _ in examples]
-        # A template writes its own special tokens.
-        tokens = self._encode(
-            self._templated(texts, instruction) if self.chat else texts, special=not self.chat
-        )
-        targets = self._encode([completion for _, completion, _ in examples], special=False)
+        if self.chat:
+            messages = [instruction.replace("{text}", text) if instruction else text for text in texts]
+            tokens = encode_chats(self.tokenizer, messages)
+        else:
+            tokens = encode(self.tokenizer, texts, special=True)
+        targets = encode(self.tokenizer, [completion for _, completion, _ in examples], special=False)
         return [
             Prompt(
                 id=i,
@@ -132,22 +141,10 @@ class Policy(nn.Module):
             )
         ]
 
-    def _templated(self, texts: Sequence[str], instruction: str | None) -> list[str]:
-        messages = [instruction.replace("{text}", text) if instruction else text for text in texts]
-        chats = [[{"role": "user", "content": message}] for message in messages]
-        return list(self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
-
-    def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """All at once, which costs the tokenizer less than one by one."""
-        try:
-            return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
-        except Exception as error:  # the tokenizers library raises no narrower class
-            if len(texts) > 1:
-                return [tokens for text in texts for tokens in self._encode([text], special)]
-            raise UserError(f"the tokenizer cannot read {texts[0]!r}: {error}") from error
-
     def decode(self, tokens: list[int]) -> str:
-        """Text for rewards and people; never encoded back."""
+        """Text for rewards and people, without the token that ends it; never encoded back."""
+        if tokens and tokens[-1] in self.eos_ids:
+            tokens = tokens[:-1]
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def values(self, rollout: Rollout) -> Float[Tensor, "B T"]:

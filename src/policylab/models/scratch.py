@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from policylab.models.loading import (
     finished,
     first_line,
     read_tokenizer,
+    refusal,
     torch_dtype,
     without_dropout,
 )
@@ -49,9 +51,14 @@ def from_scratch(
     config, text = architecture_of(tokenizer, architecture, vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), attn_implementation=attn_implementation
-        )
+        try:
+            lm = AutoModelForCausalLM.from_config(
+                config, dtype=torch_dtype(dtype), attn_implementation=attn_implementation
+            )
+        except UserError:
+            raise
+        except Exception as error:  # whatever the architecture says to these fields
+            raise refusal("model.architecture", error, attn_implementation) from error
     return finished(lm, text, chat=None, source=f"random weights, seed {seed}")
 
 
@@ -69,10 +76,13 @@ def architecture_of(
         "eos_token_id": text.eos_token_id,
     }
     config_class = _config_class(fields.pop("model_type", None))
-    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    known = _fields(config_class)
     if unknown := sorted(fields.keys() - known):
         raise UserError(f"model.architecture: {config_class.__name__} has no field {', '.join(unknown)}")
-    return without_dropout(config_class(**fields)), text
+    try:
+        return without_dropout(config_class(**fields)), text
+    except Exception as error:  # whatever the architecture says to these fields
+        raise refusal("model.architecture", error) from error
 
 
 def find_tokenizer(where: str) -> PreTrainedTokenizerBase:
@@ -97,6 +107,12 @@ def find_tokenizer(where: str) -> PreTrainedTokenizerBase:
         return read_tokenizer(where, local_files_only=False, trust_remote_code=False)
     except OSError as error:
         raise UserError(f"tokenizer {where}: the hub did not give it: {first_line(error)}") from error
+
+
+def _fields(config_class: Any) -> set[str]:
+    """Names that a config takes; some are written only where they are set."""
+    taken = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    return {*taken, *inspect.signature(config_class).parameters}
 
 
 def _config_class(model_type: str | None) -> Any:

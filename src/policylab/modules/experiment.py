@@ -17,6 +17,7 @@ from policylab.errors import RunError, UserError
 from policylab.functional import products
 from policylab.functional.masks import masked_sum
 from policylab.models.adapter import fingerprint
+from policylab.models.average import Average
 from policylab.models.policy import Policy
 from policylab.models.sharding import gathered
 from policylab.modules.means import Means
@@ -73,6 +74,9 @@ class ExperimentModule(ManualOptimization):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.policy, parts.optim, parts.plan, parts.iterations)
         self.reference: Policy | None = None
+        self.average: Average | None = (
+            None  #: by which the reference or the target network follows the policy
+        )
         self.compiles_layers = False  #: whether torch is to compile the policy's layers before the first pass
         self.engine = parts.engine
         self.row_limit = RowLimit(parts.max_rows)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from policylab.errors import UserError, demand
 from policylab.models.policy import Policy
@@ -62,14 +64,16 @@ class AdamW:
             raise UserError(f"optim.schedule is {self.schedule!r}; take constant, linear or cosine")
 
     def build(self, policy: Policy) -> torch.optim.Optimizer:
-        """The optimizer over everything in the policy that has a gradient."""
+        """The optimizer over everything in the policy that has a gradient; with `MasterAdamW` where some of it is not
+        in fp32."""
         critic_lr = self.lr if self.critic_lr is None else self.critic_lr
         head = [] if policy.critic is None else list(policy.critic.head.parameters())
         groups = [
             *self._groups(policy.actor_parameters(), self.lr, undecayed=[]),
             *self._groups(policy.critic_parameters(), critic_lr, undecayed=head),
         ]
-        return torch.optim.AdamW(
+        whole = all(p.dtype == torch.float32 for group in groups for p in group["params"])
+        return (torch.optim.AdamW if whole else MasterAdamW)(
             [g for g in groups if g["params"]],
             lr=self.lr,
             betas=(self.betas[0], self.betas[1]),
@@ -99,3 +103,66 @@ class AdamW:
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * progress))
         return 1.0
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW that keeps an fp32 copy (``master``) of each weight of lower precision. Steps add up in the copy, and the
+    weight is the copy, rounded. The moments are in fp32 too.
+
+    "Mixed Precision Training", arXiv:1710.03740, section 3.1. bf16 has 8 bits of precision: added to the weight itself,
+    a step below a 512th of it would be lost.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step, a weight at a time: the fp32 copy of a gradient is then that of one weight alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self._state_of(weight)
+                master = state.get("master", weight)
+                adamw(
+                    [master],
+                    [weight.grad.to(master.dtype)],
+                    [state["exp_avg"]],
+                    [state["exp_avg_sq"]],
+                    [],
+                    [state["step"]],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+                if master is not weight:
+                    weight.copy_(master)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does, which casts the state to each weight's precision; here it stays in fp32."""
+        super().load_state_dict(state_dict)
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for index, saved in state_dict["state"].items():
+            weight = weights[index]
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    self.state[weight][name] = value.to(weight.device, torch.float32)
+
+    def _state_of(self, weight: Tensor) -> dict[str, Any]:
+        state = self.state[weight]
+        if "master" not in state and weight.dtype != torch.float32:
+            state["master"] = weight.detach().float()
+        if "step" not in state:
+            like = state.get("master", weight)
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
+        return state

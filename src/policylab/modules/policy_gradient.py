@@ -13,6 +13,7 @@ from policylab.functional import kl
 from policylab.functional.advantages import explained_variance
 from policylab.functional.masks import masked_moments
 from policylab.functional.ratios import probability_ratio
+from policylab.models.average import Average
 from policylab.modules.collection import Collection
 from policylab.modules.experiment import Parts
 from policylab.modules.preflight import Pace
@@ -26,6 +27,8 @@ class PolicyGradient(Collection):
     def __init__(self, algorithm: Algorithm, parts: Parts) -> None:
         super().__init__(algorithm, parts)
         self.reference = None if algorithm.kl.reference is None else parts.policy.frozen_copy()
+        if self.reference is not None and self.reference_moves:
+            self.average = Average(self.reference.lm, self.policy.lm)
         self.kl_coef = algorithm.kl.controller.initial
         self.track_exact_kl = False  #: set by who wants ``rollout.exact_kl``; it costs two forward passes
         self._ratio_max = torch.ones(())
@@ -205,11 +208,8 @@ class PolicyGradient(Collection):
     def move_reference(self) -> None:
         """A moving reference follows the policy."""
         moving = self.algorithm.kl.reference
-        if isinstance(moving, MovingReference) and self.reference is not None:
-            pairs = zip(self.reference.lm.parameters(), self.policy.lm.parameters(), strict=True)
-            with torch.no_grad():
-                for reference, policy in pairs:
-                    reference.lerp_(policy, 1 - moving.decay)
+        if isinstance(moving, MovingReference) and self.reference and self.average:
+            self.average.move(self.reference.lm, self.policy.lm, 1 - moving.decay)
 
     def adapt_kl_coefficient(self, rollout: Rollout) -> None:
         """The next iteration's coefficient, from the KL that this one measured."""

@@ -16,6 +16,7 @@ from policylab.functional.logprobs import entropy
 from policylab.functional.masks import masked_moments
 from policylab.functional.reduction import token_sum
 from policylab.models.adapter import shared_weights
+from policylab.models.average import Average
 from policylab.models.policy import Policy
 from policylab.modules.experiment import ExperimentModule, Parts, rewarded
 from policylab.modules.preflight import Pace
@@ -41,6 +42,7 @@ class QTraining(ExperimentModule):
         self.algorithm = algorithm
         self.reference = parts.policy.frozen_copy()
         self.target = None if algorithm.target is None else target_of(parts.policy)
+        self.average = None if self.target is None else Average(self.target, self.policy)
         self.replay = ReplayBuffer(algorithm.replay.capacity)
         self.updates = 0
 
@@ -156,15 +158,12 @@ class QTraining(ExperimentModule):
             self._means.add("train/entropy", entropy(scores.log_softmax(-1)))
         return token_sum(loss, mask, denominator)
 
-    @torch.no_grad()
     def move_target(self) -> None:
         """The target network's step towards the online one, when it is due."""
         settings = self.algorithm.target
-        if settings is None or self.target is None or self.updates % settings.every:
+        if settings is None or not (self.target and self.average) or self.updates % settings.every:
             return
-        for slow, fast in zip(self.target.parameters(), self.policy.parameters(), strict=True):
-            if slow is not fast:
-                slow.lerp_(fast, settings.rate)
+        self.average.move(self.target, self.policy, settings.rate)
 
     # -- records and state -----------------------------------------------------------------------------
 

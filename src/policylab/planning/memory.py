@@ -71,10 +71,12 @@ def held_throughout(job: Job) -> dict[str, float]:
     reference = 0.0 if shape.adapters else trained_bytes(job)
     parts = {
         "weights": own * on_device,
-        "reference": reference * on_device * method.reference,
+        "reference": (reference + averages_bytes(job) * method.moving) * on_device * method.reference,
         "critic": critic_bytes(job) * on_device,
-        "target network": (trained_bytes(job) + critic_bytes(job)) * on_device * method.target,
-        "optimizer": 2 * optimized_bytes(job) * on_device,
+        "target network": (trained_bytes(job) + critic_bytes(job) + averages_bytes(job))
+        * on_device
+        * method.target,
+        "optimizer": state_bytes(job) * on_device,
     }
     if hardware.processes > 1 and not hardware.sharded:
         parts["gradients"] = optimized_bytes(job)  # they lie in the buckets that are sent, which stay
@@ -94,8 +96,25 @@ def critic_bytes(job: Job) -> float:
 
 
 def optimized_bytes(job: Job) -> float:
-    """Of the weights that the optimizer moves; gradients and each of its moments are as large."""
+    """Of the weights that the optimizer moves; their gradients are as large."""
     return critic_bytes(job) + (trained_bytes(job) if job.method.optimizes_policy else 0.0)
+
+
+def state_bytes(job: Job) -> float:
+    """Of the optimizer's state: two moments and, of weights below fp32, a copy, all in fp32 (modules/optimizer.py)."""
+    shape, low = job.shape, job.shape.weight_bytes < FP32
+    policy = shape.trained * job.method.optimizes_policy * (3 if low and not shape.adapters else 2)
+    critic = 0 if job.critic is None else job.critic.parameters * (3 if low else 2)
+    return FP32 * float(policy + critic)
+
+
+def averages_bytes(job: Job) -> float:
+    """Of the fp32 average that a network below fp32 follows another by (models/average.py)."""
+    shape = job.shape
+    if shape.weight_bytes >= FP32 or shape.adapters:
+        return 0.0
+    critic = 0 if job.critic is None or not job.method.target else job.critic.parameters
+    return FP32 * float(shape.trained + critic)
 
 
 # -- sampling ----------------------------------------------------------------------------------------------
@@ -270,11 +289,10 @@ def checkpoint_copy(job: Job) -> float:
     """The state in main memory while it is written beside the training (see callbacks/writing.py)."""
     shape = job.shape
     weights = 0.0 if shape.adapters else shape.parameters * shape.weight_bytes
-    moving = (
-        trained_bytes(job) * job.method.moving + (trained_bytes(job) + critic_bytes(job)) * job.method.target
-    )
+    slow = trained_bytes(job) + averages_bytes(job)
+    moving = slow * job.method.moving + (slow + critic_bytes(job)) * job.method.target
     adapters = shape.adapters * FP32
-    return weights + adapters + critic_bytes(job) + moving + 2 * optimized_bytes(job)
+    return weights + adapters + critic_bytes(job) + moving + state_bytes(job)
 
 
 def main_memory(job: Job) -> float:
@@ -283,7 +301,12 @@ def main_memory(job: Job) -> float:
     total = hardware.local * 4 * LIBRARIES + (checkpoint_copy(job) if job.checkpoints else 0.0)
     if hardware.offload:
         shape = job.shape
-        state = shape.parameters * shape.weight_bytes + critic_bytes(job) + 3 * optimized_bytes(job)
+        state = (
+            shape.parameters * shape.weight_bytes
+            + critic_bytes(job)
+            + optimized_bytes(job)
+            + state_bytes(job)
+        )
         state += trained_bytes(job) * job.method.reference
         total += state * hardware.local / hardware.processes
     return total

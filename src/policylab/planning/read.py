@@ -24,6 +24,7 @@ from policylab.config.hardware import AUTO, gpus
 from policylab.errors import UserError
 from policylab.launch.allocator import main_memory
 from policylab.launch.world import world
+from policylab.models.encoding import encode, encode_chats
 from policylab.models.loading import ASSETS, read_tokenizer
 from policylab.models.meta import Outline, outline
 from policylab.planning.job import BF16, FP32, Batch, Critic, Hardware, Job, Method
@@ -170,11 +171,11 @@ def lengths(model: Outline, task: Task, examples: Sequence[Example]) -> tuple[li
     texts = [example.text for example in some]
     if model.chat:
         asked = [task.instruction.replace("{text}", text) if task.instruction else text for text in texts]
-        chats = [[{"role": "user", "content": message}] for message in asked]
-        texts = list(tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
-    read = tokenizer(texts, add_special_tokens=not model.chat)["input_ids"]
+        read = encode_chats(tokenizer, asked)
+    else:
+        read = encode(tokenizer, texts, special=True)
     targets = [example.completion for example in some if example.completion]
-    written = tokenizer(targets, add_special_tokens=False)["input_ids"] if targets else []
+    written = encode(tokenizer, targets, special=False)
     return [max(1, len(tokens)) for tokens in read], [len(tokens) + 1 for tokens in written]
 
 

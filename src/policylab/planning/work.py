@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from policylab.planning.job import Job
-from policylab.planning.memory import optimized_bytes
+from policylab.planning.memory import optimized_bytes, state_bytes
 
 #: Floating-point operations that an accelerator does in the time in which it reads a byte: 150 to 300 for today's. It
 #: says how fast memory is where only ``plan_flops`` is given.
@@ -62,9 +62,10 @@ def work(job: Job, rates: Rates) -> Work:
         weights = (job.shape.linear + job.shape.head) * job.sampling_bytes
         read = batch.new_tokens * job.pieces * weights / rates.bandwidth
         seconds["rollout"] = max(seconds["rollout"], read)
-    # Weights, gradients and both moments are read, all but the gradients written.
+    # Weights, gradients and the optimizer's state are read, all but the gradients written.
+    moved = 3 * optimized_bytes(job) + 2 * state_bytes(job)
     spread = processes if job.hardware.sharded else 1
-    seconds["update"] += batch.updates * 7 * optimized_bytes(job) / spread / rates.bandwidth
+    seconds["update"] += batch.updates * moved / spread / rates.bandwidth
     tokens = batch.sequences * batch.new_tokens * batch.samples
     trained = round(batch.passes * batch.sequences * batch.new_tokens)
     return Work(tokens, trained, flops, seconds)

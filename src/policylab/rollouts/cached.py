@@ -82,7 +82,7 @@ class CachedEngine:
             tokens, logprobs, values = self._write(decoder, policy, noise.to(device), behaviour)
         demand_finite(logprobs)
 
-        is_eos = tokens == policy.eos_id
+        is_eos = policy.ends(tokens)
         ended = is_eos.any(-1)
         lengths = torch.where(ended, is_eos.long().argmax(-1) + 1, tokens.shape[1])
         rollout = assemble(prompts, group_size, tokens, lengths, ended, logprobs)
@@ -111,7 +111,7 @@ class CachedEngine:
             logprobs[t].index_copy_(0, rows, logp)
             if critic is not None and values is not None:
                 values[t].index_copy_(0, rows, critic.score(decoder.hidden))
-            ended |= drawn == policy.eos_id
+            ended |= policy.ends(drawn)
             if t + 1 == self.max_new_tokens:
                 break
             if (t + 1) % patience == 0:

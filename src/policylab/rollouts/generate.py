@@ -59,7 +59,7 @@ class GenerateEngine:
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,  # of what KeyedDraw leaves, there is but one token
-            eos_token_id=policy.eos_id,
+            eos_token_id=list(policy.eos_ids),
             pad_token_id=policy.eos_id,
         )
         written = with_settings(policy.lm, settings).generate(
@@ -68,7 +68,7 @@ class GenerateEngine:
             generation_config=settings,
             logits_processor=[draw],
         )[:, width:]
-        is_eos = written == policy.eos_id
+        is_eos = policy.ends(written)
         ended = is_eos.any(-1)
         first_eos = is_eos.int().argmax(-1)
         return assemble(
@@ -112,8 +112,8 @@ class KeyedDraw(LogitsProcessor):
 
 
 def with_settings(lm: Any, settings: GenerationConfig) -> Any:
-    """The same model without the checkpoint's own defaults, which ``generate`` would mix in: top-k, penalties, other
-    EOS tokens. The model itself keeps them: it may be written to disk meanwhile."""
+    """The same model without the checkpoint's own defaults, which ``generate`` would mix in, such as top-k and
+    penalties. The model itself keeps them: it may be written to disk meanwhile."""
     view = copy.copy(lm)
     view.generation_config = settings
     return view

@@ -143,7 +143,7 @@ class VllmEngine:
             logprobs=0,  # that of the drawn token
             detokenize=False,
             ignore_eos=True,  # without a tokenizer it knows none: the policy's it is
-            stop_token_ids=[policy.eos_id],
+            stop_token_ids=list(policy.eos_ids),
         )
 
     def rollout(
@@ -166,7 +166,7 @@ class VllmEngine:
                 logprobs[row, : len(drawn)] = torch.tensor(
                     [seen[token].logprob for token, seen in zip(drawn, answer.logprobs, strict=True)]
                 )
-        ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == policy.eos_id
+        ended = policy.ends(tokens.gather(1, lengths[:, None] - 1).squeeze(1))
         return assemble(prompts, group_size, tokens, lengths, ended, logprobs).to(policy.device)
 
 

@@ -1,0 +1,183 @@
+"""Text to tokens: prompts, through a chat template where there is one, and completions.
+
+Control tokens (EOS, the marks of a chat's turns) come from the tokenizer and its chat template alone. Text that spells
+one, such as ``film<|endoftext|>x``, is read as plain characters.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from policylab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+#: The first character that Unicode leaves to private use.
+PRIVATE = 0xE000
+
+
+def takes_chat(tokenizer: Any, chat: bool | None, source: str) -> bool:
+    """Whether prompts go through the tokenizer's chat template, which is tried.
+
+    Args:
+        chat: as configured; None: if there is a template.
+        source: where the tokenizer comes from, for messages.
+
+    Raises:
+        UserError: when a template that was asked for is missing or empty, or one that is there cannot be used.
+    """
+    template = tokenizer.chat_template
+    if not template or (isinstance(template, str) and not template.strip()):
+        if chat:
+            missing = "no chat template" if template is None else "an empty chat template"
+            raise UserError(f"{source}: model.chat=true, but the tokenizer has {missing}")
+        if template is not None and chat is None:
+            log.warning("%s: the chat template is empty; prompts are read as they are", source)
+        return False
+    if chat is False:
+        return False
+    try:
+        one, other = render(tokenizer, ["a", "b"])
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    if one == other:
+        raise UserError(
+            f"{source}: the chat template leaves the user's message out, so all prompts would be the same; mend "
+            "tokenizer.chat_template, or take model.chat=false"
+        )
+    return True
+
+
+def eos_ids(tokenizer: Any, lm: Any) -> tuple[int, ...]:
+    """All tokens that end a completion: those of the tokenizer, the model's config and its generation config."""
+    rows = lm.get_input_embeddings().num_embeddings
+    named = [tokenizer.eos_token_id]
+    for config in (lm.config.get_text_config(), lm.config, lm.generation_config):
+        ids = getattr(config, "eos_token_id", None)
+        named += ids if isinstance(ids, list | tuple) else [ids]
+    return tuple(sorted({int(i) for i in named if i is not None and 0 <= i < rows}))
+
+
+def end_of_answer(tokenizer: Any, ids: Sequence[int]) -> int:
+    """The token of ``ids`` that the chat template puts behind an answer; the tokenizer's EOS where it puts none."""
+    mark = "answer"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    try:
+        behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
+    except Exception:  # a template that takes no answers says nothing of their end
+        behind = ""
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    return next((t for t in tokens if t in ids), int(tokenizer.eos_token_id))
+
+
+def encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Texts whose control tokens are plain characters.
+
+    Args:
+        special: put in front (or behind) what the tokenizer adds to every text.
+
+    Raises:
+        UserError: naming the text that the tokenizer cannot read.
+    """
+    read = _call(tokenizer, texts, add_special_tokens=special, split_special_tokens=True)
+    controls = control_tokens(tokenizer)
+    ids = set(controls.values())
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:
+        ids.discard(tokenizer.unk_token_id)  # stands for what the tokenizer does not know
+    ours = sum(token in ids for token in _call(tokenizer, [""], add_special_tokens=special)[0])
+    for text, tokens in zip(texts, read, strict=True):
+        if sum(token in ids for token in tokens) > ours and any(token in text for token in controls):
+            raise _cannot_spell(tokenizer, text)
+    return read
+
+
+def encode_chats(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
+    """A user's messages, each in the chat template, with the mark after which the answer begins.
+
+    Raises:
+        UserError: naming the message that template or tokenizer cannot take.
+    """
+    controls = control_tokens(tokenizer)
+    read = _call(tokenizer, render(tokenizer, messages), add_special_tokens=False)
+    return [
+        _spelled(tokenizer, message, controls) if any(c in message for c in controls) else tokens
+        for message, tokens in zip(messages, read, strict=True)
+    ]
+
+
+def render(tokenizer: Any, messages: Sequence[str]) -> list[str]:
+    """A user's messages, each in the chat template.
+
+    Raises:
+        UserError: naming the message at which the template raises.
+    """
+    chats = [[{"role": "user", "content": message}] for message in messages]
+    try:
+        return list(tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # whatever the template raises, and Jinja about it
+        if len(messages) > 1:
+            return [text for message in messages for text in render(tokenizer, [message])]
+        raise UserError(
+            f"the chat template cannot take the message {messages[0]!r:.80} ({type(error).__name__}: {error}); mend "
+            "tokenizer.chat_template, or take model.chat=false"
+        ) from error
+
+
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Id of each control token, by how it is written; a longer one comes before one that it contains."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(sorted(added.items(), key=lambda item: -len(item[0])))
+
+
+def _spelled(tokenizer: Any, message: str, controls: dict[str, int]) -> list[int]:
+    """A message with control tokens in its text, in the chat template.
+
+    Private characters stand in the text for its control tokens while the template is applied: the control tokens that
+    are there afterwards are the template's own. A tokenizer reads what is between two of them by itself, so each
+    part can be encoded alone, with the text's spelling put back.
+
+    Raises:
+        UserError: when this tokenizer's reading of a part depends on what stands around it.
+    """
+    free = (chr(code) for code in range(PRIVATE, PRIVATE + 0x1900) if chr(code) not in message)
+    marks = dict(zip(controls, free, strict=False))
+    marked = message
+    for token, mark in marks.items():
+        marked = marked.replace(token, mark)
+    (rendered,) = render(tokenizer, [marked])
+
+    def read(spelling: dict[str, str]) -> list[int]:
+        tokens = list[int]()
+        for piece in re.split(f"({'|'.join(map(re.escape, controls))})", rendered):
+            if piece in controls:
+                tokens.append(controls[piece])
+            elif piece:
+                text = "".join(spelling.get(character, character) for character in piece)
+                tokens += encode(tokenizer, [text], special=False)[0]
+        return tokens
+
+    harmless = "".join("x" if character in marks.values() else character for character in rendered)
+    if read(dict.fromkeys(marks.values(), "x")) != _call(tokenizer, [harmless], add_special_tokens=False)[0]:
+        raise _cannot_spell(tokenizer, message)
+    return read({mark: token for token, mark in marks.items()})
+
+
+def _cannot_spell(tokenizer: Any, text: str) -> UserError:
+    token = next(token for token in control_tokens(tokenizer) if token in text)
+    return UserError(
+        f"the text {text!r:.80} holds the control token {token}, and this tokenizer ({type(tokenizer).__name__}) "
+        "cannot read it as plain characters; take it out of the text"
+    )
+
+
+def _call(tokenizer: Any, texts: Sequence[str], **how: bool) -> list[list[int]]:
+    """All at once, which costs the tokenizer less than one by one."""
+    try:
+        return list(tokenizer(list(texts), **how)["input_ids"]) if texts else []
+    except Exception as error:  # the tokenizers library raises no narrower class
+        if len(texts) > 1:
+            return [tokens for text in texts for tokens in _call(tokenizer, [text], **how)]
+        raise UserError(f"the tokenizer cannot read {texts[0]!r}: {error}") from error
