@@ -7,7 +7,7 @@ import importlib.util
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -398,3 +398,69 @@ def test_cached_left_padded_forward_equals_the_whole(family: str, llama: Path) -
 
 
 OPTIONS = loading.LoadOptions(**HOW)
+
+
+# Damaged checkpoints
+
+
+def changed(folder: Path, **values: Any) -> None:
+    """Other values in a folder's config."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def spoil(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def unpickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Path("no tensor")}, folder / "pytorch_model.bin")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (
+            lambda d: (d / "model.safetensors").write_text(LFS),
+            r"model\.safetensors: a Git LFS pointer.*git lfs pull",
+        ),
+        (lambda d: (d / "tokenizer.json").write_text(LFS), r"tokenizer\.json: a Git LFS pointer"),
+        (cut, r"model\.safetensors\) is damaged.*not fully covered.*download it again"),
+        (unpickled, r"pytorch_model\.bin\) is damaged or holds more than tensors"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), "cannot load .*added_tokens"),
+        (lambda d: (d / "tokenizer.json").unlink(), r"no tokenizer there: none of .*tokenizer\.json"),
+        (lambda d: changed(d, hidden_size=8), r"of other sizes than config\.json says"),
+        (lambda d: changed(d, hidden_size="x"), "Field 'hidden_size' expected int"),
+        (spoil, r"NaN or infinity in model\.layers\.1\.mlp\.up_proj\.weight"),
+    ],
+    ids=["pointer", "tokenizer's pointer", "cut", "pickle", "tokenizer", "none", "sizes", "type", "NaN"],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    damage: Callable[[Path], Any], says: str, llama: Path, tmp_path: Path
+) -> None:
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damage(tmp_path)
+    with pytest.raises(UserError, match=says) as refused:
+        loading.from_hub(name="any", path=str(tmp_path), **HOW)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_architecture_without_sdpa_is_told_what_to_take() -> None:
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    with pytest.raises(
+        UserError, match=r"MambaForCausalLM has no sdpa attention; take model\.attn_implementation=eager"
+    ):
+        scratch(architecture=mamba)
+    assert scratch(architecture=mamba, attn_implementation="eager").source.startswith("random")

@@ -304,7 +304,7 @@ def test_what_does_not_fit_names_the_knobs_that_help(compose, tmp_path):
     job = describe(compose(big(tmp_path, "7b", "hardware.strategy=ddp"))).job
     problem = problem_of(job)
     assert "the plan does not fit" in problem
-    assert "hardware.strategy=fsdp" in problem
+    assert "take model/adapter=lora" in problem
     assert problem_of(replace(job, hardware=replace(job.hardware, memory=10_000 * GIB))) is None
 
 

@@ -32,6 +32,8 @@ from policylab.errors import UserError
 from policylab.models import hub
 from policylab.models.encoding import takes_chat
 
+#: Files that a tokenizer is read from, beside those that its class names.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 #: What each Git LFS pointer begins with.
 LFS = b"version https://git-lfs"
 ASSETS = Path(policylab.__file__).parent / "assets"
@@ -276,7 +278,8 @@ def finished(
     """Check that model and tokenizer fit, and bundle them.
 
     Raises:
-        UserError: when a weight is not finite, the tokenizer has no EOS, knows more ids than the model, or its chat template cannot be used.
+        UserError: when a weight is not finite, the tokenizer has no EOS or knows more ids than the model, or its chat
+            template cannot be used.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: the tokenizer has no EOS token, so no completion could ever end")
@@ -298,8 +301,8 @@ def demand_finite(model: torch.nn.Module, source: str) -> None:
     bad = {name for name, weight in model.named_parameters() if not weight.isfinite().all()}
     if bad:
         raise UserError(
-            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take a sound checkpoint, or a wider model.dtype "
-            "where they are too large for this one"
+            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take a sound checkpoint, or a wider "
+            "model.dtype where they are too large for this one"
         )
 
 
@@ -325,8 +328,8 @@ def read_tokenizer(
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         where, local_files_only=local_files_only, trust_remote_code=trust_remote_code
     )
-    files = tokenizer.vocab_files_names.values()
-    if Path(where).is_dir() and files and not any((Path(where) / file).is_file() for file in files):
+    files = sorted({*VOCABULARIES, *tokenizer.vocab_files_names.values()})
+    if Path(where).is_dir() and not any((Path(where) / file).is_file() for file in files):
         raise OSError(f"no tokenizer there: none of {', '.join(files)}")  # transformers makes up an empty one
     for how_it_was_loaded in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
