@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,11 @@ from transformers.pytorch_utils import Conv1D
 from policylab.errors import UserError, demand
 from policylab.models.trunk import layers_above
 
+log = logging.getLogger(__name__)
+
+#: Layers that PEFT takes for parts of fused experts, wherever they are, in a model that has some: shared experts and
+#: dense layers get no adapter there.
+FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 #: What PEFT calls our adapters. A model that brings some of its own calls them otherwise.
 NAME = "policylab"
 #: Numbers of each weight that a fingerprint looks at.
@@ -40,8 +47,8 @@ class LoRA:
     Args:
         rank: columns of ``B`` and rows of ``A``: ``rank * (I + O)`` weights beside a layer's ``I * O``.
         alpha: over the rank, what the product is multiplied by.
-        target_modules: names of layers, such as ``q_proj`` or ``mlp.c_proj``; None takes all linear layers between
-            embeddings and head.
+        target_modules: names of layers, such as ``q_proj`` or ``mlp.c_proj``, or of the weights of fused experts, such
+            as ``experts.down_proj``; None takes all linear layers and experts between embeddings and head.
         seed: draws ``A``; ``B`` is zero at the start.
 
     Raises:
@@ -80,14 +87,17 @@ class LoRA:
         Raises:
             UserError: when the model has no such layers.
         """
-        names = self.targets(model, frozen_layers)
+        names, experts = self.targets(model, frozen_layers), self.experts(model, frozen_layers)
+        if self.target_modules is None:
+            tell_what_rests(model, frozen_layers, {*(f"{name}.weight" for name in names), *experts})
         peft = importlib.import_module("peft")
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=0.0,  # log-probs recorded while sampling must equal those recomputed in training
             target_modules=names,
-            fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
+            target_parameters=experts or None,
+            fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
             task_type="CAUSAL_LM",
             base_model_name_or_path=model.config.name_or_path or None,
         )
@@ -99,26 +109,73 @@ class LoRA:
                 factor.float()
 
     def targets(self, model: Any, frozen_layers: int) -> list[str]:
-        """Names of the modules that get an adapter."""
+        """Names of the linear layers that get an adapter."""
         within = {id(m) for layer in layers_above(model, frozen_layers) for m in layer.modules()}
+        fused = bool(experts_within(model, frozen_layers))
         linear = [
             name
             for name, module in model.named_modules()
-            if id(module) in within and isinstance(module, nn.Linear | Conv1D)
+            if id(module) in within
+            and isinstance(module, nn.Linear | Conv1D)
+            and not _read_directly(model, name)
+            and not (fused and name.rpartition(".")[2] in FUSED)
         ]
-        wanted = self.target_modules or {name.rpartition(".")[2] for name in linear}
-        for target in wanted:
-            if not any(name.endswith(f".{target}") for name in linear):
-                known = sorted({name.rpartition(".")[2] for name in linear})
+        known = {name.rpartition(".")[2] for name in linear}
+        known |= {name.rpartition(".")[2] for name in experts_within(model, frozen_layers)}
+        for target in self.target_modules or ():
+            names = [*linear, *experts_within(model, frozen_layers)]
+            if not any(name.endswith(f".{target}") for name in names):
                 raise UserError(
-                    f"model.adapter.target_modules: {type(model).__name__} has no linear layer called {target} there; "
-                    f"it has {', '.join(known) or 'none'}"
+                    f"model.adapter.target_modules: {type(model).__name__} has no linear layer called {target} there "
+                    f"that can be adapted; it has {', '.join(sorted(known)) or 'none'}"
                 )
-        if not linear:
+        if not known:
             raise UserError(
-                f"model/adapter=lora: {type(model).__name__} has no linear layers; take model/adapter=none"
+                f"model/adapter=lora: {type(model).__name__} has no linear layers that can be adapted; take "
+                "model/adapter=none"
             )
-        return [name for name in linear if any(name.endswith(f".{target}") for target in wanted)]
+        return [name for name in linear if self._wants(name)]
+
+    def experts(self, model: Any, frozen_layers: int) -> list[str]:
+        """Names of the weights of fused experts that get an adapter, each expert one of its own."""
+        return [name for name in experts_within(model, frozen_layers) if self._wants(name)]
+
+    def _wants(self, name: str) -> bool:
+        return self.target_modules is None or any(name.endswith(f".{t}") for t in self.target_modules)
+
+
+def experts_within(model: Any, frozen_layers: int) -> list[str]:
+    """Names of the weights ``[experts, ., .]`` by which a mixture keeps those of all experts together."""
+    within = {id(p) for layer in layers_above(model, frozen_layers) for p in layer.parameters()}
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if id(weight) in within and weight.ndim == 3 and len(weight) > 1 and "experts" in name.split(".")
+    ]
+
+
+def tell_what_rests(model: Any, frozen_layers: int, adapted: set[str]) -> None:
+    """Says which matrices of the layers get no adapter, if any."""
+    within = {id(p) for layer in layers_above(model, frozen_layers) for p in layer.parameters()}
+    resting = [
+        (re.sub(r"^.*?\.\d+\.", "", name), weight.numel())
+        for name, weight in model.named_parameters()
+        if id(weight) in within and weight.ndim >= 2 and name not in adapted
+    ]
+    if resting:
+        kinds = ", ".join(dict.fromkeys(kind for kind, _ in resting))
+        total = sum(numbers for _, numbers in resting)
+        log.warning(
+            "model/adapter=lora leaves weights without an adapter, %s in all: %s", f"{total:,}", kinds
+        )
+
+
+def _read_directly(model: nn.Module, name: str) -> bool:
+    """Whether a model multiplies by the weight of a layer without calling the layer, so that an adapter around it would
+    be passed by: all but the first of a state-space mixer (Mamba), at least in its fused kernels."""
+    path, _, own = name.rpartition(".")
+    mixer = model.get_submodule(path)
+    return hasattr(mixer, "A_log") and hasattr(mixer, "ssm_state_size") and own != "in_proj"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -162,15 +219,27 @@ def whole_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tup
     Args:
         state: weights by name, not necessarily the present ones.
     """
-    layers = adapted_layers(model)
+    owners = {
+        f"{plain_name(path)}.{_adapted_name(layer)}": path for path, layer in adapted_layers(model).items()
+    }
     for name, value in state.items():
-        path, _, own = name.rpartition(".base_layer.")
-        if path in layers:
-            if own == "weight":
-                value = _merged(layers[path], value, *_factors(path, state)).to(value.dtype)
-            yield f"{path}.{own}", value
-        elif not any(f".lora_{factor}.{NAME}." in name for factor in "AB"):
-            yield name, value
+        if any(f".lora_{factor}.{NAME}." in name for factor in "AB"):
+            continue
+        plain = plain_name(name)
+        if (path := owners.get(plain)) is not None:
+            layer = model.get_submodule(path)
+            value = _merged(layer, value, *_factors(path, state)).to(value.dtype)
+        yield plain, value
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or weight had before PEFT put a layer around it."""
+    return name.replace(".base_layer", "")
+
+
+def _adapted_name(layer: Any) -> str:
+    """The name of the weight that an adapter stands beside."""
+    return str(layer.parameter_name) if hasattr(layer, "num_experts") else "weight"
 
 
 def save_adapters(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -209,6 +278,13 @@ def _factors(path: str, state: Mapping[str, Tensor]) -> tuple[Float[Tensor, "R I
 
 
 def _merged(layer: Any, weight: Tensor, a: Float[Tensor, "R I"], b: Float[Tensor, "O R"]) -> Tensor:
-    """In the wider of the two precisions, where the weight is. GPT-2 keeps its weights transposed, ``[I, O]``."""
-    change = (b @ a).to(weight.device) * layer.scaling[NAME]
-    return weight + (change.t() if layer.fan_in_fan_out else change)
+    """In the wider of the two precisions, where the weight is. GPT-2 keeps its weights transposed, ``[I, O]``; fused
+    experts, one of whose adapters is ``[O, R]`` and ``[R, I]`` in a grid, are ``[E, O, I]`` or ``[E, I, O]``."""
+    if hasattr(layer, "num_experts"):
+        experts = layer.num_experts
+        grids = b.reshape(len(b), -1, experts), a.reshape(experts, -1, a.shape[1])
+        to = "eoi" if layer._did_swap_in_out_features else "eio"
+        change = torch.einsum(f"ore,eri->{to}", *grids)
+    else:
+        change = (b @ a).t() if layer.fan_in_fan_out else b @ a
+    return weight + change.to(weight.device) * layer.scaling[NAME]

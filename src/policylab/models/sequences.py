@@ -122,9 +122,11 @@ def can_pack(model: Any) -> bool:
     """Whether a Hugging Face model gives the same for a packed row as for rows of their own: tried, not presumed.
 
     False for attention that transformers cannot replace (recurrent models, or a fused kernel that was asked for) or
-    that does more than `policylab.models.packing` knows of (a sliding window).
+    that does more than `policylab.models.packing` knows of (a sliding window), and for convolutions over tokens.
     """
     if model.config._attn_implementation not in REPLACED or not model._supports_attention_backend:
+        return False
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):  # it would see across rows
         return False
     trial = trial_rollout(model)
     rows_apart, one_row = (Sequences.of(trial, packed=packed) for packed in (False, True))

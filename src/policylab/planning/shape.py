@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from policylab.errors import UserError
-from policylab.models.adapter import LoRA
+from policylab.models.adapter import LoRA, experts_within
 from policylab.models.packing import REPLACED
 from policylab.models.trunk import decoder_layers
 from policylab.rollouts.decoders import GPT2, Llama
@@ -88,6 +88,7 @@ def shape_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Sh
         )
     heads = config.num_attention_heads
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
+    experts = [lm.get_parameter(name) for name in experts_within(lm, 0)]
     ffn = (
         getattr(config, "intermediate_size", None)
         or getattr(config, "n_inner", None)
@@ -113,7 +114,7 @@ def shape_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Sh
         layer_parameters=count(layers[0]),
         linear=sum(p.numel() for p in matrices),
         qkv=len(layers) * config.hidden_size * (heads + 2 * kv_heads) * head_dim,
-        lora=LORA_RANK * sum(sum(p.shape) for p in matrices if p.ndim == 2),
+        lora=LORA_RANK * sum(map(ends_of, [*(p for p in matrices if p.ndim == 2), *experts])),
         tied=lm.get_output_embeddings().weight is lm.get_input_embeddings().weight,
         context=getattr(config, "max_position_embeddings", None),
         decoder="gpt2" if GPT2.reads(lm) else "llama" if Llama.reads(lm) else "general",
@@ -137,8 +138,14 @@ def frozen(lm: Any, layers: int) -> int:
 
 def added_by(adapter: LoRA, lm: Any, frozen_layers: int) -> int:
     """Weights of the adapters: rank times what goes in and comes out of each layer that gets one."""
-    targets = adapter.targets(lm, frozen_layers)
-    return sum(adapter.rank * sum(lm.get_submodule(name).weight.shape) for name in targets)
+    linear = [lm.get_submodule(name).weight for name in adapter.targets(lm, frozen_layers)]
+    experts = [lm.get_parameter(name) for name in adapter.experts(lm, frozen_layers)]
+    return adapter.rank * sum(map(ends_of, [*linear, *experts]))
+
+
+def ends_of(weight: nn.Parameter) -> int:
+    """What goes in and comes out of a matrix, or of those of all experts ``[E, ., .]`` together."""
+    return sum(weight.shape[-2:]) * (len(weight) if weight.ndim == 3 else 1)
 
 
 def backbone(lm: Any) -> int:
