@@ -121,7 +121,7 @@ def llama() -> LoadedModel:
     )
 
 
-def scratch_model(**architecture: object) -> LoadedModel:
+def scratch_model(attention: str = "sdpa", /, **architecture: object) -> LoadedModel:
     """A model with random weights that are the same in every test."""
     from policylab.models.scratch import from_scratch
 
@@ -132,7 +132,7 @@ def scratch_model(**architecture: object) -> LoadedModel:
         vocab_size=None,
         seed=0,
         dtype="float32",
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
 
 

@@ -11,12 +11,14 @@ from torch import nn
 from conftest import fresh_policy, scratch_model
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
+from policylab.models.policy import Policy
 from policylab.rollouts import cached
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.decoders import decoder_for, linear
 from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.decoders.gpt2 import GPT2
 from policylab.rollouts.decoders.llama import Llama
+from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.sampling import BLOCK, by_triangle, draw, inverse_cdf
 from policylab.rollouts.types import Prompt
@@ -306,3 +308,43 @@ def test_running_sums_by_a_triangle_are_running_sums():
     torch.testing.assert_close(sums, weights.cumsum(-1, dtype=torch.double), atol=1e-12, rtol=1e-12)
     assert torch.equal(sums[:, 7], sums[:, 6])  # a token of probability zero is never drawn
     assert (sums.diff(dim=-1) >= 0).all()
+
+
+# -- recurrent models, whose state is in transformers' cache or in the model ---------------------------------------
+
+HYBRID = {**SMALL, "num_key_value_heads": 2, "num_hidden_layers": 3}
+RECURRENT = {
+    "lfm2": ("sdpa", {**HYBRID, "layer_types": ["conv", "full_attention", "conv"]}),
+    "mamba": ("eager", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "jamba": ("sdpa", {**HYBRID, "mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 2}
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(RECURRENT))
+def test_recurrent_models_write_what_generate_writes(kind):
+    attention, sizes = RECURRENT[kind]
+    policy = Policy(scratch_model(attention, model_type=kind, **sizes), None).eval()
+    assert not policy.packs, "a convolution would see the row before"
+    ours, theirs = (
+        engine(TEMPERATURE, WIDTH).sample(policy, PROMPTS, GROUP, NOISE, often_ending)
+        for engine in (CachedEngine, GenerateEngine)
+    )
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert ours.lengths.unique().numel() > 2, "rows leave at different times"
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning")
+def test_the_cache_goes_by_its_present_name():
+    CachedEngine(TEMPERATURE, 2).sample(policy_of("opt"), PROMPTS, 1, NOISE[: len(PROMPTS)])
+
+
+def test_a_state_outside_the_cache_names_the_way_out():
+    sizes = {**HYBRID, "lru_width": 32, "attention_window_size": 16}
+    sizes.pop("max_position_embeddings", None)
+    policy = Policy(scratch_model(model_type="recurrent_gemma", **sizes), None).eval()
+    with pytest.raises(
+        UserError, match=r"RecurrentGemmaForCausalLM, which keeps its state .*; take rollout=generate"
+    ):
+        CachedEngine(TEMPERATURE, WIDTH).sample(policy, PROMPTS, GROUP, NOISE)

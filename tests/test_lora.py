@@ -15,9 +15,11 @@ from policylab.callbacks.checkpoint import write_policy
 from policylab.callbacks.writing import write_state
 from policylab.errors import UserError
 from policylab.models import adapter
-from policylab.models.adapter import LoRA, adapted_layers, adapters_off, whole_weights
+from policylab.models.adapter import LoRA, adapted_layers, adapters_off, save_adapters, whole_weights
 from policylab.models.critic import value_model
+from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
+from policylab.planning.shape import added_by
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.decoders import decoder_for
 from policylab.rollouts.decoders.general import GeneralDecoder
@@ -273,6 +275,79 @@ class TestExport:
 # -- runs ------------------------------------------------------------------------------------------------
 
 RUN = {"_target_": "policylab.models.adapter.LoRA", "rank": 2, "alpha": 4, "target_modules": None, "seed": 0}
+
+
+#: What LoRA adapts in layers that are no plain transformer's: the last names, and the weights that it leaves.
+OTHERS = {
+    "mixtral": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
+        "mlp.gate.weight",
+    ),
+    "qwen2_moe": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "shared_expert_gate"},
+        "mlp.gate.weight, mlp.shared_expert.gate_proj.weight, mlp.shared_expert.up_proj.weight",
+    ),
+    "mamba": ({"state_size": 4}, {"in_proj"}, "mixer.dt_proj.weight, mixer.out_proj.weight"),
+}
+
+
+def other(kind: str) -> LoadedModel:
+    sizes = MODELS["llama"] if kind != "mamba" else {"hidden_size": 32, "num_hidden_layers": 2}
+    attention = "eager" if kind == "mamba" else "sdpa"
+    return scratch_model(attention, **{**sizes, "model_type": kind, **OTHERS[kind][0]})
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_experts_are_adapted_and_what_rests_is_told(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from peft import PeftModel
+
+    plain, lm = other(kind).lm.eval(), other(kind).lm.eval()
+    ids = torch.tensor([[1, 5, 9, 20, 33, 70]])
+    planned = added_by(LORA, lm, 0)
+    LORA.adapt(lm)
+    assert OTHERS[kind][2] in caplog.text
+    assert planned == sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    start = plain(input_ids=ids).logits
+    assert torch.equal(lm(input_ids=ids).logits, start)
+    with torch.no_grad():
+        for name, weight in lm.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    lm(input_ids=ids).logits.sum().backward()
+    assert all(p.grad.any() for p in lm.parameters() if p.requires_grad)
+    moved = lm(input_ids=ids).logits
+    assert (moved - start).abs().max() > 0.01
+    with adapters_off(lm):
+        assert torch.equal(lm(input_ids=ids).logits, start)
+    whole = dict(whole_weights(lm, lm.state_dict()))
+    before = plain.state_dict()
+    changed = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name in whole
+        if not whole[name].equal(before[name])
+    }
+    assert changed == OTHERS[kind][1]
+    save_adapters(lm, lm.state_dict(), tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "adapter")
+    torch.testing.assert_close(theirs(input_ids=ids).logits, moved, atol=1e-6, rtol=0)
+    plain.load_state_dict(whole)
+    torch.testing.assert_close(plain(input_ids=ids).logits, moved, atol=1e-5, rtol=0)
+
+
+def test_a_layer_that_cannot_be_adapted_is_refused_by_name() -> None:
+    with pytest.raises(
+        UserError, match=r"no linear layer called out_proj there that can be adapted; it has in_proj"
+    ):
+        replace(LORA, target_modules=["out_proj"]).adapt(other("mamba").lm)
 
 
 def built(preset: str, *overrides: str, **changes: object):

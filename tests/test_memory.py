@@ -138,9 +138,15 @@ def gradient(compiled):
         architecture=dict(model_type="gpt2", n_layer=2, n_embd=32, n_head=2, n_positions=64),
     ), critic=None).eval()
     assert not compiled or policy.compile_layers() is None
-    policy.logprobs_of(trial_rollout(policy.lm), 1.0).sum().backward()
+    rollout = trial_rollout(policy.lm)
+    for rows in ([0], [0, 1], [1, 2, 0], [0, 1, 2, 0], [2, 2, 1, 0, 1]) * 2:  # shapes, and with and without gradient
+        piece = rollout.select(torch.tensor(rows))
+        policy.logprobs_of(piece, 1.0).sum().backward()
+        with torch.no_grad():
+            policy.logprobs_of(piece, 1.0)
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
+torch._dynamo.config.fail_on_recompile_limit_hit = True
 torch.testing.assert_close(gradient(True), gradient(False), atol=1e-5, rtol=1e-4)
 """
 

@@ -63,6 +63,21 @@ class TestAbsent:
             if module is not None:
                 sys.modules[name] = module
 
+    def test_transformers_asks_again_afterwards(self):
+        from transformers.utils import import_utils
+
+        answer = import_utils.is_scipy_available()
+        import_utils.is_scipy_available.cache_clear()
+        loaded = {
+            name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "scipy"
+        }
+        try:
+            with absent(("scipy",)):
+                assert not import_utils.is_scipy_available()
+            assert import_utils.is_scipy_available() == answer
+        finally:
+            sys.modules.update(loaded)
+
     def test_what_is_imported_already_stays(self):
         with absent(("pytest",)):
             assert sys.modules["pytest"] is pytest

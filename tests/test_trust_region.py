@@ -458,3 +458,13 @@ def test_bounds_are_held():
         TrustRegion(0.0, "exact_kl", 1.0, 10, 0.1, 0.1, "none", None, 1, 1)
     assert LineSearch(3, 0.5).scales() == [1.0, 0.5, 0.25]
     assert math.isclose(sum(LineSearch(2, 0.8).scales()), 1.8)
+
+
+def test_a_mixture_of_experts_takes_a_natural_step():
+    """Grouped products have no forward-mode derivative; experts one by one have."""
+    mixtral = {
+        "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "num_local_experts": 4,
+    }  # fmt: skip
+    trace = train(small(algo("trpo"), {"model.architecture": mixtral, "iterations": 1}))
+    assert trace.metrics[-1]["train/step_scale"] > 0

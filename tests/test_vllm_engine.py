@@ -246,3 +246,14 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch, compose, tmp_pa
     monkeypatch.setattr("policylab.config.build.check_parts", lambda config: None)
     with pytest.raises(UserError, match=r"pip install 'policylab\[vllm\]' on a machine with a GPU, or take"):
         build(config, tmp_path)
+
+
+def test_several_processes_would_share_one_gpu(compose, tmp_path):
+    """Before vLLM is looked for or a model is loaded."""
+    from policylab.config.build import build
+
+    config = compose(["rollout=vllm", "hardware=ddp_cpu"])
+    with pytest.raises(
+        UserError, match=r"on its first GPU, and hardware means 2 processes; take hardware\.devices=1"
+    ):
+        build(config, tmp_path)

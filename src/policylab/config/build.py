@@ -77,6 +77,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         demand_shardable(config.hardware, algorithm, adapted=config.model.get("adapter") is not None)
     plan = batch_plan(config, algorithm)
     optim = instantiate(config.optim)
+    demand_one_process(config)
     engine = instantiate(without(config.rollout, PLANNED))
     reward = pooled(
         instantiate(without(config.reward, POOLED)), config.reward.get("workers"), config.reward.get("pool")
@@ -291,6 +292,20 @@ def demand_shardable(
         raise UserError(
             "hardware.cpu_offload=true moves weights out of a GPU's memory, and hardware.accelerator is cpu; take "
             "hardware.cpu_offload=false"
+        )
+
+
+def demand_one_process(config: DictConfig) -> None:
+    """vLLM in the training process takes the first GPU, whichever process it is.
+
+    Raises:
+        UserError: when several processes would sample by vLLM.
+    """
+    count = config.hardware.devices * config.hardware.num_nodes
+    if count > 1 and config.rollout["_target_"] == "policylab.rollouts.vllm.VllmEngine":
+        raise UserError(
+            f"rollout=vllm runs in one process, on its first GPU, and hardware means {count} processes; take "
+            "hardware.devices=1, or rollout=cached"
         )
 
 

@@ -3,7 +3,7 @@
 Lightning imports all of torchmetrics, which imports matplotlib for its plots and scipy for one window function;
 transformers imports scipy for object detection. Each of them does without where it is not installed. A run plots
 nothing and needs no scipy, so while the libraries are imported neither seems to be installed. Whatever is imported
-afterwards finds them.
+afterwards finds them, and transformers, which remembers its answers, is made to ask again.
 """
 
 from __future__ import annotations
@@ -53,3 +53,6 @@ def absent(packages: tuple[str, ...]) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+            answer = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{name}_available", None)
+            if answer is not None:
+                answer.cache_clear()

@@ -72,6 +72,11 @@ class TrustRegionPolicyGradient(PolicyGradient):
                 f"algo.update=trust_region takes steps too small for {self.policy.dtype} weights; take "
                 "model.dtype=float32, and hardware.precision=bf16-mixed for speed"
             )
+        for policy in filter(None, (self.policy, self.reference)):
+            if (
+                policy.lm._can_set_experts_implementation()
+            ):  # grouped products have no forward-mode derivative
+                policy.lm.set_experts_implementation("eager")
         attention = self.policy.lm.config._attn_implementation
         if attention not in DIFFERENTIABLE_ATTENTION:
             raise UserError(
