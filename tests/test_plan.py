@@ -21,7 +21,7 @@ from policylab.models.trunk import freeze_below
 from policylab.planning.advice import helpful, knobs
 from policylab.planning.job import Batch, Hardware, Job, Method
 from policylab.planning.memory import GIB, checkpoint_copy, moments, peak
-from policylab.planning.plan import plan_job, problem_of
+from policylab.planning.plan import plan_job, problem_of, rates_for
 from policylab.planning.read import critic_of, describe
 from policylab.planning.shape import Shape, shape_of
 from policylab.planning.work import Rates, exchanged, work
@@ -263,6 +263,18 @@ def test_every_preset_is_planned(compose, preset):
     job = describe(compose([f"algo={preset}", "task=random_walks", "rollout.group_size=4"])).job
     assert all(size >= 0 for moment in moments(job) for size in moment.parts.values())
     assert work(job, Rates.of(1e12)).total_seconds > 0
+
+
+def test_processes_of_a_cpu_share_its_cores(compose, monkeypatch):
+    """More of them than cores are no faster together than one."""
+    monkeypatch.setattr("policylab.planning.plan.probe", lambda *_: Rates(1e9, 1e9))
+    seconds = []
+    for devices in (1, 8):
+        config = compose(["hardware=ddp_cpu", f"hardware.devices={devices}", "plan_memory=64"])
+        job = describe(config).job
+        needed = work(job, rates_for(config, job))
+        seconds.append(sum(needed.flops.values()) / job.hardware.processes / rates_for(config, job).flops)
+    assert seconds[1] == pytest.approx(seconds[0], rel=1e-3)
 
 
 # -- what is said and left behind --------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def problem_of(job: Job) -> str | None:
 
 
 def rates_for(config: DictConfig, job: Job) -> Rates:
-    """How fast a process is: as given, else measured here."""
+    """How fast a process is: as given, else measured here. Processes on a CPU share its cores."""
     if config.plan_flops is not None:
         return Rates.of(float(config.plan_flops))
     gpu = job.hardware.gpu
@@ -77,4 +77,6 @@ def rates_for(config: DictConfig, job: Job) -> Rates:
             "reaches in large products, some 40 % of its data sheet's)"
         )
     choose_products(config.hardware.products)
-    return probe(gpu, torch.float32 if job.compute_bytes == FP32 else torch.bfloat16)
+    rates = probe(gpu, torch.float32 if job.compute_bytes == FP32 else torch.bfloat16)
+    sharing = 1 if gpu else job.hardware.local
+    return Rates(rates.flops / sharing, rates.bandwidth / sharing)

@@ -105,8 +105,8 @@ def length(config: DictConfig, job: Job, needed: Work, rates: Rates) -> list[tup
     if config.max_tokens is not None and needed.tokens:
         iterations = min(iterations, math.ceil(config.max_tokens / needed.tokens))
     prompts = config.validation.prompts * (iterations // config.validation.every + 1)
-    sampled = needed.seconds.get("rollout", needed.total_seconds) / max(1, job.batch.sequences)
-    total = iterations * needed.total_seconds + prompts * sampled
+    without_update = needed.total_seconds - needed.seconds.get("update", 0.0)
+    total = iterations * needed.total_seconds + prompts * without_update / max(1, job.batch.sequences)
     known = "measured here" if config.plan_flops is None else "as given"
     speed = f"{rates.flops:.2g} operations a second and process, {known}"
     sent = exchanged(job) / GIB
@@ -116,7 +116,7 @@ def length(config: DictConfig, job: Job, needed: Work, rates: Rates) -> list[tup
         ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.batch.updates} updates"),
         ("speed", f"{speed}; {rates.bandwidth / GIB:,.0f} GiB of memory read a second"),
         *traffic,
-        ("the run", f"{iterations} iterations and their validations, about {duration(total)}"),
+        ("the run", f"{iterations} iterations and their validations, {duration(total)} at least"),
     ]
 
 
