@@ -17,13 +17,14 @@ class Average(nn.Module):
     The fp32 averages are buffers, and so are a part of checkpoints.
 
     Args:
-        slow: the network that follows; ``fast``: the one it follows. Weights that both share stay as they are.
+        slow: the network that follows.
+        fast: the one it follows. Weights that both share stay as they are.
     """
 
     def __init__(self, slow: nn.Module, fast: nn.Module) -> None:
         super().__init__()
         for name, weight, _ in _pairs(slow, fast):
-            if weight.dtype != torch.float32:
+            if weight.dtype.itemsize < torch.float32.itemsize:
                 self.register_buffer(name, weight.detach().float())
 
     @torch.no_grad()

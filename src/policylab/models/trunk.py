@@ -197,7 +197,9 @@ def compile_layers(lm: nn.Module, trial: Callable[[], Tensor]) -> str | None:
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         for layer in layers:
             layer.compile(dynamic=True)
-            layer._compiled_call_impl = _without_modes(layer._compiled_call_impl)
+            compiled = layer._compiled_call_impl
+            assert compiled is not None
+            layer._compiled_call_impl = _without_modes(compiled)
         with torch.enable_grad():
             trial().backward()
     except Exception as error:  # whatever a compiler that is missing, or does not like the model, raises

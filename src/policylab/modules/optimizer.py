@@ -64,16 +64,16 @@ class AdamW:
             raise UserError(f"optim.schedule is {self.schedule!r}; take constant, linear or cosine")
 
     def build(self, policy: Policy) -> torch.optim.Optimizer:
-        """The optimizer over everything in the policy that has a gradient; with `MasterAdamW` where some of it is not
-        in fp32."""
+        """The optimizer over everything in the policy that has a gradient: `MasterAdamW` where some of it is below
+        fp32."""
         critic_lr = self.lr if self.critic_lr is None else self.critic_lr
         head = [] if policy.critic is None else list(policy.critic.head.parameters())
         groups = [
             *self._groups(policy.actor_parameters(), self.lr, undecayed=[]),
             *self._groups(policy.critic_parameters(), critic_lr, undecayed=head),
         ]
-        whole = all(p.dtype == torch.float32 for group in groups for p in group["params"])
-        return (torch.optim.AdamW if whole else MasterAdamW)(
+        low = any(_is_low(p) for group in groups for p in group["params"])
+        return (MasterAdamW if low else torch.optim.AdamW)(
             [g for g in groups if g["params"]],
             lr=self.lr,
             betas=(self.betas[0], self.betas[1]),
@@ -153,16 +153,20 @@ class MasterAdamW(torch.optim.AdamW):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, saved in state_dict["state"].items():
             weight = weights[index]
-            for name, value in saved.items():
+            for name, value in saved.items() if _is_low(weight) else ():
                 if isinstance(value, Tensor):
                     self.state[weight][name] = value.to(weight.device, torch.float32)
 
     def _state_of(self, weight: Tensor) -> dict[str, Any]:
         state = self.state[weight]
-        if "master" not in state and weight.dtype != torch.float32:
+        if "master" not in state and _is_low(weight):
             state["master"] = weight.detach().float()
         if "step" not in state:
             like = state.get("master", weight)
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
         return state
+
+
+def _is_low(weight: Tensor) -> bool:
+    return weight.dtype.itemsize < torch.float32.itemsize
