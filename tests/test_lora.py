@@ -215,7 +215,7 @@ class TestLayers:
         [
             (
                 {"target_modules": ["q_proj"]},
-                r"no linear layer called q_proj there; it has c_attn, c_fc, c_proj",
+                r"no linear layer called q_proj there that can be adapted; it has c_attn, c_fc, c_proj",
             ),
             ({"target_modules": "c_attn"}, r"target_modules='c_attn' is no list of names; write \["),
             ({"target_modules": []}, r"target_modules=\[\] is no list of names"),

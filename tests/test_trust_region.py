@@ -17,6 +17,8 @@ from policylab.modules.skipping import NotFinite
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.types import Prompt, Rollout
+from small_runs import algo as preset
+from small_runs import small, train
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]  # of different lengths: padding
 KINDS = ["gauss_newton", "exact_kl"]
@@ -466,5 +468,5 @@ def test_a_mixture_of_experts_takes_a_natural_step():
         "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "num_local_experts": 4,
     }  # fmt: skip
-    trace = train(small(algo("trpo"), {"model.architecture": mixtral, "iterations": 1}))
+    trace = train(small(preset("trpo"), {"model.architecture": mixtral, "iterations": 1}))
     assert trace.metrics[-1]["train/step_scale"] > 0
