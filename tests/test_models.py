@@ -464,3 +464,11 @@ def test_an_architecture_without_sdpa_is_told_what_to_take() -> None:
     ):
         scratch(architecture=mamba)
     assert scratch(architecture=mamba, attn_implementation="eager").source.startswith("random")
+
+
+def test_a_pad_token_that_is_a_real_one_has_a_gradient() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = scratch(architecture={"model_type": "llama", "pad_token_id": 0, **sizes})
+    model.lm(torch.tensor([[0, 5]])).logits.sum().backward()
+    embedding: Any = model.lm.get_input_embeddings()
+    assert embedding.weight.grad[0].any()

@@ -287,6 +287,8 @@ def finished(
     if len(tokenizer) > (rows := embedding.num_embeddings):
         raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
     demand_finite(lm, source)
+    # A pad token may be a real one as well, such as EOS: masks come from lengths, and its embedding has a gradient.
+    embedding.padding_idx = None
     with_fused_gelu(lm)
     return LoadedModel(lm.eval(), tokenizer, takes_chat(tokenizer, chat, source), source)
 
