@@ -111,7 +111,8 @@ def context(policy: Policy) -> tuple[float, str]:
     critics = None if policy.critic is None else policy.critic.context
     limits = [(own, "the model"), (critics, "the critic")]
     return min(
-        ((limit, reader) for limit, reader in limits if limit is not None), default=(math.inf, "the model")
+        ((limit, reader) for limit, reader in limits if limit and limit > 0),  # XLNet says -1: no limit
+        default=(math.inf, "the model"),
     )
 
 
