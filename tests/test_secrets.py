@@ -217,7 +217,11 @@ def test_consent_of_the_present_command_alone_counts():
         UserError, match=r"logs/x was started with model\.trust_remote_code=true, .* give it again"
     ):
         demand_consent(config, ["train.py", "resume=logs/x"])
+    with pytest.raises(UserError, match=r"with reward\[0\]\.trust_remote_code=true"):
+        demand_consent(config, ["train.py", "resume=logs/x", "model.trust_remote_code=true"])
+    config.reward = None
     demand_consent(config, ["train.py", "resume=logs/x", "model.trust_remote_code=true"])
+    demand_consent(config, ["train.py", "resume=logs/x", "+model={trust_remote_code: true}"])
     demand_consent(OmegaConf.create({"model": {"trust_remote_code": False}}), [])
 
 

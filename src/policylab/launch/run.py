@@ -21,7 +21,7 @@ from policylab.launch.find_run import LATEST, checkpoint_to_resume
 from policylab.launch.imports import import_libraries
 from policylab.launch.logs import FILE_ONLY, silence_noise
 from policylab.launch.redaction import redact_words
-from policylab.launch.resume import check_same_run, rewind
+from policylab.launch.resume import check_same_run, override_key, rewind
 from policylab.launch.run_folder import demand_link, forgotten_if_refused, leaving_nothing, write_json
 from policylab.launch.saved_config import (
     TRUST,
@@ -102,12 +102,15 @@ def demand_consent(config: DictConfig, typed: Sequence[str]) -> None:
     Raises:
         UserError: naming the key.
     """
-    trusting = [key for key, value in leaves(OmegaConf.to_container(config)) if value and key.endswith(TRUST)]
-    if trusting and not any(TRUST in word for word in typed):
-        raise UserError(
-            f"{config.resume} was started with {trusting[0]}=true, and that consent does not last; give it again if "
-            "you trust the code that comes with the model"
-        )
+    said = [
+        override_key(word) for word in typed if TRUST in word
+    ]  # the key, or a group that is given as a whole
+    for key, value in leaves(OmegaConf.to_container(config, resolve=True)):
+        if key.split(".")[-1] == TRUST and value and not any(f"{key}.".startswith(f"{k}.") for k in said):
+            raise UserError(
+                f"{config.resume} was started with {key}=true, and that consent does not last; give it again if you "
+                "trust the code that comes with the model"
+            )
 
 
 def train(
