@@ -30,7 +30,7 @@ test: $(INSTALLED) ## run the fast tests; ARGS="-m slow" runs the learning tests
 
 RESULTS := benchmarks/results
 bench: $(INSTALLED) ## all benchmarks, for hours; ARGS="--model tiny" for one race against TRL
-	$(BIN)/python -m pip install --quiet -e '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/vs_trl.py $(if $(ARGS),$(ARGS),--all) --out $(RESULTS)/vs_trl.csv
 ifeq ($(ARGS),)
 	for precision in fp32 bf16; do \

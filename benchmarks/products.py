@@ -3,6 +3,8 @@
     python benchmarks/products.py [--out benchmarks/results/products.csv]
 
 A linear layer's three products: forward, gradient by the input, gradient by the weights, with the operands as they lie.
+The last line says which classes of products a run on this machine leaves to oneDNN. Rows of other processors stay in
+the file.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from policylab.functional.products import linear, onednn_multiplies
+from policylab.functional import products
+from policylab.functional.products import linear, onednn_multiplies, outer
 from policylab.launch.environment import describe_environment
+from policylab.launch.products import measured, record
 
 #: (rows, in, out): layers of the tiny model and of GPT-2 at a micro-batch and at a decoding step, and GPT-2's head.
 SHAPES = [
@@ -47,22 +51,24 @@ def main() -> None:
     chosen = parser.parse_args()
     if not onednn_multiplies():
         raise SystemExit("this build of PyTorch has no oneDNN product: there is nothing to compare")
+    choice = record(measured())["onednn"]
+    products.use(products.ONEDNN)
     rows = []
     print(
         f"{'rows x in x out':>20}{'forward':>16}{'by input':>16}{'by weights':>16}    PyTorch / oneDNN, GF/s"
     )
     for n, i, o in SHAPES:
         x, weight, slope = torch.randn(n, i), torch.randn(o, i), torch.randn(n, o)
-        wide, narrow = (slope, x) if o > i else (x, slope)
         pairs = [
             (lambda x=x, w=weight: F.linear(x, w), lambda x=x, w=weight: linear(x, w, None)),
             (lambda s=slope, w=weight: s @ w, lambda s=slope, w=weight: linear(s, w.t(), None)),
-            (lambda s=slope, x=x: s.t() @ x, lambda a=narrow, b=wide: linear(a.t(), b.t(), None)),
+            (lambda s=slope, x=x: s.t() @ x, lambda s=slope, x=x: outer(s, x)),
         ]
         rates = [rate(product, 2 * n * i * o) for pair in pairs for product in pair]
         cells = [f"{rates[k]:.0f} / {rates[k + 1]:.0f}" for k in (0, 2, 4)]
         print(f"{f'{n} x {i} x {o}':>20}" + "".join(f"{cell:>16}" for cell in cells))
         rows.append([n, i, o, *(f"{r:.0f}" for r in rates)])
+    print(f"a run here leaves to oneDNN: {', '.join(choice) or 'nothing'}")
     if chosen.out is not None:
         about = describe_environment(Path(__file__).parents[1])
         facts = [
@@ -71,12 +77,15 @@ def main() -> None:
             about["packages"]["torch"],
             datetime.date.today().isoformat(),
         ]
+        ways = ("forward", "by_input", "by_weights")
+        columns = ["rows", "in", "out", *(f"{way}_{by}" for way in ways for by in ("pytorch", "onednn")),
+                   "cpu", "threads", "torch", "date"]  # fmt: skip
+        before = list(csv.reader(chosen.out.open()))[1:] if chosen.out.is_file() else []
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         with chosen.out.open("w", newline="") as file:
-            table = csv.writer(file)
-            ways = ("forward", "by_input", "by_weights")
-            table.writerow(["rows", "in", "out", *(f"{way}_{by}" for way in ways for by in ("pytorch", "onednn")),
-                            "cpu", "threads", "torch", "date"])  # fmt: skip
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(columns)
+            table.writerows(row for row in before if row[columns.index("cpu")] != about["cpu"])
             table.writerows([*row, *facts] for row in rows)
 
 

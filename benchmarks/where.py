@@ -159,9 +159,9 @@ def facts() -> dict[str, str]:
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows to a CSV file in the place of those of the same race."""
+    """Adds rows to a CSV file in the place of those of the same race on the same processor."""
     before = list(csv.DictReader(path.open())) if path.is_file() else []
-    kept = [row for row in before if row["race"] != rows[0]["race"]]
+    kept = [row for row in before if any(row[key] != rows[0][key] for key in ("race", "cpu"))]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
