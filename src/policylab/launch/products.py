@@ -73,7 +73,7 @@ def choice_of_machine(folder: Path) -> Choice:
             "hardware.products=pytorch or onednn says so without measuring",
             error,
         )
-        return PYTORCH
+        return Choice(name, PYTORCH.onednn)
     assert kept is not None
     return Choice(name, kept)
 
