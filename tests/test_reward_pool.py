@@ -20,7 +20,7 @@ from policylab.callbacks.metrics_file import read_rows
 from policylab.errors import RunError, UserError
 from policylab.rewards.base import Score, score
 from policylab.rewards.optimality import optimality
-from policylab.rewards.pool import PooledReward, begin, ended_workers, pooled
+from policylab.rewards.pool import PooledReward, begin, ended_workers, in_this_process, pooled
 from policylab.rewards.sentiment import sentiment
 from policylab.rollouts.text import Completion
 
@@ -129,6 +129,12 @@ class TestScores:
         assert pooled(sentiment, 0, "process") is sentiment
         assert pooled(sentiment, None, None) is sentiment
         assert begin(sentiment, COMPLETIONS)() == score(sentiment, COMPLETIONS)
+
+
+def test_a_network_is_moved_where_it_scores_in_this_process(hands):
+    assert in_this_process(sentiment) is sentiment
+    assert in_this_process(hands(sentiment, 2, "thread")) is sentiment
+    assert in_this_process(hands(sentiment, 2, "process")) is None
 
 
 class TestErrors:

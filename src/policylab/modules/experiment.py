@@ -27,7 +27,7 @@ from policylab.modules.preflight import PROMPTS, Pace, preflight
 from policylab.rewards.base import Reward, Scores
 from policylab.rewards.memory import memory_of, remind
 from policylab.rewards.networks import move
-from policylab.rewards.pool import Pending, PooledReward, begin
+from policylab.rewards.pool import Pending, begin, in_this_process
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.noise import PREFLIGHT, TRAIN, VALIDATION, seed_libraries, uniforms
@@ -178,13 +178,13 @@ class ExperimentModule(ManualOptimization):
     def begin_scoring(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[list[Completion], Pending]:
         """The rollout's completions as text, and their scores to come. ``prompts``: one for each row."""
         completions = [self._completion(rollout, row, prompt) for row, prompt in enumerate(prompts)]
-        # scores are those of the same reward in a worker, where neither is in force
+        # in the reward's own precision, as in a worker
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return completions, begin(self.reward, completions)
 
     def move_reward(self) -> None:
-        """A reward that is a network comes to where the policy is; one in processes of its own stays there."""
-        move(self.reward.reward if isinstance(self.reward, PooledReward) else self.reward, self.device)
+        """A reward that is a network comes to where the policy is, unless processes of its own have it."""
+        move(in_this_process(self.reward), self.device)
 
     def judge(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Completion]]:
         """The rollout with rewards, and its completions as text. ``prompts``: one for each row."""

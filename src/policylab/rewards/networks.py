@@ -14,13 +14,13 @@ def frozen(reward: Reward) -> Reward:
     return reward
 
 
-def move(reward: Reward, device: Any) -> None:
+def move(reward: Reward | None, device: Any) -> None:
     """Moves a network to a device; whatever else is a reward stays where it is."""
     if is_network(reward):
         reward.to(device)  # type: ignore[attr-defined]
 
 
-def is_network(reward: Reward) -> bool:
+def is_network(reward: Reward | None) -> bool:
     """Whether it is a ``torch.nn.Module``."""
     from torch import nn  # not before: processes that score start without it
 

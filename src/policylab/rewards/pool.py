@@ -66,7 +66,6 @@ class PooledReward:
                 f"reward {self.name} remembers (it has a state_dict), and workers would remember their own share each; "
                 "take reward.workers=0"
             )
-        self.reward = reward
         self.count = workers
         self.workers: Workers = Processes(reward) if pool == "process" else Threads(reward, workers)
 
@@ -228,6 +227,13 @@ def pooled(reward: Reward, workers: int | None, pool: str | None) -> Reward:
     if not workers:
         return reward
     return PooledReward(reward, workers, pool)  # type: ignore[arg-type]
+
+
+def in_this_process(reward: Reward) -> Reward | None:
+    """The reward that scores in this process, maybe in threads; None where processes of its own do."""
+    if not isinstance(reward, PooledReward):
+        return reward
+    return reward.workers.reward if isinstance(reward.workers, Threads) else None
 
 
 def begin(reward: Reward, completions: Sequence[Completion]) -> Pending:
