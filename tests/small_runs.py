@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -29,6 +30,15 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(path.stem for path in (CONFIGS / "algo").glob("*.yaml"))
 resolvers.register(ROOT)
+#: One of each kind: a critic and minibatches, groups sampled anew, a trust region, a replay memory, imitation.
+OF_EACH_KIND = ("ppo", "dapo", "trpo", "dqn", "sft")
+
+
+def quick(values: Iterable[str], in_all_runs: Iterable[str] = OF_EACH_KIND) -> list[Any]:
+    """Values for ``parametrize``, those that are not named left to the slow tests."""
+    named = set(in_all_runs)
+    return [value if value in named else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
 
 #: A policy of 4,000 weights on 22 letters, whose completions end or are cut, about half of them each. Adam with so
 #: large an epsilon follows the size of the gradient, which Adam otherwise forgets: a factor before the loss acts.

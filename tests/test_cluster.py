@@ -241,6 +241,7 @@ Path("look.json").write_text(json.dumps([before, look()]))
 """
 
 
+@pytest.mark.slow
 def test_a_multirun_has_one_folder_a_job_and_leaves_nothing_behind(folder: Path) -> None:
     (folder / "look.py").write_text(LOOK)
     sweep = ["-m", "algo=ppo,rloo", f"hydra.sweep.dir={folder}/sweep", f"paths.logs={folder}/logs"]
@@ -290,7 +291,7 @@ def terminate_launcher(running: Running) -> None:
 @pytest.mark.parametrize(
     ("ask", "code"),
     [
-        (interrupt_group, 130),
+        pytest.param(interrupt_group, 130, marks=pytest.mark.slow),
         pytest.param(terminate_all, 75, marks=pytest.mark.slow),
         pytest.param(terminate_launcher, 75, marks=pytest.mark.slow),
     ],
@@ -319,6 +320,7 @@ def test_a_failing_rank_ends_all_and_its_error_stands_on_top(start, folder):
     assert "no luck" in read_status(folder / "run")["exception"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_restarted_with_its_group_and_nothing_changes(start, folder, uninterrupted):
     running = start(*DDP, "reward._target_=unlucky.killed_once", "hardware.max_restarts=1")
     assert running.wait() == 0, running.told()
@@ -436,6 +438,7 @@ def two_nodes(start: Callable[..., Running], *overrides: str, others: Sequence[s
     ]
 
 
+@pytest.mark.slow
 def test_two_nodes_are_one_run_and_equal_two_processes(start, folder, uninterrupted):
     nodes = two_nodes(start, *DDP)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].told() + nodes[1].told()

@@ -24,8 +24,6 @@ SMALL = [
 REMOTE = {"model/gpt2", "model/gpt2-medium", "model/hf", "model/smollm2"}
 #: 124 M parameters: composed, not run, in the fast tests.
 LARGE = {"model/gpt2_scratch"}
-#: Needs a folder that test_critic.py makes, and runs there: composed here, not run.
-NEEDS_FILES = {"algo/critic/reward_model"}
 #: Axes of Q-learning alone.
 Q_AXES = {"backup", "dueling", "exploration", "target"}
 #: Needs a GPU and an optional package: test_vllm_engine.py runs it on a stand-in.
@@ -36,7 +34,9 @@ LOGGERS = {"logger/mlflow", "logger/wandb", "logger/tensorboard", "logger/all"}
 SEVERAL = {f"hardware/{option}" for option in ("ddp", "ddp_cpu", "ddp_multinode", "fsdp", "slurm")}
 #: Presets that run with the numbers tuned for them: composed on their own, not run.
 PAIRED = {f"algo/{path.stem.rsplit('_', 1)[0]}" for path in (CONFIGS / "algo_model").glob("*_tiny.yaml")}
-NOT_RUN = REMOTE | LARGE | LOGGERS | NEEDS_FILES | NEEDS_GPU | PAIRED | SEVERAL
+#: An algorithm's axes: test_presets.py trains with every option, and turns its fields.
+AXES = {f"algo/{path.parent.name}/{path.stem}" for path in (CONFIGS / "algo").glob("*/*.yaml")}
+NOT_RUN = REMOTE | LARGE | LOGGERS | NEEDS_GPU | PAIRED | SEVERAL | AXES
 #: Not a choice of a training run.
 ELSEWHERE = {"hydra", "paths", "callbacks", "debug"}
 

@@ -18,7 +18,7 @@ import golden_metrics
 from knobs import Engine, Knob, Turn, knobs, save_reward_model, turns, values
 from policylab.config.build import instantiate
 from policylab.errors import RunError, UserError
-from small_runs import CONFIGS, PRESETS, Drifting, Padded, Trace, algo, small, train
+from small_runs import CONFIGS, OF_EACH_KIND, PRESETS, Drifting, Padded, Trace, algo, quick, small, train
 
 #: ``axis/option`` of every file below ``configs/algo``.
 OPTIONS = sorted(f"{path.parent.name}/{path.stem}" for path in (CONFIGS / "algo").glob("*/*.yaml"))
@@ -173,8 +173,7 @@ def test_every_kind_of_knob_acts(models):
     assert all(kind.startswith("AdamW.") for kind in unused), unused
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick(OF_EACH_KIND, ["ppo"]))
 def test_every_knob_of_a_preset_acts(preset, models):
     """Where its other values make no sense, they are refused with the reason."""
     specimen = Specimen(preset)
@@ -232,7 +231,7 @@ def test_the_small_runs_give_each_knob_a_chance():
 # -- the same answer however the work is cut ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick(PRESETS))
 def test_size_of_micro_batches_changes_nothing(preset):
     whole = untouched(preset)
     for tokens in (1, 30):
@@ -242,7 +241,7 @@ def test_size_of_micro_batches_changes_nothing(preset):
         demand_same(cut, whole)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick(PRESETS))
 def test_padding_changes_nothing(preset):
     wide = outcome(Specimen(preset), {}, Padded)
     assert isinstance(wide, Trace), wide
@@ -260,7 +259,7 @@ def demand_same(one: Trace, other: Trace) -> None:
 # -- golden metrics ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick(PRESETS))
 def test_metrics_are_those_on_file(preset):
     """To the last bit on a machine like that of the file. Elsewhere, the first iteration up to rounding: in later ones
     a token may be sampled differently."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from policylab.errors import UserError
 from policylab.rollouts.noise import TRAIN
 from policylab.rollouts.types import Prompt
 from shared_runs import Case, Record, joined, on_both
-from small_runs import PRESETS, algo, small
+from small_runs import OF_EACH_KIND, PRESETS, algo, quick, small
 
 PROMPTS = [Prompt(i, "", (1, 2 + i), None, ()) for i in range(2)]
 
@@ -57,21 +59,39 @@ CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} 
     "broken": Case("ppo", (), {"algo.update.minibatches": 3}, twist="a_row_is_no_number"),
 }  # fmt: skip
 SAME = [name for name in CASES if name not in ("sums are local", "broken")]
+#: All that no other of them shows.
+QUICK = {
+    *OF_EACH_KIND, "stopped", "masked", "exact", "out of memory", "sharded ppo", "validated", "sums are local",
+    "broken",
+}  # fmt: skip
 
 Seen = tuple[dict[str, Record], list[dict[str, Record]]]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Seen:
-    """What one process, and each of two, has seen of every case; pytest's workers share it."""
+def look(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[bool], Seen]:
+    """What one process, and each of two, has seen of the quick cases, or of the others; pytest's workers share it."""
     folder = tmp_path_factory.getbasetemp()
-    if worker_id == "master":
-        return on_both(CASES, folder)
-    shared = folder.parent / "processes.pt"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            torch.save(on_both(CASES, folder), shared)
-    return torch.load(shared, weights_only=False)
+
+    @cache
+    def seen(quick: bool) -> Seen:
+        name = "quick" if quick else "slow"
+        (folder / name).mkdir(exist_ok=True)
+        cases = {name: case for name, case in CASES.items() if (name in QUICK) is quick}
+        if worker_id == "master":
+            return on_both(cases, folder / name)
+        shared = folder.parent / f"processes_{name}.pt"
+        with FileLock(f"{shared}.lock"):
+            if not shared.exists():
+                torch.save(on_both(cases, folder / name), shared)
+        return torch.load(shared, weights_only=False)
+
+    return seen
+
+
+@pytest.fixture
+def seen(look: Callable[[bool], Seen], case: str) -> Seen:
+    return look(case in QUICK)
 
 
 @pytest.fixture
@@ -89,14 +109,14 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_rollouts(case, alone, parts):
     """To the token."""
     assert joined(parts) == alone.rollouts
     assert len(alone.rollouts) == (0 if CASES[case].preset == "sft" else 5)
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_gradients(alone, parts):
     """Of every step; as many steps, wherever the KL has ended them."""
     for part in parts:
@@ -105,7 +125,7 @@ def test_the_same_gradients(alone, parts):
             assert difference(ours, theirs) <= ROUNDING * float(theirs.abs().max())
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_metrics(alone, parts):
     """Of training and validation; the processes agree to the bit, as decisions hang on them."""
     assert parts[0].metrics == parts[1].metrics
@@ -113,7 +133,7 @@ def test_the_same_metrics(alone, parts):
         assert ours == pytest.approx(theirs, rel=FIGURE, abs=FIGURE)
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_weights(alone, parts):
     """After five iterations; those of reference and target network among them."""
     assert torch.equal(parts[0].end, parts[1].end)
@@ -122,7 +142,7 @@ def test_the_same_weights(alone, parts):
     assert difference(parts[0].end, alone.end) < DRIFT
 
 
-@pytest.mark.parametrize("case", ["forgetful"])
+@pytest.mark.parametrize("case", quick(["forgetful"], QUICK))
 def test_the_same_memory(alone, parts):
     """Each process holds all of it, so that a checkpoint does."""
     for part in parts:
@@ -133,7 +153,7 @@ def test_the_same_memory(alone, parts):
     assert alone.memory["iterations"].min() > 0, "the first iteration's have left"
 
 
-@pytest.mark.parametrize("case", ["validated", "validated sft"])
+@pytest.mark.parametrize("case", quick(["validated", "validated sft"], QUICK))
 def test_the_same_samples(alone, parts):
     """Of three batches of validation, of unequal size; written by the first process alone."""
 
@@ -145,7 +165,7 @@ def test_the_same_samples(alone, parts):
     assert parts[1].samples == ""
 
 
-@pytest.mark.parametrize("case", ["stopped", "forgetful"])
+@pytest.mark.parametrize("case", quick(["stopped", "forgetful"], QUICK))
 def test_resumed_on_another_number_of_processes(seen, case):
     """From the third iteration on: on two what one has begun, and the other way round."""
     through, others = (
@@ -196,11 +216,12 @@ def test_all_take_what_fits_on_one(alone, parts):
     assert parts[0].micro_batch_tokens == parts[1].micro_batch_tokens < alone.micro_batch_tokens
 
 
-@pytest.mark.parametrize("case", ["sharded ppo", "sharded dqn", "sharded sft"])
-def test_shared_passes_are_as_many_on_all(seen, case, parts):
+@pytest.mark.parametrize("case", quick(["sharded ppo", "sharded dqn", "sharded sft"], QUICK))
+def test_shared_passes_are_as_many_on_all(look, case, parts):
     assert parts[0].passes == parts[1].passes
     if case == "sharded sft":
-        assert len({records["sft"].passes for records in seen[1]}) == 2, "on their own they would not be"
+        alone = look(True)
+        assert len({records["sft"].passes for records in alone[1]}) == 2, "on their own they would not be"
 
 
 # -- what one process cannot do alone --------------------------------------------------------------------
