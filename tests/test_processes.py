@@ -15,7 +15,7 @@ from policylab.errors import UserError
 from policylab.rollouts.noise import TRAIN
 from policylab.rollouts.types import Prompt
 from shared_runs import Case, Record, joined, on_both
-from small_runs import OF_EACH_KIND, PRESETS, algo, quick, small
+from small_runs import PRESETS, algo, quick, small
 
 PROMPTS = [Prompt(i, "", (1, 2 + i), None, ()) for i in range(2)]
 
@@ -59,11 +59,8 @@ CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} 
     "broken": Case("ppo", (), {"algo.update.minibatches": 3}, twist="a_row_is_no_number"),
 }  # fmt: skip
 SAME = [name for name in CASES if name not in ("sums are local", "broken")]
-#: All that no other of them shows.
-QUICK = {
-    *OF_EACH_KIND, "stopped", "masked", "exact", "out of memory", "sharded ppo", "validated", "sums are local",
-    "broken",
-}  # fmt: skip
+#: In the fast tests: several updates, a trust region, a replay memory, imitation, validation, and what goes wrong.
+QUICK = {"trpo", "dqn", "sft", "stopped", "out of memory", "validated", "sums are local", "broken"}
 
 Seen = tuple[dict[str, Record], list[dict[str, Record]]]
 
@@ -203,10 +200,10 @@ def test_sums_that_are_local_are_noticed(alone, parts):
 @pytest.mark.parametrize("case", ["stopped"])
 def test_the_kl_decides_something(alone):
     assert any(0 < metrics["train/kl_stopped"] < 1 for metrics in alone.metrics)
-    assert len({metrics["train/kl_coef"] for metrics in alone.metrics}) == 5
+    assert len({metrics["train/kl_coef"] for metrics in alone.metrics}) > 2, "it went up and down"
 
 
-@pytest.mark.parametrize("case", ["dapo"])
+@pytest.mark.parametrize("case", quick(["dapo"], QUICK))
 def test_some_groups_are_sampled_anew(alone):
     assert any(0 < metrics["train/flat_groups"] < 1 for metrics in alone.metrics)
 
