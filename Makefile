@@ -25,7 +25,7 @@ install: $(INSTALLED) ## make the environment and install PolicyLab into it
 train: $(INSTALLED) ## train; ARGS="algo=reinforce seed=1" is handed to train.py
 	$(BIN)/python train.py $(ARGS)
 
-test: $(INSTALLED) ## run the fast tests; ARGS="-m slow" runs the learning tests
+test: $(INSTALLED) ## run the fast tests; ARGS="-m slow" runs the others
 	$(BIN)/python -m pytest $(ARGS)
 
 RESULTS := benchmarks/results

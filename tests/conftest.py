@@ -93,11 +93,12 @@ def train_briefly(compose: Compose, tmp_path: Path) -> Train:
 
 
 def brief(config: DictConfig) -> DictConfig:
-    """Any training config, made small: two iterations of four prompts."""
+    """Any training config, made small: two iterations of four prompts, and completions of eight tokens."""
     config.iterations = 2
     config.validation.every = 2
     config.validation.prompts = 4
     config.rollout.prompts = 4
+    config.rollout.max_new_tokens = min(config.rollout.max_new_tokens, 8)
     return config
 
 

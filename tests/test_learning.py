@@ -12,6 +12,8 @@ from statistics import mean
 import numpy as np
 import pytest
 
+from small_runs import quick
+
 WALKS = [
     "task=random_walks",
     "rollout.prompts=128",
@@ -58,7 +60,7 @@ def gain(config, shuffled: bool) -> float:
     return module.val_metrics[metric] - before
 
 
-@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+@pytest.mark.parametrize("algo", quick(["ppo", "reinforce"], ["ppo"]))
 def test_random_walks_get_shorter(compose, algo):
     """From 0.79; a gain of 0.1 is half of what there is to gain."""
     overrides = [*WALKS, f"algo={algo}"] + (["iterations=25", "optim.lr=1e-3"] if algo == "reinforce" else [])
@@ -91,6 +93,7 @@ def test_q_learning_finds_shorter_walks(compose, algo):
     assert gain(compose([*Q_WALKS, f"algo={algo}"]), shuffled=False) > 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["dqn", "soft_q"])
 def test_a_shuffled_reward_teaches_no_q(compose, algo):
     assert gain(compose([*Q_WALKS, f"algo={algo}"]), shuffled=True) < 0.05
@@ -108,8 +111,13 @@ GROUP_WALKS = [
 ]
 
 
+def group_gain(compose, algo, shuffled):
+    # without a search a single run drifts: -0.02 to 0.05 from noise
+    seeds = (0, 1, 2) if algo == "npg" else (0,)
+    return mean(gain(compose([*GROUP_WALKS, f"algo={algo}", f"seed={seed}"]), shuffled) for seed in seeds)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shuffled", [False, True], ids=["reward", "shuffled"])
 @pytest.mark.parametrize(
     "algo",
     [
@@ -127,12 +135,14 @@ GROUP_WALKS = [
         "raft",
     ],
 )
-def test_every_other_preset_learns_and_not_from_noise(compose, algo, shuffled):
+def test_every_other_preset_learns(compose, algo):
     """With the rates of ``algo_model``; from 0.76, a gain of 0.1 is two fifths of what there is to gain."""
-    if algo == "raft" and shuffled:
-        pytest.skip("imitating samples picked at random sharpens the policy; where it drifts to is chance")
-    seeds = (
-        (0, 1, 2) if algo == "npg" else (0,)
-    )  # without a search a single run drifts: -0.02 to 0.05 from noise
-    rise = mean(gain(compose([*GROUP_WALKS, f"algo={algo}", f"seed={seed}"]), shuffled) for seed in seeds)
-    assert rise < 0.05 if shuffled else rise > 0.1
+    assert group_gain(compose, algo, shuffled=False) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["trpo", "rloo", "grpo", "cispo", "remax"])
+def test_they_do_not_learn_from_noise(compose, algo):
+    """One of each kind of baseline and of update. Not raft: imitating samples picked at random sharpens the policy, and
+    where it drifts to is chance."""
+    assert group_gain(compose, algo, shuffled=True) < 0.05

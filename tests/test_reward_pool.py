@@ -263,6 +263,7 @@ def wait_for(condition) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_scores_alike_with_workers(train_briefly, tmp_path):
     """The metrics of a run do not depend on who computes its reward."""
     rewards = []
