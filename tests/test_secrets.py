@@ -250,7 +250,8 @@ def test_a_resumed_run_asks_for_its_secret(tmp_path: Path):
     write_json(
         tmp_path / "env.json", {"overrides": redact_words(["+reward.api_key=x", "+a.api_key=${oc.env:KEY}"])}
     )
-    with pytest.raises(UserError, match=r"reward\.api_key was given in clear .* give it again"):
+    with pytest.raises(UserError, match=r"reward\.api_key was given in clear .* give it again") as told:
         with_command_of([f"resume={tmp_path}"])
+    assert redact_text(str(told.value)) == str(told.value), "and can be told"
     words = with_command_of([f"resume={tmp_path}", "+reward.api_key=x"])
     assert words[0] == "+a.api_key=${oc.env:KEY}"

@@ -59,8 +59,8 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     before = [word for word in recorded if override_key(word) not in given]
     if hidden := [override_key(word) for word in before if HIDDEN in word]:
         raise UserError(
-            f"{hidden[0]} was given in clear and is not kept; give it again: {hidden[0]}=... "
-            "(or '${oc.env:NAME}', which is kept)"
+            f"{hidden[0]} was given in clear and is not kept; give it again beside resume, best as "
+            "'${oc.env:NAME}', which is kept"
         )
     return [*before, *arguments]
 
