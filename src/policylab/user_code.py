@@ -23,8 +23,8 @@ ERROR_QUOTED = 300
 def call(what: str, function: Callable[..., T], *arguments: Any, among: Sequence[Completion] = ()) -> T:
     """What the user's function returns.
 
-    Nothing that it raises gets through as it is: Lightning takes StopIteration for the end of the data, and
-    ``sys.exit()`` would end the run as if it were done.
+    Whatever it raises becomes a RunError: Lightning takes StopIteration for the end of the data, and ``sys.exit()``
+    would end the run as if it were done.
 
     Args:
         what: how messages call the function, such as "reward brevity".

@@ -55,15 +55,13 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
         p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
     ]
     missing = [name for name in demanded if name not in given]
-    if missing and not config.get(
-        "_partial_"
-    ):  # a reward, which is asked when it is built what it can be called with
-        function = (
-            ""
-            if inspect.isclass(target) or path != "reward"
-            else (f"; or, if {target.__name__} is the reward itself, give reward._partial_=true")
+    # A partial is called later; only rewards are, and `demand_reward` checks how they can be called.
+    if missing and not config.get("_partial_"):
+        hint = f"; or, if {target.__name__} is the reward itself, give reward._partial_=true"
+        its_own = path == "reward" and not inspect.isclass(target)
+        raise UserError(
+            f"{path}.{missing[0]} is missing; {target.__name__} needs it{hint if its_own else ''}"
         )
-        raise UserError(f"{path}.{missing[0]} is missing; {target.__name__} needs it{function}")
     hints = _hints(target)
     for key, value in given.items():
         if key in hints and not isinstance(value, DictConfig) and not _fits(value, hints[key]):
@@ -89,20 +87,20 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
         raise RunError(
             f"{path}._target_={name} cannot be imported: it failed{place(error)}: {said(error)}"
         ) from error
-    if not callable(target):
-        module, _, attribute = name.rpartition(".")
-        where = pydoc.locate(module) if module else None
-        near = difflib.get_close_matches(attribute, dir(where), n=1) if where else []
-        hint = (
-            f"did you mean {module}.{near[0]}?"
-            if near
-            else f"looked in {Path.cwd()} and among what is installed"
+    if callable(target):
+        return target
+    cannot = f"{path}._target_={name} cannot be imported:"
+    if target is not None:
+        raise UserError(f"{cannot} {name} is a {type(target).__name__}; it takes a function or a class")
+    module, _, attribute = name.rpartition(".")
+    where = pydoc.locate(module) if module else None
+    if where is None:
+        raise UserError(
+            f"{cannot} there is no module {module or name}; looked in {Path.cwd()} and among what is installed"
         )
-        there = f"there is no {attribute} in {module}" if where else f"there is no module {module or name}"
-        if target is not None:
-            there, hint = f"{name} is a {type(target).__name__}", "it takes a function or a class"
-        raise UserError(f"{path}._target_={name} cannot be imported: {there}; {hint}")
-    return target
+    near = difflib.get_close_matches(attribute, dir(where), n=1)
+    hint = f"did you mean {module}.{near[0]}?" if near else f"see {getattr(where, '__file__', module)}"
+    raise UserError(f"{cannot} there is no {attribute} in {module}; {hint}")
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from policylab.rewards.base import Reward
 
-
-def frozen(reward: Reward) -> Reward:
-    """The reward itself; a network is frozen and in evaluation mode, so that scores are not drawn."""
+def frozen(reward: Any) -> Any:
+    """The reward itself; a network is frozen and in evaluation mode, so that dropout does not change scores."""
     if is_network(reward):
-        reward.requires_grad_(False).eval()  # type: ignore[attr-defined]
+        reward.requires_grad_(False).eval()
     return reward
 
 
-def move(reward: Reward | None, device: Any) -> None:
-    """Moves a network to a device; whatever else is a reward stays where it is."""
+def move(reward: Any, device: Any) -> None:
+    """Moves a network to a device; any other reward stays where it is."""
     if is_network(reward):
-        reward.to(device)  # type: ignore[attr-defined]
+        reward.to(device)
 
 
-def is_network(reward: Reward | None) -> bool:
+def is_network(reward: Any) -> bool:
     """Whether it is a ``torch.nn.Module``."""
     from torch import nn  # not before: processes that score start without it
 
