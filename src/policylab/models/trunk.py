@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from policylab.errors import UserError
 from policylab.models.head import watch_head
 
-#: Variants of a layer that torch compiles before it gives up and runs the layer as it is; its own limit of 8 is reached
-#: by passes with and without gradient, over prompts alone and over completions.
+#: Variants of a function that torch compiles before it gives up and runs it as it is. Its own limit of 8 is reached in
+#: a few passes, as every kind of product goes through one function (`policylab.functional.products.FastProducts`).
 RECOMPILE_LIMIT = 64
 
 
@@ -197,9 +197,6 @@ def compile_layers(lm: nn.Module, trial: Callable[[], Tensor]) -> str | None:
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         for layer in layers:
             layer.compile(dynamic=True)
-            compiled = layer._compiled_call_impl
-            assert compiled is not None
-            layer._compiled_call_impl = _without_modes(compiled)
         with torch.enable_grad():
             trial().backward()
     except Exception as error:  # whatever a compiler that is missing, or does not like the model, raises
@@ -209,18 +206,6 @@ def compile_layers(lm: nn.Module, trial: Callable[[], Tensor]) -> str | None:
     finally:
         lm.zero_grad(set_to_none=True)
     return None
-
-
-def _without_modes(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call outside our replacement of products (`policylab.functional.products`): torch would compile that function
-    once for every kind of argument, and the compiled layer multiplies by code of its own."""
-
-    @functools.wraps(call)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return call(*args, **kwargs)
-
-    return outside
 
 
 @torch.no_grad()
