@@ -12,6 +12,7 @@ from policylab.algorithms import LineSearch, TrustRegion
 from policylab.errors import UserError
 from policylab.functional import kl
 from policylab.functional.conjugate_gradient import conjugate_gradient
+from policylab.modules.experiment import means_of
 from policylab.modules.fisher import Actor, FisherProducts, fisher_diagonal, twice_differentiable
 from policylab.modules.skipping import NotFinite
 from policylab.rollouts.cached import CachedEngine
@@ -297,7 +298,7 @@ def moved(module, before):
 
 
 def metrics_of(module):
-    return module.reduced(module._means)
+    return means_of(module.totals(module._means))
 
 
 def actor_weights(module):

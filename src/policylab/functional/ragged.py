@@ -5,6 +5,7 @@ Axes: ``N`` items of all rows, ``R`` rows, ``W`` positions of the longest row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -48,6 +49,15 @@ class Ragged:
         """``[R, W, ...]`` without padding, ``[N, ...]``."""
         grid = x.reshape(self.rows * self.width, *x.shape[2:])
         return grid if self.full else _Pack.apply(grid, self.slots)
+
+
+def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype from the CPU, in one copy."""
+    if device.type == "cpu" or not tensors:
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors]).to(device)
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 class _Pad(torch.autograd.Function):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 
 from policylab.functional.masks import length_mask
 from policylab.functional.products import common_length
-from policylab.functional.ragged import Ragged
+from policylab.functional.ragged import Ragged, on_device
 
 #: The name under which transformers knows `_attend`.
 ATTENTION = "policylab_packed"
@@ -54,21 +54,33 @@ class Packing:
 
     @classmethod
     def of(
-        cls, prompt_lengths: Int[Tensor, " U"], prompt_of: Int[Tensor, " B"], lengths: Int[Tensor, " B"]
+        cls,
+        prompt_lengths: Int[Tensor, " U"],
+        prompt_of: Int[Tensor, " B"],
+        lengths: Int[Tensor, " B"],
+        device: torch.device,
     ) -> Self:
-        """Prompts of these lengths, and completions of those, each after its prompt."""
+        """Prompts of these lengths, and completions of those, each after its prompt.
+
+        Args:
+            prompt_lengths, prompt_of, lengths: on the CPU, where all is worked out but the bias.
+            device: of the packed row.
+        """
         prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
-        sees_prompt = length_mask(prompt_lengths[prompt_of], prompt_width)[:, None].expand(-1, width, -1)
-        causal = torch.ones(width, width, dtype=torch.bool, device=lengths.device).tril()
-        seen = torch.cat([sees_prompt, causal.expand(len(lengths), -1, -1)], dim=-1)[:, None]
         prompts, completions = Ragged.of(prompt_lengths, prompt_width), Ragged.of(lengths, width)
+        prompt_lengths, prompt_of, prompt_slots, slots = on_device(
+            [prompt_lengths, prompt_of, prompts.slots, completions.slots], device
+        )
+        sees_prompt = length_mask(prompt_lengths[prompt_of], prompt_width)[:, None].expand(-1, width, -1)
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        seen = torch.cat([sees_prompt, causal.expand(len(lengths), -1, -1)], dim=-1)[:, None]
         tokens = prompts.count + completions.count
         return cls(
-            prompts=prompts,
-            completions=completions,
+            prompts=replace(prompts, slots=prompt_slots),
+            completions=replace(completions, slots=slots),
             prompt_of=prompt_of,
-            bias=torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf")),
-            filler=common_length(tokens, lengths.device) - tokens,
+            bias=torch.zeros(seen.shape, device=device).masked_fill(~seen, float("-inf")),
+            filler=common_length(tokens, device) - tokens,
         )
 
     def attend(

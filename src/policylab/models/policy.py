@@ -232,7 +232,7 @@ class Policy(nn.Module):
         figures = head_figures(
             self.head(temperature),
             trunk.hidden,
-            sequences.rollout.tokens[sequences.rollout.action_mask],
+            sequences.actions,
             entropy_gradient=entropy_gradient,
             other=other,
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
 from policylab.functional.products import FastProducts, replaces_layers
+from policylab.functional.ragged import on_device
 from policylab.models.packing import REPLACED, CannotPackError, Packing, packed, rows_of
 from policylab.rollouts.types import Rollout
 
@@ -32,9 +33,8 @@ class Sequences:
     positions: Int[Tensor, "R S"]
     attention: Bool[Tensor, "R S"] | None  #: false at padding; None without any
     packing: Packing | None  #: how the one row is packed; None for a row each
-    chosen_at: Int[
-        Tensor, " N"
-    ]  #: flat position of the token before each action, in order of the action mask
+    chosen_at: Int[Tensor, " N"]  #: flat position of the token before each action, in order of the mask
+    actions: Int[Tensor, " N"]  #: the tokens chosen there
 
     @classmethod
     def of(cls, rollout: Rollout, *, packed: bool) -> Self:
@@ -46,46 +46,57 @@ class Sequences:
         prompt_width, width = rollout.prompt_tokens.shape[1], rollout.tokens.shape[1]
         prompt_mask = length_mask(rollout.prompt_lengths, prompt_width).flip(-1)
         attention = torch.cat([prompt_mask, length_mask(rollout.lengths, width)], dim=1)
-        chosen = torch.zeros_like(attention)
-        chosen[:, completion_slice(prompt_width, width)] = rollout.action_mask
+        places = torch.arange(attention.numel(), device=attention.device).view(attention.shape)
+        at = rollout.action_mask.flatten().nonzero().squeeze(-1)
         return cls(
             rollout=rollout,
             tokens=torch.cat([rollout.prompt_tokens, rollout.tokens], dim=1),
             positions=(attention.cumsum(-1) - 1).clamp(min=0),
             attention=attention,
             packing=None,
-            chosen_at=chosen.flatten().nonzero().squeeze(-1),
+            chosen_at=places[:, completion_slice(prompt_width, width)].flatten()[at],
+            actions=rollout.tokens.flatten()[at],
         )
 
     @classmethod
     def _packed(cls, rollout: Rollout) -> Self:
-        """Each distinct prompt, then each completion but for its last token, which chooses nothing."""
-        keys = torch.cat([rollout.prompt_lengths[:, None], rollout.prompt_tokens], dim=1)
+        """Each distinct prompt, then each completion but for its last token, which chooses nothing.
+
+        What stands where is worked out on the CPU, for one copy to it and two back: each question to an accelerator
+        would wait for all work under way.
+        """
+        width, device = rollout.tokens.shape[1], rollout.tokens.device
+        fields = (rollout.lengths[:, None], rollout.tokens, rollout.action_mask)
+        table = torch.cat([*fields, rollout.prompt_lengths[:, None], rollout.prompt_tokens], dim=1).cpu()
+        length, written, is_action, keys = table.split(
+            [1, width, width, table.shape[1] - 1 - 2 * width], dim=1
+        )
         distinct, prompt_of = torch.unique(keys, dim=0, return_inverse=True)
         prompt_lengths, prompts = distinct[:, 0], distinct[:, 1:]
-        lengths = rollout.lengths - 1
-        packing = Packing.of(prompt_lengths, prompt_of, lengths)
+        lengths = length[:, 0] - 1
+        packing = Packing.of(prompt_lengths, prompt_of, lengths, device)
         is_prompt = length_mask(prompt_lengths, prompts.shape[1])
         is_input = length_mask(lengths, packing.completions.width)
-        prompt_places = torch.arange(prompts.shape[1], device=prompts.device).expand_as(is_prompt)
-        places = torch.arange(is_input.shape[1], device=prompts.device) + prompt_lengths[prompt_of][:, None]
+        prompt_places = torch.arange(prompts.shape[1]).expand_as(is_prompt)
+        places = torch.arange(is_input.shape[1]) + prompt_lengths[prompt_of][:, None]
         # The first action follows the prompt's last token, each other one the token before it.
         before_first = (prompt_lengths.cumsum(0) - 1)[prompt_of]
         first_input = packing.prompts.count + lengths.cumsum(0) - lengths
-        steps = torch.arange(rollout.tokens.shape[1], device=prompts.device)
+        steps = torch.arange(width)
         chosen_at = torch.where(steps == 0, before_first[:, None], first_input[:, None] + steps - 1)
-        inputs = rollout.tokens[:, : is_input.shape[1]]
+        tokens = torch.cat([prompts[is_prompt.flip(-1)], written[:, : is_input.shape[1]][is_input]])
+        positions = torch.cat([prompt_places[is_prompt], places[is_input]])
+        chosen_at, actions = chosen_at[is_action.bool()], written[is_action.bool()]
+        row = [F.pad(x, (0, packing.filler))[None] for x in (tokens, positions)]
+        tokens, positions, chosen_at, actions = on_device([*row, chosen_at, actions], device)
         return cls(
             rollout=rollout,
-            tokens=F.pad(torch.cat([prompts[is_prompt.flip(-1)], inputs[is_input]]), (0, packing.filler))[
-                None
-            ],
-            positions=F.pad(torch.cat([prompt_places[is_prompt], places[is_input]]), (0, packing.filler))[
-                None
-            ],
+            tokens=tokens,
+            positions=positions,
             attention=None,
             packing=packing,
-            chosen_at=chosen_at[rollout.action_mask],
+            chosen_at=chosen_at,
+            actions=actions,
         )
 
     def through(self, model: nn.Module) -> Any:

@@ -100,9 +100,9 @@ class Collection(ExperimentModule):
         batch = self.reward_batch(batch)
         empty, fresh = list(range(len(batch.prompts))), batch
         for round in range(1, dynamic.rounds + 1):
-            flat = (~dynamic.spread(fresh.rollout)[::size]).tolist()
-            self._means.add("train/flat_groups", torch.tensor(flat, dtype=torch.double))
-            empty = [slot for slot, is_flat in zip(empty, flat, strict=True) if is_flat]
+            flat = ~dynamic.spread(fresh.rollout)[::size]
+            self._means.add("train/flat_groups", flat)
+            empty = [slot for slot, is_flat in zip(empty, flat.tolist(), strict=True) if is_flat]
             if not empty:
                 return batch
             prompts = [self.fresh_prompt(slot, round) for slot in empty]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from policylab.models.adapter import fingerprint
 from policylab.models.average import Average
 from policylab.models.policy import Policy
 from policylab.models.sharding import gathered
-from policylab.modules.means import Means
+from policylab.modules.means import SAMPLED, TRAINED, Means, Total
 from policylab.modules.optimization import ManualOptimization
 from policylab.modules.optimizer import AdamW
 from policylab.modules.preflight import PROMPTS, Pace, preflight
@@ -88,7 +88,6 @@ class ExperimentModule(ManualOptimization):
         self.base = fingerprint(parts.policy.base_parameters()) if parts.policy.adapted else None
         self.max_tokens = parts.max_tokens
         self.tokens_sampled = 0
-        self._tokens_here = 0  # of the iteration under way, on this process
         self.tokens_trained = 0
         self.kl_coef = 0.0
         self.expected_tokens = 0.0
@@ -120,7 +119,7 @@ class ExperimentModule(ManualOptimization):
         with gathered(self.policy) as policy:
             rollout = self.row_limit.sample(self.engine, policy, prompts, group_size, noise, behaviour)
         if stream not in (VALIDATION, PREFLIGHT):
-            self._tokens_here += int(rollout.action_mask.sum())
+            self._means.add(SAMPLED, rollout.action_mask.sum())
         return rollout
 
     def estimate_values(self, rollout: Rollout) -> Rollout:
@@ -177,7 +176,7 @@ class ExperimentModule(ManualOptimization):
 
     def begin_scoring(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[list[Completion], Pending]:
         """The rollout's completions as text, and their scores to come. ``prompts``: one for each row."""
-        completions = [self._completion(rollout, row, prompt) for row, prompt in enumerate(prompts)]
+        completions = self.completions(rollout, prompts)
         # in the reward's own precision, as in a worker
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return completions, begin(self.reward, completions)
@@ -191,20 +190,27 @@ class ExperimentModule(ManualOptimization):
         completions, scores = self.begin_scoring(rollout, prompts)
         return rewarded(rollout, scores()), completions
 
-    def finish_iteration(self, metrics: dict[str, float], started: float) -> None:
-        """Counts the iteration, records its metrics, and ends the run when its budget is spent."""
-        generated = metrics.pop("tokens", 0.0)
+    def finish_iteration(self, metrics: dict[str, Tensor | float], started: float) -> None:
+        """Counts the iteration, records its metrics, and ends the run when its budget is spent.
+
+        Args:
+            metrics: those that are no means, and ``tokens`` for the speed.
+        """
+        totals = self.totals(self._means)
+        numbers = on_host(metrics)
+        generated = numbers.pop("tokens")
         elapsed = time.perf_counter() - started
         perf = {f"perf/{name}_s": seconds for name, seconds in self._seconds.items()}
         perf["perf/tokens_per_s"] = generated / elapsed
         perf["perf/iteration_s"] = elapsed
         self.iteration += 1
-        self.tokens_sampled += int(self.all_sum(torch.tensor(self._tokens_here)))
-        self._tokens_here = 0
+        none = Total(0.0, 0.0)
+        self.tokens_sampled += int(totals.pop(SAMPLED, none).sum)
+        self.tokens_trained += int(totals.pop(TRAINED, none).sum)
         skipped = {"train/skipped_updates": float(self.skipped)} if self.skipped else {}
         self.skipped = 0
         account = {"train/tokens": float(self.tokens_sampled)} if self.tokens_sampled else {}
-        self.metrics = {**self.reduced(self._means), **metrics, **skipped, **account, **perf}
+        self.metrics = {**means_of(totals), **numbers, **skipped, **account, **perf}
         self._means = Means()
         self.agree_on_cuts()
         self._seconds = {}
@@ -303,13 +309,13 @@ class ExperimentModule(ManualOptimization):
                 f"the validation of iteration {self.iteration} ended after {counted} of {len(data.val)} prompts and is "
                 "not recorded; something raised StopIteration, which ends Lightning's loops: look at your callbacks"
             )
-        self.val_metrics = {**self.reduced(self._val_means), "val/prompts": float(counted)}
+        self.val_metrics = {**means_of(self.totals(self._val_means)), "val/prompts": float(counted)}
         self.record(self.val_metrics)
 
     # -- records ---------------------------------------------------------------------------------------
 
-    def reduced(self, means: Means) -> dict[str, float]:
-        """Means over all processes, also of what some of them have not counted."""
+    def totals(self, means: Means) -> dict[str, Total]:
+        """Over all processes, also of what some of them have not counted."""
         return means.reduce(self.all_sum, set().union(*self.from_all(set(means.names))))
 
     def measure(self, rollout: Rollout, means: Means, split: str) -> None:
@@ -331,23 +337,26 @@ class ExperimentModule(ManualOptimization):
         """Completions with their figures, for people."""
         assert rollout.rewards is not None
         assert rollout.reward_parts is not None
-        kls: list[float | None] = [None] * len(rollout)
+        columns = [rollout.rewards[:, None], rollout.reward_parts]
         if rollout.ref_logprobs is not None:
-            kls = masked_sum(rollout.logprobs - rollout.ref_logprobs, rollout.action_mask).tolist()
+            log_ratio = rollout.logprobs - rollout.ref_logprobs
+            columns.append(masked_sum(log_ratio, rollout.action_mask)[:, None])
+        count = 1 + len(rollout.part_names)
+        figures = torch.cat(columns, dim=1).tolist()  # one copy for all
         return [
             Sample(
                 iteration=self.iteration if split == "val" else self.iteration + 1,
                 split=split,
                 prompt=completion.prompt,
                 completion=completion.text,
-                reward=float(rollout.rewards[row]),
-                parts=dict(zip(rollout.part_names, rollout.reward_parts[row].tolist(), strict=True)),
-                kl=kls[row],
+                reward=row[0],
+                parts=dict(zip(rollout.part_names, row[1:count], strict=True)),
+                kl=None if rollout.ref_logprobs is None else row[count],
                 length=len(completion.tokens),
                 ended=completion.ended,
                 tokens=completion.tokens,
             )
-            for row, completion in enumerate(completions)
+            for row, completion in zip(figures, completions, strict=True)
         ]
 
     def record(self, metrics: dict[str, float]) -> None:
@@ -448,18 +457,39 @@ class ExperimentModule(ManualOptimization):
             names |= {n for n in self.state_dict() if n.startswith("reference.")}
         return names
 
-    def _completion(self, rollout: Rollout, row: int, prompt: Prompt) -> Completion:
-        tokens = rollout.tokens[row, : int(rollout.lengths[row])].tolist()
-        ended = bool(rollout.ended[row])
-        return Completion(prompt.text, self.policy.decode(tokens), prompt.reference, tuple(tokens), ended)
+    def completions(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:
+        """As text; one copy to the CPU for all. ``prompts``: one for each row."""
+        table = torch.cat([rollout.lengths[:, None], rollout.ended[:, None], rollout.tokens], dim=1).tolist()
+        return [
+            Completion(
+                prompt.text,
+                self.policy.decode(row[:length]),
+                prompt.reference,
+                tuple(row[:length]),
+                bool(ended),
+            )
+            for prompt, (length, ended, *row) in zip(prompts, table, strict=True)
+        ]
+
+
+def means_of(totals: Mapping[str, Total]) -> dict[str, float]:
+    """By name."""
+    return {name: total.sum / total.count for name, total in totals.items()}
+
+
+def on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """All as plain numbers, in one copy."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    numbers = torch.stack([value.double() for value in tensors.values()]).tolist() if tensors else []
+    return {**metrics, **dict(zip(tensors, numbers, strict=True))}  # type: ignore[dict-item]
 
 
 def rewarded(rollout: Rollout, scores: Scores) -> Rollout:
     """The rollout with the scores of its rows."""
     device = rollout.tokens.device
-    parts = torch.tensor(list(scores.parts.values()), dtype=torch.float32).reshape(-1, len(rollout)).T
+    table = torch.tensor([scores.total, *scores.parts.values()], dtype=torch.float32, device=device)
     return rollout.replace(
-        rewards=torch.tensor(scores.total, dtype=torch.float32, device=device),
-        reward_parts=parts.to(device),
+        rewards=table[0],
+        reward_parts=table[1:].T,
         part_names=tuple(scores.parts),
     )

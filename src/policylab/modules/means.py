@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,9 +11,20 @@ from torch import Tensor
 
 from policylab.functional.masks import AllSum
 
+#: Sums that are no metrics by themselves.
+SAMPLED, TRAINED = "tokens sampled", "tokens trained"
+
+
+class Total(NamedTuple):
+    """Of all processes."""
+
+    sum: float
+    count: float
+
 
 class Means:
-    """Collects values; gives their means over micro-batches and processes."""
+    """Collects values; gives their means over micro-batches and processes. Collecting never waits for an accelerator,
+    and `reduce` does so once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -20,9 +32,11 @@ class Means:
     def add(self, name: str, x: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"] | None = None) -> None:
         """Counts every element, or those where ``mask`` is true."""
         x = x.detach().double()
-        if mask is not None:
-            x = x[mask]
-        pair = torch.stack([x.sum(), torch.tensor(float(x.numel()), dtype=torch.double, device=x.device)])
+        if mask is None:
+            total, count = x.sum(), x.new_full((), x.numel())
+        else:
+            total, count = x.masked_fill(~mask, 0.0).sum(), mask.sum().double()
+        pair = torch.stack([total, count])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def copy(self) -> Means:
@@ -35,12 +49,12 @@ class Means:
         """Names of what came to a NaN or an infinity on this process."""
         if not self._sums:
             return []
-        finite = torch.stack([pair[0].to(self._device) for pair in self._sums.values()]).isfinite().tolist()
+        finite = torch.stack([pair[0] for pair in self._sums.values()]).isfinite().tolist()
         return [name for name, fine in zip(self._sums, finite, strict=True) if not fine]
 
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._sums.values())).device
+    def losses(self) -> list[Float[Tensor, ""]]:
+        """Sums of all losses on this process."""
+        return [pair[0] for name, pair in self._sums.items() if name.endswith("loss")]
 
     def merge(self, other: Means) -> None:
         """Counts all that ``other`` has counted."""
@@ -57,8 +71,8 @@ class Means:
         total, count = all_sum(self._pair(name)).tolist()
         return total / count if count else float("nan")
 
-    def reduce(self, all_sum: AllSum, names: Iterable[str]) -> dict[str, float]:
-        """Means by name; a name without a single value is left out.
+    def reduce(self, all_sum: AllSum, names: Iterable[str]) -> dict[str, Total]:
+        """Sums and counts by name; a name without a single value is left out.
 
         Args:
             names: of what any process has counted, the same on all.
@@ -66,8 +80,9 @@ class Means:
         names = sorted(names)
         if not names:
             return {}
-        table = all_sum(torch.stack([self._pair(name).cpu() for name in names])).tolist()
-        return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
+        table = all_sum(torch.stack([self._pair(name) for name in names])).tolist()
+        return {name: Total(*pair) for name, pair in zip(names, table, strict=True) if pair[1]}
 
     def _pair(self, name: str) -> Tensor:
-        return self._sums.get(name, torch.zeros(2, dtype=torch.double))
+        some = next(iter(self._sums.values()), torch.zeros(2, dtype=torch.double))  # for its device
+        return self._sums[name] if name in self._sums else torch.zeros_like(some)

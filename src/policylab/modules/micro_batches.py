@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from policylab.functional.ragged import on_device
 from policylab.models.policy import Policy
 from policylab.rollouts.plan import tokens_a_pass
 from policylab.rollouts.types import Rollout
@@ -42,7 +43,7 @@ def cut(rollout: Rollout, rows: Int[Tensor, " N"], tokens: int, *, packs: bool) 
         batches[-1].append(row)
         seen.add(prompt)
         filled = cost
-    return [torch.tensor(batch, device=rows.device) for batch in batches]
+    return on_device([torch.tensor(batch) for batch in batches], rows.device)
 
 
 def tokens_that_fit(policy: Policy, *, whole_distributions: bool) -> int:

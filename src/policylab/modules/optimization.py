@@ -32,10 +32,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Tried:
-    """The micro-batches of the cut before."""
+    """The micro-batches of the cut before; what they hold is asked for when memory has run out."""
 
-    rows: int  #: of the one with most
-    tokens: int  #: of the one with most
+    parts: list[Tensor]
+    sizes: Tensor  #: tokens of each row of the rollout
+
+    @property
+    def rows(self) -> int:
+        """Of the one with most."""
+        return max(map(len, self.parts), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Of the one with most."""
+        return max((int(self.sizes[part].sum()) for part in self.parts), default=0)
 
 
 class ManualOptimization(LightningModule):
@@ -61,7 +71,7 @@ class ManualOptimization(LightningModule):
         self.iteration = 0
         self._means = Means()  # of the iteration under way
         self._micro_batch_tokens: int | None = None  # known once the policy is where it runs
-        self._tried = _Tried(0, 0)
+        self._tried = _Tried([], torch.zeros(0))
         self._before = self._counted = Means()  # up to the last piece of work, and of it
         self.skipped = 0
         self.skipped_in_a_row: dict[str, int] = {}
@@ -83,11 +93,7 @@ class ManualOptimization(LightningModule):
     def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Row indices cut into forward passes; their order is not that of ``rows``."""
         parts = cut(rollout, rows, self.micro_batch_tokens, packs=self.policy.packs)
-        sizes = rollout.lengths + rollout.prompt_lengths
-        self._tried = _Tried(
-            rows=max(map(len, parts), default=0),
-            tokens=max((int(sizes[part].sum()) for part in parts), default=0),
-        )
+        self._tried = _Tried(parts, rollout.lengths + rollout.prompt_lengths)
         return parts
 
     def passes(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
@@ -205,9 +211,9 @@ class ManualOptimization(LightningModule):
             name: whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             for name, parameters in together.items()
         }
-        bad = [name for name in self._counted.not_finite() if name.endswith("loss")]
-        finite = not bad and all(bool(norm.isfinite()) for norm in norms.values())
-        if self.all_max(torch.tensor(0.0 if finite else 1.0)) > 0:
+        figures = [figure.to(self.device).double() for figure in (*norms.values(), *self._counted.losses())]
+        finite = bool(torch.stack(figures).isfinite().all())
+        if self.on_any(not finite):
             self._means = self._before
             self.leave_out(rollout, rows, what, self._counted.not_finite())
             optimizer.zero_grad(set_to_none=True)
@@ -296,6 +302,10 @@ class ManualOptimization(LightningModule):
     def all_max(self, x: Tensor) -> Tensor:
         """Maximum over processes."""
         return self._over_processes(x, "max")
+
+    def on_any(self, flag: bool) -> bool:
+        """Whether it is true on some process."""
+        return flag if self.trainer.world_size == 1 else bool(self.all_max(torch.tensor(float(flag))) > 0)
 
     def from_all(self, item: T) -> list[T]:
         """What each process gives, in the order of their ranks; anything that can be pickled."""

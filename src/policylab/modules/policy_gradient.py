@@ -12,10 +12,12 @@ from policylab.algorithms import Algorithm, MinibatchEpochs, MovingReference, Si
 from policylab.functional import kl
 from policylab.functional.advantages import explained_variance
 from policylab.functional.masks import masked_moments
+from policylab.functional.ragged import on_device
 from policylab.functional.ratios import probability_ratio
 from policylab.models.average import Average
 from policylab.modules.collection import Collection
 from policylab.modules.experiment import Parts
+from policylab.modules.means import TRAINED
 from policylab.modules.preflight import Pace
 from policylab.rollouts.noise import SHUFFLE, uniforms
 from policylab.rollouts.types import PromptBatch, Rollout
@@ -50,6 +52,7 @@ class PolicyGradient(Collection):
         self.move_reference()
         metrics = self.observe(rollout)
         self.finish_iteration({**metrics, "train/lr": lr}, started)
+        self.adapt_kl_coefficient()
 
     def seconds_per_iteration(self, pace: Pace) -> float:
         """Sampling, the forward pass of the reference (and of what else is recomputed), and a forward and backward
@@ -123,22 +126,18 @@ class PolicyGradient(Collection):
         The order is drawn over the sequences of all processes, so that a minibatch holds the same sequences
         however many processes share them.
         """
-        local, kept = len(rollout), rollout.loss_mask.any(-1)
+        kept = rollout.loss_mask.any(-1).cpu()  # one copy, and one back
         noise = uniforms(self.seed, SHUFFLE, self.iteration, [epoch], self.plan.sequences)
-        order = noise[0].argsort(stable=True)
-        first = self.global_rank * local
-        shares = [
-            (minibatch[(minibatch >= first) & (minibatch < first + local)] - first).to(kept.device)
-            for minibatch in order.split(size)
-        ]
-        return [share[kept[share]] for share in shares]
+        order = noise[0].argsort(stable=True) - self.global_rank * len(rollout)
+        shares = [rows[(rows >= 0) & (rows < len(rollout))] for rows in order.split(size)]
+        return on_device([rows[kept[rows]] for rows in shares], rollout.tokens.device)
 
     def step(self, rollout: Rollout, rows: Tensor, kl_stop: float | None) -> bool:
         """One optimizer step on a minibatch. False, without a step, when ``kl_stop`` is exceeded."""
         mask = rollout.loss_mask[rows]
-        denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
-        if denominator == 0:  # nothing to learn from: a step would follow the optimizer's momentum alone
+        if not self.on_any(len(rows) > 0):  # a step would follow the optimizer's momentum alone
             return True
+        denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
         ratio_max = self._ratio_max
         seen = self.accumulate(rollout, rows, lambda piece: self.minibatch_loss(piece, denominator))
         if kl_stop is not None and seen.mean("train/kl_old", self.all_sum) > kl_stop:
@@ -146,7 +145,7 @@ class PolicyGradient(Collection):
             self._means.add("train/kl_stopped", torch.ones(1, device=self.device))
             return False
         if self.apply_gradients(rollout, rows):
-            self.tokens_trained += int(self.all_sum(mask.sum()))
+            self._means.add(TRAINED, mask.sum())
         else:
             self._ratio_max = ratio_max
         self._means.add("train/kl_stopped", torch.zeros(1, device=self.device))
@@ -177,8 +176,8 @@ class PolicyGradient(Collection):
                 self._means.add("train/value_loss", terms.value, mask)
         return algorithm.reduction(per_token, mask, denominator)
 
-    def observe(self, rollout: Rollout) -> dict[str, float]:
-        """Metrics of the iteration, and the next coefficient of the KL penalty."""
+    def observe(self, rollout: Rollout) -> dict[str, Tensor | float]:
+        """Metrics of the iteration."""
         assert rollout.rewards is not None
         self.rollout = rollout
         if rollout.kept is not None and not (self.algorithm.sampling is self.algorithm.truncation is None):
@@ -188,17 +187,16 @@ class PolicyGradient(Collection):
         self.measure(rollout, self._means, "train")
         every = torch.ones_like(rollout.rewards, dtype=torch.bool)
         _, variance = masked_moments(rollout.rewards[:, None], every[:, None], self.all_sum)
-        metrics = {
-            "train/reward_std": float(variance.sqrt()),
-            "train/ratio_max": float(self.all_max(self._ratio_max)),
+        metrics: dict[str, Tensor | float] = {
+            "train/reward_std": variance.sqrt(),
+            "train/ratio_max": self.all_max(self._ratio_max),
             "train/kl_coef": self.kl_coef,
-            "tokens": float(self.all_sum(rollout.action_mask.sum())),
+            "tokens": self.all_sum(rollout.action_mask.sum()),
         }
         if rollout.values is not None and rollout.returns is not None:
-            metrics["train/explained_variance"] = float(
-                explained_variance(rollout.values, rollout.returns, rollout.loss_mask, self.all_sum)
+            metrics["train/explained_variance"] = explained_variance(
+                rollout.values, rollout.returns, rollout.loss_mask, self.all_sum
             )
-        self.adapt_kl_coefficient(rollout)
         return metrics
 
     @property
@@ -211,12 +209,9 @@ class PolicyGradient(Collection):
         if isinstance(moving, MovingReference) and self.reference and self.average:
             self.average.move(self.reference.lm, self.policy.lm, 1 - moving.decay)
 
-    def adapt_kl_coefficient(self, rollout: Rollout) -> None:
-        """The next iteration's coefficient, from the KL that this one measured."""
-        if rollout.ref_logprobs is None:
-            return
-        total = self.all_sum((rollout.old_logprobs - rollout.ref_logprobs).sum())
-        measured = float(total) / self.plan.sequences
+    def adapt_kl_coefficient(self) -> None:
+        """The next iteration's coefficient, from the KL that this one has measured."""
+        measured = self.metrics.get("train/kl", math.nan)
         if not math.isfinite(measured):  # it would stay with the coefficient for ever
             return
         self.kl_coef = self.algorithm.kl.controller.next(self.kl_coef, measured, self.plan.sequences)

@@ -19,6 +19,7 @@ from policylab.models.adapter import shared_weights
 from policylab.models.average import Average
 from policylab.models.policy import Policy
 from policylab.modules.experiment import ExperimentModule, Parts, rewarded
+from policylab.modules.means import TRAINED
 from policylab.modules.preflight import Pace
 from policylab.rollouts.behaviour import Behaviour, epsilon_greedy, greedy
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
@@ -134,7 +135,7 @@ class QTraining(ExperimentModule):
         if not self.apply_gradients(batch, rows):
             return False
         self.updates += 1
-        self.tokens_trained += int(tokens)
+        self._means.add(TRAINED, batch.action_mask.sum())
         return True
 
     def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> Tensor:
@@ -174,17 +175,17 @@ class QTraining(ExperimentModule):
         seconds = self.plan.sequences * (pace.sample + pace.forward) + replayed * pace.forward
         return seconds / self.plan.processes
 
-    def observe(self, rollout: Rollout) -> dict[str, float]:
+    def observe(self, rollout: Rollout) -> dict[str, Tensor | float]:
         """Metrics of the iteration."""
         assert rollout.rewards is not None
         self.rollout = rollout
         self.measure(rollout, self._means, "train")
         every = torch.ones_like(rollout.rewards, dtype=torch.bool)
         _, variance = masked_moments(rollout.rewards[:, None], every[:, None], self.all_sum)
-        metrics = {
-            "train/reward_std": float(variance.sqrt()),
+        metrics: dict[str, Tensor | float] = {
+            "train/reward_std": variance.sqrt(),
             "train/replay_tokens": float(self.replay.tokens),
-            "tokens": float(self.all_sum(rollout.action_mask.sum())),
+            "tokens": self.all_sum(rollout.action_mask.sum()),
         }
         if isinstance(self.algorithm.exploration, EpsilonGreedy):
             metrics["train/epsilon"] = self.algorithm.exploration.epsilon(self.iteration)

@@ -13,6 +13,7 @@ from policylab.algorithms import Supervised
 from policylab.functional.masks import length_mask
 from policylab.functional.reduction import token_sum
 from policylab.modules.experiment import ExperimentModule, Parts
+from policylab.modules.means import TRAINED
 from policylab.modules.preflight import Pace
 from policylab.rollouts.engine import pad_left
 from policylab.rollouts.types import Prompt, PromptBatch, Rollout
@@ -40,9 +41,9 @@ class SupervisedTraining(ExperimentModule):
                 return token_sum(negative, piece.action_mask, tokens.float())
 
             self.accumulate(grid, rows, loss_of)
-            taken = self.apply_gradients(grid, rows)
-        self.tokens_trained += int(tokens) * taken
-        self.finish_iteration({"train/lr": lr, "tokens": float(tokens)}, started)
+            if self.apply_gradients(grid, rows):
+                self._means.add(TRAINED, grid.action_mask.sum())
+        self.finish_iteration({"train/lr": lr, "tokens": tokens}, started)
 
     def seconds_per_iteration(self, pace: Pace) -> float:
         """A forward and a backward pass."""

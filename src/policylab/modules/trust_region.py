@@ -123,7 +123,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
         scale, tried, outcome = self.search(actor, pieces, step, loss, denominator, actions)
         self.tokens_trained += actions if scale else 0
         self._ratio_max = torch.full((), outcome.ratio_max, device=self.device)
-        for name, value in {
+        figures = {
             "train/loss": loss,
             "train/grad_norm": float(gradient.norm()),
             "train/kl_old": outcome.kl_sampled,
@@ -134,8 +134,10 @@ class TrustRegionPolicyGradient(PolicyGradient):
             "train/search_steps": tried,
             "train/step_scale": scale,
             "train/surrogate_gain": loss - outcome.loss,
-        }.items():
-            self._means.add(name, torch.tensor(float(value), device=self.device))
+        }
+        values = torch.tensor(list(figures.values()), device=self.device)
+        for name, value in zip(figures, values, strict=True):
+            self._means.add(name, value)
 
     def pieces(self, rollout: Rollout, rows: Tensor) -> list[Rollout]:
         """Micro-batches of the rows; none where there are no rows."""

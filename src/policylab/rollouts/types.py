@@ -92,8 +92,7 @@ class Rollout:
 
     def select(self, rows: Int[Tensor, " N"]) -> Self:
         """The given rows, with columns that none of them uses cut off (results do not depend on padding)."""
-        width = int(self.lengths[rows].max())
-        prompt_width = int(self.prompt_lengths[rows].max())
+        width, prompt_width = torch.stack([self.lengths, self.prompt_lengths])[:, rows].amax(1).tolist()
         changes: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
