@@ -474,14 +474,14 @@ class ExperimentModule(ManualOptimization):
 
 def means_of(totals: Mapping[str, Total]) -> dict[str, float]:
     """By name."""
-    return {name: total.sum / total.count for name, total in totals.items()}
+    return {name: total.sum / total.values for name, total in totals.items()}
 
 
 def on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """All as plain numbers, in one copy."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist() if tensors else []
-    return {**metrics, **dict(zip(tensors, numbers, strict=True))}  # type: ignore[dict-item]
+    return {**metrics, **dict(zip(tensors, numbers, strict=True))}
 
 
 def rewarded(rollout: Rollout, scores: Scores) -> Rollout:

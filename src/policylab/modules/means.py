@@ -19,7 +19,7 @@ class Total(NamedTuple):
     """Of all processes."""
 
     sum: float
-    count: float
+    values: float  #: how many were counted
 
 
 class Means:
