@@ -80,6 +80,8 @@ def module(trainer):
     """As much of a module as callbacks touch."""
 
     class Exported:
+        generation_config = None
+
         def state_dict(self) -> dict[str, Any]:
             return {"iteration": torch.tensor(module.iteration)}
 
