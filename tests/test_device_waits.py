@@ -131,3 +131,25 @@ def test_as_many_whatever_the_number_of_sequences(waits, preset):
     many, _ = iteration(preset, waits, 16)
     assert few["experiment.completions"] == many["experiment.completions"]
     assert sum(many.values()) <= sum(few.values()) + 4, many - few
+
+
+def test_a_samples_length_counts_the_policys_tokens_alone(tmp_path):
+    """The first position as if an environment had written it."""
+    from policylab.config.build import build
+    from policylab.modules.experiment import rewarded
+    from policylab.rewards.base import Scores
+    from policylab.rollouts.noise import TRAIN
+
+    with quiet():
+        module = build(small(algo("ppo"), {}), tmp_path).module
+    prompt = module.policy.prompts([("a", "", None)], None)
+    rollout = module.generate(prompt, 2, TRAIN, range(2))
+    mask = rollout.action_mask.clone()
+    mask[:, 0] = False
+    rollout = rewarded(rollout.replace(action_mask=mask), Scores([0.5, 1.0], {"part": [0.25, 0.0]}))
+    samples = module.describe(rollout, module.completions(rollout, prompt * 2), "train")
+    assert [sample.length for sample in samples] == (rollout.lengths - 1).tolist()
+    assert [(s.reward, s.parts, s.kl) for s in samples] == [
+        (0.5, {"part": 0.25}, None),
+        (1.0, {"part": 0.0}, None),
+    ]

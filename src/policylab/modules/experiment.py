@@ -337,11 +337,11 @@ class ExperimentModule(ManualOptimization):
         """Completions with their figures, for people."""
         assert rollout.rewards is not None
         assert rollout.reward_parts is not None
-        columns = [rollout.rewards[:, None], rollout.reward_parts]
+        columns = [rollout.action_mask.sum(-1)[:, None], rollout.rewards[:, None], rollout.reward_parts]
         if rollout.ref_logprobs is not None:
             log_ratio = rollout.logprobs - rollout.ref_logprobs
             columns.append(masked_sum(log_ratio, rollout.action_mask)[:, None])
-        count = 1 + len(rollout.part_names)
+        parts = slice(2, 2 + len(rollout.part_names))
         figures = torch.cat(columns, dim=1).tolist()  # one copy for all
         return [
             Sample(
@@ -349,10 +349,10 @@ class ExperimentModule(ManualOptimization):
                 split=split,
                 prompt=completion.prompt,
                 completion=completion.text,
-                reward=row[0],
-                parts=dict(zip(rollout.part_names, row[1:count], strict=True)),
-                kl=None if rollout.ref_logprobs is None else row[count],
-                length=len(completion.tokens),
+                reward=row[1],
+                parts=dict(zip(rollout.part_names, row[parts], strict=True)),
+                kl=None if rollout.ref_logprobs is None else row[-1],
+                length=int(row[0]),  # without an environment's words
                 ended=completion.ended,
                 tokens=completion.tokens,
             )
