@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from policylab.callbacks.metrics_file import read_rows
 from policylab.callbacks.writing import write_state
@@ -28,7 +29,13 @@ from policylab.launch.environment import describe_environment
 from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, find_run
 from policylab.launch.messages import improve, nearest
 from policylab.launch.redaction import HIDDEN
-from policylab.launch.resume import NothingLeft, check_same_run, rewind, with_command_of
+from policylab.launch.resume import (
+    NothingLeft,
+    check_same_run,
+    demand_same_values,
+    rewind,
+    with_command_of,
+)
 from policylab.launch.run_folder import claim, demand_link, point_latest, write_atomically, write_json
 from policylab.launch.saved_config import plain, refuse_taken_folder
 from policylab.launch.status import RunStatus, finish_status, read_status, running_process
@@ -45,7 +52,7 @@ def script(*words: str) -> subprocess.CompletedProcess[str]:
 def make_run(folder: Path, **config: object) -> Path:
     """A folder that looks like that of a run."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config or {"seed": 0})))
     (folder / "status.json").write_text('{"status": "done"}')
     return folder
 
@@ -315,6 +322,16 @@ def test_a_resumed_run_repeats_its_command(tmp_path):
     assert with_command_of(["algo=ppo"]) == ["algo=ppo"]
 
 
+def test_places_are_those_that_the_run_was_started_with(tmp_path):
+    """Not what a link or a relative path means now; a run folder of any name is reached."""
+    run = make_run(tmp_path / "a b=1,[c]", model={"path": "/first"}, task={"source": "default"})
+    write_json(run / "env.json", {"overrides": ["model.path=logs/latest/model/final", "task.source=default"]})
+    resume = f'resume="{run}"'
+    assert with_command_of([f"resume={run}"]) == ["task.source=default", "++model.path=/first", resume]
+    (tmp_path / "link").symlink_to(run)
+    assert with_command_of([f"resume={tmp_path / 'link'}", "model.path=x"])[-2:] == [resume, "model.path=x"]
+
+
 def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_done(tmp_path):
     run = tmp_path / "run"
     command = ["algo=ppo", "iterations=10", f"hydra.run.dir={run}", "resume=auto"]
@@ -384,8 +401,54 @@ def test_another_run_cannot_be_resumed(tmp_path):
     config = OmegaConf.load(run / "config.yaml")
     with pytest.raises(UserError, match=r"leave out hydra\.run\.dir"):
         check_same_run(config, tmp_path / "elsewhere", run / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match="this run has seed=0, the command says 1"):
+    with pytest.raises(UserError, match="this run has seed=0, the command says 1; start a new run"):
         check_same_run(OmegaConf.merge(config, {"seed": 1}), run, run / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "reward._target_",
+            "my.reward",
+            "=policylab.rewards.sentiment.sentiment, the command says my.reward;",
+        ),
+        ("reward.words", 3, "=None, the command says 3;"),
+        (
+            "task",
+            {"name": "random_walks"},
+            r".name=reviews, the command says random_walks \(\d+ more values differ\)",
+        ),
+        ("task.held_out", 100, "=512, the command says 100;"),
+        ("algo.kl.controller.initial", 1, "=0.05, the command says 1;"),
+        ("model.adapter", {"rank": 2}, r".rank=None, the command says 2 \(1 more values differ\)"),
+        ("model.dtype", "bfloat16", "=float32, the command says bfloat16;"),
+        ("rollout.prompts", 8, "=32, the command says 8;"),
+        ("hardware.precision", "bf16-mixed", "=32-true, the command says bf16-mixed;"),
+    ],
+)
+def test_what_makes_another_run_of_it_is_refused_at_a_resume(compose, key, value, message):
+    config = compose([])
+    before = plain(config)
+    with open_dict(config):
+        OmegaConf.update(config, key, value, merge=False)
+    with pytest.raises(UserError, match=f"this run has {key}{message}"):
+        demand_same_values(before, plain(config))
+
+
+def test_what_does_not_may_change_at_a_resume(compose):
+    changed = [
+        *("iterations=9", "max_tokens=99", "name=x", "tags=[x]", "hardware=ddp_cpu", "callbacks=none"),
+        *(
+            "logger=[csv,tensorboard]",
+            "validation.every=2",
+            "optim.lr=1",
+            "reward.workers=2",
+            "task.data_dir=x",
+        ),
+        *("model.path=x", "task.source=x.jsonl"),  # whose contents are compared
+    ]
+    demand_same_values(plain(compose([])), plain(compose(changed)))
 
 
 # -- whole runs, in this process ------------------------------------------------------------------------
@@ -679,12 +742,64 @@ def test_settings_given_at_a_resume_take_effect(train):
     assert read_rows(run / "metrics.csv")[-1]["train/lr"] == 1e-6
 
 
+def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, tiny, tmp_path, monkeypatch):
+    """Links and relative paths are settled at the start, and contents are compared ever after."""
+    from policylab.launch.evaluate import evaluate
+    from policylab.launch.saved_config import load_config
+
+    def save(weights: float, name: str) -> None:
+        lm = copy.deepcopy(tiny.lm)
+        lm.get_input_embeddings().weight.data *= weights
+        lm.save_pretrained(tmp_path / name)
+        tiny.tokenizer.save_pretrained(tmp_path / name)
+
+    def text(row: int, word: str) -> str:
+        return json.dumps({"prompt": f"the film number {row}", "reference": word}) + "\n"
+
+    monkeypatch.chdir(tmp_path)
+    save(1.0, "first")
+    save(1.5, "second")
+    latest, rows = tmp_path / "latest", tmp_path / "rows.jsonl"
+    latest.symlink_to("first")
+    rows.write_text("".join(text(row, "good") for row in range(20)))
+    data = ["task.source=rows.jsonl", "task.held_out=8"]
+    run = train(["model=tiny", "model.path=latest", *data, "optim.lr=1e-2", "iterations=1", "name=x"])
+    config = load_config(run)
+    assert (config.model.path, config.task.source) == (str(tmp_path / "first"), str(rows))
+    latest.unlink()
+    latest.symlink_to("second")
+    monkeypatch.chdir(run)
+
+    def measured() -> float:
+        return evaluate(run, find_checkpoint(run, "last"), None, None)["metrics"]["val/kl"]
+
+    assert measured() == pytest.approx(read_rows(run / "metrics.csv")[-1]["val/kl"], abs=1e-6) != 0
+    train([f"resume={run}", "iterations=2"])
+    assert measured() == pytest.approx(read_rows(run / "metrics.csv")[-1]["val/kl"], abs=1e-6)
+
+    records = {name: (run / name).read_text() for name in ("config.yaml", "env.json", "metrics.csv")}
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(text(row, "bad" if row == 7 else "good") for row in range(20))
+    )
+    for goes_on in (measured, lambda: train([f"resume={run}", "iterations=3"])):
+        with pytest.raises(
+            UserError, match="a run on other data than task reviews has now; put the data back"
+        ):
+            goes_on()
+    rows.write_text("".join(text(row, "good") for row in range(20)))
+    save(1.5, "first")
+    for goes_on in (measured, lambda: train([f"resume={run}", "iterations=3"])):
+        with pytest.raises(UserError, match=r"started from other weights than these \(folder .*first\)"):
+            goes_on()
+    assert records == {name: (run / name).read_text() for name in records}
+
+
 def test_a_refused_resume_leaves_the_records_alone(train):
     run = train(["iterations=2", "callbacks.checkpoint.every=1"])
     records = {name: (run / name).read_text() for name in ("config.yaml", "env.json", "metrics.csv")}
     for override, message in {
         "optim.lr=fast": "is not a number",
-        "model.architecture.n_layer=1": r"is of another model than this one: \S+ is \[.* there and missing here",
+        "model.architecture.n_layer=1": "this run has model.architecture.n_layer=4, the command says 1",
         "optim.frozen_layers=1": r"last.ckpt trained \d+ weights, the command \d+; give the model",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -39,7 +39,7 @@ from policylab.rollouts.fitting import fitting
 from policylab.rollouts.plan import BatchPlan, ReplayPlan
 from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.rollouts.types import Prompt
-from policylab.tasks.base import Example, Task, examples, take_validation
+from policylab.tasks.base import Example, Task, data_fingerprint, examples, take_validation
 from policylab.tasks.datamodule import PromptData
 from policylab.user_code import is_theirs, place, said
 
@@ -114,6 +114,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         iterations=config.iterations,
         max_tokens=config.max_tokens,
         resolved_config=as_yaml(config),
+        data=data_fingerprint(train_prompts, examples(task, "val")),
     )
     module = module_for(algorithm, parts)
     module.compiles_layers = config.hardware.compile

@@ -130,7 +130,7 @@ def demand_fit(
         UserError: naming a weight.
     """
     content = read(checkpoint)
-    module.demand_base(content["policylab"])
+    module.demand_origin(content["policylab"])
     given = module.given_weights()
     own = {name: shape_of(value) for name, value in module.state_dict().items() if name not in given}
     found = {name: shape_of(value) for name, value in content["state_dict"].items() if name not in given}

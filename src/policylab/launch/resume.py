@@ -6,15 +6,18 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows, write_rows
+from policylab.config.places import PLACES
 from policylab.errors import UserError
 from policylab.launch.checkpoints import LAST, PREVIOUS, checkpoint_state
-from policylab.launch.find_run import LATEST, find_run
+from policylab.launch.find_run import find_run
 from policylab.launch.redaction import HIDDEN
 from policylab.launch.run_folder import write_atomically
+from policylab.launch.saved_config import leaves, load_config, plain
 from policylab.launch.status import DONE, read_status, running_process
 from policylab.launch.words import override, read
 
@@ -22,8 +25,34 @@ log = logging.getLogger(__name__)
 
 #: ``resume=auto``: go on if there is something to go on with.
 AUTO = "auto"
-#: Values that make another run of it rather than the same one continued.
-IDENTITY = ("algo.name", "model.name", "model.adapter", "task.name", "seed")
+#: What may differ from the command that started the run: how long it is, where and how fast it runs, what watches it,
+#: the optimizer's settings, and the places of files (their contents are compared once they are read). All else would
+#: make another run of it.
+MAY_CHANGE = (
+    *(
+        "iterations",
+        "max_tokens",
+        "resume",
+        "plan",
+        "plan_memory",
+        "plan_flops",
+        "name",
+        "tags",
+        "detect_anomaly",
+    ),
+    *("hardware", "callbacks", "logger", "validation", "paths", "optim", *PLACES),
+    *("model.cache_dir", "model.attn_implementation", "model.trust_remote_code", "task.data_dir"),
+    *(
+        "reward.workers",
+        "reward.pool",
+        "rollout.max_rows",
+        "rollout.gpu_memory",
+        "rollout.sleep",
+        "rollout.context",
+    ),
+)
+#: Below these, what may not: the precision is part of every number.
+MAY_NOT_CHANGE = ("hardware.precision",)
 
 
 class NothingLeft(Exception):
@@ -45,10 +74,10 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     if resume in (None, "", "null"):
         return list(arguments)
     folder = find_run(resume, Path(logs) if logs else None)
-    if resume == LATEST:  # from here on the run has a name, so that a newer one cannot slip in
-        arguments = [
-            override("resume", folder) if override_key(word) == "resume" else word for word in arguments
-        ]
+    # From here on the run has a name of its own, so that a newer one cannot slip in behind a link.
+    file = Path(resume).expanduser()
+    place = override("resume", file.resolve() if file.is_file() else folder)
+    arguments = [place if override_key(word) == "resume" else word for word in arguments]
     environment = folder / "env.json"
     if not environment.is_file():
         raise UserError(
@@ -56,13 +85,23 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
         )
     given = {override_key(word) for word in arguments}
     recorded = json.loads(environment.read_text(encoding="utf-8"))["overrides"]
-    before = [word for word in recorded if override_key(word) not in given]
+    found = absolute_places(load_config(folder))
+    places = [f"++{override(key, path)}" for key, path in found if key not in given]
+    told = given.union(map(override_key, places))
+    before = [word for word in recorded if override_key(word) not in told]
     if hidden := [override_key(word) for word in before if HIDDEN in word]:
         raise UserError(
             f"{hidden[0]} was given in clear and is not kept; give it again beside resume, best as "
             "'${oc.env:NAME}', which is kept"
         )
-    return [*before, *arguments]
+    return [*before, *places, *arguments]
+
+
+def absolute_places(config: DictConfig) -> list[tuple[str, str]]:
+    """The files and folders that a run reads, by key, as `placed` has settled them: what its command says of them may
+    mean something else by now."""
+    found = ((key, OmegaConf.select(config, key)) for key in PLACES)
+    return [(key, place) for key, place in found if isinstance(place, str) and Path(place).is_absolute()]
 
 
 def go_on_or_start(arguments: Sequence[str]) -> list[str]:
@@ -108,7 +147,7 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
         checkpoint: to go on from; None for the start.
 
     Raises:
-        UserError: when folder, algorithm, model, task or seed differ, nothing is left to do, or the run is still
+        UserError: when the folder or a value that may not change differs, nothing is left to do, or the run is still
             running: two processes would spoil each other's records. A run that was killed after its last iteration
             has a validation, a summary and its model left to write.
     """
@@ -118,13 +157,7 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
         )
     if checkpoint is not None and not checkpoint.is_relative_to(run_folder.resolve()):
         raise UserError(f"resume={config.resume} goes on in the folder of that run; leave out hydra.run.dir")
-    before = OmegaConf.load(run_folder / "config.yaml")
-    for key in IDENTITY:
-        old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
-        if old != new:
-            raise UserError(
-                f"this run has {key}={old}, the command says {new}; start a new run, without resume"
-            )
+    demand_same_values(OmegaConf.to_container(load_config(run_folder)), plain(config))
     if checkpoint is None:
         demand_nothing_done(run_folder)
         log.warning("%s has saved no state yet; it starts from the beginning", run_folder)
@@ -140,6 +173,34 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
             f"{run_folder} has sampled {sampled} of max_tokens={config.max_tokens} tokens; give max_tokens=N above "
             "that to go on"
         )
+
+
+def demand_same_values(before: Any, now: Any) -> None:
+    """Refuses values that make another run of it.
+
+    Args:
+        before: the config that the run has on record, as `plain` gives it; ``now``: that of this command.
+
+    Raises:
+        UserError: naming the first such value, names before what they stand for, and how many more there are.
+    """
+    old, new = dict(leaves(before)), dict(leaves(now))
+    other = [
+        key
+        for key in old | new
+        if old.get(key) != new.get(key) and (not below(key, MAY_CHANGE) or below(key, MAY_NOT_CHANGE))
+    ]
+    if other:
+        key = min(other, key=lambda key: not key.endswith("name"))
+        more = f" ({len(other) - 1} more values differ)" if len(other) > 1 else ""
+        raise UserError(
+            f"this run has {key}={old.get(key)}, the command says {new.get(key)}{more}; start a new run, without resume"
+        )
+
+
+def below(key: str, paths: Sequence[str]) -> bool:
+    """Whether a dotted key is one of some, or lies below one."""
+    return any(key == path or key.startswith(f"{path}.") for path in paths)
 
 
 def demand_nothing_done(run_folder: Path) -> None:

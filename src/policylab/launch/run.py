@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from policylab.callbacks.metrics_file import read_rows, validated
 from policylab.config.checks import check
 from policylab.config.hardware import backend, processes, settled
+from policylab.config.places import demand_folder, placed
 from policylab.errors import RunError, UserError
 from policylab.launch.checkpoints import become_newest, checkpoint_iteration, checkpoint_state, demand_fit
 from policylab.launch.find_run import LATEST, checkpoint_to_resume
@@ -78,7 +79,7 @@ def start(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[s
         plan_job(config)
         return None
     demand_link(Path(config.paths.logs) / LATEST)
-    config, here = settled(config), world()
+    config, here = placed(settled(config)), world()
     watched = here.elastic or not config.hardware.max_restarts
     if processes(config) == here.size and watched:
         return train(config, run_dir, overrides)
@@ -135,7 +136,7 @@ def train(
         raise UserError("logger.csv is off, but summary and resume read metrics.csv; leave it on")
     learn_secrets(config)
     check(config)
-    config, main = settled(config), world().main
+    config, main = placed(settled(config)), world().main
     demand_same("config", OmegaConf.to_yaml(config, resolve=True))
     checkpoint, fresh = starting_point(config, run_dir, overrides)
     screen = Screen(config, run_dir)
@@ -210,8 +211,8 @@ def demand_model(config: DictConfig) -> None:
         UserError: naming the model, where it was looked for, and what works offline.
     """
     path = config.model.get("path")
-    if path is not None and not Path(path).expanduser().is_dir():
-        raise UserError(f"model.path={path}: there is no such folder (looked in {Path.cwd()})")
+    if path is not None:
+        demand_folder(path)
     if config.model["_target_"] == "policylab.models.loading.from_hub" and config.model.path is None:
         from policylab.models import hub
 
@@ -239,6 +240,7 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str], checkpoint:
     environment = {
         **describe_environment(Path(config.paths.repo)),
         "weights": experiment.module.policy.source,
+        "origin": experiment.module.origin,
         **in_environment(),
         "overrides": redact_words(overrides),
     }

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,6 +14,8 @@ from hydra.errors import HydraException
 
 #: Keys whose value is a path, taken as it stands whether or not there is anything.
 PATHS = ("run", "resume", "checkpoint", "out", "hydra.run.dir", "hydra.sweep.dir", "paths.logs")
+#: A home folder at the beginning of a value, or of an element of a list, where no shell replaces it.
+HOME = re.compile(r"(?<=[=,\[])~(?=/)")
 #: What `read` gives for a sweep, and where Hydra reads nothing.
 UNREAD = object()
 
@@ -79,4 +82,4 @@ def typed(word: str, free_text: Sequence[str] = ()) -> str:
         key in PATHS and not re.match(r"['\"]|null$|$", value) and "${" not in value
     ):
         return override(key, path)
-    return word
+    return HOME.sub(lambda _: str(Path.home()), word)

@@ -28,6 +28,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 import policylab
+from policylab.config.places import demand_folder
 from policylab.errors import UserError
 from policylab.models import hub
 from policylab.models.encoding import takes_chat
@@ -72,9 +73,7 @@ def from_folder(path: str | Path, options: LoadOptions, source: str) -> LoadedMo
     Raises:
         UserError: when the folder, a file or a weight is missing, or tokenizer and model do not fit.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"model.path={path}: there is no such folder (looked in {Path.cwd()})")
+    folder = demand_folder(path)
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{folder}: no config.json, so no model in Hugging Face format; it holds {found}")

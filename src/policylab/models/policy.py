@@ -106,6 +106,10 @@ class Policy(nn.Module):
         """The weights that adapters leave as they are, the critic's among them; empty without adapters."""
         return [p for p in self.parameters() if not p.requires_grad] if self.adapted else []
 
+    def loaded_parameters(self) -> list[nn.Parameter]:
+        """The weights as they were loaded, as long as nothing has trained."""
+        return self.base_parameters() if self.adapted else list(self.lm.parameters())
+
     def actor_parameters(self) -> list[nn.Parameter]:
         """Everything else that trains."""
         own = set(map(id, self.critic_parameters()))

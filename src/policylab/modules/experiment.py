@@ -54,6 +54,7 @@ class Parts:
     iterations: int  #: of the whole run
     max_tokens: int | None  #: sampled in training, after which the run ends before its last iteration
     resolved_config: str  #: YAML; makes a checkpoint loadable without its folder
+    data: str  #: fingerprint of the task's examples
 
 
 class ExperimentModule(ManualOptimization):
@@ -62,6 +63,7 @@ class ExperimentModule(ManualOptimization):
     Attributes:
         iteration: finished iterations.
         tokens_sampled: in training, over all processes; what validation and preflight sample does not count.
+        origin: fingerprints of the weights and the data that the run starts from.
         expected_tokens: an iteration, as far as the preflight can tell.
         metrics: of the last iteration; ``val_metrics``: of the last validation.
         samples: completions of the last iteration or validation, for people.
@@ -85,7 +87,7 @@ class ExperimentModule(ManualOptimization):
         self.task = parts.task
         self.seed = parts.seed
         self.resolved_config = parts.resolved_config
-        self.base = fingerprint(parts.policy.base_parameters()) if parts.policy.adapted else None
+        self.origin = {"weights": fingerprint(parts.policy.loaded_parameters()), "data": parts.data}
         self.max_tokens = parts.max_tokens
         self.tokens_sampled = 0
         self.tokens_trained = 0
@@ -391,7 +393,7 @@ class ExperimentModule(ManualOptimization):
             "micro_batch_tokens": (self.optim.micro_batch_tokens, self.micro_batch_tokens),
             "max_rows": (self.row_limit.asked, self.row_limit.rows),
             "config": self.resolved_config,
-            "base": self.base,
+            "origin": self.origin,
             "products": products.chosen().plain(),
         }
 
@@ -413,22 +415,29 @@ class ExperimentModule(ManualOptimization):
         asked, found = state.get("max_rows", (None, None))
         if asked == self.row_limit.asked:
             self.row_limit.rows = found
-        self.demand_base(state)
+        self.demand_origin(state)
         if "products" in state:
             products.go_on(state["products"])
         own, given = self.state_dict(), self.given_weights()
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
 
-    def demand_base(self, state: dict[str, Any]) -> None:
-        """Refuses adapters that were trained beside other weights.
+    def demand_origin(self, state: dict[str, Any]) -> None:
+        """Refuses a state that started from other weights, which are its reference and what adapters add to, or from
+        other data.
 
         Raises:
             UserError: naming those of this command.
         """
-        if state.get("base") != self.base:
+        origin = state["origin"]
+        if origin["weights"] != self.origin["weights"]:
             raise UserError(
-                "the checkpoint belongs to other weights: adapters (model/adapter) fit only the model that they were "
-                f"trained beside, and this one is {self.policy.source}; give the same model and the same model/adapter"
+                f"the checkpoint belongs to a run that started from other weights than these ({self.policy.source}); "
+                "put the weights back that it started from, or give their place: model.path=..."
+            )
+        if origin["data"] != self.origin["data"]:
+            raise UserError(
+                f"the checkpoint belongs to a run on other data than task {self.task.name} has now; put the data back "
+                "that it started with, or give its place: task.source=..."
             )
 
     def memory_to_keep(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from policylab.errors import UserError
 from policylab.rewards.base import finite, handed_over, is_named, one_for_each
-from policylab.rollouts.types import Completion
+from policylab.rollouts.types import Completion, Prompt
 from policylab.user_code import call, shown
 
 log = logging.getLogger(__name__)
@@ -113,3 +115,18 @@ def take_validation(task: Task, count: int) -> list[Example]:
             "validation.prompts=%d: task %s holds out %d; all of them are taken", count, task.name, len(rows)
         )
     return rows[:count]
+
+
+def data_fingerprint(train: Sequence[Prompt], val: Sequence[Example]) -> str:
+    """Tells the data of one run from that of another, by content: what is trained on as the policy reads it, and all
+    that is held out. Of a reference that is no plain data, only the type counts."""
+    digest = hashlib.sha256()
+    for prompt in train:
+        digest.update(_plain((prompt.text, prompt.tokens, prompt.target, prompt.reference)))
+    for example in val:
+        digest.update(_plain((example.text, example.completion, example.reference)))
+    return digest.hexdigest()
+
+
+def _plain(row: tuple[Any, ...]) -> bytes:
+    return json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode()

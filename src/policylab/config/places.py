@@ -1,0 +1,49 @@
+"""Places that a config names: what they mean is settled once, where the run starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+import policylab
+from policylab.errors import UserError
+
+ASSETS = Path(policylab.__file__).parent / "assets"
+#: Keys that may name a file or folder to read, what it has to be, and the words that mean something else there.
+PLACES = {
+    "model.path": (Path.is_dir, ()),
+    "model.tokenizer": (Path.is_dir, tuple(path.name for path in ASSETS.iterdir())),
+    "algo.critic.init": (Path.is_dir, ()),
+    "task.source": (Path.is_file, ("default", "vader")),
+}
+
+
+def placed(config: DictConfig) -> DictConfig:
+    """A copy of the config whose `PLACES` are absolute paths without links.
+
+    A link such as ``logs/latest``, or a relative path, may mean something else when the run is evaluated or resumed.
+    The id of a model or data set on the hub stays as it is.
+    """
+    found = config.copy()
+    for key, (fits, words) in PLACES.items():
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and value not in words and fits(path := Path(value).expanduser()):
+            OmegaConf.update(found, key, str(path.resolve()))
+    return found
+
+
+def demand_folder(path: str | Path) -> Path:
+    """The folder that ``model.path`` names.
+
+    Raises:
+        UserError: when it is not there, or a file.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(
+            f"model.path={path} is a file; give the folder that holds config.json and the weights"
+        )
+    if not folder.is_dir():
+        raise UserError(f"model.path={path}: there is no such folder (looked in {Path.cwd()})")
+    return folder
