@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console as RichConsole
 
 from policylab.callbacks import tables
-from policylab.callbacks.checkpoint import Checkpoint
+from policylab.callbacks.checkpoint import Checkpoint, iteration_of
 from policylab.callbacks.console import Console
 from policylab.callbacks.health import Health
 from policylab.callbacks.kl import KLMonitor
@@ -23,7 +23,6 @@ from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.callbacks.samples import Samples
 from policylab.callbacks.tables import config_tree, duration, headlines, number, pick
 from policylab.errors import UserError
-from policylab.launch.checkpoints import checkpoint_iteration
 from policylab.rollouts.types import Rollout, Sample
 
 
@@ -237,7 +236,7 @@ def run(tmp_path, trainer, module):
                 validate()
         callback.on_fit_end(trainer, module)
         callback.teardown(trainer, module, "fit")
-        return [checkpoint_iteration(tmp_path / "checkpoints" / f"{name}.ckpt") for name in ("last", "best")]
+        return [iteration_of(tmp_path / "checkpoints" / f"{name}.ckpt") for name in ("last", "best")]
 
     return play
 
@@ -249,8 +248,8 @@ def test_last_and_best(run, tmp_path):
     assert not list(tmp_path.rglob(".*")), "nothing half-written stays behind"
 
 
-def test_the_start_may_be_best(run):
-    assert run({0: 0.9, 2: 0.5}, iterations=2, every=1) == [2, 0]
+def test_the_start_is_never_best(run):
+    assert run({0: 0.9, 2: 0.5}, iterations=2, every=1) == [2, 2]
 
 
 def test_the_minimum_may_be_best(run):
@@ -258,7 +257,7 @@ def test_the_minimum_may_be_best(run):
 
 
 def test_a_stopped_run_is_saved(run):
-    assert run({0: 0.1}, iterations=100, every=50, stop_at=3) == [3, 0]
+    assert run({0: 0.1}, iterations=100, every=50, stop_at=3) == [3, None]
 
 
 def test_a_resumed_run_compares_with_what_came_before(run, module):
@@ -280,10 +279,17 @@ def test_unknown_monitor_is_told(tmp_path, trainer, module):
         callback.on_validation_end(trainer, module)
 
 
-@pytest.mark.parametrize(("every", "mode"), [(0, "max"), (1, "maximum")])
-def test_wrong_values_are_told(tmp_path, every, mode):
-    with pytest.raises(UserError, match=r"callbacks\.checkpoint\."):
-        Checkpoint(str(tmp_path), every, "val/reward", mode, export=False)
+@pytest.mark.parametrize(
+    ("every", "monitor", "mode", "message"),
+    [
+        (0, "val/reward", "max", "checkpoint.every is 0; it must be at least 1"),
+        (1, "val/reward", "maximum", "checkpoint.mode is maximum; choose max or min"),
+        (1, "val/loss", "max", "checkpoint.monitor=val/loss is best where it is lowest; take .*mode=min"),
+    ],
+)
+def test_wrong_values_are_told(tmp_path, every, monitor, mode, message):
+    with pytest.raises(UserError, match=message):
+        Checkpoint(str(tmp_path), every, monitor, mode, export=False)
 
 
 # -- health ---------------------------------------------------------------------------------------------

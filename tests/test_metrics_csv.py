@@ -137,11 +137,12 @@ def test_kill_loses_the_current_iteration_at_most(tmp_path, path):
 @pytest.mark.parametrize(("mode", "iteration"), [("max", 2), ("min", 1)])
 def test_best_row(mode, iteration):
     rows = [
-        {"iteration": 0, "m": math.nan},
+        {"iteration": 0, "m": 9.0 if mode == "max" else -9.0},  # before training
         {"iteration": 1, "m": -1.0},
         {"iteration": 2, "m": 3.0},
         {"iteration": 3, "m": 3.0},
         {"iteration": 4},
+        {"iteration": 5, "m": math.nan},
     ]
     assert best_row(rows, "m", mode)["iteration"] == iteration
     assert best_row(rows, "other", mode) is None

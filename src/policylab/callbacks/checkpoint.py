@@ -37,7 +37,7 @@ class Checkpoint(Callback):
     Args:
         run_dir: folder of the run.
         every: iterations between two states; the last one is saved in any case.
-        monitor: validation metric that decides what is best.
+        monitor: validation metric that decides what is best after the first iteration.
         mode: "max" or "min".
         export: write the policies in Hugging Face format as well.
     """
@@ -45,6 +45,10 @@ class Checkpoint(Callback):
     def __init__(self, run_dir: str, every: int, monitor: str, mode: str, export: bool) -> None:
         if mode not in ("max", "min"):
             raise UserError(f"callbacks.checkpoint.mode is {mode}; choose max or min")
+        if "loss" in monitor and mode == "max":
+            raise UserError(
+                f"callbacks.checkpoint.monitor={monitor} is best where it is lowest; take callbacks.checkpoint.mode=min"
+            )
         if every < 1:
             raise UserError(f"callbacks.checkpoint.every is {every}; it must be at least 1")
         self.run_dir = Path(run_dir)
@@ -74,7 +78,7 @@ class Checkpoint(Callback):
         if trainer.ckpt_path is None:
             self.save_last(trainer, pl_module)
             if pl_module.val_metrics:
-                self.keep_if_best(trainer, pl_module)
+                self.demand_measured(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -127,11 +131,7 @@ class Checkpoint(Callback):
         The metrics on record decide, so that a resumed run compares with what came before it; and those of rank 0, so
         that all processes do the same.
         """
-        if self.monitor not in module.val_metrics:
-            known = ", ".join(sorted(module.val_metrics))
-            raise UserError(
-                f"callbacks.checkpoint.monitor={self.monitor} is not measured; choose from: {known}"
-            )
+        self.demand_measured(module)
         iteration = module.iteration
         if not trainer.strategy.broadcast(self.best_iteration(trainer) == iteration):
             return
@@ -145,6 +145,14 @@ class Checkpoint(Callback):
             return
         if trainer.is_global_zero:
             self.export_policy(module, "best", self.best)
+
+    def demand_measured(self, module: Any) -> None:
+        """Refuses a monitor that no validation measures."""
+        if self.monitor not in module.val_metrics:
+            known = ", ".join(sorted(module.val_metrics))
+            raise UserError(
+                f"callbacks.checkpoint.monitor={self.monitor} is not measured; choose from: {known}"
+            )
 
     def best_iteration(self, trainer: Trainer) -> int | None:
         """The best validation on record; None on processes that keep no records."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -55,12 +56,13 @@ def validated(rows: Iterable[Row]) -> list[Row]:
 
 
 def best_row(rows: Iterable[Row], monitor: str, mode: str) -> Row | None:
-    """The row with the best value of a metric, the first one among equals; None when no row has it.
+    """The row with the best value of a metric, the first one among equals; None when no row has it. What was measured
+    before training says nothing of it, and does not count.
 
     Args:
         mode: "max" or "min".
     """
-    having = [row for row in rows if row.get(monitor, float("nan")) == row.get(monitor)]
+    having = [row for row in rows if row["iteration"] > 0 and row.get(monitor, math.nan) == row.get(monitor)]
     if not having:
         return None
     return (max if mode == "max" else min)(having, key=lambda row: row[monitor])

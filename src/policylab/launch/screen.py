@@ -80,10 +80,11 @@ class Screen:
             )
         folder = short_path(self.run_dir)
         further = [] if summary["status"] == "interrupted" else [self._twice(summary)]
+        last, final = ([], []) if best else (["checkpoint=last"], ["policy=final"])
         lines += [
             ("run", folder),
-            ("next", command("evaluate.py", override("run", folder))),
-            ("", command("generate.py", override("run", folder))),
+            ("next", command("evaluate.py", override("run", folder), *last)),
+            ("", command("generate.py", override("run", folder), *final)),
             ("", command("train.py", override("resume", folder), *further)),
         ]
         self.console.print(rows(lines), soft_wrap=True)
