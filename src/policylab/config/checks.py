@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from policylab.config.suggest import nearest
 from policylab.errors import UserError, demand
 
 #: All that stands at the root of a config.
@@ -39,8 +38,7 @@ def check(config: DictConfig) -> None:
     """
     unknown = sorted(set(map(str, config)) - ROOT_KEYS)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], ROOT_KEYS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(ROOT_KEYS))}"
+        hint = nearest(unknown[0], sorted(ROOT_KEYS)).strip() or f"known are {', '.join(sorted(ROOT_KEYS))}"
         raise UserError(f"{unknown[0]} is not a key of the config; {hint}")
     for path in WHOLE_NUMBERS:
         demand_whole(path, OmegaConf.select(config, path), 0 if path == "seed" else 1)

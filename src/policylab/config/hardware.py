@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import UserError
 from policylab.launch.world import world
 
 AUTO = "auto"
+#: Processes a core, beyond which a number is a mistake. A few more than cores is slow, and of use to try things out.
+CROWDED = 4
 
 
 def processes(config: DictConfig) -> int:
@@ -44,6 +48,11 @@ def settled(config: DictConfig) -> DictConfig:
         raise UserError(
             f"hardware.devices={hardware.devices}, but torch sees {gpus()} GPUs; take at most that"
         )
+    if hardware.accelerator != "gpu" and here.size == 1 and hardware.devices > CROWDED * cores():
+        raise UserError(
+            f"hardware.devices={hardware.devices} on the CPU, and this machine has {cores()} cores; take at most that "
+            "many: each process holds a model of its own and shares the cores with the others"
+        )
     if hardware.num_nodes > 1 and here.size == 1:
         raise UserError(
             f"hardware.num_nodes={hardware.num_nodes}: start it on each machine with torchrun --nnodes="
@@ -65,6 +74,11 @@ def backend(hardware: DictConfig) -> str:
     if hardware.accelerator == "cpu":
         return "gloo"
     return "cpu:gloo,cuda:nccl" if hardware.cpu_offload else "nccl"  # norms are summed where the shares are
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> int:

@@ -5,6 +5,7 @@
 ``${run_name:NAME,ALGO,MODEL}``  NAME if there is one, else ALGO-MODEL, as a folder name
 ``${unless:CONDITION,TEXT}``  TEXT, or null where CONDITION holds
 ``${run_dir:RESUME,PATH,PLAN}``  the folder of this job: that of the run to resume, else PATH, claimed
+``${direction:MODE}``         maximize for "max", minimize for "min"
 ``${planned:PLAN,PATH}``      PATH, or where PLAN holds a folder that vanishes with this process
 
 This module is imported before Hydra composes anything, so it imports nothing heavy.
@@ -32,12 +33,12 @@ def run_dir(resume: str | None, path: str, plan: bool = False) -> str:
 
     Args:
         resume: run folder, checkpoint in one, or "latest"; None for a new run.
-        path: folder for a new run. Taken names get ``_2``, ``_3``, ...
+        path: folder for a new run; a relative one lies in the current folder. Taken names get ``_2``, ``_3``, ...
         plan: nothing will run, so nothing is claimed.
     """
     if plan:
         return vanishing_folder()
-    return lasting("run folder", lambda: str(find_run(resume) if resume else claim(Path(path))))
+    return lasting("run folder", lambda: str(find_run(resume) if resume else claim(Path(path).absolute())))
 
 
 @cache
@@ -54,7 +55,7 @@ def slug(text: object) -> str:
     >>> slug("org/model")
     'org__model'
     """
-    return re.sub(r"[^\w.+-]+", "_", str(text).replace("/", "__")).strip("_") or "unnamed"
+    return re.sub(r"[^\w.+-]+", "_", str(text).replace("/", "__")).strip("._") or "unnamed"
 
 
 def run_name(name: str | None, algo: str, model: str) -> str:
@@ -73,6 +74,9 @@ def register(root: Path) -> None:
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver(
         "unless", lambda condition, text: None if condition else text, replace=True
+    )
+    OmegaConf.register_new_resolver(
+        "direction", lambda mode: "minimize" if mode == "min" else "maximize", replace=True
     )
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver(

@@ -5,7 +5,6 @@ So a misspelt key or a word where a number belongs is one clear line, and no mod
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import pydoc
 import types
@@ -15,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig
 
+from policylab.config.suggest import nearest
 from policylab.errors import RunError, UserError
 from policylab.user_code import place, said
 
@@ -48,8 +48,8 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
     given = {str(k): v for k, v in config.items() if k not in HYDRA_KEYS | ignore}
     for key in given:
         if key not in parameters:
-            near = difflib.get_close_matches(key, parameters, n=1)
-            hint = f"did you mean {path}.{near[0]}?" if near else f"known are {', '.join(parameters)}"
+            near = nearest(f"{path}.{key}", [f"{path}.{name}" for name in parameters]).strip()
+            hint = near or f"known are {', '.join(parameters)}"
             raise UserError(f"{path}.{key} is not a key of {target.__name__}; {hint}")
     demanded = [
         p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
@@ -98,8 +98,8 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
         raise UserError(
             f"{cannot} there is no module {module or name}; looked in {Path.cwd()} and among what is installed"
         )
-    near = difflib.get_close_matches(attribute, dir(where), n=1)
-    hint = f"did you mean {module}.{near[0]}?" if near else f"see {getattr(where, '__file__', module)}"
+    near = nearest(name, [f"{module}.{known}" for known in dir(where)]).strip()
+    hint = near or f"see {getattr(where, '__file__', module)}"
     raise UserError(f"{cannot} there is no {attribute} in {module}; {hint}")
 
 

@@ -25,6 +25,8 @@ from policylab.launch.words import typed
 from policylab.launch.world import world
 
 BAD_INPUT = 2
+#: Config groups of which several may be chosen.
+SEVERAL = ("logger", "callbacks", "debug", "experiments")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 WANTS_TRACEBACKS = os.environ.get(FULL_ERROR) == "1"
 
@@ -61,6 +63,7 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
     try:
         stop_on_signals()
         sys.argv[1:] = flags_first(with_command_of([typed(word, free_text) for word in sys.argv[1:]]))
+        demand_one_choice(sys.argv[1:], Path(sys.argv[0]).resolve().parent / "configs")
         main()
     except NothingLeft as done:
         print(done)
@@ -85,6 +88,22 @@ def flags_first(words: list[str]) -> list[str]:
             "hardware=ddp or hardware=ddp_cpu"
         )
     return sorted(words, key=lambda word: word not in multirun)
+
+
+def demand_one_choice(words: Sequence[str], configs: Path) -> None:
+    """Refuses several choices of a group that builds one thing: Hydra would merge them, and the last would win.
+
+    Raises:
+        UserError: naming the group.
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        group = key.lstrip("+").partition("@")[0]
+        several = value.startswith("[") and "," in value
+        if several and group not in SEVERAL and (configs / group).is_dir():
+            raise UserError(
+                f"{word}: of several choices for {group} only the last would count; take one of them"
+            )
 
 
 def end_with(error: Exception) -> NoReturn:

@@ -27,6 +27,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from policylab.config.hardware import cores
 from policylab.errors import ProcessFailed, RunError, UserError
 from policylab.launch.logs import escape_unprintable
 from policylab.launch.messages import is_mistake, one_line
@@ -34,6 +35,8 @@ from policylab.launch.saved_config import self_contained
 from policylab.launch.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, can_listen, stop_at_once
 from policylab.launch.status import FAILED, INTERRUPTED, finish_status, now
 from policylab.launch.world import world
+
+log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 #: Seconds in which the processes that are left when one has failed may end by themselves.
@@ -71,6 +74,8 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
     for name in ("torch.distributed", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is told below, once
     devices = int(config.hardware.devices)
+    if config.hardware.accelerator == "cpu" and devices > cores():
+        log.warning("hardware.devices=%d on %d cores: %d would be faster", devices, cores(), cores())
     with (
         tempfile.TemporaryDirectory(prefix="policylab_") as errors,
         environment(config),
@@ -278,8 +283,7 @@ def environment(config: DictConfig) -> Iterator[None]:
     """
     before = dict(os.environ)
     if config.hardware.accelerator == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(config.hardware.devices))))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(config.hardware.devices))))
     try:
         yield
     finally:

@@ -72,6 +72,8 @@ def start(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[s
     check(config)
     if config.resume:
         demand_consent(config, sys.orig_argv)
+    if tuned := tuned_for_others(config, hydra.runtime.choices.get("algo_model")):
+        log.warning("%s", tuned)
     if config.plan:
         import_libraries()
         from policylab.planning.plan import plan_job
@@ -92,6 +94,26 @@ def changes(hydra: Any) -> list[str]:
     """What the command line changes; references to the environment stay what they are."""
     words: Any = OmegaConf.to_container(hydra.overrides.task)
     return list(words)
+
+
+def tuned_for_others(config: DictConfig, pair: str | None) -> str | None:
+    """What to tell where numbers are in effect that were tuned for an embedded model, and other weights take its place.
+
+    Args:
+        pair: the choice of ``algo_model``, whether or not there is such a file.
+    """
+    path = OmegaConf.select(config, "model.path")
+    file = Path(config.paths.repo, "configs", "algo_model", f"{pair}.yaml")
+    if path is None or not Path(path).expanduser().is_dir() or not file.is_file():
+        return None
+    tuned = leaves(OmegaConf.to_container(OmegaConf.load(file)))
+    words = [f"{key}={value}" for key, value in tuned if OmegaConf.select(config, key) == value]
+    if not words:
+        return None
+    return (
+        f"{' '.join(words)} was tuned for the weights that come with model={config.model.name}, not for those in "
+        f"{path}; give your own, or ~algo_model for what other models have"
+    )
 
 
 def demand_consent(config: DictConfig, typed: Sequence[str]) -> None:
