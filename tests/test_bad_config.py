@@ -13,7 +13,7 @@ from policylab.launch.world import World
     ("overrides", "message"),
     [
         (["optim.lr=abc"], r"optim\.lr='abc' is not a number"),
-        (["+optim.learning_rate=1"], r"optim\.learning_rate is not a key of AdamW"),
+        (["+optim.learning_rate=1"], r"optim\.learning_rate is not a key of AdamW; did you mean optim\.lr\?"),
         (["+optim.warm_up=1"], r"did you mean optim\.warmup\?"),
         (["algo.kl.estimator=k4"], r"algo\.kl\.estimator='k4' is not one of k1, k2, k3, exact"),
         (["~algo.advantage.lam"], r"algo\.advantage\.lam is missing; GAE needs it"),
@@ -154,3 +154,13 @@ def test_devices_are_counted_where_the_run_starts(compose, monkeypatch):
     monkeypatch.setattr(hardware, "world", lambda: World(rank=3, size=6, local_rank=1, local_size=2))
     there = hardware.settled(compose(["hardware=slurm"])).hardware
     assert (there.devices, there.num_nodes) == (2, 3)
+
+
+def test_many_more_processes_than_cores_are_refused(compose, monkeypatch):
+    monkeypatch.setattr(hardware, "gpus", lambda: 0)
+    monkeypatch.setattr(hardware, "cores", lambda: 2)
+    assert hardware.settled(compose(["hardware.devices=8"])).hardware.devices == 8
+    with pytest.raises(
+        UserError, match=r"hardware\.devices=99 on the CPU, and this machine has 2 cores; take at most"
+    ):
+        hardware.settled(compose(["hardware.devices=99"]))

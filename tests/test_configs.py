@@ -9,6 +9,8 @@ import pytest
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from conftest import composed
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 
@@ -20,6 +22,8 @@ SMALL = [
     "callbacks.checkpoint=null",
     "hardware=cpu",
 ]
+#: Texts to continue, which the openings that come with PolicyLab are not.
+TEXTS = Path(__file__).parent / "texts.jsonl"
 #: Models whose weights are not here: composed, not run.
 REMOTE = {"model/gpt2", "model/gpt2-medium", "model/hf", "model/smollm2"}
 #: 124 M parameters: composed, not run, in the fast tests.
@@ -36,7 +40,10 @@ SEVERAL = {f"hardware/{option}" for option in ("ddp", "ddp_cpu", "ddp_multinode"
 PAIRED = {f"algo/{path.stem.rsplit('_', 1)[0]}" for path in (CONFIGS / "algo_model").glob("*_tiny.yaml")}
 #: An algorithm's axes: test_presets.py trains with every option, and turns its fields.
 AXES = {f"algo/{path.parent.name}/{path.stem}" for path in (CONFIGS / "algo").glob("*/*.yaml")}
-NOT_RUN = REMOTE | LARGE | LOGGERS | NEEDS_GPU | PAIRED | SEVERAL | AXES
+#: Single values that go with another choice, with which they run.
+GO_WITH = {"algo_monitor": "algo", "model_optim": "model"}
+VALUES = {f"{group}/{path.stem}" for group in GO_WITH for path in (CONFIGS / group).glob("*.yaml")}
+NOT_RUN = REMOTE | LARGE | LOGGERS | NEEDS_GPU | PAIRED | SEVERAL | AXES | VALUES
 #: Not a choice of a training run.
 ELSEWHERE = {"hydra", "paths", "callbacks", "debug"}
 
@@ -51,6 +58,8 @@ def selecting(choice: str) -> list[str]:
     """Overrides that pick ``group/option`` in a combination that makes sense."""
     group, option = choice.rsplit("/", 1)
     pick = f"{group}={option}"
+    if group in GO_WITH:
+        return [f"{GO_WITH[group]}={option}"]
     if group == "model":
         # The walker's letters know no reviews.
         task = "random_walks" if option.startswith("walker") else "reviews"
@@ -61,6 +70,7 @@ def selecting(choice: str) -> list[str]:
             f"task={'random_walks' if model == 'walker' else 'reviews'}",
             f"algo={algo}",
             f"model={model}",
+            *([f"task.source={TEXTS}", "task.held_out=8"] if option == "sft_tiny" else []),
         ]
     if group == "task":
         return [pick]
@@ -117,6 +127,22 @@ def test_choice_runs_an_iteration(compose, tmp_path, choice):
     _, metrics = one_iteration(compose([*selecting(choice), *small]), tmp_path)
     assert metrics["train/loss"] == metrics["train/loss"]  # not NaN
     assert list(tmp_path.rglob("metrics.csv"))
+
+
+def test_supervised_training_is_judged_by_its_loss_and_models_from_scratch_have_a_rate_of_theirs(compose):
+    scratch, tiny = compose(["algo=sft", "model=tiny_scratch"]), compose(["algo=sft", "callbacks=none"])
+    for config in (scratch, tiny):
+        assert (config.callbacks.checkpoint.monitor, config.callbacks.checkpoint.mode) == ("val/loss", "min")
+    assert (scratch.optim.lr, tiny.optim.lr) == (1e-3, 3e-4)
+    assert compose([]).callbacks.checkpoint.monitor == "val/reward"
+
+
+@pytest.mark.parametrize(("algo", "direction"), [("ppo", "maximize"), ("sft", "minimize")])
+def test_a_search_goes_where_the_best_is(algo, direction):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    sweeper = composed("train", ("hparams_search=optuna", f"algo={algo}")).hydra.sweeper
+    assert OmegaConf.to_container(sweeper, resolve=True)["direction"] == direction
+    assert sweeper.max_failure_rate == 1.0, "a trial that diverges does not end the search"
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "experiments").glob("*.yaml")))

@@ -23,11 +23,13 @@ from omegaconf import OmegaConf, open_dict
 from policylab.callbacks.metrics_file import read_rows
 from policylab.callbacks.writing import write_state
 from policylab.config import resolvers
+from policylab.config.places import demand_folder
+from policylab.config.suggest import nearest
 from policylab.errors import UserError
-from policylab.launch.entry import flags_first
+from policylab.launch.entry import demand_one_choice, flags_first
 from policylab.launch.environment import describe_environment
 from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, find_run
-from policylab.launch.messages import improve, nearest
+from policylab.launch.messages import improve, new_keyword
 from policylab.launch.redaction import HIDDEN
 from policylab.launch.resume import (
     NothingLeft,
@@ -81,6 +83,13 @@ def test_run_dir_resolves_to_the_same_folder_again(tmp_path):
     assert resolvers.run_dir(None, str(tmp_path / "run")) == f"{first}_2"
 
 
+def test_run_dir_is_absolute(tmp_path, monkeypatch):
+    """Hydra puts a relative one of a multirun below the folder of the multirun, which is part of it already."""
+    monkeypatch.chdir(tmp_path)
+    resolvers.run_dir.cache_clear()
+    assert resolvers.run_dir(None, "out/run") == str(tmp_path / "out" / "run")
+
+
 def test_run_dir_of_a_resumed_run_is_its_own(tmp_path):
     run = make_run(tmp_path / "run")
     assert resolvers.run_dir(str(run), str(tmp_path / "new")) == str(run)
@@ -88,7 +97,8 @@ def test_run_dir_of_a_resumed_run_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "name"), [("org/model", "org__model"), ("a b:c", "a_b_c"), ("//", "unnamed")]
+    ("text", "name"),
+    [("org/model", "org__model"), ("a b:c", "a_b_c"), ("//", "unnamed"), ("..", "unnamed"), (".x.", "x")],
 )
 def test_slug(text, name):
     assert resolvers.slug(text) == name
@@ -218,19 +228,66 @@ def test_seconds_of_a_resumed_run_add_up(tmp_path):
 # -- messages -------------------------------------------------------------------------------------------
 
 
-def test_suggestions():
-    known = ["optim.lr", "seed", "rollout.temperature"]
-    assert nearest("lr", known) == "did you mean optim.lr? "
-    assert nearest("rollout.temprature", known) == "did you mean rollout.temperature? "
-    assert nearest("xyz", known) == ""
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lr", "optim.lr"),
+        ("rollout.temprature", "rollout.temperature"),
+        ("optim.learning_rate", "optim.lr"),
+        ("optim.epsilon", "optim.eps"),
+        ("optimm", "optim"),
+        ("reward.words", None),
+        ("xyz", None),
+    ],
+)
+def test_suggestions(word, meant):
+    known = [
+        "optim",
+        "optim._target_",
+        "optim.lr",
+        "optim.eps",
+        "seed",
+        "rollout.temperature",
+        "reward.workers",
+    ]
+    assert nearest(word, known) == (f"did you mean {meant}? " if meant else "")
+
+
+def test_a_keyword_of_ones_own_is_suggested_where_it_is_taken():
+    config = OmegaConf.create({"reward": {"_target_": f"{__name__}.make_run", "workers": 0}, "seed": 0})
+    assert (
+        new_keyword(config, "reward.folder")
+        == f"to give it to {__name__}.make_run, write +reward.folder=...; "
+    )
+    assert new_keyword(config, "reward.words") == new_keyword(config, "words") == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("algo/ppoo", "algo=ppoo does not exist; did you mean ppo? choose from: a2c, cispo"),
+        ("algo/", "algo= names nothing; choose from: a2c"),
+        ("algo/kl/in_los", "algo/kl=in_los does not exist; did you mean in_loss? choose from: in_loss"),
+        (
+            "model//a/b/c",
+            "model=/a/b/c does not exist; write model=hf model.path=/a/b/c model.name=NAME; choose from",
+        ),
+        (
+            "model/org/name",
+            "model=org/name does not exist; write model=hf model.name=org/name; choose from: gpt2",
+        ),
+        ("task/rows.jsonl", "task=rows.jsonl does not exist; write task.source=rows.jsonl; choose from"),
+        ("reward/my.words", "reward=my.words does not exist; write reward._target_=my.words; choose from"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_told_with_those_that_do(path, message):
+    told = improve(
+        f"In 'train': Could not find '{path}'\n\nConfig search path:\n\tpath=file://{ROOT / 'configs'}"
+    )
+    assert told.startswith(message)
 
 
 def test_hydra_messages_fit_one_line():
-    message = improve(
-        "In 'train': Could not find 'algo/ppoo'\n\nConfig search path:\n\tpath=file://"
-        + str(ROOT / "configs")
-    )
-    assert message.startswith("algo=ppoo does not exist; did you mean ppo? choose from: ")
     assert (
         improve("Missing mandatory value: run\n    full_key: run\n    object_type=dict")
         == "run must be given: run=..."
@@ -280,6 +337,29 @@ def test_other_words_are_left_alone():
     assert typed("algo=ppo", ["prompt"]) == "algo=ppo"
     assert typed("debug=nan") == 'debug="nan"', "a name, not a number"
     assert flags_first(["algo=ppo", "-m", "seed=0,1"]) == ["-m", "algo=ppo", "seed=0,1"]
+
+
+def test_one_choice_a_group():
+    demand_one_choice(
+        ["logger=[csv,wandb]", "tags=[a,b]", "model=tiny", "reward=[sentiment]"], ROOT / "configs"
+    )
+    for word in ("reward=[sentiment,optimality]", "algo/kl=[none,in_loss]"):
+        with pytest.raises(UserError, match=r"of several choices for .* only the last would count; take one"):
+            demand_one_choice([word], ROOT / "configs")
+
+
+def test_a_home_folder_is_found_where_no_shell_looks():
+    assert typed("model.path=~/nowhere") == f"model.path={Path.home()}/nowhere"
+    assert typed("runs=[~/a,~/b]") == f"runs=[{Path.home()}/a,{Path.home()}/b]"
+    assert typed("~algo_model") == "~algo_model"
+
+
+def test_a_model_is_a_folder(tmp_path):
+    (tmp_path / "table.csv").write_text("")
+    with pytest.raises(
+        UserError, match=r"model.path=.*table\.csv is a file; give the folder that holds config\.json"
+    ):
+        demand_folder(tmp_path / "table.csv")
 
 
 # -- help -----------------------------------------------------------------------------------------------
@@ -792,6 +872,18 @@ def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, ti
         with pytest.raises(UserError, match=r"started from other weights than these \(folder .*first\)"):
             goes_on()
     assert records == {name: (run / name).read_text() for name in records}
+
+
+def test_numbers_tuned_for_other_weights_are_told(compose, tmp_path):
+    from policylab.launch.run import tuned_for_others
+
+    foreign = compose([f"model.path={tmp_path}"])
+    assert tuned_for_others(foreign, "ppo_tiny").startswith(
+        "optim.lr=0.0007 was tuned for the weights that come with"
+    )
+    assert tuned_for_others(compose([]), "ppo_tiny") is None
+    assert tuned_for_others(compose([f"model.path={tmp_path}", "optim.lr=1e-4"]), "ppo_tiny") is None
+    assert tuned_for_others(foreign, "ppo_hf") is None
 
 
 def test_a_refused_resume_leaves_the_records_alone(train):
