@@ -36,7 +36,7 @@ class RandomWalks:
         p_edge: chance that one node leads to another.
         walks: random walks to train on.
         max_length: nodes of a walk at most, its start included; at 2 all walks that arrive would be as short as can be.
-        held_out: prompts for validation, which go round the start nodes in alphabetical order.
+        held_out: walks for validation, whose starts go round the start nodes in alphabetical order.
         seed: of graph and walks; not the run's seed, so that all runs solve the same problem.
 
     Raises:
@@ -65,7 +65,10 @@ class RandomWalks:
                 f"goal fewer than task.max_length={max_length} nodes away; raise either, or take another task.seed"
             )
         self.train = [Example(text[0], text[1:], maps[text[0]]) for text in texts]
-        self.val = [Example(start, "", maps[start]) for start in np.resize(starts, held_out).tolist()]
+        # Held-out walks, for the loss of supervised training; drawn last, so that all else is as it is in trlX.
+        nodes_held_out = [ascii_lowercase.index(start) for start in np.resize(starts, held_out).tolist()]
+        held = [_letters(draw_walk_from(node, random, neighbours, max_length)) for node in nodes_held_out]
+        self.val = [Example(text[0], text[1:], maps[text[0]]) for text in held]
 
     def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:
         """The score itself, the share of walks that follow the edges, and the share that arrive."""
@@ -96,6 +99,11 @@ def draw_walk(random: RandomState, neighbours: Neighbours, max_length: int) -> l
     node = GOAL
     while node == GOAL:
         node = random.randint(len(neighbours))
+    return draw_walk_from(node, random, neighbours, max_length)
+
+
+def draw_walk_from(node: int, random: RandomState, neighbours: Neighbours, max_length: int) -> list[int]:
+    """The same from a given node."""
     walk = [node]
     while node != GOAL and len(walk) < max_length:
         node = int(random.choice(neighbours[node]))
