@@ -64,6 +64,8 @@ def train_job(config: DictConfig) -> float | None:
     learn_secrets(config)
     sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records it
     with leaving_nothing(run_dir, Path(config.paths.logs)) if world().main else nullcontext():
+        if tuned := tuned_for_others(config, hydra.runtime.choices.get("algo_model")):
+            log.warning("%s", tuned)
         return start(config, hydra.job_logging, run_dir, overrides)
 
 
@@ -72,8 +74,6 @@ def start(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[s
     check(config)
     if config.resume:
         demand_consent(config, sys.orig_argv)
-    if tuned := tuned_for_others(config, hydra.runtime.choices.get("algo_model")):
-        log.warning("%s", tuned)
     if config.plan:
         import_libraries()
         from policylab.planning.plan import plan_job
