@@ -29,28 +29,11 @@ AUTO = "auto"
 #: the optimizer's settings, and the places of files (their contents are compared once they are read). All else would
 #: make another run of it.
 MAY_CHANGE = (
-    *(
-        "iterations",
-        "max_tokens",
-        "resume",
-        "plan",
-        "plan_memory",
-        "plan_flops",
-        "name",
-        "tags",
-        "detect_anomaly",
-    ),
-    *("hardware", "callbacks", "logger", "validation", "paths", "optim", *PLACES),
-    *("model.cache_dir", "model.attn_implementation", "model.trust_remote_code", "task.data_dir"),
-    *(
-        "reward.workers",
-        "reward.pool",
-        "rollout.max_rows",
-        "rollout.gpu_memory",
-        "rollout.sleep",
-        "rollout.context",
-    ),
-)
+    "iterations", "max_tokens", "resume", "plan", "plan_memory", "plan_flops", "name", "tags", "detect_anomaly",
+    "hardware", "callbacks", "logger", "validation", "paths", "optim", *PLACES,
+    "model.cache_dir", "model.attn_implementation", "model.trust_remote_code", "task.data_dir",
+    "reward.workers", "reward.pool", "rollout.max_rows", "rollout.gpu_memory", "rollout.sleep", "rollout.context",
+)  # fmt: skip
 #: Below these, what may not: the precision is part of every number.
 MAY_NOT_CHANGE = ("hardware.precision",)
 

@@ -428,7 +428,13 @@ class ExperimentModule(ManualOptimization):
         Raises:
             UserError: naming those of this command.
         """
-        origin = state["origin"]
+        origin = state.get("origin")
+        if origin is None:
+            warnings.warn(
+                "the checkpoint is of an older version, and does not say from which weights and data its run started",
+                stacklevel=2,
+            )
+            return
         if origin["weights"] != self.origin["weights"]:
             raise UserError(
                 f"the checkpoint belongs to a run that started from other weights than these ({self.policy.source}); "
