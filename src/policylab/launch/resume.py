@@ -183,7 +183,7 @@ def demand_same_values(before: Any, now: Any) -> None:
 
 def below(key: str, paths: Sequence[str]) -> bool:
     """Whether a dotted key is one of some, or lies below one."""
-    return any(key == path or key.startswith(f"{path}.") for path in paths)
+    return any(key == path or key.startswith((f"{path}.", f"{path}[")) for path in paths)
 
 
 def demand_nothing_done(run_folder: Path) -> None:
