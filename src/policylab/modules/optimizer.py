@@ -114,7 +114,7 @@ class MasterAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, a weight at a time: the fp32 copy of a gradient is then that of one weight alone."""
         loss = None
         if closure is not None:

@@ -56,7 +56,7 @@ class GeneralDecoder:
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         with self._named():
-            self.cache.reorder_cache(rows)
+            self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.attention = self.attention[rows]
 
     def _forward(

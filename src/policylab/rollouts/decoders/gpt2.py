@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from policylab.models.adapter import whole_weight
 from policylab.rollouts.decoders.cache import SharedPromptCache
-from policylab.rollouts.decoders.linear import Linear
+from policylab.rollouts.decoders.linear import Activation, Linear
 from policylab.rollouts.decoders.plain import is_plain
 from policylab.rollouts.decoders.transformer import Attend
 
@@ -68,12 +68,15 @@ class GPT2:
 class _Block:
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         self.before, self.between = _Norm(block.ln_1), _Norm(block.ln_2)
-        self.qkv, self.out, self.up, self.down = (
-            Linear(whole_weight(conv).t(), conv.bias, dtype, then)
-            for conv, then in (
-                (block.attn.c_attn, None), (block.attn.c_proj, None), (block.mlp.c_fc, "gelu"), (block.mlp.c_proj, None)
-            )
-        )  # fmt: skip
+        self.qkv = _linear(block.attn.c_attn, dtype)
+        self.out = _linear(block.attn.c_proj, dtype)
+        self.up = _linear(block.mlp.c_fc, dtype, "gelu")
+        self.down = _linear(block.mlp.c_proj, dtype)
+
+
+def _linear(conv: Any, dtype: torch.dtype, then: Activation | None = None) -> Linear:
+    """GPT-2's layers hold ``[in, out]``."""
+    return Linear(whole_weight(conv).t(), conv.bias, dtype, then)
 
 
 class _Norm:

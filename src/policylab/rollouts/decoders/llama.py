@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from policylab.models.adapter import whole_weight
 from policylab.rollouts.decoders.cache import SharedPromptCache
-from policylab.rollouts.decoders.linear import Linear
+from policylab.rollouts.decoders.linear import Activation, Linear
 from policylab.rollouts.decoders.plain import is_plain
 from policylab.rollouts.decoders.transformer import Attend
 
@@ -97,12 +97,10 @@ class _Block:
             torch.cat(biases) if biases else None,
             dtype,
         )
-        self.out, self.up, self.gate, self.down = (
-            Linear(whole_weight(part), part.bias, dtype, then)
-            for part, then in (
-                (attention.o_proj, None), (mlp.up_proj, None), (mlp.gate_proj, "swish"), (mlp.down_proj, None)
-            )
-        )  # fmt: skip
+        self.out = _linear(attention.o_proj, dtype)
+        self.up = _linear(mlp.up_proj, dtype)
+        self.gate = _linear(mlp.gate_proj, dtype, "swish")
+        self.down = _linear(mlp.down_proj, dtype)
         self.head_norm: Tensor | None = None
         if hasattr(attention, "q_norm"):
             each = (attention.q_norm, heads), (attention.k_norm, kv_heads)
@@ -112,6 +110,10 @@ class _Block:
     def normalized(self, qk: Float[Tensor, "R K D"]) -> Float[Tensor, "R K D"]:
         """Queries and keys with the norm of each head, where the model has one."""
         return qk if self.head_norm is None else _rms(qk, self.head_eps) * self.head_norm
+
+
+def _linear(layer: Any, dtype: torch.dtype, then: Activation | None = None) -> Linear:
+    return Linear(whole_weight(layer), layer.bias, dtype, then)
 
 
 def _norm(x: Float[Tensor, "R H"], norm: Any) -> Float[Tensor, "R H"]:
