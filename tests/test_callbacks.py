@@ -354,6 +354,14 @@ def test_a_warning_is_not_repeated_at_once(health, trainer, module, caplog):
     assert [record.args[0] for record in caplog.records] == [1, 6, 11]
 
 
+def test_clipping_is_judged_from_the_second_iteration_on(health, trainer, module, caplog):
+    caplog.set_level(logging.WARNING)
+    for module.iteration in (1, 2):
+        module.metrics = HEALTHY | {"train/clip_fraction": 0.6}
+        health.on_train_batch_end(trainer, module, None, None, 0)
+    assert [record.args[0] for record in caplog.records] == [2]
+
+
 def test_health_survives_a_resume(health):
     health.first, health.told = dict(HEALTHY), {"kl": 3}
     state = torch.load(save(health.state_dict()), weights_only=True)

@@ -22,7 +22,8 @@ class Health(Callback):
         min_reward_std: of the rewards of an iteration; below, there is nothing to learn from.
         min_ended_share: of the completions; below, the length limit cuts nearly all. Judged against the first
             iteration, so that a task whose completions never end is left alone.
-        max_clip_fraction: of the tokens; above, most of an update is thrown away.
+        max_clip_fraction: of the tokens; above, most of an update is thrown away. Judged from the second iteration on:
+            Adam's first steps move all weights alike, and clip more than any later one.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Health(Callback):
         if not trainer.is_global_zero:
             return
         for sign, advice in self.examine(metrics).items():
+            if sign == "clip" and iteration == 1:
+                continue
             if iteration - self.told.get(sign, -self.quiet_iterations) >= self.quiet_iterations:
                 self.told[sign] = iteration
                 log.warning("iteration %d: %s", iteration, advice)
