@@ -23,7 +23,7 @@ from omegaconf import OmegaConf, open_dict
 from policylab.callbacks.metrics_file import read_rows
 from policylab.callbacks.writing import write_state
 from policylab.config import resolvers
-from policylab.config.places import demand_folder
+from policylab.config.places import demand_folder, placed
 from policylab.config.suggest import nearest
 from policylab.errors import UserError
 from policylab.launch.entry import demand_one_choice, flags_first
@@ -404,12 +404,30 @@ def test_a_resumed_run_repeats_its_command(tmp_path):
 
 def test_places_are_those_that_the_run_was_started_with(tmp_path):
     """Not what a link or a relative path means now; a run folder of any name is reached."""
-    run = make_run(tmp_path / "a b=1,[c]", model={"path": "/first"}, task={"source": "default"})
-    write_json(run / "env.json", {"overrides": ["model.path=logs/latest/model/final", "task.source=default"]})
+    reward = {"path": "/judge", "key": "${oc.env:A_KEY}"}
+    run = make_run(
+        tmp_path / "a b=1,[c]", model={"path": "/first"}, task={"source": "default"}, reward=reward
+    )
+    words = [
+        "model.path=logs/latest/model/final",
+        "task.source=default",
+        "+reward.path=logs/latest/model/final",
+    ]
+    write_json(run / "env.json", {"overrides": words})
     resume = f'resume="{run}"'
-    assert with_command_of([f"resume={run}"]) == ["task.source=default", "++model.path=/first", resume]
+    places = ["++model.path=/first", "++reward.path=/judge"]
+    assert with_command_of([f"resume={run}"]) == ["task.source=default", *places, resume]
     (tmp_path / "link").symlink_to(run)
     assert with_command_of([f"resume={tmp_path / 'link'}", "model.path=x"])[-2:] == [resume, "model.path=x"]
+
+
+def test_what_a_reward_reads_is_settled_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "latest").symlink_to("judge")
+    monkeypatch.setenv("A_KEY", f"{tmp_path}/latest")
+    reward = {"path": f"{tmp_path}/latest", "other": "a/b", "key": "${oc.env:A_KEY}"}
+    found = placed(OmegaConf.create({"reward": reward})).reward
+    assert OmegaConf.to_container(found) == {**reward, "path": f"{tmp_path}/judge"}
 
 
 def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_done(tmp_path):
@@ -505,6 +523,7 @@ def test_another_run_cannot_be_resumed(tmp_path):
         ("model.dtype", "bfloat16", "=float32, the command says bfloat16;"),
         ("rollout.prompts", 8, "=32, the command says 8;"),
         ("hardware.precision", "bf16-mixed", "=32-true, the command says bf16-mixed;"),
+        ("validation.prompts", 8, "=256, the command says 8;"),
     ],
 )
 def test_what_makes_another_run_of_it_is_refused_at_a_resume(compose, key, value, message):

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from policylab.errors import UserError
 from policylab.models import loading, smollm2, tokenizers
+from policylab.models.adapter import fingerprint
 from policylab.models.loading import ASSETS, LoadedModel
 from policylab.models.scratch import find_tokenizer, from_scratch
 
@@ -472,3 +473,12 @@ def test_a_pad_token_that_is_a_real_one_has_a_gradient() -> None:
     model.lm(torch.tensor([[0, 5]])).logits.sum().backward()
     embedding: Any = model.lm.get_input_embeddings()
     assert embedding.weight.grad[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_sees_each_number(dtype: torch.dtype) -> None:
+    weights = [torch.zeros(300, 70, dtype=dtype).t(), torch.tensor(1.0, dtype=dtype)]
+    before = fingerprint(weights)
+    assert fingerprint([weight.clone() for weight in weights]) == before
+    weights[0][45, 123] = 1e-3
+    assert fingerprint(weights) != before

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.metrics_file import read_rows, write_rows
-from policylab.config.places import PLACES
+from policylab.config.places import PLACES, keys_of_reward
 from policylab.errors import UserError
 from policylab.launch.checkpoints import LAST, PREVIOUS, checkpoint_state
 from policylab.launch.find_run import find_run
@@ -34,8 +34,8 @@ MAY_CHANGE = (
     "model.cache_dir", "model.attn_implementation", "model.trust_remote_code", "task.data_dir",
     "reward.workers", "reward.pool", "rollout.max_rows", "rollout.gpu_memory", "rollout.sleep", "rollout.context",
 )  # fmt: skip
-#: Below these, what may not: the precision is part of every number.
-MAY_NOT_CHANGE = ("hardware.precision",)
+#: Below these, what may not: the precision is part of every number, and before and after are of the same prompts.
+MAY_NOT_CHANGE = ("hardware.precision", "validation.prompts")
 
 
 class NothingLeft(Exception):
@@ -83,7 +83,7 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
 def absolute_places(config: DictConfig) -> list[tuple[str, str]]:
     """The files and folders that a run reads, by key, as `placed` has settled them: what its command says of them may
     mean something else by now."""
-    found = ((key, OmegaConf.select(config, key)) for key in PLACES)
+    found = ((key, OmegaConf.select(config, key)) for key in (*PLACES, *keys_of_reward(config)))
     return [(key, place) for key, place in found if isinstance(place, str) and Path(place).is_absolute()]
 
 
