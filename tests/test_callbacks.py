@@ -21,7 +21,16 @@ from policylab.callbacks.health import Health
 from policylab.callbacks.kl import KLMonitor
 from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.callbacks.samples import Samples
-from policylab.callbacks.tables import config_tree, duration, headlines, number, pick
+from policylab.callbacks.tables import (
+    LoggedConsole,
+    before_after,
+    config_tree,
+    duration,
+    headlines,
+    number,
+    pick,
+    rows,
+)
 from policylab.errors import UserError
 from policylab.rollouts.types import Rollout, Sample
 
@@ -401,6 +410,17 @@ def test_plain_output_is_a_line_now_and_then(screen, trainer, module):
     assert len(lines) == 11
     assert lines[0] == "iteration 1/100  reward 0.25  kl 1.5"
     assert lines[-1].startswith("iteration 100/100")
+
+
+def test_brackets_and_names_of_pictures_are_text(caplog):
+    screen = LoggedConsole(file=io.StringIO(), width=100)
+    with caplog.at_level(logging.INFO):
+        screen.print("logs/a b=1,[c]/best.ckpt")
+        screen.print(before_after({}, {"val/f1[macro]": 0.5}))
+        screen.print(rows([("[red]", "logs/:dog:")]))
+    for shown in (screen.file.getvalue(), "\n".join(caplog.messages)):
+        for text in ("a b=1,[c]/best", "val/f1[macro] ", "[red]  logs/:dog:"):
+            assert text in shown
 
 
 def test_long_iterations_get_a_line_each(screen, trainer, module):

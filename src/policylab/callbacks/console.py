@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from policylab.callbacks.tables import console, duration, headlines, number
 
@@ -44,7 +45,8 @@ class Console(Callback):
                 f"{name.removeprefix('val/')} {number(metrics[name])}" for name in headlines(metrics)
             )
             count = f"{metrics['val/prompts']:.0f} prompts"
-            console().print(f"[bold]validation[/] {when} ({count}):  {shown}", soft_wrap=True)
+            line = Text.assemble(("validation", "bold"), f" {when} ({count}):  {shown}")
+            console().print(line, soft_wrap=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Sets up the bar."""
@@ -55,7 +57,7 @@ class Console(Callback):
             TextColumn("iteration"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
             TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
             console=console(),

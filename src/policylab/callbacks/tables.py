@@ -24,13 +24,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PLAIN_WIDTH = 110
+#: Of rich's consoles, which otherwise read brackets as styles, ``:x:`` as a picture, and colour numbers.
+PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 SAMPLE_WIDTH = 160
 #: Groups of the config that say where and how, not what; the tree leaves them to config.yaml.
 SIDE = ("paths", "callbacks", "logger")
 
 
 class LoggedConsole(Console):
-    """A console whose lines go to ``train.log`` as well, as plain text; also where it is quiet."""
+    """A console whose lines go to ``train.log`` as well, as plain text; also where it is quiet.
+
+    Brackets and ``:names:`` in what it prints are text, such as a path's or a metric's; styles are those of `Text`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**PLAIN_TEXT, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Rich's call."""
@@ -42,7 +50,7 @@ class LoggedConsole(Console):
         if not (log.isEnabledFor(logging.INFO) and world().main):
             return
         page = io.StringIO()
-        Console(file=page, width=PLAIN_WIDTH, highlight=False, color_system=None).print(*objects, **options)
+        Console(file=page, width=PLAIN_WIDTH, color_system=None, **PLAIN_TEXT).print(*objects, **options)
         lines = [line.rstrip() for line in page.getvalue().strip("\n").split("\n")]
         if any(lines):
             log.info("%s", "\n".join(lines if len(lines) == 1 else ["", *lines]))
@@ -51,10 +59,10 @@ class LoggedConsole(Console):
 @cache
 def console() -> LoggedConsole:
     """The console of this process: one, so that what is printed appears above a live progress bar."""
-    probe = LoggedConsole(highlight=False)
+    probe = LoggedConsole()
     if probe.is_terminal:
         return probe
-    return LoggedConsole(highlight=False, width=int(os.environ.get("COLUMNS", PLAIN_WIDTH)))
+    return LoggedConsole(width=int(os.environ.get("COLUMNS", PLAIN_WIDTH)))
 
 
 def short_path(path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
+from rich.text import Text
 
 from policylab.callbacks.tables import console
 from policylab.config.checks import demand_number, demand_switch, demand_whole
@@ -29,7 +30,7 @@ def generate_job(config: DictConfig) -> None:
     policy = load_policy(run_folder, config.policy, trained_with, config.trust_remote_code)
     for prompt in prompts(config.prompt):
         for text in completions(policy, prompt, config, trained_with):
-            console().print(f"[dim]{escaped(prompt)}[/]{escaped(text)}", soft_wrap=True)
+            console().print(Text.assemble((prompt, "dim"), text), soft_wrap=True)
 
 
 def check(config: DictConfig) -> None:
@@ -123,10 +124,3 @@ def completions(policy: Policy, text: str, config: DictConfig, trained_with: Dic
         policy.decode(tokens[:length].tolist())
         for tokens, length in zip(sampled.tokens, sampled.lengths.tolist(), strict=True)
     ]
-
-
-def escaped(text: str) -> str:
-    """Text in which rich finds no markup."""
-    from rich.markup import escape
-
-    return escape(text)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+from rich.text import Text
 
 from policylab import __version__
 from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, short_path
@@ -34,7 +35,7 @@ class Screen:
         """Header and config."""
         git = git_state(Path(self.config.paths.repo))
         commit = (git["commit"] or "no git repository")[:10] + (" with changes" if git["dirty"] else "")
-        self.console.print(f"[bold]PolicyLab[/] {__version__}   commit {commit}")
+        self.console.print(Text.assemble(("PolicyLab", "bold"), f" {__version__}   commit {commit}"))
         lines = [
             ("run", short_path(self.run_dir)),
             ("device", devices(self.config)),
