@@ -29,7 +29,7 @@ from policylab.launch.world import World
         ),
         (
             ["reward._target_=policylab.rewards.sentiment"],
-            "sentiment is a module; it takes a function or a class",
+            r"reward\._target_=policylab\.rewards\.sentiment is of the type module; it takes a function or a class",
         ),
         (["reward._partial_=false"], "if sentiment is the reward itself, give reward._partial_=true"),
         (
@@ -47,6 +47,7 @@ from policylab.launch.world import World
         (["seed=abc"], "seed='abc' is not a whole number"),
         (["iterations=2.5"], r"iterations=2\.5 is not a whole number"),
         (["rollout.prompts=0"], r"rollout\.prompts is 0; it must be at least 1"),
+        (["+reward.words=3"], r"reward\.words is not a key of sentiment; it has none"),
         (["+foo=1"], "foo is not a key of the config"),
         (["tags=a"], r"tags='a' is not a list"),
         (["hardware.devices=two"], r"hardware\.devices='two' is not a whole number"),

@@ -35,9 +35,11 @@ def test_a_row_is_named_where_it_is_refused(tiny_policy):
     )
     with pytest.raises(
         UserError,
-        match=message + r"needs \d+, of which \d+ for its prompt; lower rollout.max_new_tokens=24, or",
+        match=message + r"needs \d+, of which \d+ for its prompt; take \+\+task\.too_long=drop",
     ):
         fitted(tiny_policy, ROWS, "refuse")
+    with pytest.raises(UserError, match=r"; lower rollout\.max_new_tokens=63, or take"):
+        fitted(tiny_policy, [ROWS[0]], "refuse", new_tokens=ROOM - 1)
     assert len(fitted(tiny_policy, [ROWS[0], ROWS[3]], "refuse")) == 2
 
 

@@ -38,8 +38,9 @@ def reviews(source: str, data_dir: Path = Path("nowhere"), **changes: Any) -> Re
 
 
 def written(path: Path, *rows: object) -> str:
-    """A JSON-lines file; text goes into it as it stands."""
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    """A JSON-lines file; text and bytes go into it as they stand."""
+    lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+    path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
     return str(path)
 
 
@@ -70,7 +71,7 @@ class TestDefault:
 
 
 class TestFile:
-    def test_prompts_and_whole_texts(self, tmp_path: Path):
+    def test_prompts_and_whole_texts(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
         source = written(
             tmp_path / "mine.jsonl",
             {"prompt": "the cast", "completion": " is fine", "reference": {"stars": 4}, "split": "val"},
@@ -87,6 +88,7 @@ class TestFile:
             Example("one two three", " four five", None),
             Example("two", " words", None),  # of a short text, the last word is left to write
         ]  # and one word cannot be cut
+        assert "1 of 5 rows are left out: a text of one word" in caplog.text
 
     def test_held_out_rows_are_the_same_every_time(self, tmp_path: Path):
         source = written(tmp_path / "mine.jsonl", *({"prompt": f"row {i}"} for i in range(10)))
@@ -97,8 +99,9 @@ class TestFile:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ('{"prompt": ', r"mine.jsonl:2: Expecting value.*give one JSON object a line"),
-            ("[1]", r"mine.jsonl:2: \[1\] is no object"),
+            ('{"prompt": ', r"mine.jsonl:2: Expecting value at column 12; give one JSON object a line"),
+            ("[1]", r"mine.jsonl:2: \[1\] is no object; give \{.prompt.: "),
+            (b'{"prompt": "caf\xe9"}', r"mine.jsonl:2: 'utf-8' codec .*; save the file as UTF-8"),
             ({"review": "x"}, r"mine.jsonl:2: neither prompt nor text among the fields \['review'\]"),
             ({"prompt": ""}, r"mine.jsonl:2: prompt is ''; it must be a text that is not empty"),
             ({"prompt": 3}, r"mine.jsonl:2: prompt is 3"),
@@ -134,8 +137,14 @@ class TestFile:
 
     def test_too_few_rows(self, tmp_path: Path):
         source = written(tmp_path / "mine.jsonl", {"prompt": "a"}, {"prompt": "b"})
-        with pytest.raises(UserError, match=r"task.held_out=2, but .* has 2 rows"):
+        with pytest.raises(
+            UserError, match=r"task.held_out=2, but .* has 2 rows; give task.held_out from 1 to 1"
+        ):
             reviews(source)
+        with pytest.raises(UserError, match="has 1 rows; training and validation need one each"):
+            reviews(written(tmp_path / "one.jsonl", {"prompt": "a"}))
+        with pytest.raises(UserError, match="is a folder"):
+            reviews(tmp_path)
 
     def test_nothing_to_train_on(self, tmp_path: Path):
         with pytest.raises(UserError, match="no row to train on"):

@@ -48,8 +48,10 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
     given = {str(k): v for k, v in config.items() if k not in HYDRA_KEYS | ignore}
     for key in given:
         if key not in parameters:
-            near = nearest(f"{path}.{key}", [f"{path}.{name}" for name in parameters]).strip()
-            hint = near or f"known are {', '.join(parameters)}"
+            # a partial is called with its first arguments later: they are nobody's to give
+            keys = list(parameters)[1:] if config.get("_partial_") else list(parameters)
+            near = nearest(f"{path}.{key}", [f"{path}.{name}" for name in keys]).strip()
+            hint = near or (f"known are {', '.join(keys)}" if keys else "it has none")
             raise UserError(f"{path}.{key} is not a key of {target.__name__}; {hint}")
     demanded = [
         p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
@@ -89,9 +91,11 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
         ) from error
     if callable(target):
         return target
-    cannot = f"{path}._target_={name} cannot be imported:"
     if target is not None:
-        raise UserError(f"{cannot} {name} is a {type(target).__name__}; it takes a function or a class")
+        raise UserError(
+            f"{path}._target_={name} is of the type {type(target).__name__}; it takes a function or a class"
+        )
+    cannot = f"{path}._target_={name} cannot be imported:"
     module, _, attribute = name.rpartition(".")
     where = pydoc.locate(module) if module else None
     if where is None:

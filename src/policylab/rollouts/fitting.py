@@ -61,8 +61,10 @@ def fitting(
         f"{named} ({shown(worst.text)}), needs {needed(worst, new_tokens)}, of which {len(worst.tokens)} for its prompt"
     )
     if too_long == "refuse" or new_tokens >= limit:
+        helps = new_tokens >= limit or needed(worst, 1) <= limit
+        lower = f"lower rollout.max_new_tokens={new_tokens}, or " if helps else ""
         raise UserError(
-            f"{what}; lower rollout.max_new_tokens={new_tokens}, or take ++task.too_long=drop (they are left out) or "
+            f"{what}; {lower}take ++task.too_long=drop (they are left out) or "
             "++task.too_long=truncate (the beginning of a prompt and the end of a completion are cut)"
         )
     gone = {prompt.id for prompt in over}

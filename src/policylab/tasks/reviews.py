@@ -76,6 +76,8 @@ def _read(
     path = Path(source).expanduser()
     if path.is_file():
         return rows.read_jsonl(path, prompt_words, columns)
+    if path.is_dir():
+        raise UserError(f"task.source={source} is a folder; give a .jsonl file")
     if path.suffix in (".json", ".jsonl") or source.startswith((".", "/", "~")):
         raise UserError(f"task.source={source}: there is no such file (looked in {Path.cwd()})")
     return rows.read_hub(source, hub, prompt_words, columns)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from policylab.errors import UserError
 from policylab.tasks.base import Example
 from policylab.tasks.shuffle import permutation
 from policylab.user_code import said
+
+log = logging.getLogger(__name__)
 
 # Not the run's seed: runs with different seeds are compared on the same held-out rows.
 HELD_OUT_KEY = 0
@@ -37,7 +40,7 @@ def read_jsonl(path: Path, prompt_words: int, columns: Columns) -> list[Row]:
     Raises:
         UserError: naming file and line, for a line that is no such row.
     """
-    rows: list[Row] = []
+    read: list[Row | None] = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
@@ -45,10 +48,14 @@ def read_jsonl(path: Path, prompt_words: int, columns: Columns) -> list[Row]:
                 continue
             try:
                 fields = json.loads(line)
-            except ValueError as error:  # no JSON, or no UTF-8
-                raise UserError(f"{where}: {error}; give one JSON object a line") from None
-            rows += _row(fields, where, prompt_words, columns)
-    return rows
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}: {error.msg} at column {error.colno}; give one JSON object a line"
+                ) from None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: {error}; save the file as UTF-8") from None
+            read.append(_row(fields, where, prompt_words, columns))
+    return _told(read, str(path))
 
 
 def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, columns: Columns) -> list[Row]:
@@ -83,11 +90,12 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
         raise UserError(
             f"task.source={name}: the data set cannot be loaded ({said(error)}){chosen}"
         ) from error
-    rows: list[Row] = []
-    for ours, split in _splits(name, hub, list(found)):
-        for number, fields in enumerate(found[split]):
-            rows += _row(fields | {"split": ours}, f"{name}/{split}:{number}", prompt_words, columns)
-    return rows
+    read = [
+        _row(fields | {"split": ours}, f"{name}/{split}:{number}", prompt_words, columns)
+        for ours, split in _splits(name, hub, list(found))
+        for number, fields in enumerate(found[split])
+    ]
+    return _told(read, name)
 
 
 def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[tuple[str, str]]:
@@ -120,19 +128,34 @@ def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], l
         if not train:
             raise UserError(f"task.source={source} has no row to train on: all are held out (split: val)")
         return train, val
+    if len(train) < 2:
+        raise UserError(f"task.source={source} has {len(train)} rows; training and validation need one each")
     if not 0 < count < len(train):
         raise UserError(
-            f"task.held_out={count}, but task.source={source} has {len(train)} rows to share out; "
-            f"hold out at least 1 and leave at least 1, or mark rows with split: val"
+            f"task.held_out={count}, but task.source={source} has {len(train)} rows; give task.held_out from 1 to "
+            f"{len(train) - 1}, or mark the rows to hold out with split: val"
         )
     order = permutation(len(train), HELD_OUT_KEY)
     return [train[row] for row in order[count:]], [train[row] for row in order[:count]]
 
 
-def _row(fields: Any, where: str, prompt_words: int, columns: Columns) -> Iterator[Row]:
-    """The row that the fields describe; none for a text of one word, which cannot be cut in two."""
+def _told(read: list[Row | None], source: str) -> list[Row]:
+    """The rows; how many texts are left out is said."""
+    rows = [row for row in read if row is not None]
+    if len(rows) < len(read):
+        log.warning(
+            "task.source=%s: %d of %d rows are left out: a text of one word cannot be cut into prompt and completion",
+            source,
+            len(read) - len(rows),
+            len(read),
+        )
+    return rows
+
+
+def _row(fields: Any, where: str, prompt_words: int, columns: Columns) -> Row | None:
+    """The row that the fields describe; None for a text of one word, which cannot be cut in two."""
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: {fields!r:.60} is no object; give {{'prompt': ...}} or {{'text': ...}}")
+        raise UserError(f'{where}: {fields!r:.60} is no object; give {{"prompt": ...}} or {{"text": ...}}')
     for field, column in columns.items():
         if column not in fields:
             raise UserError(
@@ -145,16 +168,16 @@ def _row(fields: Any, where: str, prompt_words: int, columns: Columns) -> Iterat
     if "prompt" in fields:
         prompt = _text(fields, "prompt", where)
         completion = _text(fields, "completion", where) if fields.get("completion") else ""
-        yield Row(Example(prompt, completion, reference, where), split)
-    elif "text" in fields:
+        return Row(Example(prompt, completion, reference, where), split)
+    if "text" in fields:
         words = _text(fields, "text", where).split()
         cut = min(prompt_words, len(words) - 1)
-        if cut:
-            yield Row(Example(" ".join(words[:cut]), " " + " ".join(words[cut:]), reference, where), split)
-    else:
-        raise UserError(
-            f"{where}: neither prompt nor text among the fields {sorted(fields)}; say which is: task.columns.prompt=..."
-        )
+        if not cut:
+            return None
+        return Row(Example(" ".join(words[:cut]), " " + " ".join(words[cut:]), reference, where), split)
+    raise UserError(
+        f"{where}: neither prompt nor text among the fields {sorted(fields)}; say which is: task.columns.prompt=..."
+    )
 
 
 def _text(fields: dict[str, Any], name: str, where: str) -> str:
