@@ -647,7 +647,7 @@ def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
         "also that of the interrupted one"
     )
     assert read_status(run)["status"] == "done"
-    with pytest.raises(UserError, match="has done 4 of 4 iterations"):
+    with pytest.raises(UserError, match="has done 4 iterations, and iterations=4; give iterations=N above 4"):
         train([f"resume={run}"])
 
 

@@ -149,7 +149,8 @@ def check_same_run(config: DictConfig, run_folder: Path, checkpoint: Path | None
     done, sampled = state["iteration"], state["tokens_sampled"]
     if done > config.iterations or (finished and done == config.iterations):
         raise UserError(
-            f"{run_folder} has done {done} of {config.iterations} iterations; give iterations=N above that to go on"
+            f"{run_folder} has done {done} iterations, and iterations={config.iterations}; give iterations=N above "
+            f"{done} to go on"
         )
     if finished and config.max_tokens is not None and sampled >= config.max_tokens:
         raise UserError(
