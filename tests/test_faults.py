@@ -449,9 +449,9 @@ def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
     def session(checkpoint: Path | None = None) -> Any:
         built = experiment(tmp_path, algo("reinforce"), iterations=2, **{"callbacks.checkpoint.every": 100})
         built.trainer.limit_val_batches = built.trainer.val_check_interval = 1
-        module, means = built.module, built.module.reduced
+        module = built.module
         module.reward = Moody()
-        module.reduced = lambda m: means(m) | {"val/reward": float(module.iteration == 1)}
+        validated(module, lambda: float(module.iteration == 1))
         with quiet():
             built.trainer.validate(module, datamodule=built.data, ckpt_path=checkpoint, weights_only=True)
         return fit(built, checkpoint)
@@ -498,9 +498,20 @@ def improving(folder: Path, iterations: int, preset: str) -> Any:
     for callback in built.trainer.callbacks:
         if isinstance(callback, Checkpoint):
             callback.export = True
-    means = built.module.reduced
-    built.module.reduced = lambda m: means(m) | {"val/reward": float(built.module.iteration)}
+    validated(built.module, lambda: float(built.module.iteration))
     return built
+
+
+def validated(module: Any, reward: Callable[[], float]) -> None:
+    """Every validation records this reward."""
+    record = module.record
+
+    def recorded(metrics: dict[str, float]) -> None:
+        if "val/reward" in metrics:
+            metrics["val/reward"] = reward()
+        record(metrics)
+
+    module.record = recorded
 
 
 def test_a_best_that_a_kill_left_behind_is_made_right(tmp_path):

@@ -126,6 +126,7 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch, caplog,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(call, full)
+    monkeypatch.setattr("policylab.launch.patience.ROOM", 0.0)
     writer.save_checkpoint({"iteration": 2}, path)
     writer.wait()
     assert "last.ckpt: No space left on device; what stood there is kept" in caplog.text
