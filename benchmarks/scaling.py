@@ -208,8 +208,9 @@ def write(folder: Path, axes: dict[str, list[Point]], costs: dict[Point, Cost]) 
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    figure, panels = plt.subplots(1, len(axes), figsize=(2.6 * len(axes), 2.6), layout="constrained")
-    for panel, (axis, points) in zip(panels, axes.items(), strict=True):
+    size = (2.6 * len(axes), 2.6)
+    figure, panels = plt.subplots(1, len(axes), figsize=size, layout="constrained", squeeze=False)
+    for panel, (axis, points) in zip(panels[0], axes.items(), strict=True):
         for phase in PHASES[:2]:
             slope = exponent([costs[p] for p in points], phase)
             x, y = [getattr(p, axis) for p in points], [getattr(costs[p], phase) for p in points]
