@@ -219,7 +219,7 @@ def write(folder: Path, axes: dict[str, list[Point]], costs: dict[Point, Cost]) 
         panel.minorticks_off()
         panel.set_xlabel(axis)
         panel.legend(fontsize="small", frameon=False)
-    panels[0].set_ylabel("seconds an iteration")
+    panels[0, 0].set_ylabel("seconds an iteration")
     figure.savefig(folder / "scaling.png", dpi=110)
 
 
