@@ -43,6 +43,7 @@ from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.types import Prompt
 from race.weights import ARCHITECTURES
+from rollout import Endless
 
 ROOT = Path(__file__).parents[1]
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
@@ -61,14 +62,6 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "grpo-llama-bf16-mixed": ("llama", ("algo=grpo", "hardware.precision=bf16-mixed")),
     "grpo-llama-bf16-true": ("llama", ("algo=grpo", "hardware.precision=bf16-true")),
 }
-
-
-class Endless(Policy):
-    """No token ends a completion, so that every engine writes equally much."""
-
-    @property
-    def eos_id(self) -> int:
-        return int(self.lm.config.vocab_size)
 
 
 class Bench:
@@ -131,7 +124,7 @@ class Bench:
             dtype=dtype,
             attn_implementation="sdpa",
         )
-        return Endless(loaded, None).eval().to(self.device)
+        return Endless(loaded).eval().to(self.device)
 
 
 @contextmanager
