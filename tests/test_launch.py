@@ -621,6 +621,7 @@ def test_a_run_leaves_all_its_files(train, caplog, tmp_path):
     assert not list(run.rglob(".*")), "nothing half-written stays behind"
     assert (tmp_path / "logs" / "latest").resolve() == run
     said = "\n".join(caplog.messages)
+    # a command is one line, however long
     for line in ("PolicyLab", "sequences    ", "val/reward", f"resume={run} iterations=4"):
         assert line in said, "what the console would have shown, in the log"
 

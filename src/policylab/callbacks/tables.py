@@ -113,6 +113,12 @@ def rows(pairs: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
+def to_copy(pairs: Sequence[tuple[str, str]]) -> Text:
+    """Label and value, a row each, for paths and commands: printed with ``soft_wrap``, none is broken in two."""
+    width = max(len(label) for label, _ in pairs) + 2
+    return Text("\n").join(Text.assemble((label.ljust(width), "dim"), value) for label, value in pairs)
+
+
 def config_tree(config: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
     """The config, a branch for each group; what the command line changed has a star.
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from policylab.callbacks.tables import console, headlines, number, pick, rows, samples_table, short_path
+from policylab.callbacks.tables import (
+    console,
+    headlines,
+    number,
+    pick,
+    rows,
+    samples_table,
+    short_path,
+    to_copy,
+)
 from policylab.config.checks import demand_switch, demand_whole
 from policylab.launch.checkpoints import checkpoint_state, demand_fit
 from policylab.launch.checkpoints import demand_whole as demand_undamaged
@@ -29,7 +38,7 @@ def evaluate_job(config: DictConfig) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
     show(result, config.show)
-    console().print(rows([("written to", short_path(out))]), soft_wrap=True)
+    console().print(to_copy([("written to", short_path(out))]), soft_wrap=True)
 
 
 def check(config: DictConfig) -> None:

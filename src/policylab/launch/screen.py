@@ -9,7 +9,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
 from policylab import __version__
-from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, short_path
+from policylab.callbacks.tables import (
+    before_after,
+    config_tree,
+    console,
+    duration,
+    number,
+    rows,
+    short_path,
+    to_copy,
+)
 from policylab.launch.environment import git_state
 from policylab.launch.saved_config import plain
 from policylab.launch.words import command, override
@@ -43,7 +52,7 @@ class Screen:
         ]
         if self.config.resume:
             lines.insert(1, ("resuming", str(self.config.resume)))
-        self.console.print(rows(lines), soft_wrap=True)
+        self.console.print(to_copy(lines), soft_wrap=True)
         self.console.print(config_tree(plain(self.config), overrides))
 
     def plan(self, experiment: Experiment) -> None:
@@ -88,7 +97,7 @@ class Screen:
             ("", command("generate.py", override("run", folder), *final)),
             ("", command("train.py", override("resume", folder), *further)),
         ]
-        self.console.print(rows(lines), soft_wrap=True)
+        self.console.print(to_copy(lines), soft_wrap=True)
 
     def _length(self) -> str:
         """How long the run is, as the plan says it."""
