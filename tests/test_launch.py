@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -898,9 +899,8 @@ def test_numbers_tuned_for_other_weights_are_told(compose, tmp_path):
     from policylab.launch.run import tuned_for_others
 
     foreign = compose([f"model.path={tmp_path}"])
-    assert tuned_for_others(foreign, "ppo_tiny").startswith(
-        "optim.lr=0.0007 was tuned for the weights that come with"
-    )
+    told = tuned_for_others(foreign, "ppo_tiny")
+    assert re.match(r"optim\.lr=\S+ was tuned for the weights that come with", told)
     assert tuned_for_others(compose([]), "ppo_tiny") is None
     assert tuned_for_others(compose([f"model.path={tmp_path}", "optim.lr=1e-4"]), "ppo_tiny") is None
     assert tuned_for_others(foreign, "ppo_hf") is None

@@ -72,12 +72,12 @@ def look(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[
 
     @cache
     def seen(quick: bool) -> Seen:
-        name = "quick" if quick else "slow"
+        name = "processes_quick" if quick else "processes_slow"
         (folder / name).mkdir(exist_ok=True)
         cases = {name: case for name, case in CASES.items() if (name in QUICK) is quick}
         if worker_id == "master":
             return on_both(cases, folder / name)
-        shared = folder.parent / f"processes_{name}.pt"
+        shared = folder.parent / f"{name}.pt"
         with FileLock(f"{shared}.lock"):
             if not shared.exists():
                 torch.save(on_both(cases, folder / name), shared)

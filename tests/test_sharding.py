@@ -151,12 +151,13 @@ def look(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[
     @cache
     def seen(kind: str) -> Both:
         names = QUICK if kind == "quick" else SLOW
+        folder = base / f"sharding_{kind}"
         if worker_id == "master":
-            return on_both(base / kind, names)
+            return on_both(folder, names)
         shared = base.parent / f"sharding_{kind}.pt"
         with FileLock(f"{shared}.lock"):
             if not shared.exists():
-                torch.save(on_both(base / kind, names), shared)
+                torch.save(on_both(folder, names), shared)
         both: Both = torch.load(shared, weights_only=False)
         return both
 
