@@ -26,6 +26,7 @@ from policylab.modules.optimizer import AdamW
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.types import Prompt, Rollout
+from small_runs import quick
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
 #: own_layers of each kind; the models have two layers.
@@ -414,7 +415,7 @@ def train(compose, tmp_path):
     return run
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=quick(VARIANTS, ["shared_trunk"]))
 def variant(request, tmp_path) -> list[str]:
     """Overrides of each variant of the critic."""
     if request.param == "reward_model":

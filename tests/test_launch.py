@@ -44,6 +44,7 @@ from policylab.launch.saved_config import plain, refuse_taken_folder
 from policylab.launch.status import RunStatus, finish_status, read_status, running_process
 from policylab.launch.words import command, read, typed
 from policylab.launch.words import override as overriding
+from small_runs import quick
 
 ROOT = Path(__file__).parent.parent
 
@@ -676,7 +677,10 @@ def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("length", [["iterations=2"], ["iterations=9", "max_tokens=1"]])
+@pytest.mark.parametrize(
+    "length",
+    [["iterations=2"], pytest.param(["iterations=9", "max_tokens=1"], marks=pytest.mark.slow)],
+)
 def test_a_run_killed_after_its_last_iteration_is_finished(train, length):
     """Its validation, summary and models are what is left to do."""
     run = train(["validation.every=2", *length])
@@ -691,6 +695,7 @@ def test_a_run_killed_after_its_last_iteration_is_finished(train, length):
     assert read_status(run)["status"] == "done"
 
 
+@pytest.mark.slow
 def test_the_validation_of_an_earlier_end_stays(train):
     """Whatever became of the session that was to prolong the run."""
     run = train(["iterations=1", "validation.every=2"])
@@ -701,6 +706,7 @@ def test_the_validation_of_an_earlier_end_stays(train):
     assert read_rows(run / "metrics.csv")[1] == end
 
 
+@pytest.mark.slow
 def test_a_token_budget_ends_a_run_and_a_larger_one_prolongs_it(train):
     options = ["iterations=50", "validation.every=3", "callbacks.checkpoint.every=100"]
     run = train([*options, "max_tokens=1"])
@@ -758,7 +764,7 @@ def test_a_failure_is_on_record(train, tmp_path):
     assert not (tmp_path / "logs" / "latest").exists(), "there is nothing in it to evaluate"
 
 
-@pytest.mark.parametrize("debug", ["overfit", "profile", "'nan'"])
+@pytest.mark.parametrize("debug", quick(["overfit", "profile", "'nan'"], ["overfit"]))
 def test_debug_presets_run(train, debug):
     run = train([f"debug={debug}", "iterations=4" if debug == "profile" else "iterations=1", *QUICK])
     assert read_status(run)["status"] == "done"
@@ -833,6 +839,7 @@ def test_values_of_evaluate_and_generate_are_checked(compose, script, word, mess
         {"evaluate": evaluate, "generate": generate}[script].check(config)
 
 
+@pytest.mark.slow
 def test_settings_given_at_a_resume_take_effect(train):
     """The optimizer's state comes with the settings of old; the command's are the ones that count."""
     run = train(["iterations=2", "callbacks.checkpoint.every=1"])

@@ -22,6 +22,7 @@ from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.types import Prompt
+from small_runs import quick
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
 
@@ -398,7 +399,7 @@ class TestOutOfMemory:
         ):
             train(limit=0)
 
-    @pytest.mark.parametrize("algo", ["ppo", "trpo", "dqn"])
+    @pytest.mark.parametrize("algo", quick(["ppo", "trpo", "dqn"], ["ppo"]))
     def test_before_there_is_an_optimizer_and_whatever_the_algorithm(self, compose, tmp_path, algo):
         """The first forward passes are those of the preflight."""
         from policylab.config.build import build

@@ -35,6 +35,7 @@ from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
 from policylab.rollouts.replay import Memory, ReplayBuffer
 from policylab.rollouts.types import Prompt, Rollout
+from small_runs import quick
 
 MASK = torch.tensor([[True, True, False, True, False]])
 REWARDS = torch.tensor([[1.0, 2.0, 9.0, 4.0, 9.0]])  # 9: never looked at
@@ -498,7 +499,7 @@ def flat(policy) -> Tensor:
     return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, ["dqn"]))
 def test_updates_do_not_depend_on_the_micro_batch(compose, tmp_path, name):
     whole = flat(trained(compose, tmp_path, f"algo={name}").policy)
     cut = flat(trained(compose, tmp_path, f"algo={name}", "optim.micro_batch_tokens=40").policy)
@@ -552,7 +553,7 @@ def test_every_metric_is_in_the_glossary(compose, tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, ["dqn"]))
 def test_a_resumed_run_equals_one_that_went_through(compose, tmp_path, name):
     """Weights, target network, memory and metrics, bit for bit; the memory is full, so that its order matters."""
     from policylab.callbacks.metrics_file import read_rows
