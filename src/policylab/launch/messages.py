@@ -84,7 +84,7 @@ def improve(message: str) -> str:
         key = match["key"].split("@")[0]
         config = config_without(key)
         hint = new_keyword(config, key) or nearest(key.replace("/", "."), dotted_keys(config))
-        return f"{key} is not in the config; {hint}see what is with --cfg job"
+        return f"{key} is not in the config; {hint}--cfg job prints all keys"
     if match := MISSING.search(message):
         return f"{match['key']} must be given: {match['key']}=..."
     if match := UNRESOLVED.search(message):
