@@ -9,7 +9,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from policylab.launch.entry import as_job, guarded, prepare
+from policylab.cli.entry import as_job, guarded, prepare
 
 prepare(__file__)
 

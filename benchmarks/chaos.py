@@ -31,7 +31,7 @@ from typing import Any
 from kills.kinds import KINDS, Course, Kind, SmallDisk, may_mount
 from kills.settings import SETTINGS, Setting
 from kills.victim import Fate, compare, disturbed, undisturbed
-from policylab.launch.environment import describe_environment
+from policylab.runs.environment import describe_environment
 from race import figures
 
 ROOT = Path(__file__).parent.parent

@@ -34,8 +34,8 @@ from policylab.algorithms import (
 )
 from policylab.algorithms.reduction import Reduction
 from policylab.algorithms.surrogate import Surrogate
+from policylab.data.rollout import Evaluation, Rollout
 from policylab.functional import kl
-from policylab.rollouts.types import Evaluation, Rollout
 
 VOCABULARY, LENGTH, END = 3, 3, 0
 #: Prefixes after which a token is chosen: those without an end.

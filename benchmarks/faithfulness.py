@@ -24,16 +24,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from policylab.data.rollout import Prompt, Rollout
 from policylab.functional.linear_head import head_figures
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
-from policylab.launch.environment import describe_environment
 from policylab.models import policy as policy_module
 from policylab.models.policy import Policy
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt, Rollout
+from policylab.runs.environment import describe_environment
 from race import weights
 
 ROOT = Path(__file__).parents[1]

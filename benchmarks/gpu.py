@@ -34,14 +34,15 @@ from omegaconf import DictConfig
 from transformers import GenerationConfig
 
 import faithfulness
+from policylab.cli.logs import silence_noise
 from policylab.config import resolvers
-from policylab.launch.environment import cpu_name, git_state, package_versions
-from policylab.launch.logs import silence_noise
+from policylab.data.rollout import Prompt
+from policylab.distributed.machine import cpu_name
 from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
+from policylab.runs.environment import git_state, package_versions
 from race.weights import ARCHITECTURES
 from rollout import Endless
 

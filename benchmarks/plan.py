@@ -32,7 +32,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from policylab.config import resolvers
-from policylab.launch.environment import cpu_name, git_state, package_versions
+from policylab.distributed.machine import cpu_name
+from policylab.runs.environment import git_state, package_versions
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from policylab.functional import products
 from policylab.functional.products import linear, onednn_multiplies, outer
-from policylab.launch.environment import describe_environment
-from policylab.launch.products import measured, record
+from policylab.rollouts.products import measured, record
+from policylab.runs.environment import describe_environment
 
 #: (rows, in, out): layers of the tiny model and of GPT-2 at a micro-batch and at a decoding step, and GPT-2's head.
 SHAPES = [

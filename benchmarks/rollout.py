@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 import transformers
 
+from policylab.data.rollout import Prompt
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
@@ -33,7 +34,6 @@ from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.decoders.linear import Linear
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
 
 #: Random weights: what a token costs does not depend on them. SmolLM2-135M's and GPT-2's own sizes.
 MODELS = {

@@ -26,10 +26,10 @@ import torch
 from lightning import Callback, seed_everything
 from torch.profiler import ProfilerActivity, profile
 
+from policylab.cli.entry import prepare
+from policylab.cli.logs import silence_noise
 from policylab.config.build import build
-from policylab.launch.entry import prepare
-from policylab.launch.environment import cpu_name
-from policylab.launch.logs import silence_noise
+from policylab.distributed.machine import cpu_name
 from race import ours, weights
 from race.work import Work
 

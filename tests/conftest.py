@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 
 # The shapes in signatures are checked here, and only here: a run pays nothing for them.
 install_import_hook(
-    ["policylab.functional", "policylab.algorithms", "policylab.rollouts.types"], "typecheck.check"
+    ["policylab.functional", "policylab.algorithms", "policylab.data.rollout"], "typecheck.check"
 )
 
 import pytest

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from policylab.config import resolvers
+from policylab.data.rollout import Completion, Rollout
 from policylab.rewards.base import Reward
-from policylab.rollouts.types import Completion, Rollout
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -222,6 +222,6 @@ def quiet() -> Iterator[None]:
 
 def flat(parameters: Iterable[nn.Parameter]) -> Tensor:
     """All in one vector; of weights that are sharded, all of all processes."""
-    from policylab.models.sharding import whole
+    from policylab.distributed.sharding import whole
 
     return torch.cat([torch.zeros(0), *(whole(parameter.detach()).flatten() for parameter in parameters)])

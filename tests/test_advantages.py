@@ -23,6 +23,7 @@ from policylab.algorithms import (
     SequenceSum,
     VTrace,
 )
+from policylab.data.rollout import Rollout
 from policylab.errors import UserError
 from policylab.functional.advantages import (
     discounted_returns,
@@ -33,7 +34,6 @@ from policylab.functional.advantages import (
 )
 from policylab.functional.groups import best_of_group, group_centered, group_normalized, leave_one_out
 from policylab.functional.vtrace import vtrace
-from policylab.rollouts.types import Rollout
 
 ALL = (
     ReturnToGo(0.9, "none", False),

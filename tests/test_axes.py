@@ -27,12 +27,12 @@ from policylab.algorithms import (
     TokenMean,
     TruncatedImportance,
 )
+from policylab.data.rollout import Evaluation, Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional.kl import exact_in_reward
 from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Evaluation, Prompt, Rollout
 
 
 def rollout_of(lengths: list[int], rewards: list[float], groups: list[int], width: int = 4) -> Rollout:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from policylab.config import hardware
+from policylab.distributed.world import World
 from policylab.errors import RunError, UserError
-from policylab.launch.world import World
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ from policylab.callbacks.tables import (
     pick,
     rows,
 )
+from policylab.data.rollout import Rollout, Sample
 from policylab.errors import UserError
-from policylab.rollouts.types import Rollout, Sample
 
 
 def sample(reward: float, iteration: int = 1, split: str = "val") -> Sample:

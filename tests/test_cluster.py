@@ -23,12 +23,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from policylab.callbacks.metrics_file import read_rows
+from policylab.cli.entry import flags_first
+from policylab.distributed.world import World, main_address, world
 from policylab.errors import ProcessFailed, UserError
-from policylab.launch.entry import flags_first
 from policylab.launch.processes import first_error, note_error
-from policylab.launch.status import read_status
-from policylab.launch.world import World, main_address, world
+from policylab.runs.metrics_file import read_rows
+from policylab.runs.status import read_status
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")

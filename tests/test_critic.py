@@ -18,14 +18,14 @@ from transformers import (
 
 from conftest import fresh_policy, scratch_model
 from policylab.algorithms import Critic
+from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.models.critic import value_model
 from policylab.models.policy import Policy
 from policylab.models.sequences import Sequences
-from policylab.modules.optimizer import AdamW
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt, Rollout
+from policylab.training.optimizer import AdamW
 from small_runs import quick
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
@@ -404,7 +404,7 @@ def train(compose, tmp_path):
 
     def run(overrides: list[str]) -> Path:
         from policylab.launch import run as job
-        from policylab.launch.resume import with_command_of
+        from policylab.runs.resume import with_command_of
 
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
@@ -429,9 +429,9 @@ def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
     from safetensors.torch import load_file
 
     from policylab.launch.evaluate import evaluate
-    from policylab.launch.find_run import find_checkpoint
     from policylab.launch.generate import completions, load_policy
-    from policylab.launch.saved_config import load_config
+    from policylab.runs.find import find_checkpoint
+    from policylab.runs.saved_config import load_config
 
     def state(run: Path) -> dict[str, torch.Tensor]:
         return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

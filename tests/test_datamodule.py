@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
-from policylab.rollouts.types import Prompt
 from policylab.tasks.datamodule import IterationSampler, PromptData
 
 DEFAULTS: dict[str, Any] = {"batch_size": 4, "val_batch_size": 4, "seed": 0, "iterations": 5}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from conftest import fresh_policy, scratch_model
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
 from policylab.models.policy import Policy
@@ -21,7 +22,6 @@ from policylab.rollouts.decoders.llama import Llama
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.sampling import BLOCK, by_triangle, draw, inverse_cdf
-from policylab.rollouts.types import Prompt
 
 SMALL = {
     "hidden_size": 32,

@@ -136,9 +136,9 @@ def test_as_many_whatever_the_number_of_sequences(waits, preset):
 def test_a_samples_length_counts_the_policys_tokens_alone(tmp_path):
     """The first position as if an environment had written it."""
     from policylab.config.build import build
-    from policylab.modules.experiment import rewarded
     from policylab.rewards.base import Scores
     from policylab.rollouts.noise import TRAIN
+    from policylab.training.experiment import rewarded
 
     with quiet():
         module = build(small(algo("ppo"), {}), tmp_path).module

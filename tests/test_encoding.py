@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 
 from policylab.callbacks.checkpoint import write_policy
 from policylab.errors import UserError
-from policylab.launch import checkpoints
 from policylab.models import loading
 from policylab.models.encoding import eos_ids
 from policylab.models.loading import LoadedModel, LoadOptions
@@ -20,6 +19,7 @@ from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
+from policylab.runs import checkpoints
 
 END, OTHER = 0, 5  # the tokenizer's EOS, and one that only the generation config names
 CHAT = (

@@ -48,7 +48,7 @@ from policylab.algorithms import (
     TokenMean,
     VTrace,
 )
-from policylab.rollouts.types import Rollout
+from policylab.data.rollout import Rollout
 
 PLAIN = ReturnToGo(1.0, "none", False)
 FREE = math.inf  # a bound that is never reached
@@ -101,7 +101,7 @@ def test_the_batches_are_all_there(world, size):
 @pytest.fixture
 def any_combination(monkeypatch):
     """Lets through what is refused, to show why."""
-    monkeypatch.setattr("policylab.algorithms.algorithm.check_combination", lambda _: None)
+    monkeypatch.setattr("policylab.algorithms.algorithm.check_combination", lambda *_: None)
 
 
 class TestUnbiased:

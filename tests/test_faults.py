@@ -26,28 +26,29 @@ from omegaconf import DictConfig
 
 from kills import records
 from policylab.callbacks import checkpoint as checkpoint_callback
-from policylab.callbacks import metrics_csv, samples, writing
+from policylab.callbacks import metrics_csv, samples
 from policylab.callbacks.checkpoint import Checkpoint, write_policy
 from policylab.callbacks.loggers import tolerated
 from policylab.callbacks.metrics_csv import MetricsCSV
-from policylab.callbacks.metrics_file import read_rows
 from policylab.callbacks.samples import Samples
-from policylab.callbacks.writing import write_state
+from policylab.cli.logs import LogFile
+from policylab.data.rollout import Completion
 from policylab.errors import RunError, UserError
-from policylab.launch import checkpoints, patience
-from policylab.launch.checkpoints import (
+from policylab.rewards.pool import pooled
+from policylab.runs import checkpoints, writing
+from policylab.runs import retry as patience
+from policylab.runs.checkpoints import (
     become_newest,
     checkpoint_iteration,
     damage,
     newest_whole_checkpoint,
     read,
 )
-from policylab.launch.find_run import checkpoint_to_resume
-from policylab.launch.logs import LogFile
-from policylab.launch.resume import rewind
-from policylab.launch.run_folder import append_whole
-from policylab.rewards.pool import pooled
-from policylab.rollouts.types import Completion
+from policylab.runs.find import checkpoint_to_resume
+from policylab.runs.folder import append_whole
+from policylab.runs.metrics_file import read_rows
+from policylab.runs.resume import rewind
+from policylab.runs.writing import write_state
 from small_runs import algo, levels, quiet, small
 
 
@@ -697,7 +698,7 @@ def test_a_run_outlives_a_full_disk(small_disk, caplog, monkeypatch):
 
 def test_in_the_end_a_state_that_could_not_be_written_is_an_error(tmp_path, monkeypatch):
     built = experiment(tmp_path, algo("reinforce"), iterations=2)
-    monkeypatch.setattr("policylab.callbacks.writing.save", full_disk)
+    monkeypatch.setattr("policylab.runs.writing.save", full_disk)
     monkeypatch.setattr(patience, "ROOM", 0.0)
     with pytest.raises(RunError, match=r"could not write .*last\.ckpt: No space left on device; make room"):
         fit(built)

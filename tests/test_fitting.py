@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.policy import Policy
 from policylab.rollouts.fitting import fitting, needed
-from policylab.rollouts.types import Prompt
 from policylab.tasks.base import Example
 
 NEW, ROOM = 24, 64  # tokens to sample, positions of the tiny model

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.rollouts.behaviour import epsilon_greedy, greedy
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt, Rollout
 
 PROMPTS = [Prompt(i + 5, "", tuple(range(1, 3 + 2 * i)), None, ()) for i in range(4)]
 GROUP, WIDTH = 3, 12

@@ -21,29 +21,30 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-from policylab.callbacks.metrics_file import read_rows
-from policylab.callbacks.writing import write_state
+from policylab.cli.entry import demand_one_choice, flags_first
+from policylab.cli.messages import improve, new_keyword
 from policylab.config import resolvers
-from policylab.config.places import demand_folder, placed
 from policylab.config.suggest import nearest
 from policylab.errors import UserError
-from policylab.launch.entry import demand_one_choice, flags_first
-from policylab.launch.environment import describe_environment
-from policylab.launch.find_run import checkpoint_to_resume, find_checkpoint, find_run
-from policylab.launch.messages import improve, new_keyword
-from policylab.launch.redaction import HIDDEN
-from policylab.launch.resume import (
+from policylab.models.folder import demand_folder
+from policylab.runs.environment import describe_environment
+from policylab.runs.find import checkpoint_to_resume, find_checkpoint, find_run
+from policylab.runs.folder import claim, demand_link, point_latest, write_atomically, write_json
+from policylab.runs.metrics_file import read_rows
+from policylab.runs.places import placed
+from policylab.runs.redaction import HIDDEN
+from policylab.runs.resume import (
     NothingLeft,
     check_same_run,
     demand_same_values,
     rewind,
     with_command_of,
 )
-from policylab.launch.run_folder import claim, demand_link, point_latest, write_atomically, write_json
-from policylab.launch.saved_config import plain, refuse_taken_folder
-from policylab.launch.status import RunStatus, finish_status, read_status, running_process
-from policylab.launch.words import command, read, typed
-from policylab.launch.words import override as overriding
+from policylab.runs.saved_config import plain, refuse_taken_folder
+from policylab.runs.status import RunStatus, finish_status, read_status, running_process
+from policylab.runs.words import command, read, typed
+from policylab.runs.words import override as overriding
+from policylab.runs.writing import write_state
 from small_runs import quick
 
 ROOT = Path(__file__).parent.parent
@@ -629,7 +630,7 @@ def test_a_run_leaves_all_its_files(train, caplog, tmp_path):
 
 
 def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
-    from policylab.launch.signals import Interrupted
+    from policylab.distributed.signals import Interrupted
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as stopped:
@@ -777,7 +778,7 @@ QUICK = ["rollout.prompts=4", "rollout.group_size=2", "rollout.max_new_tokens=4"
 def test_evaluate_and_generate_read_a_run(train, tmp_path):
     from policylab.launch.evaluate import evaluate
     from policylab.launch.generate import completions, load_policy
-    from policylab.launch.saved_config import load_config
+    from policylab.runs.saved_config import load_config
 
     run = train([])
     result = evaluate(run, find_checkpoint(run, "last"), prompts=None, seed=None)
@@ -853,7 +854,7 @@ def test_settings_given_at_a_resume_take_effect(train):
 def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, tiny, tmp_path, monkeypatch):
     """Links and relative paths are settled at the start, and contents are compared ever after."""
     from policylab.launch.evaluate import evaluate
-    from policylab.launch.saved_config import load_config
+    from policylab.runs.saved_config import load_config
 
     def save(weights: float, name: str) -> None:
         lm = copy.deepcopy(tiny.lm)
@@ -974,7 +975,7 @@ def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding):
     code = (
-        "from policylab.launch.entry import prepare; prepare('train.py');"
+        "from policylab.cli.entry import prepare; prepare('train.py');"
         "from policylab.callbacks.tables import config_tree, console, before_after;"
         "console().print('\\N{GRINNING FACE} \\u2500'); console().print(config_tree({'a': {'b': '\\u4e2d'}}, []));"
         "console().print(before_after({'val/x': 1.0}, {'val/x': 2.0}))"

@@ -12,7 +12,7 @@ import torch
 
 from conftest import scratch_model
 from policylab.callbacks.checkpoint import write_policy
-from policylab.callbacks.writing import write_state
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models import adapter
 from policylab.models.adapter import LoRA, adapted_layers, adapters_off, save_adapters, whole_weights
@@ -25,8 +25,8 @@ from policylab.rollouts.decoders import decoder_for
 from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
 from policylab.rollouts.vllm import hand_over
+from policylab.runs.writing import write_state
 from small_runs import PRESETS, algo, levels, quiet, small
 
 pytest.importorskip("peft")
@@ -431,7 +431,7 @@ def train(compose, tmp_path):
 
     def run(overrides: list[str]) -> Path:
         from policylab.launch import run as job
-        from policylab.launch.resume import with_command_of
+        from policylab.runs.resume import with_command_of
 
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
@@ -446,11 +446,11 @@ def test_a_run_is_resumed_evaluated_and_asked(train, tmp_path):
     """Bit for bit, from a file that holds adapters and critic alone; not beside other weights."""
     from omegaconf import OmegaConf
 
-    from policylab.callbacks.metrics_file import read_rows
     from policylab.launch.evaluate import evaluate
-    from policylab.launch.find_run import find_checkpoint
     from policylab.launch.generate import completions, load_policy
-    from policylab.launch.saved_config import load_config
+    from policylab.runs.find import find_checkpoint
+    from policylab.runs.metrics_file import read_rows
+    from policylab.runs.saved_config import load_config
 
     def state(run: Path) -> dict[str, torch.Tensor]:
         return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policylab.models.average import Average
-from policylab.modules.optimizer import MasterAdamW
+from policylab.training.average import Average
+from policylab.training.optimizer import MasterAdamW
 from small_runs import algo, flat, levels, quiet, small
 
 RATE = 1e-5
@@ -130,7 +130,7 @@ def test_a_run_in_bf16_resumes_to_the_bit(
     preset: str, options: tuple[str, ...], changes: dict[str, Any], tmp_path: Path
 ) -> None:
     from policylab.callbacks.checkpoint import Checkpoint
-    from policylab.launch.checkpoints import LAST, PREVIOUS
+    from policylab.runs.checkpoints import LAST, PREVIOUS
 
     ends = []
     for name in ("through", "resumed"):

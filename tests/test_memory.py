@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from conftest import fresh_policy
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.trunk import decoder_layers, freeze_below
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
 from small_runs import quick
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
@@ -236,7 +236,7 @@ from hydra import compose, initialize_config_dir
 from lightning import Callback
 root, folder, products = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
-from policylab.launch.entry import prepare
+from policylab.cli.entry import prepare
 prepare(str(root / "train.py"))
 from policylab.config.build import build
 with initialize_config_dir(str(root / "configs"), version_base="1.3"):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from policylab.callbacks.metrics_csv import MetricsCSV
-from policylab.callbacks.metrics_file import best_row, read_rows, validated
-from policylab.launch.resume import rewind
 from policylab.report.read import _read_curves as read_run_curves
+from policylab.runs.metrics_file import best_row, read_rows, validated
+from policylab.runs.resume import rewind
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from conftest import fresh_policy, scratch_model
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional import kl, products
 from policylab.functional.linear_head import Head, head_figures
@@ -17,11 +18,10 @@ from policylab.functional.masks import length_mask
 from policylab.functional.ragged import Ragged
 from policylab.models.packing import packed
 from policylab.models.sequences import Sequences, can_pack
-from policylab.modules import micro_batches
-from policylab.modules.micro_batches import cut, tokens_that_fit
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
+from policylab.training import micro_batches
+from policylab.training.micro_batches import cut, tokens_that_fit
 from small_runs import quick
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]

@@ -13,8 +13,8 @@ import torch
 
 from conftest import fresh_policy
 from policylab.config.build import build_policy, instantiate, model_config
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
-from policylab.launch.saved_config import plain
 from policylab.models.critic import value_model
 from policylab.models.meta import outline
 from policylab.models.trunk import freeze_below
@@ -27,7 +27,7 @@ from policylab.planning.shape import Shape, shape_of
 from policylab.planning.work import Rates, exchanged, work
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
+from policylab.runs.saved_config import plain
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "data" / "models" / "smollm2"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policylab.errors import UserError
-from policylab.modules.preflight import preflight
+from policylab.training.preflight import preflight
 from small_runs import Changed
 
 #: Factors of the logits: the policy as it is, and more and more certain of each token.

@@ -11,9 +11,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.rollouts.noise import TRAIN
-from policylab.rollouts.types import Prompt
 from shared_runs import Case, Record, joined, on_both
 from small_runs import PRESETS, algo, quick, small
 

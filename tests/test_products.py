@@ -19,7 +19,7 @@ from policylab.functional.products import (
     onednn_multiplies,
     outer,
 )
-from policylab.launch import products as choosing
+from policylab.rollouts import products as choosing
 from policylab.rollouts.decoders.linear import Linear
 
 pytestmark = pytest.mark.skipif(not onednn_multiplies(), reason="this build of PyTorch has no such operator")

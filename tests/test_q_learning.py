@@ -20,6 +20,7 @@ from policylab.algorithms import (
     SoftBackup,
     TargetNetwork,
 )
+from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional.advantages import discounted_returns
 from policylab.functional.q_learning import (
@@ -34,7 +35,6 @@ from policylab.rollouts.behaviour import epsilon_greedy, greedy
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
 from policylab.rollouts.replay import Memory, ReplayBuffer
-from policylab.rollouts.types import Prompt, Rollout
 from small_runs import quick
 
 MASK = torch.tensor([[True, True, False, True, False]])
@@ -556,9 +556,9 @@ def test_every_metric_is_in_the_glossary(compose, tmp_path, name):
 @pytest.mark.parametrize("name", quick(NAMES, ["dqn"]))
 def test_a_resumed_run_equals_one_that_went_through(compose, tmp_path, name):
     """Weights, target network, memory and metrics, bit for bit; the memory is full, so that its order matters."""
-    from policylab.callbacks.metrics_file import read_rows
-    from policylab.launch.resume import with_command_of
     from policylab.launch.run import train
+    from policylab.runs.metrics_file import read_rows
+    from policylab.runs.resume import with_command_of
 
     folder = tmp_path / "run"
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from numpy.random import RandomState
 
+from policylab.data.rollout import Completion
 from policylab.errors import UserError
 from policylab.rewards.optimality import optimality
-from policylab.rollouts.types import Completion
 from policylab.tasks.base import Task
 from policylab.tasks.random_walks import RandomWalks, draw_graph, draw_walk, shortest_lengths
 

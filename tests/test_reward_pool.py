@@ -16,13 +16,13 @@ from traceback import format_exception as traceback_of
 
 import pytest
 
-from policylab.callbacks.metrics_file import read_rows
+from policylab.data.text import Completion
 from policylab.errors import RunError, UserError
 from policylab.rewards.base import Score, score
 from policylab.rewards.optimality import optimality
 from policylab.rewards.pool import PooledReward, begin, ended_workers, in_this_process, pooled
 from policylab.rewards.sentiment import sentiment
-from policylab.rollouts.text import Completion
+from policylab.runs.metrics_file import read_rows
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f" a {word} film" for word in ("good", "bad", "great", "dull", "moving", "long", "fine")]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from policylab.data.rollout import Completion
 from policylab.errors import RunError, UserError
 from policylab.rewards.base import Score, Scores, demand_reward, score
 from policylab.rewards.optimality import optimality
 from policylab.rewards.sentiment import sentiment
-from policylab.rollouts.types import Completion
 from policylab.tasks.base import measured
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from policylab.data.plan import BatchPlan
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.engine import pad_left
 from policylab.rollouts.noise import TRAIN, VALIDATION, uniforms
-from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.sampling import inverse_cdf
-from policylab.rollouts.types import Prompt
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
 GROUP, WIDTH = 3, 12

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import fresh_policy, scratch_model
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.planning.read import describe
 from policylab.rollouts.cached import CachedEngine
@@ -14,7 +15,6 @@ from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.row_limit import EVERY_ROW, RowLimit, is_out_of_memory, rows_that_fit
-from policylab.rollouts.types import Prompt
 from small_runs import Changed, algo, small
 
 GROUP, WIDTH = 3, 8

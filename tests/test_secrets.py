@@ -11,16 +11,16 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from policylab.cli.hydra_files import Redacted, tidy
+from policylab.cli.logs import Formatter
 from policylab.errors import UserError
-from policylab.launch import redaction
-from policylab.launch.hydra_files import Redacted, tidy
-from policylab.launch.logs import Formatter
-from policylab.launch.redaction import HIDDEN, redact, redact_text, redact_words
-from policylab.launch.resume import with_command_of
 from policylab.launch.run import changes, demand_consent
-from policylab.launch.run_folder import write_json
-from policylab.launch.saved_config import demand_known, plain, self_contained, with_consent
-from policylab.launch.status import RunStatus, read_status
+from policylab.runs import redaction
+from policylab.runs.folder import write_json
+from policylab.runs.redaction import HIDDEN, redact, redact_text, redact_words
+from policylab.runs.resume import with_command_of
+from policylab.runs.saved_config import demand_known, plain, self_contained, with_consent
+from policylab.runs.status import RunStatus, read_status
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ def test_hydra_s_own_files_hold_no_secrets(tmp_path):
 def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
     """In no file, of a logger's either, and what stands in the environment is known again at evaluation."""
     from policylab.launch.evaluate import evaluate
-    from policylab.launch.find_run import find_checkpoint
+    from policylab.runs.find import find_checkpoint
 
     monkeypatch.setenv("PAID_KEY", "sk-SECRET123")
     run = train_briefly(

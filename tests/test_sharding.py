@@ -20,7 +20,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from policylab.errors import UserError
-from policylab.launch.checkpoints import LAST, PREVIOUS
+from policylab.runs.checkpoints import LAST, PREVIOUS
 from small_runs import algo, flat, levels, quiet, small
 
 #: Adam's first steps divide by little where there is hardly a gradient, and make much of its rounding.

@@ -16,8 +16,8 @@ import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from conftest import Compose
+from policylab.data.rollout import Completion
 from policylab.errors import UserError
-from policylab.rollouts.types import Completion
 from policylab.tasks import vader
 from policylab.tasks.base import Example, examples, take_validation
 from policylab.tasks.metrics import distinct_2, polarity

@@ -25,11 +25,11 @@ from policylab.algorithms import (
     SequenceSum,
     TokenMean,
 )
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
-from policylab.modules.optimizer import AdamW
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
+from policylab.training.optimizer import AdamW
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
 
@@ -205,7 +205,7 @@ def test_frozen_copy_shares_nothing_that_trains(tiny_policy):
 
 
 def _rollout_of(mask):
-    from policylab.rollouts.types import Rollout
+    from policylab.data.rollout import Rollout
 
     n, width = mask.shape
     return Rollout(

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from policylab.algorithms import LineSearch, TrustRegion
+from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional import kl
 from policylab.functional.conjugate_gradient import conjugate_gradient
-from policylab.modules.experiment import means_of
-from policylab.modules.fisher import Actor, FisherProducts, fisher_diagonal, twice_differentiable
-from policylab.modules.skipping import NotFinite
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt, Rollout
+from policylab.training.experiment import means_of
+from policylab.training.fisher import Actor, FisherProducts, fisher_diagonal, twice_differentiable
+from policylab.training.skipping import NotFinite
 from small_runs import algo as preset
 from small_runs import small, train
 

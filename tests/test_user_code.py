@@ -13,9 +13,9 @@ from lightning import Callback
 from torch import nn
 
 from policylab.config.build import Experiment, build
+from policylab.data.rollout import Completion
 from policylab.errors import RunError
 from policylab.launch.run import log_failure
-from policylab.rollouts.types import Completion
 from policylab.user_code import call, place, said, shown
 from small_runs import algo, quiet, small
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
 from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
 from policylab.rollouts.vllm import VllmEngine
 
 PROMPTS = [Prompt(i + 5, "", tuple(range(1, 3 + 2 * i)), None, ()) for i in range(3)]

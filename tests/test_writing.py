@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from policylab.callbacks import writing
-from policylab.callbacks.writing import BackgroundWriter, snapshot, write_state
 from policylab.errors import RunError
-from policylab.launch.checkpoints import link_atomically
+from policylab.runs import writing
+from policylab.runs.checkpoints import link_atomically
+from policylab.runs.writing import BackgroundWriter, snapshot, write_state
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch, caplog,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(call, full)
-    monkeypatch.setattr("policylab.launch.patience.ROOM", 0.0)
+    monkeypatch.setattr("policylab.runs.retry.ROOM", 0.0)
     writer.save_checkpoint({"iteration": 2}, path)
     writer.wait()
     assert "last.ckpt: No space left on device; what stood there is kept" in caplog.text

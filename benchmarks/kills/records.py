@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from policylab.errors import UserError
-from policylab.launch.checkpoints import checkpoint_iteration, newest_whole_checkpoint
-from policylab.launch.status import read_status
+from policylab.runs.checkpoints import checkpoint_iteration, newest_whole_checkpoint
+from policylab.runs.status import read_status
 
 #: Of a checkpoint: the config, with its folder, and Lightning's count of validations, which a run that begins with
 #: another one counts again. None of it acts.

@@ -13,13 +13,13 @@ from lightning import Callback, seed_everything
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
+from policylab.cli.entry import prepare
+from policylab.cli.logs import silence_noise
 from policylab.config.build import build
-from policylab.launch.entry import prepare
-from policylab.launch.environment import describe_environment
-from policylab.launch.logs import silence_noise
-from policylab.modules.experiment import ExperimentModule
-from policylab.rollouts.types import Completion, Rollout
+from policylab.data.rollout import Completion, Rollout
+from policylab.runs.environment import describe_environment
 from policylab.tasks.base import Example
+from policylab.training.experiment import ExperimentModule
 from race import work
 from race.lane import Lane
 from race.work import Work

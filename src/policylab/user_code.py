@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from policylab.data.text import Completion
 from policylab.errors import RunError, UserError
-from policylab.rollouts.text import Completion
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ import torch
 
 import faithfulness
 from gpu_device import DEVICE, MARKS, needs_cuda
+from policylab.data.rollout import Prompt
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.rollouts.types import Prompt
 from test_decoders import MODELS, policy_of
 
 pytestmark = MARKS

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from gpu_device import ACCELERATOR, CUDA, MARKS, needs_cuda
 from policylab.config import build
-from policylab.modules.sharded_strategy import ShardedStrategy
+from policylab.distributed.sharded_strategy import ShardedStrategy
 from small_runs import PRESETS, algo, small, train
 
 pytestmark = MARKS
@@ -108,7 +108,7 @@ def test_fsdp_of_one_process_equals_none(monkeypatch):
 @needs_cuda
 def test_memory_that_runs_out_halves_the_micro_batches(monkeypatch):
     """With the GPU's own error."""
-    from policylab.modules.optimization import ManualOptimization
+    from policylab.training.optimization import ManualOptimization
 
     passes = ManualOptimization.micro_batches
     hungry = []

@@ -9,8 +9,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.data.rollout import Rollout
 from policylab.functional.masks import AllSum
-from policylab.rollouts.types import Rollout
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from policylab.algorithms.sampling import DynamicSampling
 from policylab.algorithms.surrogate import Surrogate
 from policylab.algorithms.truncation import Truncation
 from policylab.algorithms.update import Update
+from policylab.data.rollout import Evaluation, Rollout
 from policylab.errors import demand
 from policylab.functional.masks import AllSum, last_position
 from policylab.functional.surrogates import value_loss
-from policylab.rollouts.types import Evaluation, Rollout
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         demand("algo.entropy_coef", self.entropy_coef, 0)
-        check_combination(self)
+        check_combination(self.advantage, self.surrogate, self.update, self.kl, self.critic, self.importance)
 
     @property
     def uses_critic(self) -> bool:

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.algorithms.advantage import Advantage, Estimate
+from policylab.data.rollout import Rollout
 from policylab.errors import UserError, demand
 from policylab.functional.advantages import discounted_returns, subtract_batch_mean
 from policylab.functional.groups import best_of_group, group_centered, group_normalized, leave_one_out
 from policylab.functional.masks import AllSum, masked_sum, whiten
-from policylab.rollouts.types import Rollout
 
 
 @dataclass(frozen=True)

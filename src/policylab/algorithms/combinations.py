@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from policylab.algorithms.advantage import Advantage
+from policylab.algorithms.critic import Critic
 from policylab.algorithms.critic_advantages import VTrace
-from policylab.algorithms.surrogate import CISPO, ClippedRatio, LogProb, SequenceRatio
+from policylab.algorithms.importance import TruncatedImportance
+from policylab.algorithms.kl import KLPenalty, NoPenalty
+from policylab.algorithms.surrogate import CISPO, ClippedRatio, LogProb, SequenceRatio, Surrogate
 from policylab.algorithms.trust_region import TrustRegion
 from policylab.algorithms.update import MinibatchEpochs, SingleStep
 from policylab.errors import UserError
 
-if TYPE_CHECKING:
-    from policylab.algorithms.algorithm import Algorithm
 
-
-def check_combination(algorithm: Algorithm) -> None:
+def check_combination(
+    advantage: Advantage,
+    surrogate: Surrogate,
+    update: MinibatchEpochs | SingleStep | TrustRegion,
+    kl: KLPenalty | NoPenalty,
+    critic: Critic | None,
+    importance: TruncatedImportance | None,
+) -> None:
     """Refuses parts that make no sense together.
 
     Raises:
         UserError: naming them, the reason, and what to take instead.
     """
-    for refused, reason in _reasons(algorithm):
-        if refused:
-            raise UserError(reason)
-
-
-def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
-    advantage, surrogate, update = algorithm.advantage, algorithm.surrogate, algorithm.update
     credit, loss = type(advantage).__name__, type(surrogate).__name__
     steps = update.epochs * update.minibatches
-    critic, critic_steps = algorithm.critic, steps
+    critic_steps = steps
     # One epoch of one minibatch is left in peace: it is a corner of the usual sweep.
     first_and_last = isinstance(update, SingleStep)
     if isinstance(update, TrustRegion):
         first_and_last = update.line_search is None  # which would look at the loss after the step
         critic_steps = update.critic_epochs * update.critic_minibatches
-    return [
+    refusals: list[tuple[bool, str]] = [
         (
-            advantage.needs_values and algorithm.critic is None,
+            advantage.needs_values and critic is None,
             f"algo.advantage={credit} needs a critic, but algo.critic is none; "
             "take algo/critic=shared_trunk or another algo/advantage",
         ),
@@ -70,7 +69,7 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
             "token; take algo/advantage=group, group_mean, leave_one_out or best_of_group",
         ),
         (
-            algorithm.kl.exact_in_reward and advantage.per_sequence,
+            kl.exact_in_reward and advantage.per_sequence,
             f"algo.kl.estimator=exact in the reward charges each token for what follows it, and "
             f"algo.advantage={credit} credits whole sequences, "
             "which would bias it; take algo.kl.estimator=k1 or algo/advantage=whitened_return",
@@ -81,12 +80,12 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
             "surrogate's ratio does already; take algo.update.reestimate=false or algo/advantage=gae",
         ),
         (
-            isinstance(surrogate, SequenceRatio) and algorithm.importance is not None,
+            isinstance(surrogate, SequenceRatio) and importance is not None,
             f"algo.surrogate={loss} has one ratio a sequence, and algo/importance=truncated a weight for each token; "
             "take algo/importance=none",
         ),
         (
-            isinstance(advantage, VTrace) and algorithm.importance is not None,
+            isinstance(advantage, VTrace) and importance is not None,
             "algo.advantage=VTrace corrects for the sampler itself, and algo/importance=truncated would do so twice; "
             "take algo/importance=none",
         ),
@@ -96,3 +95,6 @@ def _reasons(algorithm: Algorithm) -> list[tuple[bool, str]]:
             "same again; take false or algo/advantage=gae",
         ),
     ]
+    for refused, reason in refusals:
+        if refused:
+            raise UserError(reason)

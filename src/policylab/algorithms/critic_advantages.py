@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.algorithms.advantage import Advantage, Estimate
+from policylab.data.rollout import Rollout
 from policylab.errors import demand
 from policylab.functional.advantages import gae, n_step
 from policylab.functional.masks import AllSum, whiten
 from policylab.functional.vtrace import vtrace
-from policylab.rollouts.types import Rollout
 
 
 @dataclass(frozen=True)

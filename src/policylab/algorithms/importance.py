@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.data.rollout import Rollout
 from policylab.errors import demand
-from policylab.rollouts.types import Rollout
 
 
 @dataclass(frozen=True)

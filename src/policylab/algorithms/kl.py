@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.algorithms.reference import Reference
+from policylab.data.rollout import Evaluation, Rollout
 from policylab.errors import UserError, demand
 from policylab.functional.kl import SAMPLED, exact_in_reward
-from policylab.rollouts.types import Evaluation, Rollout
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from policylab.data.rollout import Rollout
 from policylab.errors import UserError, demand
 from policylab.functional.masks import last_position
 from policylab.functional.q_learning import (
@@ -20,7 +21,6 @@ from policylab.functional.q_learning import (
     taken,
     td_loss,
 )
-from policylab.rollouts.types import Rollout
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from policylab.data.rollout import Rollout
 from policylab.errors import UserError, demand
-from policylab.rollouts.types import Rollout
 
 
 @runtime_checkable

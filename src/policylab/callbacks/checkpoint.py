@@ -15,13 +15,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 
 from policylab.callbacks.metrics_csv import MetricsCSV
-from policylab.callbacks.metrics_file import best_row
-from policylab.callbacks.writing import BackgroundWriter
 from policylab.errors import UserError
-from policylab.launch.checkpoints import LAST, checkpoint_iteration, link_atomically, read
-from policylab.launch.run_folder import write_json
 from policylab.models.adapter import save_adapters, whole_weights
 from policylab.models.loading import quiet_bars
+from policylab.runs.checkpoints import LAST, checkpoint_iteration, link_atomically, read
+from policylab.runs.folder import write_json
+from policylab.runs.metrics_file import best_row
+from policylab.runs.writing import BackgroundWriter
 
 #: Beside an exported policy: which iteration it is of.
 STAMP = "policylab.json"

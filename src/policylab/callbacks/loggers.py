@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.errors import UserError
-from policylab.launch.run_folder import write_atomically
+from policylab.runs.folder import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from policylab.callbacks.metrics_file import columns_of, format_row, read_rows, write_rows
 from policylab.errors import RunError
-from policylab.launch.patience import Patience, wait_for_room
+from policylab.runs.metrics_file import columns_of, format_row, read_rows, write_rows
+from policylab.runs.retry import Patience, wait_for_room
 
 
 class MetricsCSV(Logger):

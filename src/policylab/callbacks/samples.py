@@ -15,10 +15,10 @@ from lightning.pytorch.loggers import WandbLogger
 
 from policylab.callbacks.loggers import attempt
 from policylab.callbacks.tables import console, pick, samples_table
+from policylab.data.rollout import Sample
 from policylab.errors import RunError
-from policylab.launch.patience import Patience, wait_for_room
-from policylab.launch.run_folder import append_whole
-from policylab.rollouts.types import Sample
+from policylab.runs.folder import append_whole
+from policylab.runs.retry import Patience, wait_for_room
 
 COLUMNS = ("iteration", "split", "prompt", "completion", "reward", "parts", "kl", "length", "ended")
 

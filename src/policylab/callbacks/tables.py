@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from policylab.launch.world import world
+from policylab.distributed.world import world
 
 if TYPE_CHECKING:
-    from policylab.rollouts.types import Sample
+    from policylab.data.rollout import Sample
 
 log = logging.getLogger(__name__)
 

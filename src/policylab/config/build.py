@@ -20,27 +20,27 @@ from policylab.callbacks.loggers import tolerated
 from policylab.config.checks import check
 from policylab.config.hardware import backend
 from policylab.config.signatures import check_signatures
+from policylab.data.plan import BatchPlan, ReplayPlan
+from policylab.data.rollout import Prompt
+from policylab.distributed.cluster import Cluster
+from policylab.distributed.sharded_strategy import ShardedStrategy
+from policylab.distributed.world import world
 from policylab.errors import RunError, UserError
-from policylab.launch.cluster import Cluster
-from policylab.launch.products import choose_products
-from policylab.launch.saved_config import as_yaml
-from policylab.launch.world import world
 from policylab.models.adapter import LoRA
 from policylab.models.critic import ValueModel, value_model
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
 from policylab.models.trunk import decoder_layers, freeze_below
-from policylab.modules import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
-from policylab.modules.experiment import ExperimentModule, Parts
-from policylab.modules.sharded_strategy import ShardedStrategy
 from policylab.rewards.pool import pooled
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.fitting import fitting
-from policylab.rollouts.plan import BatchPlan, ReplayPlan
+from policylab.rollouts.products import choose_products
 from policylab.rollouts.row_limit import EVERY_ROW
-from policylab.rollouts.types import Prompt
+from policylab.runs.saved_config import as_yaml
 from policylab.tasks.base import Example, Task, data_fingerprint, examples, take_validation
 from policylab.tasks.datamodule import PromptData
+from policylab.training import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
+from policylab.training.experiment import ExperimentModule, Parts
 from policylab.user_code import is_theirs, place, said
 
 #: Keys of ``rollout`` that say what is sampled at a time, and are not for the engine.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from omegaconf import DictConfig, OmegaConf
 
+from policylab.distributed.machine import cores, gpus
+from policylab.distributed.world import world
 from policylab.errors import UserError
-from policylab.launch.world import world
 
 AUTO = "auto"
 #: Processes a core, beyond which a number is a mistake. A few more than cores is slow, and of use to try things out.
@@ -74,15 +73,3 @@ def backend(hardware: DictConfig) -> str:
     if hardware.accelerator == "cpu":
         return "gloo"
     return "cpu:gloo,cuda:nccl" if hardware.cpu_offload else "nccl"  # norms are summed where the shares are
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def gpus() -> int:
-    """That torch sees."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

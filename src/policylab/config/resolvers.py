@@ -22,9 +22,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from policylab.launch.find_run import find_run
-from policylab.launch.run_folder import claim
-from policylab.launch.world import lasting
+from policylab.distributed.world import lasting
+from policylab.runs.find import find_run
+from policylab.runs.folder import claim
 
 
 @cache

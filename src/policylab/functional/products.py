@@ -2,7 +2,7 @@
 
 PyTorch multiplies fp32 matrices with MKL, which is the fastest there is on Intel processors and runs at half speed on
 AMD's. oneDNN, which PyTorch carries for other precisions, is about as fast on both. Which of them is faster for which
-products `policylab.launch.products` measures; until `use` is called all products are PyTorch's own. Sums are taken in
+products `policylab.rollouts.products` measures; until `use` is called all products are PyTorch's own. Sums are taken in
 another order, so results differ by rounding.
 
 oneDNN's operator is private to PyTorch, so it is tried before it is used. It has fast kernels only for matrices that

@@ -20,12 +20,12 @@ from policylab.callbacks.tables import (
     to_copy,
 )
 from policylab.config.checks import demand_switch, demand_whole
-from policylab.launch.checkpoints import checkpoint_state, demand_fit
-from policylab.launch.checkpoints import demand_whole as demand_undamaged
-from policylab.launch.find_run import find_checkpoint, find_run
 from policylab.launch.imports import import_libraries
-from policylab.launch.run_folder import write_json
-from policylab.launch.saved_config import demand_known, load_config, with_consent
+from policylab.runs.checkpoints import checkpoint_state, demand_fit
+from policylab.runs.checkpoints import demand_whole as demand_undamaged
+from policylab.runs.find import find_checkpoint, find_run
+from policylab.runs.folder import write_json
+from policylab.runs.saved_config import demand_known, load_config, with_consent
 
 
 def evaluate_job(config: DictConfig) -> None:
@@ -76,8 +76,8 @@ def evaluate(
     """
     checkpoint_state(demand_undamaged(checkpoint))
     import_libraries()
+    from policylab.cli.logs import silence_noise
     from policylab.config.build import build
-    from policylab.launch.logs import silence_noise
 
     silence_noise()
     warnings.filterwarnings(
@@ -116,7 +116,7 @@ def for_evaluation(config: DictConfig, prompts: int | None, seed: int | None) ->
 
 def show(result: dict[str, Any], count: int) -> None:
     """Metrics and a few samples, for people."""
-    from policylab.rollouts.types import Sample
+    from policylab.data.rollout import Sample
 
     screen = console()
     name = short_path(Path(result["checkpoint"]))

@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from policylab.callbacks.writing import BackgroundWriter
-from policylab.launch.find_run import LATEST
-from policylab.launch.run_folder import point_latest
-from policylab.launch.status import RunStatus
+from policylab.runs.find import LATEST
+from policylab.runs.folder import point_latest
+from policylab.runs.status import RunStatus
+from policylab.runs.writing import BackgroundWriter
 
 
 class FollowStatus(Callback):

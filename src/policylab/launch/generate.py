@@ -13,9 +13,9 @@ from rich.text import Text
 from policylab.callbacks.tables import console
 from policylab.config.checks import demand_number, demand_switch, demand_whole
 from policylab.errors import UserError
-from policylab.launch.find_run import find_run
 from policylab.launch.imports import UNUSED, absent
-from policylab.launch.saved_config import demand_known, load_config
+from policylab.runs.find import find_run
+from policylab.runs.saved_config import demand_known, load_config
 
 if TYPE_CHECKING:
     from policylab.models.policy import Policy
@@ -64,9 +64,9 @@ def load_policy(
     import torch
 
     with absent(UNUSED):
-        from policylab.launch.products import choose_products
         from policylab.models.loading import LoadOptions, from_folder
         from policylab.models.policy import Policy
+        from policylab.rollouts.products import choose_products
 
     choose_products(trained_with.hardware.products)
     folder = run_folder / "model" / which

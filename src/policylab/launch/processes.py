@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +27,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.config.hardware import cores
+from policylab.cli.logs import escape_unprintable
+from policylab.cli.messages import is_mistake, one_line
+from policylab.distributed.machine import cores
+from policylab.distributed.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, can_listen, stop_at_once
+from policylab.distributed.world import world
 from policylab.errors import ProcessFailed, RunError, UserError
-from policylab.launch.logs import escape_unprintable
-from policylab.launch.messages import is_mistake, one_line
-from policylab.launch.saved_config import self_contained
-from policylab.launch.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, can_listen, stop_at_once
-from policylab.launch.status import FAILED, INTERRUPTED, finish_status, now
-from policylab.launch.world import world
+from policylab.runs.saved_config import self_contained
+from policylab.runs.status import FAILED, INTERRUPTED, finish_status, now
 
 log = logging.getLogger(__name__)
+
+Train = Callable[..., float | None]
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 #: Seconds in which the processes that are left when one has failed may end by themselves.
@@ -49,6 +51,7 @@ STOP = "stop"
 class Job:
     """What a process needs to know."""
 
+    train: Train
     config: str  #: resolved but for what stands in the environment, as YAML
     logging: str  #: Hydra's ``job_logging``, resolved, as YAML
     run_dir: str
@@ -57,8 +60,10 @@ class Job:
     launcher: int  #: its process
 
 
-def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[str]) -> float | None:
-    """Runs ``train`` on ``hardware.devices`` processes.
+def launch(
+    train: Train, config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[str]
+) -> float | None:
+    """Runs ``train(config, run_dir, overrides, signals=...)`` on ``hardware.devices`` processes.
 
     Returns:
         What rank 0 returns.
@@ -94,6 +99,7 @@ def launch(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[
             shutdown_timeout=GRACE,
         )
         job = Job(
+            train=train,
             config=OmegaConf.to_yaml(OmegaConf.create(self_contained(config))),
             logging=OmegaConf.to_yaml(job_logging, resolve=True),
             run_dir=str(run_dir),
@@ -137,8 +143,6 @@ def work(job: Job) -> Outcome:
     """One process of the group."""
     from hydra.core.utils import configure_log
 
-    from policylab.launch.run import train
-
     escape_unprintable()
     end_with(job.launcher)
     end_at_word_of(job.launcher)
@@ -151,7 +155,7 @@ def work(job: Job) -> Outcome:
         if isinstance(noted_error(Path(job.errors)), UserError | RunError):
             return Outcome(useless=True)
         configure_log(read(job.logging))
-        return Outcome(train(read(job.config), Path(job.run_dir), job.overrides, signals=[PASSED_ON]))
+        return Outcome(job.train(read(job.config), Path(job.run_dir), job.overrides, signals=[PASSED_ON]))
     except Interrupted as stopped:
         if stopped.together:
             return Outcome(signum=stopped.signum)

@@ -12,31 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.callbacks.metrics_file import read_rows, validated
+from policylab.cli.logs import FILE_ONLY, silence_noise
+from policylab.cli.screen import Screen
 from policylab.config.checks import check
 from policylab.config.hardware import backend, processes, settled
-from policylab.config.places import demand_folder, placed
-from policylab.errors import RunError, UserError
-from policylab.launch.checkpoints import become_newest, checkpoint_iteration, checkpoint_state, demand_fit
-from policylab.launch.find_run import LATEST, checkpoint_to_resume
-from policylab.launch.imports import import_libraries
-from policylab.launch.logs import FILE_ONLY, silence_noise
-from policylab.launch.redaction import redact_words
-from policylab.launch.resume import check_same_run, override_key, rewind
-from policylab.launch.run_folder import demand_link, forgotten_if_refused, leaving_nothing, write_json
-from policylab.launch.saved_config import (
-    TRUST,
-    learn_secrets,
-    leaves,
-    plain,
-    refuse_taken_folder,
-    save_config,
-)
-from policylab.launch.screen import Screen
-from policylab.launch.signals import SIGNALS, Interrupted
-from policylab.launch.status import RunStatus
-from policylab.launch.summary import summarize, write_summary
-from policylab.launch.world import (
+from policylab.distributed.signals import SIGNALS, Interrupted
+from policylab.distributed.world import (
     agreed,
     connect,
     demand_same,
@@ -46,7 +27,27 @@ from policylab.launch.world import (
     noted,
     world,
 )
+from policylab.errors import RunError, UserError
+from policylab.launch.imports import import_libraries
+from policylab.models.folder import demand_folder
 from policylab.rewards.pool import ended_workers
+from policylab.runs.checkpoints import become_newest, checkpoint_iteration, checkpoint_state, demand_fit
+from policylab.runs.find import LATEST, checkpoint_to_resume
+from policylab.runs.folder import demand_link, forgotten_if_refused, leaving_nothing, write_json
+from policylab.runs.metrics_file import read_rows, validated
+from policylab.runs.places import placed
+from policylab.runs.redaction import redact_words
+from policylab.runs.resume import check_same_run, override_key, rewind
+from policylab.runs.saved_config import (
+    TRUST,
+    learn_secrets,
+    leaves,
+    plain,
+    refuse_taken_folder,
+    save_config,
+)
+from policylab.runs.status import RunStatus
+from policylab.runs.summary import summarize, write_summary
 
 if TYPE_CHECKING:
     from policylab.config.build import Experiment
@@ -87,7 +88,7 @@ def start(config: DictConfig, job_logging: Any, run_dir: Path, overrides: list[s
         return train(config, run_dir, overrides)
     from policylab.launch.processes import launch
 
-    return launch(config, job_logging, run_dir, overrides)
+    return launch(train, config, job_logging, run_dir, overrides)
 
 
 def changes(hydra: Any) -> list[str]:
@@ -252,7 +253,7 @@ def prepare(config: DictConfig, run_dir: Path, overrides: list[str], checkpoint:
     from lightning import seed_everything
 
     from policylab.config.build import build
-    from policylab.launch.environment import describe_environment
+    from policylab.runs.environment import describe_environment
 
     silence_noise()
     seed_everything(config.seed, workers=True, verbose=False)

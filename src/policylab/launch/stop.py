@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from lightning import Callback, Trainer
 
-from policylab.launch.signals import ECHO, SIGNALS, Interrupted, can_listen
-from policylab.launch.world import world
+from policylab.distributed.signals import ECHO, SIGNALS, Interrupted, can_listen
+from policylab.distributed.world import world
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 import policylab
-from policylab.config.places import demand_folder
 from policylab.errors import UserError
 from policylab.models import hub
 from policylab.models.encoding import takes_chat

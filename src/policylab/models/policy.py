@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from policylab.data.rollout import Evaluation, Prompt, Rollout
 from policylab.functional import kl
 from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
@@ -23,7 +24,6 @@ from policylab.models.encoding import encode, encode_chats, end_of_answer, eos_i
 from policylab.models.head import is_linear, watch_head
 from policylab.models.sequences import Sequences, can_pack, on_grid, trial_rollout
 from policylab.models.trunk import TrunkPass, compile_layers, recomputed_layers, watch_layers
-from policylab.rollouts.types import Evaluation, Prompt, Rollout
 
 if TYPE_CHECKING:
     from policylab.models.critic import ValueModel

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from policylab.data.rollout import Rollout
 from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
 from policylab.functional.products import FastProducts, replaces_layers
 from policylab.functional.ragged import on_device
 from policylab.models.packing import REPLACED, CannotPackError, Packing, packed, rows_of
-from policylab.rollouts.types import Rollout
 
 
 @dataclass(frozen=True)

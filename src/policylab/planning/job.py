@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from policylab.data.plan import rows_at_once, tokens_a_pass
 from policylab.planning.shape import Shape
-from policylab.rollouts.plan import rows_at_once, tokens_a_pass
 
 BF16, FP32 = 2, 4
 

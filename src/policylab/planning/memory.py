@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from policylab.distributed.allocator import KEPT
 from policylab.functional.linear_head import CHUNK
-from policylab.launch.allocator import KEPT
 from policylab.planning.job import FP32, Job
 
 GIB = 2**30
@@ -20,7 +20,7 @@ GIB = 2**30
 LIBRARIES = 0.42 * GIB
 CONTEXT = 0.75 * GIB
 #: Freed memory that the C library keeps for the next tensors, measured after some tens of iterations: most of what
-#: launch/allocator.py allows, and holes between what is in use, as a share of that.
+#: distributed/allocator.py allows, and holes between what is in use, as a share of that.
 FREED = 0.7 * KEPT
 HOLES = 0.1
 #: Tables over tokens and vocabulary that are held at once where whole distributions are compared.
@@ -101,7 +101,7 @@ def optimized_bytes(job: Job) -> float:
 
 
 def state_bytes(job: Job) -> float:
-    """Of the optimizer's state: two moments and, of weights below fp32, a copy, all in fp32 (modules/optimizer.py)."""
+    """Of the optimizer's state: two moments and, of weights below fp32, a copy, all in fp32 (training/optimizer.py)."""
     shape, low = job.shape, job.shape.weight_bytes < FP32
     policy = shape.trained * job.method.optimizes_policy * (3 if low and not shape.adapters else 2)
     critic = 0 if job.critic is None else job.critic.parameters * (3 if low else 2)
@@ -109,7 +109,7 @@ def state_bytes(job: Job) -> float:
 
 
 def averages_bytes(job: Job) -> float:
-    """Of the fp32 average that a network below fp32 follows another by (models/average.py)."""
+    """Of the fp32 average that a network below fp32 follows another by (training/average.py)."""
     shape = job.shape
     if shape.weight_bytes >= FP32 or shape.adapters:
         return 0.0
@@ -286,7 +286,7 @@ def reordered(job: Job) -> float:
 
 
 def checkpoint_copy(job: Job) -> float:
-    """The state in main memory while it is written beside the training (see callbacks/writing.py)."""
+    """The state in main memory while it is written beside the training (see runs/writing.py)."""
     shape = job.shape
     weights = 0.0 if shape.adapters else shape.parameters * shape.weight_bytes
     slow = trained_bytes(job) + averages_bytes(job)

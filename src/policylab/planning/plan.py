@@ -7,9 +7,8 @@ from omegaconf import DictConfig
 
 from policylab.callbacks.tables import console
 from policylab.config.checks import check
+from policylab.distributed.world import world
 from policylab.errors import UserError, demand
-from policylab.launch.products import choose_products
-from policylab.launch.world import world
 from policylab.planning.advice import together
 from policylab.planning.job import FP32, Job
 from policylab.planning.memory import GIB, main_memory, peak
@@ -17,6 +16,7 @@ from policylab.planning.probe import probe
 from policylab.planning.read import describe
 from policylab.planning.show import show
 from policylab.planning.work import Rates
+from policylab.rollouts.products import choose_products
 
 
 def plan_job(config: DictConfig) -> None:

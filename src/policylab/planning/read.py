@@ -20,17 +20,18 @@ from policylab.config.build import (
     model_config,
     without,
 )
-from policylab.config.hardware import AUTO, gpus
+from policylab.config.hardware import AUTO
+from policylab.data.plan import BatchPlan
+from policylab.distributed.allocator import main_memory
+from policylab.distributed.machine import gpus
+from policylab.distributed.world import world
 from policylab.errors import UserError
-from policylab.launch.allocator import main_memory
-from policylab.launch.world import world
 from policylab.models.encoding import encode, encode_chats
 from policylab.models.loading import ASSETS, read_tokenizer
 from policylab.models.meta import Outline, outline
 from policylab.planning.job import BF16, FP32, Batch, Critic, Hardware, Job, Method
 from policylab.planning.memory import GIB
 from policylab.planning.shape import Shape, after_layers, backbone, shape_of
-from policylab.rollouts.plan import BatchPlan
 from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.tasks.base import Example, Task, examples, take_validation
 

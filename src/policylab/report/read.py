@@ -15,8 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from policylab.errors import UserError
-from policylab.launch.find_run import find_run
-from policylab.launch.status import DONE, read_status
+from policylab.runs.find import find_run
+from policylab.runs.status import DONE, read_status
 
 ITERATION, TOKENS, KL = "iteration", "train/tokens", "val/kl"
 FILES = ("config.yaml", "metrics.csv", "status.json")

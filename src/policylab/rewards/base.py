@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from policylab.data.text import Completion
 from policylab.errors import UserError
-from policylab.rollouts.text import Completion
 from policylab.user_code import call, shown
 
 #: The largest number of single precision, in which rewards are kept.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypedDict
 
+from policylab.data.text import Completion
 from policylab.errors import UserError
 from policylab.rewards.base import Score
-from policylab.rollouts.text import Completion
 
 
 class Map(TypedDict):

@@ -19,12 +19,12 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
+from policylab.data.text import Completion
+from policylab.distributed.signals import SIGNALS
 from policylab.errors import RunError, UserError, demand
-from policylab.launch.signals import SIGNALS
 from policylab.rewards.base import Reward, Score, Scores, ask, checked, demand_reward, reward_name, score
 from policylab.rewards.memory import remembers
 from policylab.rewards.networks import frozen
-from policylab.rollouts.text import Completion
 from policylab.user_code import call, said
 
 #: More would be a slip of the finger.

@@ -7,8 +7,8 @@ from functools import cache
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from policylab.data.text import Completion
 from policylab.rewards.base import Score
-from policylab.rollouts.text import Completion
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
 from policylab.models.policy import Policy
@@ -20,7 +21,6 @@ from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.decoders import Decoder, decoder_for
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
 from policylab.rollouts.sampling import demand_finite, draw
-from policylab.rollouts.types import Prompt, Rollout
 
 #: Finished rows leave the batch once they are this share of it; about as many rows of the cache are then copied.
 COMPACT_AT = 0.125

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional.masks import length_mask
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
-from policylab.rollouts.types import Prompt, Rollout
 
 
 class Engine(Protocol):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.policy import Policy
 from policylab.rollouts.engine import context
-from policylab.rollouts.types import Prompt
 from policylab.user_code import shown
 
 log = logging.getLogger(__name__)

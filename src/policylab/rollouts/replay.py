@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from policylab.data.rollout import Rollout
 from policylab.functional.masks import length_mask
-from policylab.rollouts.types import Rollout
 
 PER_TOKEN = ("tokens", "actions", "logprobs", "ref_logprobs")
 

@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.data.plan import rows_at_once
+from policylab.data.rollout import Prompt, Rollout
+from policylab.distributed.allocator import main_memory
+from policylab.distributed.world import world
 from policylab.errors import UserError
-from policylab.launch.allocator import main_memory
-from policylab.launch.world import world
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
-from policylab.rollouts.plan import rows_at_once
-from policylab.rollouts.types import Prompt, Rollout
 
 #: For engines that schedule their rows themselves.
 EVERY_ROW = sys.maxsize

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError, demand
 from policylab.models.adapter import whole_weights
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour, greedy
 from policylab.rollouts.engine import assemble, check_context, check_settings
-from policylab.rollouts.types import Prompt, Rollout
 
 
 class VllmEngine:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from policylab.data.rollout import Completion, Prompt
 from policylab.errors import UserError
 from policylab.rewards.base import finite, handed_over, is_named, one_for_each
-from policylab.rollouts.types import Completion, Prompt
 from policylab.user_code import call, shown
 
 log = logging.getLogger(__name__)

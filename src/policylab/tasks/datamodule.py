@@ -13,8 +13,8 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
+from policylab.data.rollout import Prompt, PromptBatch
 from policylab.errors import UserError
-from policylab.rollouts.types import Prompt, PromptBatch
 from policylab.tasks.shuffle import permutation
 
 Share = Callable[[Sequence[int]], list[int]]  # of a batch's rows, those of this process

@@ -15,10 +15,10 @@ from string import ascii_lowercase
 import numpy as np
 from numpy.random import RandomState
 
+from policylab.data.rollout import Completion
 from policylab.errors import UserError
 from policylab.rewards.base import score
 from policylab.rewards.optimality import Map, optimality
-from policylab.rollouts.types import Completion
 from policylab.tasks.base import Example
 
 GOAL = 0  # the node whose letter is "a"

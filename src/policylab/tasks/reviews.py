@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from policylab.data.rollout import Completion
 from policylab.errors import UserError
-from policylab.rollouts.types import Completion
 from policylab.tasks import rows, vader
 from policylab.tasks.metrics import distinct_2, polarity
 

@@ -1,0 +1,154 @@
+"""One line for what is wrong with a command line or a config, with the nearest match where a name is unknown."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from policylab.config.suggest import nearest
+from policylab.errors import RunError, UserError
+from policylab.runs.saved_config import unresolved
+
+#: Optuna's, of a search whose best is asked for.
+NO_TRIAL = "No trials are completed yet."
+#: Of a disk that is full, or that nobody may write on: no fault of the program's.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
+UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<path>[^']+)'")
+# The key alone, with its path in the next line; or, behind an interpolation, the path at once.
+MISSING = re.compile(r"Missing mandatory value: (?:(\S+)\s+full_key: (?=\S+\.\1\b))?(?P<key>\S+)")
+SEARCHED = re.compile(r"path=file://(\S+)")
+NOISE = ("full_key", "Error parsing override", "object_type", "See http", "reference_type")
+
+
+def one_line(error: BaseException) -> str | None:
+    """What is to be told of an error in place of its traceback; None for one that nobody has foreseen."""
+    for cause in causes(error):
+        if isinstance(cause, UserError | RunError | FloatingPointError):
+            return str(cause)
+    if isinstance(error, OSError) and no_room(error):
+        what = error.filename or "a file of the run"
+        return f"could not write {what}: {error.strerror}; make room, or take another folder"
+    if NO_TRIAL in str(error):
+        return "no trial of the search has succeeded; the status.json of each says why"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: {improve(str(error))}; write name=value, text with commas in quotes"
+    if isinstance(error, InstantiationException):
+        return None  # what a part raised while it was built is told with its traceback
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return improve(str(error))
+    return None
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether the input was wrong, rather than the run unlucky."""
+    told = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
+    return isinstance(told[0], UserError) if told else not no_room(error)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a disk is full, or nobody may write there."""
+    return isinstance(error, OSError) and error.errno in NO_ROOM
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    current: BaseException | None = error
+    seen = set[int]()  # an error may name itself as its cause
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def improve(message: str) -> str:
+    """Hydra's message in one line, with a suggestion where one can be made."""
+    if (match := UNKNOWN_CHOICE.search(message)) and (
+        found := group_of(match["path"], SEARCHED.findall(message))
+    ):
+        group, choice, choices = found
+        hint = instead(group, choice) or nearest(choice, choices)
+        problem = f"{group}={choice} does not exist" if choice else f"{group}= names nothing"
+        return f"{problem}; {hint}choose from: {', '.join(choices)}"
+    if match := UNKNOWN_KEY.search(message):
+        key = match["key"].split("@")[0]
+        config = config_without(key)
+        hint = new_keyword(config, key) or nearest(key.replace("/", "."), dotted_keys(config))
+        return f"{key} is not in the config; {hint}--cfg job prints all keys"
+    if match := MISSING.search(message):
+        return f"{match['key']} must be given: {match['key']}=..."
+    if why := unresolved(message):
+        return why
+    lines = [line.strip() for line in message.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(NOISE))
+
+
+def group_of(path: str, roots: list[str]) -> tuple[str, str, list[str]] | None:
+    """The config group before a choice that does not exist, the choice, and those that do; None without a group."""
+    for end in sorted((match.start() for match in re.finditer("/", path)), reverse=True):
+        group = path[:end]
+        folders = [
+            folder for root in roots if not group.endswith("/") and (folder := Path(root, group)).is_dir()
+        ]
+        if folders:
+            return group, path[end + 1 :], sorted({file.stem for f in folders for file in f.glob("*.yaml")})
+    return None
+
+
+def instead(group: str, choice: str) -> str:
+    """What to write for a choice that is no name of a config, but that of a folder, a file, a class or a function."""
+    if group == "model" and "/" in choice:
+        folder = choice[0] in "/.~" or Path(choice).is_dir()
+        words = f"model.path={choice} model.name=NAME" if folder else f"model.name={choice}"
+        return f"write model=hf {words}; "
+    if group == "task" and choice.endswith((".json", ".jsonl")):
+        return f"write task.source={choice}; "
+    return f"write {group}._target_={choice}; " if "." in choice and group in ("reward", "task") else ""
+
+
+def new_keyword(config: DictConfig, key: str) -> str:
+    """How to add a key that the user's own class or function takes; nothing where it takes no such key."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else None
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if target is None or target.startswith("policylab."):
+        return ""
+    try:
+        parameters = inspect.signature(get_object(target)).parameters
+    except Exception:  # it cannot be imported or has no signature: told when it is built
+        return ""
+    return f"to give it to {target}, write +{key}=...; " if name in parameters else ""
+
+
+def config_without(unknown: str) -> DictConfig:
+    """The config that this command line would give without the unknown key."""
+    from hydra import compose, initialize_config_dir
+
+    script = Path(sys.argv[0]).resolve()
+    overrides = [
+        word for word in sys.argv[1:] if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)
+    ]
+    try:
+        with initialize_config_dir(str(script.parent / "configs"), version_base="1.3"):
+            return compose(script.stem, overrides)
+    except (HydraException, OmegaConfBaseException):
+        return OmegaConf.create()  # something else is wrong too: no suggestion, and the first mistake is told
+
+
+def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All keys of a config, groups before what they hold; nothing is resolved."""
+    for key in map(str, config):
+        yield f"{prefix}{key}"
+        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
+            value = config[key]
+            if isinstance(value, DictConfig):
+                yield from dotted_keys(value, f"{prefix}{key}.")

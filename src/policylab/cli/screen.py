@@ -1,0 +1,122 @@
+"""The first minute and the last, as a person sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.text import Text
+
+from policylab import __version__
+from policylab.callbacks.tables import (
+    before_after,
+    config_tree,
+    console,
+    duration,
+    number,
+    rows,
+    short_path,
+    to_copy,
+)
+from policylab.distributed.world import world
+from policylab.runs.environment import git_state
+from policylab.runs.saved_config import plain
+from policylab.runs.words import command, override
+
+if TYPE_CHECKING:
+    from policylab.config.build import Experiment
+
+
+class Screen:
+    """Prints what belongs to the whole job; the console callback prints the training in between.
+
+    Silent where ``callbacks.console`` is off.
+    """
+
+    def __init__(self, config: DictConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.console = console()
+        self.console.quiet = OmegaConf.select(config, "callbacks.console") is None or not world().main
+
+    def opening(self, overrides: list[str]) -> None:
+        """Header and config."""
+        git = git_state(Path(self.config.paths.repo))
+        commit = (git["commit"] or "no git repository")[:10] + (" with changes" if git["dirty"] else "")
+        self.console.print(Text.assemble(("PolicyLab", "bold"), f" {__version__}   commit {commit}"))
+        lines = [
+            ("run", short_path(self.run_dir)),
+            ("device", devices(self.config)),
+            ("seed", str(self.config.seed)),
+        ]
+        if self.config.resume:
+            lines.insert(1, ("resuming", str(self.config.resume)))
+        self.console.print(to_copy(lines), soft_wrap=True)
+        self.console.print(config_tree(plain(self.config), overrides))
+
+    def plan(self, experiment: Experiment) -> None:
+        """What is going to happen, in numbers."""
+        module, trainer = experiment.module, experiment.trainer
+        parameters = list(module.policy.parameters())
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        lines = [
+            (
+                "device",
+                f"{trainer.strategy.root_device.type} x {trainer.world_size}, {self.config.hardware.precision}",
+            ),
+            (
+                "parameters",
+                f"{total:,}" + ("" if trained == total else f", of which {trained:,} are trained"),
+            ),
+            *module.plan.table(),
+            ("iterations", f"{self._length()}, a validation every {self.config.validation.every}"),
+        ]
+        self.console.print("plan")
+        self.console.print(rows([(f"  {label}", value) for label, value in lines]))
+
+    def ending(self, summary: dict[str, Any]) -> None:
+        """Before and after, where things are, and what to do next."""
+        self.console.print()
+        if summary["after"].get("iteration"):  # something after the baseline
+            self.console.print(before_after(summary["before"], summary["after"]))
+        lines = [
+            (summary["status"], f"{summary['iterations']} iterations in {duration(summary['wall_seconds'])}")
+        ]
+        if best := summary["best"]:
+            lines.append(
+                ("best", f"{best['metric']} {number(best['value'])} at iteration {best['iteration']}")
+            )
+        folder = short_path(self.run_dir)
+        further = [] if summary["status"] == "interrupted" else [self._twice(summary)]
+        last, final = ([], []) if best else (["checkpoint=last"], ["policy=final"])
+        lines += [
+            ("run", folder),
+            ("next", command("evaluate.py", override("run", folder), *last)),
+            ("", command("generate.py", override("run", folder), *final)),
+            ("", command("train.py", override("resume", folder), *further)),
+        ]
+        self.console.print(to_copy(lines), soft_wrap=True)
+
+    def _length(self) -> str:
+        """How long the run is, as the plan says it."""
+        iterations, budget = self.config.iterations, self.config.max_tokens
+        if budget is None:
+            return str(iterations)
+        return f"until {budget:,} tokens are sampled, at most {iterations}"
+
+    def _twice(self, summary: dict[str, Any]) -> str:
+        """The override that makes a finished run twice as long: that of the limit which ended it."""
+        budget = self.config.max_tokens
+        if budget is not None and summary["tokens_sampled"] >= budget:
+            return f"max_tokens={2 * budget}"
+        return f"iterations={2 * self.config.iterations}"
+
+
+def devices(config: DictConfig) -> str:
+    """What a run runs on."""
+    hardware = config.hardware
+    nodes = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes != 1 else ""
+    strategy = f", {hardware.strategy}" if hardware.devices * hardware.num_nodes > 1 else ""
+    return f"{hardware.accelerator} x {hardware.devices}{nodes}{strategy}, {hardware.precision}"

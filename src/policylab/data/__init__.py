@@ -1,0 +1,1 @@
+"""What flows through an iteration, and how it is cut."""

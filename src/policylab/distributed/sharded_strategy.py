@@ -1,0 +1,113 @@
+"""Lightning's side of FSDP2 (`policylab.distributed.sharding`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+
+from policylab.distributed.sharding import release, shard, share_of, whole_state
+from policylab.models.policy import Policy
+
+
+class ShardedStrategy(DDPStrategy):
+    """Data-parallel processes as with DDP, each with a share of weights, gradients and moments.
+
+    What it saves is whole, gathered on rank 0, as one process would save it: so a run can go on with any number of
+    processes, sharded or not. Lightning's own ``ModelParallelStrategy`` would write the frozen reference, too, and
+    wants the weights shared out before they are loaded.
+
+    Args:
+        cpu_offload: whether the shares are in main memory.
+    """
+
+    def __init__(self, *, cpu_offload: bool, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.cpu_offload = cpu_offload
+
+    def setup(self, trainer: Trainer) -> None:
+        """Lightning's call before validation and before training; the weights are shared out once."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def model_to_device(self) -> None:
+        module: Any = self.lightning_module
+        if module.sharded:
+            return
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        shard(self.policies, mesh, offload=self.cpu_offload)
+        module.sharded = True
+        module._device = self.root_device  # Lightning's own note of it; `to` would move what is offloaded
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The policy that is trained, and those beside it."""
+        assert self.lightning_module is not None
+        return [module for module in self.lightning_module.children() if isinstance(module, Policy)]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights, on rank 0."""
+        module: Any = self.lightning_module
+        self._release()
+        given = module.given_weights()
+        own = module.state_dict(keep_vars=True)
+        state: dict[str, Any] = whole_state(
+            {name: value for name, value in own.items() if name not in given}, keep=self.is_global_zero
+        )
+        return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each process takes its share."""
+        assert self.lightning_module is not None
+        self._release()
+        own = self.lightning_module.state_dict(keep_vars=True)
+        shares = {
+            name: share_of(value, own[name]) if name in own else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(shares, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        """The whole moments, on rank 0."""
+        bare = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = whole_state(bare.state_dict(), keep=self.is_global_zero)
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each process takes its share; a number that is not of a weight's shape (Adam's count) is everybody's."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            shares = {
+                index: {
+                    name: share_of(value, weights[index])
+                    if isinstance(value, Tensor) and value.shape == weights[index].shape
+                    else value
+                    for name, value in moments.items()
+                }
+                for index, moments in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": shares})
+
+    def teardown(self) -> None:
+        """The weights stay where they are: they cannot all be brought to one place."""
+        assert self.accelerator is not None
+        assert self.cluster_environment is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    def _release(self) -> None:
+        for policy in self.policies:
+            release(policy)

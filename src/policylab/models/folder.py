@@ -1,0 +1,23 @@
+"""The folder that a model is read from; no torch here, so that a wrong one is refused before heavy imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from policylab.errors import UserError
+
+
+def demand_folder(path: str | Path) -> Path:
+    """The folder that ``model.path`` names.
+
+    Raises:
+        UserError: when it is not there, or a file.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(
+            f"model.path={path} is a file; give the folder that holds config.json and the weights"
+        )
+    if not folder.is_dir():
+        raise UserError(f"model.path={path}: there is no such folder (looked in {Path.cwd()})")
+    return folder

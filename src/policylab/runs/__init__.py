@@ -1,0 +1,1 @@
+"""Records of a run: its folder, config, status, checkpoints, metrics."""

@@ -1,0 +1,79 @@
+"""What a run ran on: versions, machine, commit, command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from policylab.distributed.machine import cores, cpu_name
+from policylab.runs.redaction import redact_words
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "torchmetrics",
+    "wandb",
+    "numpy",
+    "vaderSentiment",
+)
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit of the working tree and whether it has uncommitted changes; both None outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that results may depend on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_environment(repository: Path) -> dict[str, Any]:
+    """Content of ``env.json``. Imports torch, to ask for GPUs."""
+    import torch
+
+    from policylab import __version__
+
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    return {
+        "policylab": __version__,
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu": cpu_name(),
+        "cpu_cores": cores(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "git": git_state(repository),
+        "command": shlex.join([Path(sys.executable).name, *redact_words(sys.argv)]),
+        "folder": os.getcwd(),
+    }

@@ -1,0 +1,79 @@
+"""From what a person types for a run to its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from policylab.errors import UserError
+
+LATEST = "latest"
+
+
+def logs_folder() -> Path:
+    """Where runs are kept unless told otherwise: ``logs/`` under the repository that holds the scripts."""
+    from omegaconf import OmegaConf
+
+    return Path(str(OmegaConf.create({"logs": "${repo:}/logs"}).logs))
+
+
+def find_run(run: str | Path, logs: Path | None = None) -> Path:
+    """The folder of a run.
+
+    Args:
+        run: a run folder, any path inside one (such as a checkpoint), or "latest".
+        logs: where "latest" is looked for; None takes ``logs/`` of the repository.
+
+    Raises:
+        UserError: when there is no such path, or no run in it.
+    """
+    if str(run) == LATEST:
+        path = (logs or logs_folder()) / LATEST
+        if not path.exists():
+            raise UserError(
+                f"run=latest, but {path} does not exist; train first, or give the folder of a run"
+            )
+    else:
+        path = Path(str(run)).expanduser()
+        if not path.exists():
+            raise UserError(f"no run at {path.absolute()}; give the folder of a run, or run=latest")
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        if (folder / "config.yaml").is_file() and (folder / "status.json").is_file():
+            return folder
+    raise UserError(f"{path} is no run folder: it has no config.yaml with a status.json beside it")
+
+
+def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
+    """A checkpoint file of a run.
+
+    Args:
+        run_folder: folder of the run.
+        checkpoint: "best", "last", or a path to a file.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    if str(checkpoint) in ("best", "last"):
+        path = run_folder / "checkpoints" / f"{checkpoint}.ckpt"
+    else:
+        path = Path(str(checkpoint)).expanduser()
+    if path.is_file():
+        return path.resolve()
+    found = sorted(p.stem for p in (run_folder / "checkpoints").glob("*.ckpt"))
+    choices = f"this run has {', '.join(found)}" if found else "this run has saved none"
+    raise UserError(f"no checkpoint at {path}; {choices}")
+
+
+def checkpoint_to_resume(resume: str) -> Path | None:
+    """The checkpoint from which ``resume=...`` goes on: the file itself, or the newest whole one of a run folder; None
+    where a run has saved none yet.
+
+    Raises:
+        UserError: when the file is damaged.
+    """
+    from policylab.runs.checkpoints import demand_whole, newest_whole_checkpoint
+
+    path = Path(resume).expanduser()
+    if path.is_file():
+        return demand_whole(path.resolve())
+    return newest_whole_checkpoint(find_run(resume))

@@ -1,0 +1,73 @@
+"""``metrics.csv``: one row an iteration, one column a metric; empty where an iteration has no value."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from policylab.runs.folder import write_atomically
+
+Row = Mapping[str, float]
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """All whole rows; values that are empty are left out, and so is a row cut short by a crash."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    rows = []
+    for row in csv.DictReader(io.StringIO(whole)):
+        if None in row or None in row.values():
+            continue
+        rows.append({name: float(value) for name, value in row.items() if value != ""})
+    return [row for row in rows if "iteration" in row]
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Names in order of appearance, ``iteration`` first."""
+    return list(dict.fromkeys(["iteration", *(name for row in rows for name in row)]))
+
+
+def format_row(row: Row, columns: Iterable[str]) -> str:
+    """One line. Numbers are written in full, so that reading gives back the same bits."""
+    return _line(_number(row[name]) if name in row else "" for name in columns)
+
+
+def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    """Replaces the file, atomically."""
+    columns = columns_of(rows)
+    write_atomically(path, _line(columns) + "".join(format_row(row, columns) for row in rows))
+
+
+def _line(cells: Iterable[str]) -> str:
+    """Cells as one line; names may hold commas and quotes."""
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def validated(rows: Iterable[Row]) -> list[Row]:
+    """Rows of iterations that were validated."""
+    return [row for row in rows if any(name.startswith("val/") for name in row)]
+
+
+def best_row(rows: Iterable[Row], monitor: str, mode: str) -> Row | None:
+    """The row with the best value of a metric, the first one among equals; None when no row has it. What was measured
+    before training says nothing of it, and does not count.
+
+    Args:
+        mode: "max" or "min".
+    """
+    having = [row for row in rows if row["iteration"] > 0 and row.get(monitor, math.nan) == row.get(monitor)]
+    if not having:
+        return None
+    return (max if mode == "max" else min)(having, key=lambda row: row[monitor])
+
+
+def _number(value: float) -> str:
+    value = float(value)
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)

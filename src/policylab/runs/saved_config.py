@@ -1,0 +1,177 @@
+"""``config.yaml``: all that a run was told, in plain values, without secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from policylab.errors import UserError
+from policylab.runs.folder import write_atomically
+from policylab.runs.redaction import HIDDEN, is_secret, redact, remember
+from policylab.runs.words import word
+
+#: Whether code that comes with a model may run. Consent counts on the present command line alone.
+TRUST = "trust_remote_code"
+#: OmegaConf's message where a reference cannot be resolved, such as one to a variable of the environment.
+UNRESOLVED = re.compile(r"\w+ raised while resolving interpolation: (?P<why>.*)\s+full_key: (?P<key>\S+)")
+
+
+def self_contained(config: DictConfig) -> dict[str, Any]:
+    """The config as plain containers that stand for themselves, resolved but for references to the environment.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: when a ``???`` was left.
+    """
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    with environment_unresolved():
+        kept = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    both = _self_contained(kept, resolved)
+    assert isinstance(both, dict)
+    return both
+
+
+@contextmanager
+def environment_unresolved() -> Iterator[None]:
+    """While active, ``${oc.env:NAME}`` resolves to itself.
+
+    One with a default, such as ``${oc.env:NAME,8}``, is a setting rather than a secret, unless its name is a secret's;
+    what it was belongs to the record of the run.
+    """
+
+    def itself(name: str, *default: Any) -> Any:
+        if default and default[0] is not None and not is_secret(name):
+            return oc.env(name, *default)
+        return f"${{oc.env:{name}{',null' if default == (None,) else ''}}}"
+
+    OmegaConf.register_new_resolver("oc.env", itself, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _self_contained(kept: Any, resolved: Any) -> Any:
+    """A value that, read again, gives the resolved one; with references to the environment where that is possible."""
+    if isinstance(kept, str) and kept != resolved and _read(kept) == resolved:
+        return kept
+    if isinstance(resolved, dict):
+        inner = kept if isinstance(kept, dict) else {}
+        return {key: _self_contained(inner.get(key), value) for key, value in resolved.items()}
+    if isinstance(resolved, list):
+        items = kept if isinstance(kept, list) else [None] * len(resolved)
+        return [_self_contained(*pair) for pair in zip(items, resolved, strict=True)]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", resolved) if isinstance(resolved, str) else resolved
+
+
+def _read(text: str) -> Any:
+    """What a text of a config resolves to; None where it cannot be resolved."""
+    try:
+        return OmegaConf.create({"value": text}).value
+    except OmegaConfBaseException:
+        return None
+
+
+def learn_secrets(config: DictConfig) -> None:
+    """From here on the secrets of a config are hidden wherever they appear."""
+    remember(OmegaConf.to_container(config, resolve=True))
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """What is kept of a config: all that it says, secrets hidden."""
+    learn_secrets(config)
+    hidden: dict[str, Any] = redact(self_contained(config))
+    return hidden
+
+
+def as_yaml(config: DictConfig) -> str:
+    """The content of ``config.yaml``, which checkpoints hold as well."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def save_config(config: DictConfig, run_folder: Path) -> None:
+    """Writes ``config.yaml``, atomically."""
+    write_atomically(run_folder / "config.yaml", as_yaml(config))
+
+
+def load_config(run_folder: Path) -> DictConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: when the file is empty or not a mapping.
+    """
+    config = OmegaConf.load(run_folder / "config.yaml")
+    if not isinstance(config, DictConfig) or not config:
+        raise UserError(f"{run_folder / 'config.yaml'} holds no config")
+    return config
+
+
+def demand_known(config: DictConfig, run_folder: Path, parts: tuple[str, ...] = ("",)) -> None:
+    """Refuses to work with a run's config of which something was not kept, or cannot be resolved here.
+
+    Args:
+        parts: dotted keys of what is needed; "" is all.
+
+    Raises:
+        UserError: naming the first key.
+    """
+    file = run_folder / "config.yaml"
+    for key, value in leaves(OmegaConf.to_container(config)):
+        if key.startswith(parts) and isinstance(value, str) and HIDDEN in value:
+            raise UserError(
+                f"{key} was given in clear and is not kept; write ${{oc.env:NAME}}, a variable of the environment, in "
+                f"its place in {file}"
+            )
+    for part in parts:
+        try:
+            node = OmegaConf.select(config, part) if part else config
+            if OmegaConf.is_config(node):
+                remember(OmegaConf.to_container(node, resolve=True))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{file}: {unresolved(str(error)) or error}") from error
+
+
+def unresolved(message: str) -> str | None:
+    """``key: why`` from OmegaConf's message about a reference that cannot be resolved; None for another message."""
+    match = UNRESOLVED.search(message)
+    return f"{match['key']}: {match['why'].strip(chr(34))}" if match else None
+
+
+def with_consent(config: DictConfig, trust_remote_code: bool) -> DictConfig:
+    """A copy of a run's config that trusts code which comes with a model as far as the present command does."""
+    changed = config.copy()
+    for key, _ in leaves(OmegaConf.to_container(config)):
+        if key.split(".")[-1] == TRUST:
+            OmegaConf.update(changed, key, trust_remote_code)
+    return changed
+
+
+def leaves(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values of plain data with their dotted keys."""
+    if isinstance(item, dict):
+        for key, inner in item.items():
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(item, list):
+        for number, inner in enumerate(item):
+            yield from leaves(inner, f"{path}[{number}]")
+    else:
+        yield path, item
+
+
+def refuse_taken_folder(run_folder: Path) -> None:
+    """Two runs never write into one folder.
+
+    Raises:
+        UserError: when the folder already holds a run.
+    """
+    if (run_folder / "status.json").exists():
+        raise UserError(
+            f"{run_folder} already holds a run; give another hydra.run.dir, or go on with it: "
+            f"{word('resume', run_folder)}"
+        )

@@ -1,0 +1,150 @@
+"""``status.json``: is this run running, done, failed or interrupted, and how far is it?"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from policylab.runs.folder import write_json
+from policylab.runs.redaction import redact_text
+from policylab.runs.retry import Patience
+
+RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
+
+
+def now() -> str:
+    """The time, as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_status(run_folder: Path) -> dict[str, Any]:
+    """Content of a run's ``status.json``; empty when it has none."""
+    path = run_folder / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def running_process(run_folder: Path) -> int | None:
+    """The process that is at work in a run folder on this machine, or None; another machine's cannot be seen."""
+    status = read_status(run_folder)
+    if status.get("status") != RUNNING or status.get("host") != platform.node():
+        return None
+    process = int(status["process"])
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # somebody else's, but alive
+    if process == os.getpid() or began_after(process, status.get("updated")):
+        return None
+    return process
+
+
+def began_after(process: int, moment: str | None) -> bool:
+    """Whether a process has started after a moment: the system gives numbers again, a container's small ones soon.
+
+    Also true of one that has ended and that nobody has asked for its exit code. Where there is no /proc, never.
+    """
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    if state in ("Z", "X"):
+        return True
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    began = booted + int(fields[18]) / os.sysconf("SC_CLK_TCK")
+    slack = 2.0  # the moment is known to the second
+    return moment is not None and began > datetime.fromisoformat(moment).timestamp() + slack
+
+
+def finish_status(run_folder: Path, began: str, status: str, exception: str | None = None) -> None:
+    """Says how a run ended whose process can no longer say it, or knew only what followed from the cause.
+
+    Args:
+        began: when the processes were started. A status of before is another session's, which they were refused to
+            go on with, and stays.
+    """
+    with suppress(OSError):  # what went wrong matters more than that the disk is full besides
+        content = read_status(run_folder)
+        ours = content.get("updated", "") >= began and content["status"] != DONE
+        if ours and running_process(run_folder) is None:
+            reason = redact_text(exception or "") or None
+            content |= {"status": status, "exception": reason, "finished": now(), "updated": now()}
+            write_json(run_folder / "status.json", content)
+
+
+class RunStatus:
+    """Keeps ``status.json`` true from the first moment to the last, whatever ends the run.
+
+    A context manager around the whole job. ``kill -9`` leaves the state "running" with a process id that no
+    longer lives.
+
+    Args:
+        writes: whether this is the process that writes the file; the others only know the state.
+    """
+
+    def __init__(
+        self, run_folder: Path, iterations: int, max_tokens: int | None, *, writes: bool = True
+    ) -> None:
+        self.writes = writes
+        before = read_status(run_folder)
+        self.path = run_folder / "status.json"
+        self.patience = Patience(self.path, "what it says is out of date until it can be")
+        self.clock = time.monotonic()
+        self.seconds_before = float(before.get("wall_seconds", 0.0))
+        self.content: dict[str, Any] = {
+            "status": RUNNING,
+            "iteration": int(before.get("iteration", 0)),
+            "iterations": iterations,
+            "tokens_sampled": int(before.get("tokens_sampled", 0)),
+            "max_tokens": max_tokens,
+            "exception": None,
+            "started": before.get("started") or now(),
+            "finished": None,
+            "process": os.getpid(),
+            "host": platform.node(),
+        }
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of all sessions of this run together."""
+        return self.seconds_before + time.monotonic() - self.clock
+
+    @property
+    def state(self) -> str:
+        """One of running, done, failed, interrupted."""
+        return str(self.content["status"])
+
+    def write(self, **changes: Any) -> None:
+        """Changes some fields and writes the file."""
+        self.content |= changes | {"updated": now(), "wall_seconds": round(self.wall_seconds, 1)}
+        if self.writes:
+            with self.patience:
+                write_json(self.path, self.content)
+
+    def interrupted(self) -> None:
+        """The run was asked to stop."""
+        self.write(status=INTERRUPTED, finished=now())
+
+    def __enter__(self) -> Self:
+        self.write()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            if self.state == RUNNING:
+                self.write(status=DONE, finished=now())
+        elif isinstance(error, KeyboardInterrupt):
+            self.interrupted()
+        else:
+            self.write(
+                status=FAILED,
+                finished=now(),
+                exception=redact_text(f"{type(error).__name__}: {error}"),
+            )

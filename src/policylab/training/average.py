@@ -1,0 +1,48 @@
+"""A network that follows another one slowly: a moving reference, a target network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from policylab.distributed.sharding import share_of
+
+
+class Average(nn.Module):
+    """Moves the weights of a network towards another's. Of weights below fp32 it keeps the average in fp32, and the
+    network's own are that, rounded: in bf16 most steps of a hundredth of the difference would be lost.
+
+    The fp32 averages are buffers, and so are a part of checkpoints.
+
+    Args:
+        slow: the network that follows.
+        fast: the one it follows. Weights that both share stay as they are.
+    """
+
+    def __init__(self, slow: nn.Module, fast: nn.Module) -> None:
+        super().__init__()
+        for name, weight, _ in _pairs(slow, fast):
+            if weight.dtype.itemsize < torch.float32.itemsize:
+                self.register_buffer(name, weight.detach().float())
+
+    @torch.no_grad()
+    def move(self, slow: nn.Module, fast: nn.Module, rate: float) -> None:
+        """``slow += rate (fast - slow)``."""
+        for name, weight, other in _pairs(slow, fast):
+            average = self._buffers.get(name)
+            if average is None:
+                weight.lerp_(other, rate)
+                continue
+            self._buffers[name] = average = share_of(average, weight)  # sharded as the weight is
+            average.lerp_(other.float(), rate)
+            weight.copy_(average)
+
+
+def _pairs(slow: nn.Module, fast: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Weights of the two by name, written so that it can be a buffer's."""
+    others = dict(fast.named_parameters())
+    for name, weight in slow.named_parameters():
+        if weight is not others[name]:
+            yield name.replace(".", "/"), weight, others[name]

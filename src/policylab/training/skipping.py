@@ -1,0 +1,113 @@
+"""An update whose loss or gradient is not finite is left out, told, and kept for later; a few in a row end the run.
+
+Whatever was wrong with it stays out of weights, optimizer and checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from policylab.data.rollout import Rollout
+
+log = logging.getLogger(__name__)
+
+#: Batches that each process keeps in ``dumps/``, the newest ones.
+KEPT = 8
+#: Names that a message gives.
+NAMED = 3
+
+
+class NotFinite(Exception):
+    """Something that an update is made of is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What was not finite, from the first place where it shows; ``depth`` is lower the earlier that is."""
+
+    depth: int
+    what: str
+
+    @property
+    def advice(self) -> str:
+        """What usually helps."""
+        return (
+            "an update before was too large: lower optim.lr",
+            "look at the batch, and at what computes this",
+            "lower optim.lr, or run with debug=nan to find the operation",
+        )[self.depth]
+
+
+#: Depths: the weights, what the batch came with, what the update has computed.
+WEIGHTS, BATCH, UPDATE = range(3)
+
+
+def cause_of(policy: nn.Module, rollout: Rollout | None, computed: Iterable[str]) -> Cause:
+    """Where it comes from: the weights, the batch, or the update itself.
+
+    Args:
+        rollout: sequences of the update; None on a process that has none.
+        computed: names of what the update has computed and is not finite.
+    """
+    if bad := [name for name, weight in policy.named_parameters() if not is_finite(weight)]:
+        return Cause(WEIGHTS, f"the weights ({named(bad)})")
+    if rollout is not None and (bad := not_finite_fields(rollout)):
+        return Cause(BATCH, f"the rollout's {named(bad)}")
+    if bad := list(computed):
+        return Cause(UPDATE, named(bad))
+    bad = [n for n, w in policy.named_parameters() if w.grad is not None and not is_finite(w.grad)]
+    return Cause(UPDATE, f"the gradient ({named(bad) or 'its norm'})")
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all elements are; of a sharded tensor, those of this process."""
+    local = getattr(x, "to_local", lambda: x)()
+    return bool(local.detach().isfinite().all())
+
+
+def not_finite_fields(rollout: Rollout) -> list[str]:
+    """Fields with a value that is not finite; where there are actions, those alone count."""
+    bad = []
+    for field in fields(rollout):
+        value = getattr(rollout, field.name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            counts = value.shape == rollout.action_mask.shape
+            if not is_finite(value[rollout.action_mask] if counts else value):
+                bad.append(field.name)
+    return bad
+
+
+def named(names: list[str]) -> str:
+    """The first few names.
+
+    >>> named(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def dump(folder: Path, name: str, suffix: str, content: dict[str, Any], rollout: Rollout) -> None:
+    """Writes a batch for later: ``torch.load(..., weights_only=True)`` gives a dict.
+
+    Args:
+        suffix: of the name, by which those of this process are told from others.
+        content: what else there is to know of it.
+    """
+    batch = {field.name: getattr(rollout.to("cpu"), field.name) for field in fields(rollout)}
+    path = folder / f"{name}{suffix}.pt"
+    try:
+        folder.mkdir(exist_ok=True)
+        torch.save({**content, "rollout": batch}, path)
+        for old in sorted(folder.glob(f"*{suffix}.pt"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch turns some of the one into the other
+        log.warning("could not keep the batch in %s: %s", path, error)
+        path.unlink(missing_ok=True)
