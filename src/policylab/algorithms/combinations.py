@@ -9,14 +9,14 @@ from policylab.algorithms.importance import TruncatedImportance
 from policylab.algorithms.kl import KLPenalty, NoPenalty
 from policylab.algorithms.surrogate import CISPO, ClippedRatio, LogProb, SequenceRatio, Surrogate
 from policylab.algorithms.trust_region import TrustRegion
-from policylab.algorithms.update import MinibatchEpochs, SingleStep
+from policylab.algorithms.update import MinibatchEpochs, SingleStep, Update
 from policylab.errors import UserError
 
 
 def check_combination(
     advantage: Advantage,
     surrogate: Surrogate,
-    update: MinibatchEpochs | SingleStep | TrustRegion,
+    update: Update,
     kl: KLPenalty | NoPenalty,
     critic: Critic | None,
     importance: TruncatedImportance | None,
