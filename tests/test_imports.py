@@ -114,7 +114,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import lightning
 def f():
-    from policylab import modules
+    from policylab import training
     import transformers.utils
 """
     assert set(_imports(ast.parse(source))) == {
