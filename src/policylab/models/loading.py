@@ -31,6 +31,7 @@ import policylab
 from policylab.errors import UserError
 from policylab.models import hub
 from policylab.models.encoding import takes_chat
+from policylab.models.folder import demand_folder
 
 #: Files that a tokenizer is read from, beside those that its class names.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
