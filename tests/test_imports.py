@@ -48,7 +48,8 @@ OPEN_CIRCLES = ["training.experiment <-> training.preflight"]
 def house() -> ModuleType:
     """``scripts/house.py``."""
     spec = importlib.util.spec_from_file_location("house", ROOT / "scripts" / "house.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
