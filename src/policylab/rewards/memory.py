@@ -1,4 +1,4 @@
-"""What a reward remembers from one call to the next goes into the checkpoints, where it says how."""
+"""A reward that keeps state between calls has it saved in checkpoints, if it has `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from policylab.rewards.networks import is_network
 from policylab.user_code import call
 
 
-def remembers(reward: Reward) -> bool:
-    """Whether it has ``state_dict()`` and ``load_state_dict(state)``. The weights of a network are not meant: they come
-    from where they came from."""
+def has_state(reward: Reward) -> bool:
+    """Whether it has ``state_dict()`` and ``load_state_dict(state)``. The weights of a network do not count: they are
+    frozen, and loaded from their source."""
     says_how = all(hasattr(reward, name) for name in ("state_dict", "load_state_dict"))
     return says_how and not is_network(reward)
 
 
-def memory_of(reward: Reward) -> Any:
-    """A copy of what the reward remembers now; None where it says nothing of it.
+def state_of(reward: Reward) -> Any:
+    """A copy of the reward's state; None for a reward without one.
 
     Raises:
-        UserError: for a state that could not be read back.
+        UserError: for a state that a checkpoint cannot hold.
     """
-    if not remembers(reward):
+    if not has_state(reward):
         return None
     import torch
 
@@ -34,18 +34,18 @@ def memory_of(reward: Reward) -> Any:
         torch.save(state, file)
         file.seek(0)
         return torch.load(file, weights_only=True)
-    except Exception as error:  # pickle raises what it likes
+    except Exception as error:  # pickle raises errors of any type
         raise UserError(
             f"the state_dict of reward {reward_name(reward)} holds more than plain values and tensors, which is all "
             f"that checkpoints keep: {str(error).splitlines()[0]}"
         ) from error
 
 
-def remind(reward: Reward, state: Any) -> None:
-    """Has the reward go on from what it remembered.
+def load_state(reward: Reward, state: Any) -> None:
+    """Gives the reward a saved state; None leaves it as it is.
 
     Raises:
-        RunError: when it cannot.
+        RunError: when the reward's own code fails.
     """
-    if state is not None and remembers(reward):
+    if state is not None and has_state(reward):
         call(f"the load_state_dict of reward {reward_name(reward)}", reward.load_state_dict, state)  # type: ignore[attr-defined]

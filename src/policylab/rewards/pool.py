@@ -23,14 +23,14 @@ from policylab.data.text import Completion
 from policylab.distributed.signals import SIGNALS
 from policylab.errors import RunError, UserError, demand
 from policylab.rewards.base import Reward, Score, Scores, ask, checked, demand_reward, reward_name, score
-from policylab.rewards.memory import remembers
+from policylab.rewards.memory import has_state
 from policylab.rewards.networks import frozen
 from policylab.user_code import call, said
 
 #: More would be a slip of the finger.
 MOST_WORKERS = 1024
-#: Gives the scores that are being computed, when they are there.
-Pending = Callable[[], Scores]
+#: Waits for scores that are being computed, and returns them.
+ScoreFuture = Callable[[], Scores]
 #: The same for the answers to a share of the completions.
 Answers = Callable[[], list[Score]]
 
@@ -61,7 +61,7 @@ class PooledReward:
 
     def __init__(self, reward: Reward, workers: int, pool: Literal["process", "thread"]) -> None:
         self.name = reward_name(reward)
-        if remembers(reward):
+        if has_state(reward):
             raise UserError(
                 f"reward {self.name} remembers (it has a state_dict), and workers would remember their own share each; "
                 "take reward.workers=0"
@@ -73,7 +73,7 @@ class PooledReward:
         """As any reward: the answers, when they are there."""
         return [answer for share in self.workers.begin(self.shares(completions)) for answer in share()]
 
-    def begin(self, completions: Sequence[Completion]) -> Pending:
+    def begin(self, completions: Sequence[Completion]) -> ScoreFuture:
         """Scoring under way."""
         shares = self.workers.begin(self.shares(completions))
         return lambda: checked(self.name, [answer for share in shares for answer in share()], completions)
@@ -236,7 +236,7 @@ def in_this_process(reward: Reward) -> Reward | None:
     return reward.workers.reward if isinstance(reward.workers, Threads) else None
 
 
-def begin(reward: Reward, completions: Sequence[Completion]) -> Pending:
+def begin(reward: Reward, completions: Sequence[Completion]) -> ScoreFuture:
     """Scores to come; of a reward without workers they are there at once.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 from policylab.algorithms import Algorithm, DynamicSampling
 from policylab.data.rollout import Completion, Prompt, Rollout
 from policylab.distributed.sharding import gathered
-from policylab.rewards.pool import Pending
+from policylab.rewards.pool import ScoreFuture
 from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.noise import REFILL, TRAIN, uniforms
 from policylab.training.experiment import ExperimentModule, Parts, rewarded
@@ -24,7 +24,7 @@ class Batch:
     prompts: tuple[Prompt, ...]
     rollout: Rollout
     completions: list[Completion]
-    scores: Pending | None  #: None once the rollout has its rewards
+    scores: ScoreFuture | None  #: None once the rollout has its rewards
 
     def with_groups(self, slots: Sequence[int], fresh: Batch, size: int) -> Batch:
         """A copy in which the groups of ``fresh`` stand at ``slots``, ``size`` rows each."""

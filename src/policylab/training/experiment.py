@@ -22,9 +22,9 @@ from policylab.functional.masks import masked_sum
 from policylab.models.adapter import fingerprint
 from policylab.models.policy import Policy
 from policylab.rewards.base import Reward, Scores
-from policylab.rewards.memory import memory_of, remind
+from policylab.rewards.memory import load_state, state_of
 from policylab.rewards.networks import move
-from policylab.rewards.pool import Pending, begin, in_this_process
+from policylab.rewards.pool import ScoreFuture, begin, in_this_process
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.noise import PREFLIGHT, TRAIN, VALIDATION, seed_libraries, uniforms
@@ -176,7 +176,9 @@ class ExperimentModule(ManualOptimization):
         logprobs, *values = self.per_token(rollout, evaluate)
         return logprobs, values[0] if values else None
 
-    def begin_scoring(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[list[Completion], Pending]:
+    def begin_scoring(
+        self, rollout: Rollout, prompts: Sequence[Prompt]
+    ) -> tuple[list[Completion], ScoreFuture]:
         """The rollout's completions as text, and their scores to come. ``prompts``: one for each row."""
         completions = self.completions(rollout, prompts)
         # in the reward's own precision, as in a worker
@@ -281,7 +283,7 @@ class ExperimentModule(ManualOptimization):
         seed_libraries(self.seed, VALIDATION, batch_idx, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
-        self._memory_before = (self.iteration, memory_of(self.reward))
+        self._memory_before = (self.iteration, state_of(self.reward))
         self._val_means = Means()
         self._val_prompts = 0
         self.samples = []
@@ -451,7 +453,7 @@ class ExperimentModule(ManualOptimization):
         here validates again."""
         if self._memory_before is not None and self._memory_before[0] == self.iteration:
             return self._memory_before[1]
-        return memory_of(self.reward)
+        return state_of(self.reward)
 
     def remind_reward(self, states: Sequence[Any]) -> None:
         """Has the reward go on from what it remembered, on each process; with another number of them, on the first.
@@ -460,7 +462,7 @@ class ExperimentModule(ManualOptimization):
         has scored in between.
         """
         if not self._reminded:
-            remind(self.reward, states[self.global_rank if len(states) == self.trainer.world_size else 0])
+            load_state(self.reward, states[self.global_rank if len(states) == self.trainer.world_size else 0])
         self._reminded = True
 
     def given_weights(self) -> set[str]:
