@@ -28,7 +28,9 @@ import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict, read_write
 
 from policylab.config import resolvers
@@ -57,7 +59,7 @@ def compose(tmp_path: Path) -> Compose:
 
     def compose_config(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
         resolvers.run_dir.cache_clear()
-        config = deepcopy(composed(config_name, tuple(overrides)))
+        config = composed(config_name, tuple(overrides))
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = config.hydra.runtime.output_dir = str(tmp_path / "run")
         HydraConfig.instance().set_config(config)
@@ -70,11 +72,27 @@ def compose(tmp_path: Path) -> Compose:
     return compose_config
 
 
-@lru_cache(maxsize=32)
 def composed(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
-    """What Hydra composes, which takes twenty times as long as a copy of it."""
+    """What Hydra composes: it composes the same choices once, and sets single values in a copy, which is far faster."""
+    choices = tuple(word for word in overrides if is_choice(word))
+    config = deepcopy(chosen(config_name, choices))
+    values = [word for word in overrides if not is_choice(word)]
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
+    return config
+
+
+@lru_cache(maxsize=64)
+def chosen(config_name: str, choices: tuple[str, ...]) -> DictConfig:
+    """What Hydra composes of such choices."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return hydra_compose(config_name, list(overrides), return_hydra_config=True)
+        return hydra_compose(config_name, list(choices), return_hydra_config=True)
+
+
+def is_choice(override: str) -> bool:
+    """Whether an override picks a file, or is about Hydra itself; others set a value."""
+    key = override.partition("=")[0].lstrip("+~")
+    folders = ROOT / "configs" / key, ROOT / key
+    return key.startswith("hydra.") or "@" in key or any(folder.is_dir() for folder in folders)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import composed
+from small_runs import quick
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -43,6 +44,12 @@ AXES = {f"algo/{path.parent.name}/{path.stem}" for path in (CONFIGS / "algo").gl
 #: Single values that go with another choice, with which they run.
 GO_WITH = {"algo_monitor": "algo", "model_optim": "model"}
 VALUES = {f"{group}/{path.stem}" for group in GO_WITH for path in (CONFIGS / group).glob("*.yaml")}
+#: Runs in the fast tests: presets of each kind, and what no other run has.
+QUICK = {
+    *("algo_model/ppo_tiny", "algo_model/dapo_walker", "algo_model/trpo_walker", "algo_model/dqn_walker"),
+    *("algo_model/sft_tiny", "hardware/auto", "hardware/gpu", "model/adapter/lora", "model/walker_scratch"),
+    *("reward/optimality", "rollout/generate"),
+}
 NOT_RUN = REMOTE | LARGE | LOGGERS | NEEDS_GPU | PAIRED | SEVERAL | AXES | VALUES
 #: Not a choice of a training run.
 ELSEWHERE = {"hydra", "paths", "callbacks", "debug"}
@@ -105,13 +112,16 @@ def one_iteration(config: DictConfig, folder: Path) -> tuple[Trainer, dict[str, 
     return experiment.trainer, experiment.module.metrics
 
 
-@pytest.mark.parametrize("choice", [c for c in choices() if c in NOT_RUN])
+@pytest.mark.parametrize("choice", quick([c for c in choices() if c in NOT_RUN], NOT_RUN - AXES - VALUES))
 def test_choice_composes(compose, choice):
-    """No interpolation is left open, and the whole config can be written down; so it is of those that run."""
+    """No interpolation is left open, and the whole config can be written down; so it is of those that run.
+
+    The fast tests compose an algorithm's axes without the other groups, in test_combinations.py and test_q_learning.py.
+    """
     OmegaConf.to_yaml(compose(selecting(choice)), resolve=True)
 
 
-@pytest.mark.parametrize("choice", [c for c in choices() if c not in NOT_RUN])
+@pytest.mark.parametrize("choice", quick([c for c in choices() if c not in NOT_RUN], QUICK))
 @pytest.mark.skipif(sys.platform == "win32", reason="the run folder's link needs a POSIX file system")
 def test_choice_runs_an_iteration(compose, tmp_path, choice):
     if choice == "hardware/gpu":
@@ -163,9 +173,10 @@ def test_debug_mode_composes(compose, mode):
     "overrides",
     [
         ["algo=ppo", "callbacks.kl.exact=true", "algo/importance=truncated", "algo/critic=own_layers"],
-        ["algo=dapo", "rollout.group_size=2"],
-        ["algo=trpo"],
-        ["algo=dqn"],
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (["algo=dapo", "rollout.group_size=2"], ["algo=trpo"], ["algo=dqn"])
+        ),
     ],
     ids=lambda overrides: overrides[0],
 )

@@ -423,6 +423,7 @@ def variant(request, tmp_path) -> list[str]:
     return [word.format(folder=tmp_path / "judge") for word in VARIANTS[request.param]]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
     """Two iterations, bit for bit; and what a run leaves can be evaluated and asked, its critic left behind."""
     from omegaconf import OmegaConf

@@ -14,6 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from small_runs import quick
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "defaults.md"
 CODE = re.compile(r"`([^`]+)`")
@@ -104,7 +106,7 @@ def composed_value(composed: Composed, key: str) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick(PRESETS))
 def test_our_figures_are_those_of_the_config(compose: Compose, preset: str) -> None:
     composed, checked = dict[tuple[str, ...], Composed](), 0
     for row in ROWS:

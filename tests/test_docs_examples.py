@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,20 @@ def examples() -> list[Example]:
     return found
 
 
-@pytest.mark.parametrize("example", examples(), ids=lambda example: example.files[0].where)
+def page(example: Example) -> str:
+    return example.files[0].where.partition(":")[0]
+
+
+#: The first of each page in the fast tests.
+EXAMPLES = [
+    pytest.param(
+        example, id=example.files[0].where, marks=[pytest.mark.slow] * (page(example) == page(before))
+    )
+    for before, example in pairwise([examples()[-1], *examples()])
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_example(
     example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_briefly: Train
 ) -> None:

@@ -49,7 +49,7 @@ from policylab.runs.folder import append_whole
 from policylab.runs.metrics_file import read_rows
 from policylab.runs.resume import rewind
 from policylab.runs.writing import write_state
-from small_runs import algo, levels, quiet, small
+from small_runs import algo, levels, quick, quiet, small
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -273,7 +273,7 @@ def poison(module: Any, iterations: set[int]) -> None:
     weight.register_hook(lambda g: g * float("nan") if module.iteration in iterations else g)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, ["ppo"]))
 def test_an_update_that_is_not_finite_is_left_out(tmp_path, caplog, name):
     algorithm = METHODS[name]
     built = experiment(tmp_path, algorithm, **{"optim.max_skipped": 10_000})
@@ -305,7 +305,7 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path, caplog, name):
     assert "grad" in dump["not_finite"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, ["ppo"]))
 def test_a_few_in_a_row_end_the_run(tmp_path, name):
     built = experiment(tmp_path, METHODS[name], iterations=12)
     poison(built.module, set(range(1, 12)))
@@ -386,7 +386,18 @@ def train_until_killed(folder: Path, algorithm: DictConfig, moment: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "moment"),
-    [("ppo", "half"), ("ppo", "previous.ckpt"), ("ppo", "last.ckpt"), ("dqn", "half"), ("sft", "half")],
+    [
+        ("ppo", "half"),
+        *(
+            pytest.param(name, moment, marks=pytest.mark.slow)
+            for name, moment in (
+                ("ppo", "previous.ckpt"),
+                ("ppo", "last.ckpt"),
+                ("dqn", "half"),
+                ("sft", "half"),
+            )
+        ),
+    ],
 )
 def test_killed_while_a_checkpoint_is_written(tmp_path, name, moment):
     """The run goes on from the state before, and ends as if nothing had been: weights and metrics, to the bit."""
@@ -621,7 +632,7 @@ class BrieflyFull:
         self.refusals.update({name: 3 for _, name in self.WRITES})
 
 
-@pytest.mark.parametrize("preset", ["dqn", "ppo"])
+@pytest.mark.parametrize("preset", quick(["dqn", "ppo"], ["ppo"]))
 def test_a_disk_that_was_briefly_full_leaves_no_trace(tmp_path, monkeypatch, preset):
     """Checkpoints, exported models, metrics and samples are those of a run that nobody disturbed, bit for bit."""
     disk = BrieflyFull(monkeypatch)

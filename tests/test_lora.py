@@ -27,7 +27,7 @@ from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.vllm import hand_over
 from policylab.runs.writing import write_state
-from small_runs import PRESETS, algo, levels, quiet, small
+from small_runs import PRESETS, algo, levels, quick, quiet, small
 
 pytest.importorskip("peft")
 
@@ -370,7 +370,7 @@ def trained(preset: str, *overrides: str, **changes: object):
     return experiment.module, before
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick(PRESETS))
 def test_every_preset_trains_adapters_alone(preset):
     module, before = trained(preset)
     after = module.policy.state_dict()
@@ -442,6 +442,7 @@ def train(compose, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_evaluated_and_asked(train, tmp_path):
     """Bit for bit, from a file that holds adapters and critic alone; not beside other weights."""
     from omegaconf import OmegaConf

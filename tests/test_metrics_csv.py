@@ -115,6 +115,7 @@ def test_a_step_is_required(tmp_path):
         MetricsCSV(str(tmp_path)).log_metrics({"x": 1})
 
 
+@pytest.mark.slow
 def test_kill_loses_the_current_iteration_at_most(tmp_path, path):
     """A process logs as fast as it can and tells each finished step; after ``kill -9`` all told steps are there."""
     script = (

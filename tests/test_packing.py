@@ -399,6 +399,7 @@ class TestOutOfMemory:
         ):
             train(limit=0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("algo", quick(["ppo", "trpo", "dqn"], ["ppo"]))
     def test_before_there_is_an_optimizer_and_whatever_the_algorithm(self, compose, tmp_path, algo):
         """The first forward passes are those of the preflight."""
@@ -424,6 +425,7 @@ class TestOutOfMemory:
         experiment.trainer.fit(module, datamodule=experiment.data)
         assert module.iteration == 1
 
+    @pytest.mark.slow
     def test_what_was_found_is_resumed(self, train):
         with pytest.warns(UserWarning, match="out of memory"):
             cut = train(limit=20)

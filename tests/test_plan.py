@@ -28,6 +28,7 @@ from policylab.planning.work import Rates, exchanged, work
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.runs.saved_config import plain
+from small_runs import PRESETS, quick
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "data" / "models" / "smollm2"
@@ -258,7 +259,7 @@ def test_more_processes_take_less_each(compose, tmp_path):
     assert peaks[0] > peaks[2]
 
 
-@pytest.mark.parametrize("preset", sorted(p.stem for p in (ROOT / "configs" / "algo").glob("*.yaml")))
+@pytest.mark.parametrize("preset", quick(PRESETS))
 def test_every_preset_is_planned(compose, preset):
     job = describe(compose([f"algo={preset}", "task=random_walks", "rollout.group_size=4"])).job
     assert all(size >= 0 for moment in moments(job) for size in moment.parts.values())

@@ -202,6 +202,7 @@ def test_every_option_acts(option, models):
     assert set(verdicts(specimen, specimen.own_knobs(models), models).values()) <= {"acts", "refused"}
 
 
+@pytest.mark.slow
 def test_every_knob_of_the_optimizer_acts(models):
     specimen = Specimen("ppo")
     found = verdicts(specimen, list(knobs(small(specimen.algo, {}).optim, "optim")), models)
@@ -231,14 +232,15 @@ def test_the_small_runs_give_each_knob_a_chance():
 # -- the same answer however the work is cut ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 30])
 @pytest.mark.parametrize("preset", quick(PRESETS))
-def test_size_of_micro_batches_changes_nothing(preset):
+def test_size_of_micro_batches_changes_nothing(preset, tokens):
+    """One token: a sequence a pass."""
     whole = untouched(preset)
-    for tokens in (1, 30):
-        cut = outcome(Specimen(preset), {"optim.micro_batch_tokens": tokens}, None)
-        assert isinstance(cut, Trace), cut
-        assert cut.passes > whole.passes
-        demand_same(cut, whole)
+    cut = outcome(Specimen(preset), {"optim.micro_batch_tokens": tokens}, None)
+    assert isinstance(cut, Trace), cut
+    assert cut.passes > whole.passes
+    demand_same(cut, whole)
 
 
 @pytest.mark.parametrize("preset", quick(PRESETS))

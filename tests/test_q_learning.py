@@ -499,7 +499,8 @@ def flat(policy) -> Tensor:
     return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
-@pytest.mark.parametrize("name", quick(NAMES, ["dqn"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_updates_do_not_depend_on_the_micro_batch(compose, tmp_path, name):
     whole = flat(trained(compose, tmp_path, f"algo={name}").policy)
     cut = flat(trained(compose, tmp_path, f"algo={name}", "optim.micro_batch_tokens=40").policy)
@@ -538,7 +539,7 @@ def test_epsilon_rules_training_and_the_best_token_validation(compose, tmp_path)
     assert torch.equal(again[0].tokens, again[1].tokens)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, ["dqn"]))
 def test_every_metric_is_in_the_glossary(compose, tmp_path, name):
     glossary = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     module = trained(
@@ -553,7 +554,8 @@ def test_every_metric_is_in_the_glossary(compose, tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("name", quick(NAMES, ["dqn"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_equals_one_that_went_through(compose, tmp_path, name):
     """Weights, target network, memory and metrics, bit for bit; the memory is full, so that its order matters."""
     from policylab.launch.run import train

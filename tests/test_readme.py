@@ -1,7 +1,7 @@
 """README's commands work: each is run at a reduced size, or checked as far as this machine can go.
 
-- ``python train.py``: trained for two small iterations when its model and data lie in the repository; else
-  (a download, a run folder of someone's own) composed and checked. A multirun is composed for each value.
+- ``python train.py``: composed and checked, a multirun for each value. Where its model and data lie in the repository,
+  it is trained for two small iterations; most of these runs are slow tests. ``plan=true`` plans.
 - ``python evaluate.py | generate.py | report.py``: composed.
 - ``make``, ``pip``, ``pytest``: the targets, extras and files they name exist.
 - Anything else has no rule, and that is a failure.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from conftest import Compose, Train
 from doc_blocks import ROOT, blocks
+from policylab.planning.plan import plan_job
+from small_runs import quick
 
 README = ROOT / "README.md"
 BLOCKS = blocks([README])
@@ -31,6 +34,12 @@ COMMANDS = [
     if block.language == "bash" and not (before and before.file_name)
     for words in block.commands
 ]
+TRAINING = sorted(
+    {shlex.join(words) for _, words in COMMANDS if words[:2] == ["python", "train.py"]}
+    - {"python train.py --help", "python train.py --cfg job"}
+)
+#: Of these, the ones that the fast tests train; test_configs.py has the other algorithms and models.
+IN_ALL_RUNS = ("python train.py", "python train.py debug=fast")
 IN_THE_REPOSITORY = ("policylab.models.loading.embedded", "policylab.models.scratch.from_scratch")
 
 
@@ -47,9 +56,9 @@ def test_readme_has_commands() -> None:
 @pytest.mark.parametrize(
     ("where", "words"), COMMANDS, ids=[f"{where} {' '.join(words)}" for where, words in COMMANDS]
 )
-def test_command(where: str, words: list[str], compose: Compose, train_briefly: Train) -> None:
-    if words[0] == "python" and words[1] == "train.py":
-        check_training(words[2:], compose, train_briefly)
+def test_command(where: str, words: list[str], compose: Compose) -> None:
+    if words[:2] == ["python", "train.py"]:
+        check_training(words[2:], compose)
     elif words[0] == "python" and (ROOT / words[1]).is_file():
         compose(words[2:], config_name=Path(words[1]).stem)
     elif words[0] in CHECKS:
@@ -60,17 +69,28 @@ def test_command(where: str, words: list[str], compose: Compose, train_briefly: 
         )
 
 
-def check_training(arguments: list[str], compose: Compose, train_briefly: Train) -> None:
+@pytest.mark.parametrize("command", quick(TRAINING, IN_ALL_RUNS))
+def test_it_trains(command: str, compose: Compose, train_briefly: Train) -> None:
+    overrides = jobs(shlex.split(command)[2:])[0]
+    if runs_here(compose(overrides)):
+        train_briefly(overrides)
+
+
+def check_training(arguments: list[str], compose: Compose) -> None:
     if "--help" in arguments or "--cfg" in arguments:
         command = [sys.executable, "train.py", *arguments]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         return
-    variants = every_value(arguments) if "-m" in arguments or "--multirun" in arguments else [arguments]
-    for overrides in variants:
+    for overrides in jobs(arguments):
         config = compose(overrides)
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    if runs_here(config):
-        train_briefly(variants[0])
+        if config.plan:
+            plan_job(config)
+
+
+def jobs(arguments: list[str]) -> list[list[str]]:
+    """Overrides of each job that a command starts."""
+    return every_value(arguments) if "-m" in arguments or "--multirun" in arguments else [arguments]
 
 
 def every_value(arguments: list[str]) -> list[list[str]]:
@@ -97,7 +117,8 @@ def test_every_value() -> None:
 def runs_here(config: DictConfig) -> bool:
     """Whether model and data lie in the repository, and no earlier run is needed."""
     own_model = config.model._target_ in IN_THE_REPOSITORY and config.model.get("path") is None
-    return own_model and config.task.get("source", "default") == "default" and config.resume is None
+    own_data = config.task.get("source", "default") == "default"
+    return own_model and own_data and config.resume is None and not config.plan
 
 
 def check_make(arguments: list[str]) -> None:

@@ -60,6 +60,7 @@ def test_bootstrap_interval_of_the_iqm() -> None:
     assert iqm_interval([5.0, 1.0, 4.0, 2.0, 3.0]) == pytest.approx((4 / 3, 14 / 3))
 
 
+@pytest.mark.slow
 def test_bootstrap_of_many_seeds_is_drawn_and_repeats() -> None:
     values = np.random.default_rng(1).normal(size=12)
     drawn = iqm_interval(list(values))

@@ -234,6 +234,7 @@ def weights_after_an_iteration(compose, tmp_path, *overrides):
     return torch.cat([p.detach().flatten() for p in experiment.module.policy.parameters()])
 
 
+@pytest.mark.slow
 def test_an_iteration_does_not_depend_on_the_micro_batch(compose, tmp_path):
     """Shuffling, accumulation, clipping and step included."""
     whole = weights_after_an_iteration(compose, tmp_path)
@@ -244,6 +245,7 @@ def test_an_iteration_does_not_depend_on_the_micro_batch(compose, tmp_path):
     assert (whole - other).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_kl_stop_ends_the_updates(compose, tmp_path):
     """The first minibatch is at the policy that sampled; after one large step the second is far from it."""
     stopped = weights_after_an_iteration(compose, tmp_path, "algo.update.kl_stop=1e-9")

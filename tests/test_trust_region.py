@@ -329,12 +329,14 @@ def test_the_kl_is_what_was_predicted_and_within_the_bound(iterate, algo):
     assert moved(module, before).any()
 
 
+@pytest.mark.slow
 def test_a_tiny_step_of_trpo_points_along_that_of_npg(iterate):
     tiny = "algo.update.max_kl=1e-5"
     trpo, npg = (moved(*iterate(f"algo={algo}", tiny)) for algo in ("trpo", "npg"))
     assert cosine(trpo, npg) > 0.9999
 
 
+@pytest.mark.slow
 def test_an_iteration_does_not_depend_on_the_micro_batch(iterate):
     whole = moved(*iterate("algo=trpo"))
     cut = moved(*iterate("algo=trpo", "optim.micro_batch_tokens=40"))
@@ -343,6 +345,7 @@ def test_an_iteration_does_not_depend_on_the_micro_batch(iterate):
     assert cosine(whole, other) < 0.9
 
 
+@pytest.mark.slow
 def test_how_products_are_taken_changes_nothing(prepared):
     exactly = ("algo.update.cg_iterations=200", "algo.update.cg_tolerance=1e-5")
     steps = [

@@ -230,6 +230,7 @@ class TestSampling:
         llm = vllm.llm
         assert (llm.dtype, llm.gpu_memory_utilization, llm.max_model_len) == ("bfloat16", 0.2, 20)
 
+    @pytest.mark.slow
     def test_a_training_run(self, train_briefly):
         folder = train_briefly(["rollout=vllm", "model=tiny_scratch", "algo=grpo", "callbacks=none"])
         assert (folder / "metrics.csv").read_text().count("\n") > 2
