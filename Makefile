@@ -36,6 +36,8 @@ ifeq ($(ARGS),)
 	for precision in fp32 bf16; do \
 		$(BIN)/python benchmarks/where.py --model gpt2 --precision $$precision --out $(RESULTS)/where.csv || exit 1; done
 	$(BIN)/python benchmarks/products.py --out $(RESULTS)/products.csv
+	$(BIN)/python benchmarks/to_reward.py --out $(RESULTS)/to_reward.csv
+	$(BIN)/python benchmarks/memory.py algo=grpo --out $(RESULTS)/memory.csv
 	$(BIN)/python benchmarks/scaling.py --out $(RESULTS)/scaling
 	$(BIN)/python benchmarks/plan.py --out $(RESULTS)/plan.csv
 	for model in tiny gpt2 smollm2; do \

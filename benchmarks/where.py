@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from policylab.cli.entry import ENVIRONMENT, prepare
+
+os.environ.update(ENVIRONMENT | os.environ)  # before torch, which reads it
+
 import torch
 from lightning import Callback, seed_everything
 from torch.profiler import ProfilerActivity, profile
 
-from policylab.cli.entry import prepare
 from policylab.cli.logs import silence_noise
 from policylab.config.build import build
 from policylab.distributed.machine import cpu_name

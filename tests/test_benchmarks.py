@@ -227,6 +227,11 @@ QUICK = {
         ("--python", "3.12"),
         {"FOLDER": Path("OUT/wheels"), "subprocess": SimpleNamespace(run=lambda *_, **__: DONE)},
     ),
+    "memory": Quick(
+        ("--iterations", "1", "--out", "OUT/memory.csv", "rollout.prompts=2", "rollout.max_new_tokens=4",
+         "validation.prompts=2"),
+        slow=True,
+    ),
     "plan": Quick(("--out", "OUT/plan.csv", "--replan")),
     "products": Quick(("--out", "OUT/products.csv"), {"SHAPES": [(4, 8, 16)]}),
     "rollout": Quick(
@@ -236,6 +241,11 @@ QUICK = {
     ),
     "scaling": Quick(
         ("--tiny", "--iterations", "2", "--out", "OUT"), {"AXES": {"prompts": scaling.AXES["prompts"]}}, slow=True
+    ),
+    "to_reward": Quick(
+        ("--algo", "grpo", "--seeds", "0", "--iterations", "2", "--held-out", "4", "--target=-1", "--out",
+         "OUT/to_reward.csv", "--trl-python", "OUT/stand_in"),
+        slow=True,
     ),
     "vs_trl": Quick(
         ("--prompts", "2", "--group-size", "2", "--new-tokens", "4", "--runs", "1", "--out", "OUT/vs_trl.csv",
@@ -257,10 +267,12 @@ STAND_IN = f"""#!{sys.executable}
 import sys
 from pathlib import Path
 
-from race import ours
+from race import ours, ours_to_reward
 
 described = ours.describe_environment
 ours.describe_environment = lambda root: described(root) | {{"packages": described(root)["packages"] | {{"trl": ""}}}}
+if sys.argv[2] == "race.theirs_to_reward":
+    ours_to_reward.main(Path(sys.argv[-1]))
 ours.main(ours.Work.from_json(sys.argv[-2]), Path(sys.argv[-1]))
 """
 

@@ -8,4 +8,7 @@ lane.py       the end of a worker's line to the referee, and its stopwatch
 referee.py    starts the two workers and lets them run in turn
 agreement.py  whether both made the same update
 figures.py    medians, ratio, tables
+
+`benchmarks/to_reward.py` lets them run in turn as well: recipe.py says what both do, ours_to_reward.py and
+theirs_to_reward.py are the sides.
 """

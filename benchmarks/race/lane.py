@@ -29,6 +29,7 @@ class Lane:
         command: of the iteration under way.
         gradients: the side's gradients before an optimizer step, under names that both sides use.
         loss: what went backward, summed, in an iteration whose gradients are wanted.
+        evaluate: the side's held-out reward, off the clock.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class Lane:
         os.dup2(2, 1)
         self.command: dict[str, Any] = {}
         self.gradients: Callable[[], Mapping[str, Tensor]] = dict
+        self.evaluate: Callable[[], float] = lambda: float("nan")
         self.loss = 0.0
         self._clock: dict[str, float] = {}
         self._started = self._step_started = 0.0
@@ -61,7 +63,7 @@ class Lane:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
-        self._answer({**facts, "seconds": seconds, "clock": self._clock, "loss": self.loss})
+        self._answer({**facts, "seconds": seconds, "clock": self._clock, "loss": self.loss, "gib": memory()})
         self._wait()
 
     @contextmanager
@@ -76,10 +78,14 @@ class Lane:
         self._clock.setdefault("before_loss", time.perf_counter() - self._started)
 
     def _wait(self) -> None:
-        self.command = json.loads(sys.stdin.readline() or '{"do": "stop"}')
-        if self.command["do"] == "stop":
-            self._answer({"peak_gib": peak_memory()})
-            os._exit(0)  # neither trainer has anything to finish
+        while True:
+            self.command = json.loads(sys.stdin.readline() or '{"do": "stop"}')
+            if self.command["do"] == "stop":
+                self._answer({"peak_gib": peak_memory()})
+                os._exit(0)  # neither trainer has anything to finish
+            if self.command["do"] != "evaluate":
+                break
+            self._answer({"reward": self.evaluate()})
         self._clock = {}
         self._started = time.perf_counter()
 

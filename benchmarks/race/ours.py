@@ -88,7 +88,8 @@ class Racer(Callback):
             self._lane.ready(self._facts)
             return
         rollout: Rollout = module.rollout
-        prompts = rollout.prompt_tokens.tolist()
+        rows = zip(rollout.prompt_tokens.tolist(), rollout.prompt_lengths.tolist(), strict=True)
+        prompts = [row[len(row) - n :] for row, n in rows]
         facts = {
             "prompts": work.digest(prompts),
             "lengths": rollout.lengths.tolist(),
@@ -151,6 +152,17 @@ def gradients(module: ExperimentModule) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
+def facts(device: str) -> dict[str, Any]:
+    """Of this environment, for the results."""
+    environment = describe_environment(ROOT)
+    return {
+        "versions": {"policylab": environment["policylab"], **environment["packages"]},
+        "python": environment["python"], "cpu": environment["cpu"], "cores": environment["cpu_cores"],
+        "gpu": environment["gpus"][0] if device == "cuda" else "",
+        "commit": environment["git"]["commit"], "dirty": environment["git"]["dirty"],
+    }  # fmt: skip
+
+
 def main(race: Work, folder: Path) -> None:
     prepare(str(ROOT / "train.py"))
     lane = Lane()
@@ -158,16 +170,10 @@ def main(race: Work, folder: Path) -> None:
     silence_noise()
     seed_everything(0, verbose=False)
     experiment = build(config(race, folder, prompts), folder)
-    module, environment = experiment.module, describe_environment(ROOT)
+    module = experiment.module
     lane.gradients = lambda: gradients(module)
     module.engine = Scheduled(module.engine, lane, race.schedule())
-    facts = {
-        "versions": {"policylab": environment["policylab"], **environment["packages"]},
-        "python": environment["python"], "cpu": environment["cpu"], "cores": environment["cpu_cores"],
-        "gpu": environment["gpus"][0] if race.device == "cuda" else "",
-        "commit": environment["git"]["commit"], "dirty": environment["git"]["dirty"],
-    }  # fmt: skip
-    experiment.trainer.callbacks.append(Racer(lane, facts))  # type: ignore[attr-defined]
+    experiment.trainer.callbacks.append(Racer(lane, facts(race.device)))  # type: ignore[attr-defined]
     experiment.trainer.fit(module, datamodule=experiment.data)
 
 

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from policylab.cli.entry import ENVIRONMENT
 from race import work
 from race.agreement import Agreement, compare
 from race.figures import Lap
@@ -44,7 +45,7 @@ class Result:
 class Worker:
     """A process that waits for its turn."""
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
+    def __init__(self, name: str, command: list[str], log: Path, environment: Mapping[str, str]) -> None:
         self.name, self._log = name, log
         paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -53,7 +54,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRL_EXPERIMENTAL_SILENCE": "1"},
+            env={**environment, **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
 
     def answer(self) -> dict[str, Any]:
@@ -84,6 +85,11 @@ class Worker:
         self.send("iterate", **command)
         return self.answer()
 
+    def evaluate(self) -> float:
+        """The held-out reward of its present weights."""
+        self.send("evaluate")
+        return float(self.answer()["reward"])
+
     def stop(self) -> dict[str, Any]:
         """Its last words."""
         self.send("stop")
@@ -98,22 +104,46 @@ class Worker:
 
 
 @contextmanager
-def workers(race: Work, folder: Path, trl_python: str) -> Iterator[tuple[Worker, Worker]]:
-    """Ours and TRL's, which load the model of ``folder`` beside each other; neither outlives the block."""
-    prepare = [sys.executable, "-m", "race.weights", race.model, str(folder), race.algo]
-    made = subprocess.run(prepare, cwd=BENCHMARKS, capture_output=True, text=True)
-    if made.returncode:
-        raise RaceError(f"the model {race.model} cannot be made:\n{made.stderr[-2000:]}")
-    arguments = [race.to_json(), str(folder)]
+def workers(
+    modules: tuple[str, str], arguments: list[str], folder: Path, trl_python: str
+) -> Iterator[tuple[Worker, Worker]]:
+    """Ours and TRL's, which load their model beside each other; neither outlives the block.
+
+    Args:
+        modules: of race/, ours and TRL's.
+        folder: for what they print.
+    """
     sides = [
-        Worker("our side", [sys.executable, "-m", "race.ours", *arguments], folder / "ours.log"),
-        Worker("TRL's side", [trl_python, "-m", "race.theirs", *arguments], folder / "theirs.log"),
+        Worker(
+            "our side",
+            [sys.executable, "-m", f"race.{modules[0]}", *arguments],
+            folder / "ours.log",
+            ENVIRONMENT,  # as train.py sets it
+        ),
+        Worker(
+            "TRL's side",
+            [trl_python, "-m", f"race.{modules[1]}", *arguments],
+            folder / "theirs.log",
+            {"TRL_EXPERIMENTAL_SILENCE": "1"},
+        ),
     ]
     try:
         yield sides[0], sides[1]
     finally:
         for side in sides:
             side.kill()
+
+
+def make_model(race: Work, folder: Path) -> None:
+    """Writes the weights that both sides load.
+
+    Raises:
+        RaceError: when they cannot be made.
+    """
+    prepare = [sys.executable, "-m", "race.weights", race.model, str(folder), race.algo]
+    made = subprocess.run(prepare, cwd=BENCHMARKS, capture_output=True, text=True)
+    if made.returncode:
+        raise RaceError(f"the model {race.model} cannot be made:\n{made.stderr[-2000:]}")
 
 
 def run(race: Work, runs: int, folder: Path, trl_python: str, say: Say) -> Result:
@@ -123,7 +153,8 @@ def run(race: Work, runs: int, folder: Path, trl_python: str, say: Say) -> Resul
         RaceError: when a side fails, or when prompts, lengths or the first update differ.
     """
     prompts = race.prompt_ids
-    with workers(race, folder, trl_python) as (ours, theirs):
+    make_model(race, folder)
+    with workers(("ours", "theirs"), [race.to_json(), str(folder)], folder, trl_python) as (ours, theirs):
         facts = [ours.answer(), theirs.answer()]
         if len({fact["threads"] for fact in facts}) > 1:
             raise RaceError(f"the sides have {facts[0]['threads']} and {facts[1]['threads']} threads")
