@@ -3,7 +3,7 @@
     python benchmarks/to_reward.py --algo grpo rloo --seeds 0 1 2 --out benchmarks/results/to_reward.csv
 
 benchmarks/README.md says what is the same on both sides and what cannot be. The last line is JSON; its `ratio` is the
-sum of TRL's seconds over that of ours, by algorithm.
+sum of TRL's seconds over that of ours, by algorithm, `cpu_ratio` that of the seconds of CPU.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Climb:
     """What one side did."""
 
     seconds: list[float] = field(default_factory=list)  #: of each iteration
+    cpu: list[float] = field(
+        default_factory=list
+    )  #: seconds of all its threads, which a busy machine changes less
     gib: list[float] = field(default_factory=list)  #: resident after each iteration
     rewards: dict[int, float] = field(default_factory=dict)  #: held out, after so many iterations
 
@@ -110,6 +113,7 @@ def climb(
             if prompts.setdefault(len(done.seconds), answer["prompts"]) != answer["prompts"]:
                 raise RaceError(f"the sides read other prompts in iteration {len(done.seconds)}")
             done.seconds.append(answer["seconds"])
+            done.cpu.append(answer["cpu_seconds"])
             done.gib.append(answer["gib"])
 
         for side in (0, 1):
@@ -149,8 +153,10 @@ def record(
         n = done.reached(target)
         row |= {
             f"{name}_seconds": None if n is None else round(sum(done.seconds[:n]), 3),
+            f"{name}_cpu_seconds": None if n is None else round(sum(done.cpu[:n]), 3),
             f"{name}_iterations": n,
             f"{name}_iteration_s": round(statistics.median(done.seconds), 4),
+            f"{name}_iteration_cpu_s": round(statistics.median(done.cpu), 4),
             f"{name}_start_gib": round(about["rest_gib"], 3),
             f"{name}_end_gib": round(done.gib[-1], 3),
             f"{name}_rewards": " ".join(f"{k}:{reward:.3f}" for k, reward in done.rewards.items()),
@@ -166,10 +172,10 @@ def record(
     }
 
 
-def ratio(rows: Sequence[dict[str, Any]]) -> float | None:
-    """TRL's seconds over ours, summed over the seeds; None where a side did not reach the target with one of them."""
-    sums = [[row[f"{name}_seconds"] for row in rows] for name in ("trl", "ours")]
-    return None if None in sums[0] + sums[1] else round(sum(sums[0]) / sum(sums[1]), 3)
+def ratio(rows: Sequence[dict[str, Any]], column: str) -> float | None:
+    """TRL's sum of a column over ours, over the seeds; None where a side did not reach the target with one of them."""
+    sums = [[row[f"{name}_{column}"] for row in rows] for name in ("trl", "ours")]
+    return None if not rows or None in sums[0] + sums[1] else round(sum(sums[0]) / sum(sums[1]), 3)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -210,8 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         if chosen.out is not None:
             figures.append(chosen.out, row)
-    ratios = {algo: ratio([row for row in rows if row["algo"] == algo]) for algo in chosen.algo}
-    print(json.dumps({"target": chosen.target, "ratio": ratios, "rows": rows}))
+    found: dict[str, Any] = {"target": chosen.target, "rows": rows}
+    of = {algo: [row for row in rows if row["algo"] == algo] for algo in chosen.algo}
+    for name, column in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        found[name] = {algo: ratio(some, column) for algo, some in of.items()}
+    print(json.dumps(found))
     return 1 if failed else 0
 
 

@@ -40,7 +40,7 @@ class Lane:
         self.evaluate: Callable[[], float] = lambda: float("nan")
         self.loss = 0.0
         self._clock: dict[str, float] = {}
-        self._started = self._step_started = 0.0
+        self._started = self._cpu_started = self._step_started = 0.0
         backward = torch.autograd.backward
 
         def clocked(tensors: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,7 +63,8 @@ class Lane:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
-        self._answer({**facts, "seconds": seconds, "clock": self._clock, "loss": self.loss, "gib": memory()})
+        spent = {"seconds": seconds, "cpu_seconds": time.process_time() - self._cpu_started}
+        self._answer({**facts, **spent, "clock": self._clock, "loss": self.loss, "gib": memory()})
         self._wait()
 
     @contextmanager
@@ -87,7 +88,7 @@ class Lane:
                 break
             self._answer({"reward": self.evaluate()})
         self._clock = {}
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def _answer(self, facts: Mapping[str, Any]) -> None:
         self._answers.write(json.dumps(facts) + "\n")
