@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -48,6 +49,11 @@ products.use(products.ONEDNN)
 
 Compose = Callable[..., DictConfig]
 Train = Callable[[Sequence[str]], Path]
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules stay: the garbage collector skips them from here on."""
+    gc.freeze()
 
 
 @pytest.fixture

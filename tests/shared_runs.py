@@ -217,7 +217,7 @@ def on_both(cases: Mapping[str, Case], folder: Path) -> tuple[dict[str, Record],
     resumed = [name for name, case in cases.items() if case.resumes]
     alone = {name: run(cases[name], folder / "alone" / name, 1) for name in resumed}
     work = partial(take_part, cases=cases, folder=folder)
-    together = torch.multiprocessing.start_processes(work, nprocs=PROCESSES, join=False, start_method="spawn")
+    together = torch.multiprocessing.start_processes(work, nprocs=PROCESSES, join=False, start_method="fork")
     alone |= {
         name: run(case, folder / "alone" / name, 1) for name, case in cases.items() if name not in alone
     }

@@ -20,7 +20,7 @@ OPTIONS = sorted(
 #: One of each kind: a critic and several updates, a group and one update, the KL in the loss, a trust region.
 PRESETS = (
     "ppo",
-    "grpo",
+    pytest.param("grpo", marks=pytest.mark.slow),
     pytest.param("rloo", marks=pytest.mark.slow),
     pytest.param("trpo", marks=pytest.mark.slow),
 )

@@ -42,6 +42,8 @@ REWARDS = torch.tensor([[1.0, 2.0, 9.0, 4.0, 9.0]])  # 9: never looked at
 VALUES = torch.tensor([[10.0, 20.0, 9.0, 30.0, 9.0]])
 PATH = torch.tensor([[-1.0, -2.0, 9.0, -3.0, 9.0]])
 NONE = torch.zeros(1, 5)
+#: ``n_step``: the fast tests take the general one.
+STEPS = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(None, marks=pytest.mark.slow)]
 
 
 def dqn(**changes) -> QLearning:
@@ -289,9 +291,9 @@ def learned_q(algorithm: QLearning, z: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("level", "double", "corrected", "n"),
     [
-        (None, False, False, 1),
-        ("max", True, False, 1),
-        ("mean", False, True, None),
+        pytest.param(None, False, False, 1, marks=pytest.mark.slow),
+        pytest.param("max", True, False, 1, marks=pytest.mark.slow),
+        pytest.param("mean", False, True, None, marks=pytest.mark.slow),
         ("logsumexp", True, True, 2),
     ],
 )
@@ -314,7 +316,7 @@ def test_uncorrected_steps_learn_what_the_sampling_policy_gets():
     assert (q - optimal_q(rollout, 0.0, None)[LIVE]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("n", [1, 2, None])
+@pytest.mark.parametrize("n", STEPS)
 def test_soft_q_finds_the_boltzmann_policy(n):
     rollout, _, start = world()
     algorithm = dqn(backup=SoftBackup("uniform"), dueling=None, n_step=n)
@@ -324,7 +326,7 @@ def test_soft_q_finds_the_boltzmann_policy(n):
     torch.testing.assert_close(z[LIVE].softmax(-1), (best / 0.5).softmax(-1), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("n", [1, 2, None])
+@pytest.mark.parametrize("n", STEPS)
 def test_soft_q_with_the_reference_finds_the_kl_regularised_optimum(n):
     """Over whole sequences: ``reference * exp(reward / scale) / Z``, and the first state is worth ``scale log Z``."""
     rollout, reference, _ = world()
@@ -509,6 +511,7 @@ def test_updates_do_not_depend_on_the_micro_batch(compose, tmp_path, name):
     assert (whole - other).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_target_network_follows(compose, tmp_path):
     still = trained(compose, tmp_path, "algo=dqn", "algo.target.every=100")
     start = trained(compose, tmp_path, "algo=dqn", "algo.target.every=100", "optim.lr=0")
@@ -521,6 +524,7 @@ def test_the_target_network_follows(compose, tmp_path):
     assert not any(p.requires_grad for p in half.target.parameters())
 
 
+@pytest.mark.slow
 def test_learning_waits_for_the_warm_up(compose, tmp_path):
     module = trained(compose, tmp_path, "algo=dqn", "algo.replay.warmup=9")
     assert module.updates == 4  # eight sequences after the first iteration, sixteen after the second

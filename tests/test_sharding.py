@@ -136,7 +136,7 @@ def on_both(folder: Path, names: list[str]) -> Both:
     """What one process, and each of two, has seen."""
     folder.mkdir()
     one = {name: train(name, folder / "one" / name, {}) for name in names}
-    torch.multiprocessing.start_processes(work, (folder, names), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(work, (folder, names), nprocs=2, start_method="fork")
     if "ppo" in names:
         start = folder / "two" / "ppo" / "checkpoints" / PREVIOUS
         one["from two"] = train("ppo", folder / "one from two", {}, start)

@@ -19,7 +19,7 @@ from policylab.training.experiment import means_of
 from policylab.training.fisher import Actor, FisherProducts, fisher_diagonal, twice_differentiable
 from policylab.training.skipping import NotFinite
 from small_runs import algo as preset
-from small_runs import small, train
+from small_runs import quick, small, train
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]  # of different lengths: padding
 KINDS = ["gauss_newton", "exact_kl"]
@@ -316,7 +316,7 @@ def cosine(a, b) -> float:
     return float(a @ b / a.norm() / b.norm())
 
 
-@pytest.mark.parametrize("algo", ["trpo", "npg"])
+@pytest.mark.parametrize("algo", quick(["trpo", "npg"], ["trpo"]))
 def test_the_kl_is_what_was_predicted_and_within_the_bound(iterate, algo):
     module, before = iterate(f"algo={algo}", "algo.update.max_kl=1e-4", "algo.update.fisher_share=0.5")
     metrics = module.metrics
@@ -399,7 +399,7 @@ def test_a_step_beyond_the_bound_is_shortened(prepared):
     assert metrics["train/kl_measured"] <= module.region.max_kl
 
 
-@pytest.mark.parametrize("algo", ["trpo", "npg"])
+@pytest.mark.parametrize("algo", quick(["trpo", "npg"], ["trpo"]))
 def test_nothing_to_gain_moves_nothing(prepared, algo):
     module, rollout = prepared(f"algo={algo}")
     step, metrics = step_of(module, rollout.replace(advantages=torch.zeros_like(rollout.advantages)))
@@ -434,6 +434,7 @@ def test_the_critic_is_fitted_without_moving_the_policy(prepared):
     assert loss() < 0.9 * critic
 
 
+@pytest.mark.slow
 def test_without_a_critic_there_is_none_to_fit(iterate):
     module, before = iterate("algo=trpo", "algo/advantage=leave_one_out")
     assert module.policy.critic is None
@@ -441,6 +442,7 @@ def test_without_a_critic_there_is_none_to_fit(iterate):
     assert "train/value_loss" not in module.metrics
 
 
+@pytest.mark.slow
 def test_mixed_precision_moves_within_the_bound(iterate):
     module, before = iterate("algo=trpo", "hardware.precision=bf16-mixed")
     assert moved(module, before).any()
