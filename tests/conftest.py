@@ -18,6 +18,7 @@ os.environ["POLICYLAB_PRODUCTS"] = (
     "onednn"  # golden metrics hang on it, and no test should measure the machine
 )
 
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 # The shapes in signatures are checked here, and only here: a run pays nothing for them.
@@ -49,6 +50,20 @@ products.use(products.ONEDNN)
 
 Compose = Callable[..., DictConfig]
 Train = Callable[[Sequence[str]], Path]
+
+
+#: Their subject is pure functions.
+OF_FUNCTIONS = {
+    *("test_functional", "test_advantages", "test_surrogates", "test_q_learning", "test_trust_region"),
+    *("test_training", "test_enumeration"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Checks shapes in the slow tests and in those of functions. In whole runs it takes a fifth of the time."""
+    checks = "slow" in item.keywords or item.path.stem in OF_FUNCTIONS
+    shape_checks.update("jaxtyping_disable", not checks)
 
 
 def pytest_collection_finish() -> None:

@@ -337,6 +337,7 @@ def test_logprob_reads_no_ratio(off_policy):
     close(expected_gradient(algorithm(PLAIN, LogProb()), off_policy, 1), gradient_of(objective, off_policy))
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_what_the_script_prints():
     page = (Path(__file__).parent.parent / "docs" / "estimators.md").read_text()
     assert estimator_variance.table() in page

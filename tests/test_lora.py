@@ -370,7 +370,7 @@ def trained(preset: str, *overrides: str, **changes: object):
     return experiment.module, before
 
 
-@pytest.mark.parametrize("preset", quick(PRESETS))
+@pytest.mark.parametrize("preset", quick(PRESETS, ["ppo", "dqn"]))
 def test_every_preset_trains_adapters_alone(preset):
     module, before = trained(preset)
     after = module.policy.state_dict()
@@ -418,7 +418,14 @@ def usual_loss() -> float:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("rank", 3), ("alpha", 8), ("target_modules", ["c_attn"]), ("seed", 1)]
+    ("key", "value"),
+    [
+        ("rank", 3),
+        *(
+            pytest.param(*knob, marks=pytest.mark.slow)
+            for knob in [("alpha", 8), ("target_modules", ["c_attn"]), ("seed", 1)]
+        ),
+    ],
 )
 def test_no_knob_is_dead(key, value):
     other, _ = trained("grpo", **{"model.adapter": {**RUN, key: value}})

@@ -82,6 +82,7 @@ def test_layers_keep_their_input_alone(tiny_policy):
     assert kept[True] < 0.7 * kept[False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", quick(["ppo", "trpo"], ["ppo"]))
 def test_a_run_with_gradient_checkpointing_is_the_same_run(build_run, algo):
     plain = weights(build_run(f"algo={algo}"))
@@ -158,6 +159,7 @@ def test_compiled_layers_give_the_same_gradient():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_says_why_and_runs(build_run, monkeypatch):
     def no_compiler(*_, **__):
         raise RuntimeError("No working C++ compiler found\nand more lines")
@@ -200,11 +202,16 @@ def test_bad_values_are_refused(build_run, overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "passes"),
     [
-        (["algo=ppo"], 0),
         (["algo=ppo", "hardware.precision=bf16-mixed"], 1),
         (["algo=reinforce", "algo/kl=none", "hardware.precision=bf16-mixed"], 0),
-        (["algo=reinforce", "algo/kl=in_reward", "hardware.precision=bf16-mixed"], 1),
-        (["algo=trpo", "hardware.precision=bf16-mixed"], 1),
+        *(
+            pytest.param(overrides, passes, marks=pytest.mark.slow)
+            for overrides, passes in [
+                (["algo=ppo"], 0),
+                (["algo=reinforce", "algo/kl=in_reward", "hardware.precision=bf16-mixed"], 1),
+                (["algo=trpo", "hardware.precision=bf16-mixed"], 1),
+            ]
+        ),
     ],
 )
 def test_old_logprobs_are_computed_anew_where_sampling_drifts(build_run, overrides, passes):

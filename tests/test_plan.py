@@ -236,6 +236,7 @@ def test_processes_share():
 # -- what must hold ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_knobs_save_what_they_say(compose, tmp_path):
     """Whoever turns the knob plans again and sees the figure that was told."""
     for overrides in (big(tmp_path, "7b", "hardware.strategy=ddp"), ["algo=ppo", "algo/critic=separate"]):

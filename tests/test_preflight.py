@@ -106,7 +106,7 @@ class WrongAdapter(Sampler):
 FAULTS = [WrongTemperature, WrongPositions, ShiftedMask, WrongAdapter]
 
 
-@pytest.mark.parametrize("sharp", SHARP)
+@pytest.mark.parametrize("sharp", [SHARP[0], pytest.param(SHARP[1], marks=pytest.mark.slow), SHARP[2]])
 def test_a_confident_policy_passes(checked, sharp):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -531,6 +531,7 @@ def test_learning_waits_for_the_warm_up(compose, tmp_path):
     assert "train/loss" in module.metrics
 
 
+@pytest.mark.slow
 def test_epsilon_rules_training_and_the_best_token_validation(compose, tmp_path):
     exploring = ["algo/exploration=epsilon", "algo.exploration.start=0.5", "algo.exploration.others=uniform"]
     module = trained(compose, tmp_path, "algo=dqn", *exploring)

@@ -215,7 +215,7 @@ class TestEnd:
             begin(reward, COMPLETIONS)()
         wait_for(lambda: not any(t.name.startswith("reward-slow") for t in threading.enumerate()))
 
-    @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+    @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
     def test_no_process_is_left_behind(self, tmp_path, signum):
         """However the main process ends; and a signal to the whole group is for the main process to answer."""
         script = tmp_path / "main.py"

@@ -68,7 +68,7 @@ class Tight(Changed):
 
 
 @pytest.mark.parametrize("name", list(ENGINES))
-@pytest.mark.parametrize("behaviour", [None, often_ending])
+@pytest.mark.parametrize("behaviour", [pytest.param(None, marks=pytest.mark.slow), often_ending])
 def test_every_cut_gives_the_same_rollout(policy, name, behaviour):
     """Single rows, parts of a group, groups with a remainder, and none."""
     engine = ENGINES[name](1.3, WIDTH)

@@ -92,7 +92,9 @@ def gradient(policy, reference, algorithm, rollout, parts):
 @pytest.mark.parametrize(
     "reduction", [TokenMean(), SequenceMean(), SequenceSum(10.0)], ids=lambda r: type(r).__name__
 )
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_micro_batches_change_nothing(rewarded, reduction, size):
     policy, reference, rollout = rewarded
     algorithm = ppo(reduction)

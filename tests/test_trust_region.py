@@ -202,6 +202,7 @@ def test_weights_that_do_not_train_have_no_part(tiny_policy):
     close(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_diagonal_is_that_of_the_fisher_matrix(tiny_policy):
     """Its sum over many rollouts; a single rollout's estimate is noisy, and serves to precondition only."""
     small = tuple(p for p in tiny_policy.actor_parameters() if p.numel() == 32)[-2:]
