@@ -65,7 +65,7 @@ def waits(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__getitem__", picked)
     monkeypatch.setattr(torch, "tensor", made)
     monkeypatch.setattr(torch, "from_numpy", lambda array: noise(array).as_subclass(Host))
-    for module in ("models.packing", "models.sequences", "modules.micro_batches", "modules.policy_gradient"):
+    for module in ("models.packing", "models.sequences", "training.micro_batches", "training.policy_gradient"):
         monkeypatch.setattr(f"policylab.{module}.on_device", sent)
     return counted
 
