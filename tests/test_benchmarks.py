@@ -318,7 +318,9 @@ def test_both_sides_make_the_same_update(algo: str) -> None:
     assert vs_trl.main([*words, "--check"]) == 0
 
 
-SHELL = sorted([*(ROOT / "benchmarks").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch"), ROOT / ".ci" / "run"])
+SHELL = sorted(
+    [*(ROOT / "benchmarks").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch"), ROOT / ".ci" / "run"]
+)
 
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
