@@ -30,6 +30,7 @@ from policylab.functional.logprobs import completion_slice
 from policylab.functional.masks import length_mask
 from policylab.models import policy as policy_module
 from policylab.models.policy import Policy
+from policylab.models.readers import PackedCausal, PaddedCausal
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
@@ -135,12 +136,13 @@ def measure(policy: Policy) -> list[Errors]:
         found.append(errors(path, rollout, rollout.logprobs, plainly(policy, rollout), None))
     rollout = sampled(policy, CachedEngine(1.0, NEW_TOKENS))
     plain = plainly(policy, rollout)
-    paths: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, bool]]] = {
-        "update": (nullcontext, {"packs": True}),
-        "update, head in chunks": (in_chunks, {"packs": True}),
-        "update, rows apart": (nullcontext, {"packs": False}),
+    packed, padded = {"reader": PackedCausal(policy.lm)}, {"reader": PaddedCausal(policy.lm)}
+    paths: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, Any]]] = {
+        "update": (nullcontext, packed),
+        "update, head in chunks": (in_chunks, packed),
+        "update, rows apart": (nullcontext, padded),
         "update, gradient checkpointing": (nullcontext, {"recomputes_layers": True}),
-        "update, bf16-mixed": (functools.partial(bf16, policy), {"packs": True}),
+        "update, bf16-mixed": (functools.partial(bf16, policy), packed),
     }
     for path, (context, settings) in paths.items():
         with context(), mock.patch.multiple(policy, **settings):

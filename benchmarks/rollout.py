@@ -26,12 +26,12 @@ import torch
 import transformers
 
 from policylab.data.rollout import Prompt
+from policylab.models.decoders.general import GeneralDecoder
+from policylab.models.decoders.linear import Linear
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
 from policylab.rollouts.cached import CachedEngine
-from policylab.rollouts.decoders.general import GeneralDecoder
-from policylab.rollouts.decoders.linear import Linear
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 
@@ -198,7 +198,7 @@ def runner(engine: str, precision: str, new_tokens: int) -> Iterator[Callable]:
     if engine == "cached":
         yield sample
         return
-    with patch("policylab.rollouts.cached.decoder_for", lambda lm, _: GeneralDecoder(lm)):
+    with patch("policylab.models.readers.causal.decoder_for", lambda lm, _: GeneralDecoder(lm)):
         yield sample
 
 

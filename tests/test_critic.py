@@ -22,7 +22,6 @@ from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.models.critic import value_model
 from policylab.models.policy import Policy
-from policylab.models.sequences import Sequences
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.training.optimizer import AdamW
@@ -68,10 +67,10 @@ def moved(policy: Policy) -> None:
 def test_at_the_start_own_layers_see_what_the_lm_head_sees(loaded, own_layers):
     """Left padding included: the rows' prompts differ in length."""
     policy = fresh_policy(loaded, own_layers)
-    sequences = Sequences.of(sampled(policy), packed=policy.packs)
+    rollout = sampled(policy)
     with torch.no_grad():
-        trunk = policy._read(sequences, head=True)
-        own = policy.critic.hidden(sequences, trunk)
+        trunk = policy._read(rollout, logits=True)
+        own = policy.critic.hidden(rollout, trunk)
     torch.testing.assert_close(own, trunk.hidden, atol=1e-6, rtol=1e-6)
 
 
@@ -376,10 +375,9 @@ def test_other_architectures(architecture):
     for own_layers in (1, 2, "all"):
         policy = fresh_policy(loaded, own_layers)
         rollout = sampled(policy)
-        sequences = Sequences.of(rollout, packed=policy.packs)
         with torch.no_grad():
-            trunk = policy._read(sequences, head=True)
-            own = policy.critic.hidden(sequences, trunk)
+            trunk = policy._read(rollout, logits=True)
+            own = policy.critic.hidden(rollout, trunk)
         torch.testing.assert_close(own, trunk.hidden, atol=1e-5, rtol=1e-5)
         assert touched(policy, policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None).values)
         assert all(p.grad is None for p in policy.lm.parameters())

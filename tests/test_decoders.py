@@ -12,13 +12,13 @@ from conftest import fresh_policy, scratch_model
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
+from policylab.models.decoders import decoder_for, linear
+from policylab.models.decoders.general import GeneralDecoder
+from policylab.models.decoders.gpt2 import GPT2
+from policylab.models.decoders.llama import Llama
 from policylab.models.policy import Policy
 from policylab.rollouts import cached
 from policylab.rollouts.cached import CachedEngine
-from policylab.rollouts.decoders import decoder_for, linear
-from policylab.rollouts.decoders.general import GeneralDecoder
-from policylab.rollouts.decoders.gpt2 import GPT2
-from policylab.rollouts.decoders.llama import Llama
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.sampling import BLOCK, by_triangle, draw, inverse_cdf
@@ -325,7 +325,7 @@ RECURRENT = {
 def test_recurrent_models_write_what_generate_writes(kind):
     attention, sizes = RECURRENT[kind]
     policy = Policy(scratch_model(attention, model_type=kind, **sizes), None).eval()
-    assert not policy.packs, "a convolution would see the row before"
+    assert not policy.reader.packs, "a convolution would see the row before"
     ours, theirs = (
         engine(TEMPERATURE, WIDTH).sample(policy, PROMPTS, GROUP, NOISE, often_ending)
         for engine in (CachedEngine, GenerateEngine)

@@ -66,8 +66,8 @@ def waits(monkeypatch):
     monkeypatch.setattr(torch, "tensor", made)
     monkeypatch.setattr(torch, "from_numpy", lambda array: noise(array).as_subclass(Host))
     for module in (
-        "models.packing",
-        "models.sequences",
+        "models.readers.packing",
+        "models.readers.packed",
         "training.micro_batches",
         "training.policy_gradient",
     ):
@@ -120,7 +120,7 @@ def test_waits_of_ppo_by_hand(waits):
         "collection.sample": 1,  # the groups
         "policy_gradient.minibatches": 2 * epochs,  # to the CPU and back
         "micro_batches.cut": 2 * passes,
-        "rollout.select": passes,
+        "types.select": passes,
         "sequences._packed": 2 * passes,
         "packing.of": passes,
         "optimization.apply_gradients": updates,  # is all finite?

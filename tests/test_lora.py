@@ -17,12 +17,13 @@ from policylab.errors import UserError
 from policylab.models import adapter
 from policylab.models.adapter import LoRA, adapted_layers, adapters_off, save_adapters, whole_weights
 from policylab.models.critic import value_model
+from policylab.models.decoders import decoder_for
+from policylab.models.decoders.general import GeneralDecoder
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
+from policylab.models.readers import PackedCausal, PaddedCausal
 from policylab.planning.shape import added_by
 from policylab.rollouts.cached import CachedEngine
-from policylab.rollouts.decoders import decoder_for
-from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.vllm import hand_over
@@ -145,11 +146,11 @@ class TestGradient:
 
     def test_packed_rows_give_what_rows_apart_give(self, name):
         policy = adapted(name, moved=True)
-        assert policy.packs
-        assert policy.linear_head
+        assert isinstance(policy.reader, PackedCausal)
+        assert policy.reader.head() is not None
         rollout = rollout_of(policy)
         packed = policy.logprobs_of(rollout, 1.0)
-        policy.packs = False
+        policy.reader = PaddedCausal(policy.lm)
         torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), packed, atol=1e-5, rtol=0)
 
 

@@ -59,7 +59,8 @@ def test_layers_that_run_again_give_the_same_gradient(request, model, own_layers
     policies = [fresh_policy(request.getfixturevalue(model), own_layers) for _ in range(2)]
     calls = []
     for policy, again in zip(policies, (False, True), strict=True):
-        policy.packs, policy.recomputes_layers = packs, again
+        kind = PackedCausal if packs else PaddedCausal
+        policy.reader, policy.recomputes_layers = kind(policy.lm), again
         decoder_layers(policy.lm)[0].register_forward_pre_hook(lambda *_: calls.append(None))
     torch.testing.assert_close(gradient(policies[1]), gradient(policies[0]))
     assert "forward" not in vars(decoder_layers(policies[1].lm)[0])
@@ -132,7 +133,8 @@ COMPILED = """
 import torch
 from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
-from policylab.models.sequences import trial_rollout
+from policylab.models.readers import PackedCausal, PaddedCausal
+from policylab.models.readers.trial import trial_rollout
 
 def gradient(compiled):
     policy = Policy(from_scratch(

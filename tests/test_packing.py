@@ -16,8 +16,8 @@ from policylab.functional.linear_head import Head, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.functional.masks import length_mask
 from policylab.functional.ragged import Ragged
-from policylab.models.packing import packed
-from policylab.models.sequences import Sequences, can_pack
+from policylab.models.readers import PackedCausal, PaddedCausal
+from policylab.models.readers.packing import packed
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.training import micro_batches
@@ -59,7 +59,7 @@ def test_filler_behind_a_row_changes_nothing(monkeypatch, name, exact):
     found, fillers = [], []
     for few in (products.FEW_ROWS, 16):
         monkeypatch.setattr(products, "FEW_ROWS", few)
-        fillers.append(Sequences.of(rollout, packed=True).packing.filler)
+        fillers.append(PackedCausal.lay_out(rollout).packing.filler)
         policy.zero_grad()
         now = policy.evaluate(rollout, 1.0, entropy_gradient=True, reference=policy if exact else None)
         figures = now.logprobs, now.entropy, now.values
@@ -120,11 +120,11 @@ def loaded(request):
 
 def test_a_packed_row_is_what_rows_apart_are(loaded):
     policy = fresh_policy(loaded)
-    assert policy.packs
+    assert isinstance(policy.reader, PackedCausal)
     rollout = sampled(policy)
     figures = []
-    for packs in (True, False):
-        policy.packs = packs
+    for kind in (PackedCausal, PaddedCausal):
+        policy.reader = kind(policy.lm)
         policy.zero_grad()
         now = policy.evaluate(rollout, 0.7, entropy_gradient=True, reference=None)
         ((now.logprobs * rollout.logprobs).sum() + now.entropy.sum() + (now.values**2).sum()).backward()
@@ -138,7 +138,7 @@ def test_a_prompt_is_read_once_and_the_last_token_never(loaded):
     policy = fresh_policy(loaded)
     rollout = sampled(policy)
     distinct = sum(len(prompt.tokens) for prompt in PROMPTS)
-    tokens = Sequences.of(rollout, packed=True).tokens
+    tokens = PackedCausal.lay_out(rollout).tokens
     assert tokens.shape == (1, distinct + int((rollout.lengths - 1).sum()))
 
 
@@ -153,8 +153,8 @@ def test_derivatives_that_a_trust_region_takes(tiny_policy):
     weight = tiny_policy.lm.transformer.h[0].mlp.c_fc.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     found = []
-    for packs in (True, False):
-        tiny_policy.packs = packs
+    for kind in (PackedCausal, PaddedCausal):
+        tiny_policy.reader = kind(tiny_policy.lm)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             with forward_ad.dual_level():
                 moved = {
@@ -189,7 +189,7 @@ def test_eager_attention_packs_too(tiny):
     expected = policy.logprobs_of(rollout, 1.0)
     policy.lm.config._attn_implementation = "eager"
     torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), expected, atol=1e-5, rtol=0)
-    policy.packs = False
+    policy.reader = PaddedCausal(policy.lm)
     torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), expected, atol=1e-5, rtol=0)
 
 
@@ -200,7 +200,7 @@ def test_a_sliding_window_goes_in_rows_apart():
         num_key_value_heads=2, max_position_embeddings=64, sliding_window=4,
     )  # fmt: skip
     policy = fresh_policy(loaded)
-    assert not policy.packs
+    assert isinstance(policy.reader, PaddedCausal)
     rollout = sampled(policy)
     torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), rollout.logprobs, atol=1e-5, rtol=0)
 
@@ -210,11 +210,11 @@ def test_a_model_that_mixes_tokens_elsewhere_is_found_out(tiny):
     policy = fresh_policy(tiny)
     mlp = policy.lm.transformer.h[0].mlp
     mlp.register_forward_hook(lambda _, __, out: out + 0.1 * out.cumsum(1))
-    assert not can_pack(policy.lm)
+    assert not PackedCausal.reads(policy.lm)
 
 
 def test_the_attention_of_the_model_comes_back(tiny_policy):
-    sequences = Sequences.of(sampled(tiny_policy), packed=True)
+    sequences = PackedCausal.lay_out(sampled(tiny_policy))
     with pytest.raises(ZeroDivisionError), packed(tiny_policy.lm.config, sequences.packing):
         raise ZeroDivisionError
     assert tiny_policy.lm.config._attn_implementation == "sdpa"
@@ -302,7 +302,7 @@ def test_logits_that_are_changed_after_the_head_go_the_long_way():
         num_key_value_heads=2, max_position_embeddings=64, logits_scaling=3.0,
     )  # fmt: skip
     policy = fresh_policy(loaded)
-    assert not policy.linear_head
+    assert policy.reader.head() is None
     rollout = sampled(policy)
     torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), rollout.logprobs, atol=1e-5, rtol=0)
 
@@ -318,7 +318,8 @@ def test_micro_batches_keep_their_budget_and_every_row(tiny_policy):
             parts = cut(rollout, rows, tokens, packs=packs)
             assert sorted(torch.cat(parts).tolist()) == sorted(rows.tolist())
             for part in parts:
-                used = Sequences.of(rollout.select(part), packed=packs).tokens.numel()
+                kind = PackedCausal if packs else PaddedCausal
+                used = kind.lay_out(rollout.select(part)).tokens.numel()
                 assert used <= tokens or len(part) == 1
     assert len(cut(rollout, rows, 10_000, packs=True)) == 1
     assert len(cut(rollout, rows, 1, packs=True)) == len(rows)
@@ -414,10 +415,10 @@ class TestOutOfMemory:
         module = experiment.module
         read = module.policy._read
 
-        def tight(sequences, **kwargs):
-            if len(sequences.rollout) > 2:
+        def tight(rollout, **kwargs):
+            if len(rollout) > 2:
                 raise torch.OutOfMemoryError("as a GPU would say it")
-            return read(sequences, **kwargs)
+            return read(rollout, **kwargs)
 
         module.policy._read = tight
         with pytest.warns(UserWarning, match="out of memory"):

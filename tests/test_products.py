@@ -19,8 +19,8 @@ from policylab.functional.products import (
     onednn_multiplies,
     outer,
 )
+from policylab.models.decoders.linear import Linear
 from policylab.rollouts import products as choosing
-from policylab.rollouts.decoders.linear import Linear
 
 pytestmark = pytest.mark.skipif(not onednn_multiplies(), reason="this build of PyTorch has no such operator")
 

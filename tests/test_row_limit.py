@@ -8,10 +8,10 @@ import torch
 from conftest import fresh_policy, scratch_model
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
+from policylab.models.decoders import decoder_for
+from policylab.models.decoders.general import GeneralDecoder
 from policylab.planning.read import describe
 from policylab.rollouts.cached import CachedEngine
-from policylab.rollouts.decoders import decoder_for
-from policylab.rollouts.decoders.general import GeneralDecoder
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.row_limit import EVERY_ROW, RowLimit, is_out_of_memory, rows_that_fit

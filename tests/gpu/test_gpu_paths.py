@@ -8,6 +8,7 @@ import torch
 import faithfulness
 from gpu_device import DEVICE, MARKS, needs_cuda
 from policylab.data.rollout import Prompt
+from policylab.models.readers import PaddedCausal
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
@@ -62,7 +63,9 @@ def test_sampling_bf16(policy):
 def test_update_fp32(policy, packs, recompute):
     rollout = rollout_of(policy, CachedEngine(1.0, faithfulness.NEW_TOKENS))
     plain = faithfulness.plainly(policy, rollout)
-    policy.packs, policy.recomputes_layers = packs and policy.packs, recompute
+    policy.recomputes_layers = recompute
+    if not packs:
+        policy.reader = PaddedCausal(policy.lm)
     logprobs, gradient = faithfulness.by_update(policy, rollout)
     row = faithfulness.errors("", rollout, logprobs, plain, gradient)
     assert row.largest < FP32
@@ -73,7 +76,8 @@ def test_update_fp32(policy, packs, recompute):
 def test_update_bf16(policy, packs):
     rollout = rollout_of(policy, CachedEngine(1.0, faithfulness.NEW_TOKENS))
     plain = faithfulness.plainly(policy, rollout)
-    policy.packs = packs and policy.packs
+    if not packs:
+        policy.reader = PaddedCausal(policy.lm)
     with faithfulness.bf16(policy):
         logprobs, gradient = faithfulness.by_update(policy, rollout)
     row = faithfulness.errors("", rollout, logprobs, plain, gradient)

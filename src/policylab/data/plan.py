@@ -6,19 +6,6 @@ from dataclasses import dataclass
 
 from policylab.errors import UserError
 
-#: Floats that a layer keeps for the backward pass, in hidden sizes a token (GPT-2's, with a fused GELU: 25).
-KEPT_PER_LAYER = 30
-#: Tables over the vocabulary that are held where whole distributions are compared.
-TABLES = 3
-#: Memory for these: on a CPU, where larger passes are no faster; on a GPU, this share of all that it has.
-CPU_BYTES = 2**30
-GPU_SHARE = 0.25
-#: Share of a process's memory for what sampling holds beside the weights. There are no activations and gradients then.
-ROLLOUT_SHARE = 0.5
-#: Attention scores and what is made of them, in numbers a head and token of context.
-SCORES = 4
-FLOAT = 4  # bytes
-
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -119,41 +106,3 @@ class ReplayPlan(BatchPlan):
         sequences, _, _ = super().table()
         drawn = f"{self.updates} an iteration, each on {self.minibatch} sequences drawn from the memory"
         return [sequences, ("updates", drawn)]
-
-
-def tokens_a_pass(
-    *, layers: int, hidden_size: int, vocab_size: int, recomputes_layers: bool, gpu_bytes: int | None
-) -> int:
-    """Tokens of a forward and backward pass whose activations should fit in memory.
-
-    Args:
-        vocab_size: where the probabilities of all words are held, not a few figures a token; else 0.
-        recomputes_layers: layers that run again keep their input alone, and one of them the rest.
-        gpu_bytes: memory of the GPU; None on a CPU.
-    """
-    floats = layers + KEPT_PER_LAYER if recomputes_layers else layers * KEPT_PER_LAYER
-    kept = FLOAT * (floats * hidden_size + TABLES * vocab_size)
-    return max(1, int((CPU_BYTES if gpu_bytes is None else GPU_SHARE * gpu_bytes) / kept))
-
-
-def rows_at_once(
-    *,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    vocab_size: int,
-    context: int,
-    number: int,
-    memory: float,
-) -> int:
-    """Completions whose keys, values, attention scores and logits should fit in memory while they are sampled.
-
-    Args:
-        context: tokens of prompt and completion, at most.
-        number: bytes of a number of keys and values.
-        memory: bytes of the GPU, or of main memory for each process.
-    """
-    keys = number * 2 * layers * kv_heads * head_dim * context
-    a_step = FLOAT * (SCORES * heads * context + TABLES * vocab_size)
-    return max(1, int(ROLLOUT_SHARE * memory / (keys + a_step)))

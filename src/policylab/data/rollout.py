@@ -123,6 +123,10 @@ class Rollout:
             changes[field.name] = torch.cat(values)
         return replace(rollouts[0], **changes)
 
+    def on_grid(self, x: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
+        """Figures of the ``N`` actions, in row-major order, at their places; zero elsewhere."""
+        return x.new_zeros(self.action_mask.shape).masked_scatter(self.action_mask, x)
+
     def to(self, device: torch.device | str) -> Self:
         """A copy on another device."""
         moved = {

@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from policylab.data.rollout import Rollout
 from policylab.errors import UserError
 from policylab.models.adapter import shared_weights
 from policylab.models.loading import reward_model
-from policylab.models.sequences import Sequences, can_pack
-from policylab.models.trunk import TrunkPass, after_layers, cannot_take_apart, decoder_layers, probe
+from policylab.models.readers import Pass, reader_for
+from policylab.models.shape import attention_of
+from policylab.models.trunk import LayerCall, after_layers, cannot_take_apart, decoder_layers, probe
 
 
 class ValueModel(nn.Module):
@@ -48,13 +50,13 @@ class ValueModel(nn.Module):
         """Longest sequence that it can read where it is another model than the policy; None without a limit."""
         return None
 
-    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
+    def hidden(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, "N H"]:
         """What the head reads for each action. ``trunk`` is None where ``reads_trunk`` is false."""
         raise NotImplementedError
 
-    def forward(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, " N"]:
+    def forward(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, " N"]:
         """The value of the state before each action."""
-        return self.score(self.hidden(sequences, trunk))
+        return self.score(self.hidden(rollout, trunk))
 
     def score(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B"]:
         """The head alone, in fp32 whatever the precision of what it reads."""
@@ -68,7 +70,7 @@ class SharedTrunk(ValueModel):
     reads_trunk = True
     trains_trunk = True
 
-    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
+    def hidden(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, "N H"]:
         assert trunk is not None
         return trunk.hidden
 
@@ -95,8 +97,7 @@ class OwnLayers(ValueModel):
                 f"algo.critic.own_layers is {count}, but the policy has {len(layers)} layers; take at most "
                 f"{len(layers)}, or all for a network of its own"
             )
-        # The copies keep the policy's config: what it says of attention while a pass lasts is true for both.
-        self.config = lm.config
+        # The copies keep the policy's config: the attention that a pass sets there is theirs as well.
         shared = {id(lm.config): lm.config} | shared_weights(lm)
         self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in layers[len(layers) - count :])
         self.norm = nn.Sequential(*(copy.deepcopy(module, shared) for module in after_layers(lm)))
@@ -106,26 +107,26 @@ class OwnLayers(ValueModel):
         layers = decoder_layers(lm)
         return list(layers)[len(layers) - len(self.layers) :]
 
-    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
+    def hidden(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, "N H"]:
         assert trunk is not None
-        with sequences.read_by(self.config):
-            return sequences.at_actions(self._run(trunk))
+        with trunk.again():
+            return trunk.at_actions(self._run(trunk.calls))
 
-    def _run(self, trunk: TrunkPass) -> Float[Tensor, "B S H"]:
-        hidden = trunk.calls[0].hidden
-        for layer, call in zip(self.layers, trunk.calls, strict=True):
+    def _run(self, calls: Sequence[LayerCall]) -> Float[Tensor, "B S H"]:
+        hidden = calls[0].hidden
+        for layer, call in zip(self.layers, calls, strict=True):
             hidden = call.repeat(layer, hidden)
         return self.norm(hidden)
 
     @torch.no_grad()
     def _check(self, lm: nn.Module) -> None:
         """The copies must say what the originals say."""
-        trunk = probe(lm, self.watched(lm))
+        hidden, calls = probe(lm, self.watched(lm))
         try:
-            own = self._run(trunk)[0]
+            own = self._run(calls)[0]
         except Exception as error:  # whatever a foreign layer raises when called by another
             raise cannot_take_apart(lm, f"{type(error).__name__}: {error}") from error
-        _demand_same(lm, own, trunk.hidden)
+        _demand_same(lm, own, hidden)
 
 
 class SeparateNetwork(ValueModel):
@@ -142,16 +143,14 @@ class SeparateNetwork(ValueModel):
     def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
         super().__init__(hidden_size)
         self.backbone = backbone
-        self.packs = can_pack(backbone)
+        self.reader = reader_for(backbone)
 
     @property
     def context(self) -> int | None:
-        config: Any = self.backbone.config
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
+        return self.reader.context
 
-    def hidden(self, sequences: Sequences, trunk: TrunkPass | None) -> Float[Tensor, "N H"]:
-        own = Sequences.of(sequences.rollout, packed=self.packs)
-        return own.at_actions(own.through(self.backbone).last_hidden_state)
+    def hidden(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, "N H"]:
+        return self.reader.hidden_at_actions(rollout)
 
 
 def value_model(lm: Any, own_layers: int | Literal["all"], init: str | None) -> ValueModel:
@@ -182,7 +181,7 @@ def copy_of(lm: Any) -> SeparateNetwork:
     tokens = torch.arange(4, device=lm.device)[None]
     with torch.no_grad():
         own = critic.backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    _demand_same(lm, own, probe(lm).hidden)
+    _demand_same(lm, own, probe(lm)[0])
     return critic
 
 
@@ -194,7 +193,7 @@ def from_reward_model(path: str, lm: Any) -> SeparateNetwork:
     Raises:
         UserError: when there is none at ``path``, or it does not read the policy's tokens.
     """
-    model = reward_model(path, lm.dtype, lm.config._attn_implementation)
+    model = reward_model(path, lm.dtype, attention_of(lm))
     own, policys = (m.get_input_embeddings().num_embeddings for m in (model, lm))
     if own != policys:
         raise UserError(

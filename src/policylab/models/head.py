@@ -53,7 +53,7 @@ def watch_head(
 def is_linear(lm: Any) -> bool:
     """Whether logits are the LM head's linear map of the hidden states, and nothing is done to them afterwards."""
     head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear:  # or none, in a model without a head
         return False
     tokens = torch.arange(4, device=head.weight.device)[None] % lm.get_input_embeddings().num_embeddings
     with watch_head(lm) as seen:

@@ -7,7 +7,7 @@ ever falls back to random weights: what the checkpoint lacks is an error that na
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from policylab.errors import UserError
 from policylab.models import hub
 from policylab.models.encoding import takes_chat
 from policylab.models.folder import demand_folder
+from policylab.models.readers import Reader
 
 #: Files that a tokenizer is read from, beside those that its class names.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
@@ -48,6 +49,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase  #: has an EOS; a pad token is neither needed nor assumed
     chat: bool  #: prompts go through the tokenizer's chat template
     source: str  #: where the weights came from, for people and for the run's record
+    reader: Callable[[Any], Reader] | None = None  #: of its own; None takes one of `policylab.models.readers`
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ Axes: ``B`` sequences, ``T`` sampled positions, ``P`` prompt length, ``N`` actio
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -21,9 +21,9 @@ from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.models.adapter import adapted_layers, adapters_off, shared_weights
 from policylab.models.encoding import encode, encode_chats, end_of_answer, eos_ids
-from policylab.models.head import is_linear, watch_head
-from policylab.models.sequences import Sequences, can_pack, on_grid, trial_rollout
-from policylab.models.trunk import TrunkPass, compile_layers, recomputed_layers, watch_layers
+from policylab.models.readers import Pass, reader_for
+from policylab.models.readers.trial import trial_rollout
+from policylab.models.trunk import compile_layers
 
 if TYPE_CHECKING:
     from policylab.models.critic import ValueModel
@@ -61,10 +61,7 @@ class Policy(nn.Module):
         if loaded.chat:
             self.eos_id = end_of_answer(loaded.tokenizer, self.eos_ids)
         self.critic = critic
-        self.packs = can_pack(
-            loaded.lm
-        )  #: whether the language model reads a rollout as one row without padding
-        self.linear_head = is_linear(loaded.lm)  #: whether nothing happens to the logits after the LM head
+        self.reader = loaded.reader(loaded.lm) if loaded.reader else reader_for(loaded.lm)
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +88,8 @@ class Policy(nn.Module):
             reference.leaves_adapters_out = True
             return reference
         # What never trains is the reference's as well.
-        reference._modules["lm"] = copy.deepcopy(self.lm, shared_weights(self.lm))
+        lm, reference.reader = copy.deepcopy((self.lm, self.reader), shared_weights(self.lm))
+        reference._modules["lm"] = lm
         return reference.requires_grad_(False).eval()
 
     def compile_layers(self) -> str | None:
@@ -155,28 +153,24 @@ class Policy(nn.Module):
         """The critic's values at the actions; their gradient goes into the critic's own parameters alone."""
         critic = self.critic
         assert critic is not None
-        sequences = Sequences.of(rollout, packed=self.packs)
         with torch.no_grad():
-            trunk = self._read(sequences, head=False) if critic.reads_trunk else None
-        return on_grid(critic(sequences, trunk), rollout)
+            trunk = self._read(rollout, logits=False) if critic.reads_trunk else None
+        return rollout.on_grid(critic(rollout, trunk))
 
     def logprobs_of(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B T"]:
         """Log-probs of the actions of a rollout, and nothing else."""
-        sequences = Sequences.of(rollout, packed=self.packs)
-        return on_grid(self._figures(sequences, temperature, False, None)[0].logprobs, rollout)
+        return rollout.on_grid(self._figures(rollout, temperature, False, None)[0].logprobs)
 
     def log_distributions(self, rollout: Rollout, temperature: float) -> Float[Tensor, "N V"]:
         """Log-probs of every token at each action of a rollout, in row-major order of the action mask."""
-        trunk = self._read(Sequences.of(rollout, packed=self.packs), head=True)
-        return log_distribution(trunk.logits, temperature)
+        return log_distribution(self._read(rollout, logits=True).logits, temperature)
 
     def scores_of(
         self, rollout: Rollout, temperature: float
     ) -> tuple[Float[Tensor, "N V"], Float[Tensor, " N"] | None]:
         """Logits over the temperature and, with a critic, values at the actions of a rollout, in row-major order."""
-        sequences = Sequences.of(rollout, packed=self.packs)
-        trunk = self._read(sequences, head=True)
-        values = None if self.critic is None else self.critic(sequences, trunk)
+        trunk = self._read(rollout, logits=True)
+        values = None if self.critic is None else self.critic(rollout, trunk)
         return trunk.logits.float() / temperature, values
 
     def evaluate(
@@ -189,14 +183,9 @@ class Policy(nn.Module):
             entropy_gradient: whether the entropy is part of the loss.
             reference: gives the exact KL when it is asked for.
         """
-        sequences = Sequences.of(rollout, packed=self.packs)
-        figures, trunk = self._figures(sequences, temperature, entropy_gradient, reference)
-        return Evaluation(
-            logprobs=on_grid(figures.logprobs, rollout),
-            entropy=on_grid(figures.entropy, rollout),
-            values=None if self.critic is None else on_grid(self.critic(sequences, trunk), rollout),
-            exact_kl=None if figures.exact_kl is None else on_grid(figures.exact_kl, rollout),
-        )
+        figures, trunk = self._figures(rollout, temperature, entropy_gradient, reference)
+        values = None if self.critic is None else rollout.on_grid(self.critic(rollout, trunk))
+        return _evaluation(rollout, figures, values)
 
     def evaluate_distributions(
         self,
@@ -210,33 +199,27 @@ class Policy(nn.Module):
     ) -> Evaluation:
         """The same for whole distributions, of whatever weights, that are at hand already."""
         figures = self._figures_of(rollout, logp, temperature, entropy_gradient, reference)
-        return Evaluation(
-            logprobs=on_grid(figures.logprobs, rollout),
-            entropy=on_grid(figures.entropy, rollout),
-            values=values,
-            exact_kl=None if figures.exact_kl is None else on_grid(figures.exact_kl, rollout),
-        )
+        return _evaluation(rollout, figures, values)
 
     def _figures(
-        self, sequences: Sequences, temperature: float, entropy_gradient: bool, reference: Self | None
-    ) -> tuple[HeadFigures, TrunkPass]:
+        self, rollout: Rollout, temperature: float, entropy_gradient: bool, reference: Self | None
+    ) -> tuple[HeadFigures, Pass]:
         """Figures of the actions, and the forward pass that they come from (without logits, if it can be)."""
-        chunked = self.linear_head and (reference is None or reference.linear_head)
-        trunk = self._read(sequences, head=not chunked)
-        if not chunked:
+        linear = all(policy.reader.head() is not None for policy in (self, reference) if policy is not None)
+        trunk = self._read(rollout, logits=not linear)
+        if not linear:
             logp = log_distribution(trunk.logits, temperature)
-            return self._figures_of(sequences.rollout, logp, temperature, entropy_gradient, reference), trunk
+            return self._figures_of(rollout, logp, temperature, entropy_gradient, reference), trunk
         other = None
         if reference is not None:
-            own = Sequences.of(sequences.rollout, packed=reference.packs)
             with torch.no_grad():
                 # The pass first: sharded weights are whole after it.
-                hidden = reference._read(own, head=False).hidden
+                hidden = reference._read(rollout, logits=False).hidden
                 other = (reference.head(temperature), hidden)
         figures = head_figures(
             self.head(temperature),
             trunk.hidden,
-            sequences.actions,
+            trunk.actions,
             entropy_gradient=entropy_gradient,
             other=other,
         )
@@ -262,22 +245,26 @@ class Policy(nn.Module):
 
     def head(self, temperature: float) -> Head:
         """The LM head of a policy whose head is linear."""
-        layer: Any = self.lm.get_output_embeddings()
+        layer = self.reader.head()
+        assert layer is not None
         return Head(layer.weight, layer.bias, temperature)
 
-    def _read(self, sequences: Sequences, *, head: bool) -> TrunkPass:
-        """A forward pass that the critic watches; without the head there are no logits."""
-        layers = () if self.critic is None else self.critic.watched(self.lm)
-        recompute = self.recomputes_layers and torch.is_grad_enabled()
-        with (
-            watch_head(self.lm, sequences.at_actions, run=head) as seen,
-            watch_layers(layers) as calls,
-            recomputed_layers(self.lm, self._reading(sequences)) if recompute else nullcontext(),
-            adapters_off(self.lm) if self.leaves_adapters_out else nullcontext(),
-        ):
-            logits = sequences.through(self.lm).logits
-        assert seen.hidden is not None
-        return TrunkPass(logits[0], seen.hidden[0], calls)
+    def _read(self, rollout: Rollout, *, logits: bool) -> Pass:
+        """A forward pass, with the calls that the critic wants to see."""
+        with adapters_off(self.lm) if self.leaves_adapters_out else nullcontext():
+            return self.reader.read(
+                rollout,
+                logits=logits,
+                watch=() if self.critic is None else self.critic.watched(self.lm),
+                recompute=self.recomputes_layers and torch.is_grad_enabled(),
+            )
 
-    def _reading(self, sequences: Sequences) -> Callable[[], AbstractContextManager[None]]:
-        return lambda: sequences.read_by(self.lm.config)
+
+def _evaluation(rollout: Rollout, figures: HeadFigures, values: Float[Tensor, "B T"] | None) -> Evaluation:
+    """Figures of the actions on the rollout's grid."""
+    return Evaluation(
+        logprobs=rollout.on_grid(figures.logprobs),
+        entropy=rollout.on_grid(figures.entropy),
+        values=values,
+        exact_kl=None if figures.exact_kl is None else rollout.on_grid(figures.exact_kl),
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from policylab.errors import UserError
 from policylab.models.head import watch_head
+from policylab.models.shape import layer_count
 
 #: Variants of a function that torch compiles before it gives up and runs it as it is. Its own limit of 8 is reached in
 #: a few passes, as every kind of product goes through one function (`policylab.functional.products.FastProducts`).
@@ -47,15 +48,6 @@ class LayerCall:
         return out[0] if isinstance(out, tuple) else out
 
 
-@dataclass(frozen=True)
-class TrunkPass:
-    """What a forward pass of the policy left for a critic to read."""
-
-    logits: Float[Tensor, "N V"]
-    hidden: Float[Tensor, "N H"]  #: that went into the LM head
-    calls: Sequence[LayerCall] = field(default_factory=list)  #: of the layers that were watched, in order
-
-
 @contextmanager
 def watch_layers(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
     """While active, collects the calls of the given layers."""
@@ -78,7 +70,7 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     Raises:
         UserError: when there is none, or more than one.
     """
-    count = lm.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    count = layer_count(lm)
     lists = {
         name: module
         for name, module in lm.named_modules()
@@ -209,14 +201,16 @@ def compile_layers(lm: nn.Module, trial: Callable[[], Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def probe(lm: nn.Module, layers: Sequence[nn.Module] = ()) -> TrunkPass:
-    """A forward pass over a few tokens, all of whose positions count."""
+def probe(
+    lm: nn.Module, layers: Sequence[nn.Module] = ()
+) -> tuple[Float[Tensor, "S H"], Sequence[LayerCall]]:
+    """A forward pass over a few tokens: the hidden states that the LM head reads, and calls of the given layers."""
     device = next(lm.parameters()).device
     tokens = torch.arange(4, device=device)[None] % lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
     with watch_head(lm) as seen, watch_layers(layers) as calls:
-        logits = lm(input_ids=tokens, use_cache=False).logits
+        lm(input_ids=tokens, use_cache=False)
     assert seen.hidden is not None
-    return TrunkPass(logits[0], seen.hidden[0], calls)
+    return seen.hidden[0], calls
 
 
 def cannot_take_apart(lm: nn.Module, reason: str) -> UserError:

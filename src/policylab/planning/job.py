@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from policylab.data.plan import rows_at_once, tokens_a_pass
+from policylab.models.memory import rows_at_once, tokens_a_pass
 from policylab.planning.shape import Shape
 
 BF16, FP32 = 2, 4
@@ -164,9 +164,8 @@ class Job:
     def limit(self) -> int:
         """Tokens a forward and backward pass, at most."""
         return self.batch.limit or tokens_a_pass(
-            layers=self.shape.layers,
-            hidden_size=self.shape.hidden,
-            vocab_size=self.shape.vocab if self.method.whole else 0,
+            self.shape,
+            whole_distributions=self.method.whole,
             recomputes_layers=self.hardware.gradient_checkpointing,
             gpu_bytes=int(self.hardware.memory) if self.hardware.gpu else None,
         )
@@ -175,11 +174,7 @@ class Job:
     def rows(self) -> int:
         """Completions that are sampled at once, at most."""
         return self.batch.max_rows or rows_at_once(
-            layers=self.shape.layers,
-            heads=self.shape.heads,
-            kv_heads=self.shape.kv_heads,
-            head_dim=self.shape.head_dim,
-            vocab_size=self.shape.vocab,
+            self.shape,
             context=self.batch.longest_prompt + self.batch.new_tokens,
             number=self.shape.weight_bytes,
             memory=self.hardware.memory,

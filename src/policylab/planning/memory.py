@@ -139,7 +139,7 @@ def sampling(job: Job, prompts: int, rows: int) -> dict[str, float]:
     context = batch.longest_prompt + batch.new_tokens
     per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim
     if job.engine == "cached" and shape.decoder != "general":
-        # A CPU keeps them in fp32 whatever the products are in (see rollouts/decoders).
+        # A CPU keeps them in fp32 whatever the products are in (see models/decoders).
         number = job.sampling_bytes if job.hardware.gpu else FP32
         cache = per_token * number * (rows * batch.new_tokens + prompts * batch.longest_prompt)
     else:

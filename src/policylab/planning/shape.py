@@ -11,10 +11,11 @@ from typing import Any, Literal
 from torch import nn
 
 from policylab.errors import UserError
+from policylab.models import shape
 from policylab.models.adapter import LoRA, experts_within
-from policylab.models.packing import REPLACED
+from policylab.models.decoders import GPT2, Llama
+from policylab.models.readers.packing import replaces_attention
 from policylab.models.trunk import decoder_layers
-from policylab.rollouts.decoders import GPT2, Llama
 
 FP32 = 4
 #: That model/adapter=lora starts with.
@@ -22,21 +23,14 @@ LORA_RANK = 16
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What memory and work depend on."""
+class Shape(shape.Shape):
+    """What memory and work depend on, beside what `policylab.models.shape` says."""
 
     parameters: int  #: each once, however often it is used
     trained: int  #: of these; with adapters, theirs
     adapters: int  #: weights beside these, in fp32; 0 without
     weight_bytes: int  #: of one weight
-    layers: int
-    hidden: int
-    ffn: int
     gated: bool  #: the MLP has three matrices, not two
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
     layer_parameters: int  #: of one layer
     linear: int  #: weights of the linear layers within all layers
     qkv: int  #: of these, what makes queries, keys and values
@@ -79,47 +73,32 @@ def shape_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Sh
     Raises:
         UserError: when its layers cannot be told, or it has fewer than are frozen.
     """
-    config = lm.config.get_text_config()
-    layers = decoder_layers(lm)
+    size, layers = shape.shape_of(lm), decoder_layers(lm)
     if frozen_layers >= len(layers):
         raise UserError(
             f"optim.frozen_layers is {frozen_layers}, but the model has {len(layers)} layers; take at most "
             f"{len(layers) - 1}"
         )
-    heads = config.num_attention_heads
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
     experts = [lm.get_parameter(name) for name in experts_within(lm, 0)]
-    ffn = (
-        getattr(config, "intermediate_size", None)
-        or getattr(config, "n_inner", None)
-        or 4 * config.hidden_size
-    )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     parameters = count(lm)
     adapters = 0 if adapter is None else added_by(adapter, lm, frozen_layers)
     return Shape(
+        **vars(size),
         parameters=parameters,
         trained=adapters or parameters - frozen(lm, frozen_layers),
         adapters=adapters,
         weight_bytes=next(lm.parameters()).dtype.itemsize,
-        layers=len(layers),
-        hidden=config.hidden_size,
-        ffn=ffn,
-        gated=sum(ffn in p.shape for p in layers[0].parameters() if p.ndim >= 2) >= 3,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=lm.get_output_embeddings().weight.shape[0],
+        gated=sum(size.ffn in p.shape for p in layers[0].parameters() if p.ndim >= 2) >= 3,
         layer_parameters=count(layers[0]),
         linear=sum(p.numel() for p in matrices),
-        qkv=len(layers) * config.hidden_size * (heads + 2 * kv_heads) * head_dim,
+        qkv=size.layers * size.hidden * (size.heads + 2 * size.kv_heads) * size.head_dim,
         lora=LORA_RANK * sum(map(ends_of, [*(p for p in matrices if p.ndim == 2), *experts])),
         tied=lm.get_output_embeddings().weight is lm.get_input_embeddings().weight,
-        context=getattr(config, "max_position_embeddings", None),
+        context=shape.context_of(lm),
         decoder="gpt2" if GPT2.reads(lm) else "llama" if Llama.reads(lm) else "general",
-        packs=config._attn_implementation in REPLACED and lm._supports_attention_backend,
-        eager=config._attn_implementation == "eager",
+        packs=replaces_attention(lm),
+        eager=shape.attention_of(lm) == "eager",
     )
 
 

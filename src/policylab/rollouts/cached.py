@@ -16,9 +16,9 @@ from torch import Tensor
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional.logprobs import log_distribution
+from policylab.models.decoders import Decoder
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
-from policylab.rollouts.decoders import Decoder, decoder_for
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
 from policylab.rollouts.sampling import demand_finite, draw
 
@@ -74,7 +74,7 @@ class CachedEngine:
         tokens, lengths = pad_left(list(readings), device)
         check_context(policy, tokens.shape[1] + self.max_new_tokens)
         dtype = self._dtype(policy)
-        decoder = decoder_for(policy.lm, dtype)
+        decoder = policy.reader.decoder(dtype)
         with torch.autocast(device.type, dtype, enabled=dtype != policy.dtype):  # for decoders that need it
             decoder.prefill(
                 tokens, lengths, prompt_of.repeat_interleave(group_size), room=self.max_new_tokens

@@ -107,13 +107,10 @@ def pad_left(
 
 def context(policy: Policy) -> tuple[float, str]:
     """Positions that a sequence may take, and who has no more: the model or its critic; infinity where neither says."""
-    own = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
     critics = None if policy.critic is None else policy.critic.context
-    limits = [(own, "the model"), (critics, "the critic")]
-    return min(
-        ((limit, reader) for limit, reader in limits if limit and limit > 0),  # XLNet says -1: no limit
-        default=(math.inf, "the model"),
-    )
+    limits = [(policy.reader.context, "the model"), (critics, "the critic")]
+    known = ((limit, reader) for limit, reader in limits if limit is not None)
+    return min(known, default=(math.inf, "the model"))
 
 
 def check_context(policy: Policy, needed: int) -> None:

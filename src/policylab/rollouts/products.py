@@ -23,7 +23,7 @@ from torch import Tensor
 from policylab.distributed.machine import cpu_name
 from policylab.functional import products
 from policylab.functional.products import CLASSES, LAYOUTS, ONEDNN, PYTORCH, SIZES, Choice
-from policylab.rollouts.decoders.linear import Linear
+from policylab.models.decoders.linear import Linear
 
 log = logging.getLogger(__name__)
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policylab.data.plan import rows_at_once
 from policylab.data.rollout import Prompt, Rollout
 from policylab.distributed.allocator import main_memory
 from policylab.distributed.world import world
 from policylab.errors import UserError
+from policylab.models.memory import rows_at_once
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
@@ -113,14 +112,8 @@ def rows_that_fit(policy: Policy, prompts: Sequence[Prompt], max_new_tokens: int
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = main_memory() // world().local_size
-    config: Any = policy.lm.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
     return rows_at_once(
-        layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
+        policy.reader.shape(),
         context=max(len(prompt.tokens) for prompt in prompts) + max_new_tokens,
         number=policy.dtype.itemsize,
         memory=memory,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from policylab.data.plan import tokens_a_pass
 from policylab.data.rollout import Rollout
 from policylab.functional.ragged import on_device
+from policylab.models.memory import tokens_a_pass
 from policylab.models.policy import Policy
 
 #: Scores of a layer's attention that are masked at a time, in elements (128 MiB of fp32): short sequences beside a long
@@ -56,11 +54,9 @@ def tokens_that_fit(policy: Policy, *, whole_distributions: bool) -> int:
     device = policy.device
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else None
-    config: Any = policy.lm.config.get_text_config()
     return tokens_a_pass(
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size if whole_distributions else 0,
+        policy.reader.shape(),
+        whole_distributions=whole_distributions,
         recomputes_layers=policy.recomputes_layers,
         gpu_bytes=memory,
     )

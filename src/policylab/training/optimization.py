@@ -92,7 +92,7 @@ class ManualOptimization(LightningModule):
 
     def micro_batches(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Row indices cut into forward passes; their order is not that of ``rows``."""
-        parts = cut(rollout, rows, self.micro_batch_tokens, packs=self.policy.packs)
+        parts = cut(rollout, rows, self.micro_batch_tokens, packs=self.policy.reader.packs)
         self._tried = _Tried(parts, rollout.lengths + rollout.prompt_lengths)
         return parts
 

@@ -26,9 +26,6 @@ from policylab.training.policy_gradient import PolicyGradient
 from policylab.training.preflight import Pace
 from policylab.training.skipping import NotFinite
 
-#: Attention whose second derivatives torch can take.
-DIFFERENTIABLE_ATTENTION = ("sdpa", "eager")
-
 
 @dataclass(frozen=True)
 class Step:
@@ -73,16 +70,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
                 "model.dtype=float32, and hardware.precision=bf16-mixed for speed"
             )
         for policy in filter(None, (self.policy, self.reference)):
-            if (
-                policy.lm._can_set_experts_implementation()
-            ):  # grouped products have no forward-mode derivative
-                policy.lm.set_experts_implementation("eager")
-        attention = self.policy.lm.config._attn_implementation
-        if attention not in DIFFERENTIABLE_ATTENTION:
-            raise UserError(
-                f"algo.update=trust_region needs derivatives that {attention} attention does not have; take "
-                f"model.attn_implementation={' or '.join(DIFFERENTIABLE_ATTENTION)}"
-            )
+            policy.reader.make_differentiable()
 
     @property
     def first_pass_tells(self) -> bool:

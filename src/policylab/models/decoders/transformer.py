@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from policylab.functional.masks import length_mask
-from policylab.rollouts.decoders.cache import SharedPromptCache
+from policylab.models.decoders.cache import SharedPromptCache
 
 
 class Attend(Protocol):
@@ -43,7 +43,7 @@ class Network(Protocol):
 
 
 class TransformerDecoder:
-    """A `policylab.rollouts.decoders.Decoder` over a `Network`."""
+    """A `policylab.models.decoders.Decoder` over a `Network`."""
 
     logits: Float[Tensor, "B V"]
     hidden: Float[Tensor, "B H"]

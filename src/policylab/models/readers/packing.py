@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from policylab.functional.masks import length_mask
 from policylab.functional.products import common_length
 from policylab.functional.ragged import Ragged, on_device
+from policylab.models.shape import attention_of
 
 #: The name under which transformers knows `_attend`.
 ATTENTION = "policylab_packed"
@@ -155,6 +156,11 @@ def _attend(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     with sdpa_kernel(SDPBackend.MATH) if active.eager else nullcontext():
         return active.packing.attend(q, k, v, scaling)[None], None
+
+
+def replaces_attention(model: Any) -> bool:
+    """Whether transformers lets a model's attention be replaced, and `_attend` can stand in for it."""
+    return attention_of(model) in REPLACED and bool(model._supports_attention_backend)
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from policylab.models.adapter import whole_weight
-from policylab.rollouts.decoders.cache import SharedPromptCache
-from policylab.rollouts.decoders.linear import Activation, Linear
-from policylab.rollouts.decoders.plain import is_plain
-from policylab.rollouts.decoders.transformer import Attend
+from policylab.models.decoders.cache import SharedPromptCache
+from policylab.models.decoders.linear import Activation, Linear
+from policylab.models.decoders.plain import is_plain
+from policylab.models.decoders.transformer import Attend
 
 #: Every class of module that the arithmetic below stands for.
 KNOWN = {
@@ -23,7 +23,7 @@ KNOWN = {
 
 
 class GPT2:
-    """The weights as they are now; see `policylab.rollouts.decoders.transformer.Network`."""
+    """The weights as they are now; see `policylab.models.decoders.transformer.Network`."""
 
     def __init__(self, lm: Any, dtype: torch.dtype) -> None:
         body, self.config, self.dtype = lm.transformer, lm.config, dtype

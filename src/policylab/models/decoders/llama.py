@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from policylab.models.adapter import whole_weight
-from policylab.rollouts.decoders.cache import SharedPromptCache
-from policylab.rollouts.decoders.linear import Activation, Linear
-from policylab.rollouts.decoders.plain import is_plain
-from policylab.rollouts.decoders.transformer import Attend
+from policylab.models.decoders.cache import SharedPromptCache
+from policylab.models.decoders.linear import Activation, Linear
+from policylab.models.decoders.plain import is_plain
+from policylab.models.decoders.transformer import Attend
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 #: Every class of module that the arithmetic below stands for.
@@ -30,7 +30,7 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Llama:
-    """The weights as they are now; see `policylab.rollouts.decoders.transformer.Network`.
+    """The weights as they are now; see `policylab.models.decoders.transformer.Network`.
 
     Queries, keys and values are one product, for which their weights are copied side by side.
     """

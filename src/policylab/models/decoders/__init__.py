@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from policylab.rollouts.decoders.decoder import Decoder
-from policylab.rollouts.decoders.general import GeneralDecoder
-from policylab.rollouts.decoders.gpt2 import GPT2
-from policylab.rollouts.decoders.llama import Llama
-from policylab.rollouts.decoders.transformer import TransformerDecoder
+from policylab.models.decoders.decoder import Decoder
+from policylab.models.decoders.general import GeneralDecoder
+from policylab.models.decoders.gpt2 import GPT2
+from policylab.models.decoders.llama import Llama
+from policylab.models.decoders.transformer import TransformerDecoder
 
 __all__ = ["Decoder", "decoder_for"]
 

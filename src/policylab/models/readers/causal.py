@@ -1,0 +1,123 @@
+"""Causal LMs of transformers, through their own forward pass.
+
+Axes: ``R`` rows and ``S`` positions of what the model reads, ``N`` actions, ``H`` hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from policylab.data.rollout import Rollout
+from policylab.errors import UserError
+from policylab.functional.products import FastProducts, replaces_layers
+from policylab.models.decoders import Decoder, decoder_for
+from policylab.models.head import is_linear, watch_head
+from policylab.models.readers.packing import REPLACED, Packing, packed, rows_of
+from policylab.models.readers.reader import Pass
+from policylab.models.shape import Shape, attention_of, context_of, shape_of
+from policylab.models.trunk import recomputed_layers, watch_layers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rollout as a model reads it."""
+
+    tokens: Int[Tensor, "R S"]
+    positions: Int[Tensor, "R S"]
+    attention: Bool[Tensor, "R S"] | None  #: false at padding; None without any
+    packing: Packing | None  #: how the one row is packed; None for a row each
+    chosen_at: Int[Tensor, " N"]  #: flat position of the token before each action, in order of the mask
+    actions: Int[Tensor, " N"]  #: the tokens chosen there
+
+    def through(self, model: nn.Module) -> Any:
+        """The output of a Hugging Face model, without a cache."""
+        with self.reading(model.config):
+            return model(
+                input_ids=self.tokens,
+                attention_mask=None if self.attention is None else self.attention.long(),
+                position_ids=self.positions,
+                use_cache=False,
+            )
+
+    @contextmanager
+    def reading(self, config: Any) -> Iterator[None]:
+        """While active, layers with this config attend as the tokens are packed, and use the fast products."""
+        with (
+            nullcontext() if self.packing is None else packed(config, self.packing),
+            FastProducts() if self.tokens.device.type == "cpu" and replaces_layers() else nullcontext(),
+        ):
+            yield
+
+    def at_actions(self, x: Float[Tensor, "R S H"]) -> Float[Tensor, "N H"]:
+        """The states that chose each action."""
+        return rows_of(x.flatten(0, 1), self.chosen_at)
+
+
+class Causal(ABC):
+    """A `policylab.models.readers.Reader`; how a rollout is laid out is its subclass's.
+
+    Args:
+        lm: with an LM head, or without one (a critic's).
+    """
+
+    packs: ClassVar[bool]
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+        self.linear_head = is_linear(lm)
+
+    @staticmethod
+    @abstractmethod
+    def lay_out(rollout: Rollout) -> Layout:
+        """The rollout as the model reads it."""
+
+    @property
+    def context(self) -> int | None:
+        return context_of(self.lm)
+
+    def shape(self) -> Shape:
+        return shape_of(self.lm)
+
+    def head(self) -> nn.Linear | None:
+        head: nn.Linear = self.lm.get_output_embeddings()
+        return head if self.linear_head else None
+
+    def read(
+        self, rollout: Rollout, *, logits: bool, watch: Sequence[nn.Module] = (), recompute: bool = False
+    ) -> Pass:
+        layout = self.lay_out(rollout)
+        again = partial(layout.reading, self.lm.config)
+        with (
+            watch_head(self.lm, layout.at_actions, run=logits) as seen,
+            watch_layers(watch) as calls,
+            recomputed_layers(self.lm, again) if recompute else nullcontext(),
+        ):
+            found = layout.through(self.lm).logits
+        assert seen.hidden is not None
+        return Pass(seen.hidden[0], found[0], layout.actions, calls, again, layout.at_actions)
+
+    def hidden_at_actions(self, rollout: Rollout) -> Float[Tensor, "N H"]:
+        layout = self.lay_out(rollout)
+        return layout.at_actions(layout.through(self.lm).last_hidden_state)
+
+    def decoder(self, dtype: torch.dtype) -> Decoder:
+        return decoder_for(self.lm, dtype)
+
+    def make_differentiable(self) -> None:
+        if self.lm._can_set_experts_implementation():  # grouped products have no forward-mode derivative
+            self.lm.set_experts_implementation("eager")
+        attention = attention_of(self.lm)
+        if attention not in REPLACED:
+            raise UserError(
+                f"algo.update=trust_region needs derivatives that {attention} attention does not have; take "
+                f"model.attn_implementation={' or '.join(REPLACED)}"
+            )

@@ -1,0 +1,79 @@
+"""A causal LM that reads a rollout as one row without padding, and each distinct prompt once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from policylab.data.rollout import Rollout
+from policylab.functional.masks import length_mask
+from policylab.functional.ragged import on_device
+from policylab.models.readers.causal import Causal, Layout
+from policylab.models.readers.packing import CannotPackError, Packing, replaces_attention
+from policylab.models.readers.padded import PaddedCausal
+from policylab.models.readers.trial import trial_rollout
+
+
+class PackedCausal(Causal):
+    """Only attention sees which tokens belong together (`policylab.models.readers.packing`)."""
+
+    packs = True
+
+    @staticmethod
+    @torch.no_grad()
+    def reads(model: Any) -> bool:
+        """Whether a model gives the same for a packed row as for rows of their own; it is tried.
+
+        False for attention that transformers cannot replace (recurrent models, or a fused kernel that was asked for) or
+        that does more than `policylab.models.readers.packing` knows of (a sliding window), and for convolutions over
+        tokens.
+        """
+        if not replaces_attention(model):
+            return False
+        if any(isinstance(module, nn.Conv1d) for module in model.modules()):  # it would see across rows
+            return False
+        rollout = trial_rollout(model)
+        padded, packed = PaddedCausal.lay_out(rollout), PackedCausal.lay_out(rollout)
+        try:
+            ours = packed.at_actions(packed.through(model)[0]).float()
+        except CannotPackError:
+            return False
+        theirs = padded.at_actions(padded.through(model)[0]).float()
+        tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+        return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+
+    @staticmethod
+    def lay_out(rollout: Rollout) -> Layout:
+        """Each distinct prompt, then each completion but for its last token, which chooses nothing.
+
+        Places are worked out on the CPU, with one copy to it and two back: each read of a value from a GPU waits for
+        all work under way.
+        """
+        width, device = rollout.tokens.shape[1], rollout.tokens.device
+        fields = (rollout.lengths[:, None], rollout.tokens, rollout.action_mask)
+        table = torch.cat([*fields, rollout.prompt_lengths[:, None], rollout.prompt_tokens], dim=1).cpu()
+        length, written, is_action, keys = table.split(
+            [1, width, width, table.shape[1] - 1 - 2 * width], dim=1
+        )
+        distinct, prompt_of = torch.unique(keys, dim=0, return_inverse=True)
+        prompt_lengths, prompts = distinct[:, 0], distinct[:, 1:]
+        lengths = length[:, 0] - 1
+        packing = Packing.of(prompt_lengths, prompt_of, lengths, device)
+        is_prompt = length_mask(prompt_lengths, prompts.shape[1])
+        is_input = length_mask(lengths, packing.completions.width)
+        prompt_places = torch.arange(prompts.shape[1]).expand_as(is_prompt)
+        places = torch.arange(is_input.shape[1]) + prompt_lengths[prompt_of][:, None]
+        # The first action follows the prompt's last token, each other one the token before it.
+        before_first = (prompt_lengths.cumsum(0) - 1)[prompt_of]
+        first_input = packing.prompts.count + lengths.cumsum(0) - lengths
+        steps = torch.arange(width)
+        chosen_at = torch.where(steps == 0, before_first[:, None], first_input[:, None] + steps - 1)
+        tokens = torch.cat([prompts[is_prompt.flip(-1)], written[:, : is_input.shape[1]][is_input]])
+        positions = torch.cat([prompt_places[is_prompt], places[is_input]])
+        chosen_at, actions = chosen_at[is_action.bool()], written[is_action.bool()]
+        row = [F.pad(x, (0, packing.filler))[None] for x in (tokens, positions)]
+        tokens, positions, chosen_at, actions = on_device([*row, chosen_at, actions], device)
+        return Layout(tokens, positions, None, packing, chosen_at, actions)
