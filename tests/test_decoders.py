@@ -163,18 +163,18 @@ class TestTokens:
 
     def test_rows_that_go_on_fill_the_places_of_those_that_ended(self):
         ended = torch.tensor([0, 1, 0, 1, 1, 0, 0], dtype=torch.bool)
-        assert cached.going_on(ended).tolist() == [0, 5, 2, 6]
+        assert cached.unfinished_first(ended).tolist() == [0, 5, 2, 6]
 
     def test_many_rows_come_in_few_numbers(self, monkeypatch):
         monkeypatch.setattr(cached, "MANY_ROWS", 3)
         monkeypatch.setattr(cached, "ROW_STEP", 3)
         ended = torch.tensor([0, 1, 0, 1, 1, 0, 0], dtype=torch.bool)
-        assert cached.going_on(ended).tolist() == [0, 6, 2, 3, 4, 5]
-        assert cached.going_on(ended[:6]).tolist() == [0, 5, 2]
-        assert cached.going_on(~ended[:5]).tolist() == [3, 1, 4]
-        assert len(cached.going_on(ended[:4])) == 2
+        assert cached.unfinished_first(ended).tolist() == [0, 6, 2, 3, 4, 5]
+        assert cached.unfinished_first(ended[:6]).tolist() == [0, 5, 2]
+        assert cached.unfinished_first(~ended[:5]).tolist() == [3, 1, 4]
+        assert len(cached.unfinished_first(ended[:4])) == 2
         monkeypatch.setattr(cached, "ROW_STEP", 100)
-        assert cached.going_on(ended).tolist() == list(range(7))
+        assert cached.unfinished_first(ended).tolist() == list(range(7))
 
 
 class TestLowPrecision:

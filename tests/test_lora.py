@@ -15,7 +15,8 @@ from policylab.callbacks.checkpoint import write_policy
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models import adapter
-from policylab.models.adapter import LoRA, adapted_layers, adapters_off, save_adapters, whole_weights
+from policylab.models.adapted import adapted_layers, adapters_off, save_adapters, whole_weights
+from policylab.models.adapter import LoRA
 from policylab.models.critic import value_model
 from policylab.models.decoders import decoder_for
 from policylab.models.decoders.general import GeneralDecoder

@@ -13,7 +13,8 @@ import torch
 from conftest import fresh_policy
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
-from policylab.models.trunk import decoder_layers, freeze_below
+from policylab.models.layers import decoder_layers, freeze_below
+from policylab.models.readers import PackedCausal, PaddedCausal
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from small_runs import quick
@@ -133,7 +134,6 @@ COMPILED = """
 import torch
 from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
-from policylab.models.readers import PackedCausal, PaddedCausal
 from policylab.models.readers.trial import trial_rollout
 
 def gradient(compiled):

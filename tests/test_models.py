@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from policylab.errors import UserError
 from policylab.models import loading, smollm2, tokenizers
-from policylab.models.adapter import fingerprint
+from policylab.models.fingerprint import fingerprint
 from policylab.models.loading import ASSETS, LoadedModel
 from policylab.models.scratch import find_tokenizer, from_scratch
 

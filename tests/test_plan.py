@@ -16,8 +16,8 @@ from policylab.config.build import build_policy, instantiate, model_config
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.critic import value_model
+from policylab.models.layers import freeze_below
 from policylab.models.meta import outline
-from policylab.models.trunk import freeze_below
 from policylab.planning.advice import helpful, knobs
 from policylab.planning.job import Batch, Hardware, Job, Method
 from policylab.planning.memory import GIB, checkpoint_copy, moments, peak

@@ -15,7 +15,7 @@ from policylab.functional.masks import AllSum
 
 @dataclass(frozen=True)
 class Estimate:
-    """Credit of each action, and what the critic should have said. Zero outside the action mask."""
+    """Credit of each action, and the critic's target. Zero outside the action mask."""
 
     advantages: Float[Tensor, "B T"]
     returns: Float[Tensor, "B T"]  #: the critic's target
@@ -24,7 +24,7 @@ class Estimate:
 class Advantage(ABC):
     """A rollout with token rewards becomes an :class:`Estimate`.
 
-    What a method needs beside the token rewards, it says in these:
+    Class attributes state what a method needs beside the token rewards.
     """
 
     needs_values: ClassVar[bool] = False  #: ``rollout.values``: a critic is built and trained
@@ -35,4 +35,4 @@ class Advantage(ABC):
 
     @abstractmethod
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
-        """Credit of the actions in ``rollout.loss_mask``; a sequence outside it might as well not be there."""
+        """Credit of the actions in ``rollout.loss_mask``. Sequences outside it have no effect."""

@@ -37,19 +37,19 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A policy-gradient method: one part for each axis, and nothing that knows of a training loop.
+    """A policy-gradient method: one part for each axis, independent of the training loop.
 
     Args:
         name: names the run.
         advantage: what each action is credited with.
         surrogate: the loss whose gradient moves the policy.
         reduction: how much each token weighs.
-        kl: where the distance to the reference counts.
+        kl: where the KL to the reference is charged.
         update: how a rollout becomes steps of the policy.
         critic: how it is built and trained; used only when the advantage needs values.
-        sampling: which groups a rollout is made of; None takes them as they come.
-        truncation: what becomes of completions at the length limit; None treats them as all others.
-        importance: corrects for a sampler that is not quite the policy; None takes it to be the policy.
+        sampling: which groups are trained on; None takes all.
+        truncation: how completions cut at the length limit are treated; None treats them as all others.
+        importance: corrects for a sampler that differs from the policy; None corrects nothing.
         entropy_coef: weight of the entropy bonus (loss a nat).
 
     Raises:
@@ -79,7 +79,7 @@ class Algorithm:
 
     @property
     def needs_policy_logprobs(self) -> bool:
-        """Whether the sampled tokens go through the policy once more before the update."""
+        """Whether the policy's log-probs of the sampled tokens are computed again before the update."""
         return self.importance is not None or self.advantage.needs_policy_logprobs
 
     @property
@@ -97,8 +97,8 @@ class Algorithm:
         return rollout.replace(kept=kept)
 
     def shape_rewards(self, rollout: Rollout, kl_coef: float) -> Rollout:
-        """The rollout with token rewards: the sequence's reward at its last action, minus what the KL of each
-        action costs when it counts there.
+        """The rollout with token rewards: the sequence's reward at its last action, minus the KL charge of each
+        action where it is part of the reward.
 
         ``R_t = [t = last] r - beta KL_t``; arXiv:1909.08593, eq. 2.
         """
@@ -117,7 +117,7 @@ class Algorithm:
         return rollout.replace(advantages=estimate.advantages, returns=estimate.returns)
 
     def correct_sampler(self, rollout: Rollout) -> Rollout:
-        """The rollout with the weights that make up for its sampler."""
+        """The rollout with importance weights that correct for its sampler."""
         if self.importance is None:
             return rollout
         return rollout.replace(importance=self.importance.weights(rollout))

@@ -1,4 +1,4 @@
-"""Advantages without a critic: the reward, less what could be expected of the prompt."""
+"""Advantages without a critic: the reward minus a baseline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ReturnToGo(Advantage):
         whiten: scale to zero mean and unit variance over all actions.
 
     Raises:
-        UserError: for a baseline that whitening makes superfluous.
+        UserError: for a baseline that whitening makes redundant.
     """
 
     gamma: float
@@ -88,8 +88,8 @@ class GroupBaseline(Advantage):
     expected gradient by ``(G - 1) / G`` and changes nothing else.
 
     Args:
-        normalize: divide by the group's sample standard deviation (plus 1e-6), which weighs prompts up whose
-            rewards hardly differ; without it, the advantage of Dr. GRPO (arXiv:2503.20783).
+        normalize: divide by the group's sample standard deviation (plus 1e-6), which gives more weight to
+            prompts whose rewards hardly differ; without it, the advantage of Dr. GRPO (arXiv:2503.20783).
     """
 
     normalize: bool
@@ -106,7 +106,7 @@ class BestOfGroup(Advantage):
 
     "RAFT: Reward rAnked FineTuning", arXiv:2304.06767, algorithm 1. With a mean over all sequences the loss is
     that of supervised training on the best ones. Of equally good ones the first row is taken; a group whose
-    rewards are all equal has selected nothing and gets zero.
+    rewards are all equal gets zero.
     """
 
     min_group_size: ClassVar[int] = 2

@@ -29,10 +29,10 @@ def check_combination(
     credit, loss = type(advantage).__name__, type(surrogate).__name__
     steps = update.epochs * update.minibatches
     critic_steps = steps
-    # One epoch of one minibatch is left in peace: it is a corner of the usual sweep.
+    # One epoch of one minibatch is allowed: it is an end point of common sweeps.
     first_and_last = isinstance(update, SingleStep)
     if isinstance(update, TrustRegion):
-        first_and_last = update.line_search is None  # which would look at the loss after the step
+        first_and_last = update.line_search is None  # a line search evaluates the loss after the step
         critic_steps = update.critic_epochs * update.critic_minibatches
     refusals: list[tuple[bool, str]] = [
         (

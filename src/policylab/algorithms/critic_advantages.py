@@ -50,7 +50,7 @@ class NStep(Advantage):
 
     Args:
         gamma: discount a token, in [0, 1].
-        n: actions whose rewards are counted before the critic takes over, itself one of them.
+        n: rewards that are counted, its own included, before the critic's value is used.
         whiten: scale to zero mean and unit variance over all actions.
     """
 
@@ -79,7 +79,7 @@ class VTrace(Advantage):
         gamma: discount a token, in [0, 1].
         rho_clip: largest weight of a TD error; it decides whose value function the targets tend to (at infinity
             the trained policy's, near zero the sampling policy's).
-        c_clip: largest weight of what follows a token; lower for less variance, same targets in the end.
+        c_clip: largest weight of later TD errors; lower has less variance, and the same targets at convergence.
         whiten: scale to zero mean and unit variance over all actions.
     """
 

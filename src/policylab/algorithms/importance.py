@@ -1,4 +1,4 @@
-"""The importance axis: what corrects for a sampler that is not quite the policy that is trained."""
+"""The importance axis: corrects for a sampler that differs slightly from the policy that is trained."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TruncatedImportance:
     of the surrogate (the decoupled objective of "Batch size-invariance for policy optimization", arXiv:2110.00641).
 
     Args:
-        cap: largest weight. Never reached, each action is corrected for; which states are visited stays the
-            sampler's.
+        cap: largest weight. If it is never reached, each action is fully corrected for; the distribution of visited
+            states stays the sampler's.
     """
 
     cap: float

@@ -1,4 +1,4 @@
-"""The KL axis: where the distance to the reference counts, how it is estimated, what it costs."""
+"""The KL axis: where the KL to the reference is charged, how it is estimated, and its coefficient."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Controller(Protocol):
 
 @dataclass(frozen=True)
 class FixedCoefficient:
-    """The coefficient stays what it is."""
+    """A constant coefficient."""
 
     initial: float
 
@@ -69,7 +69,7 @@ class AdaptiveCoefficient:
 
 @dataclass(frozen=True)
 class NoPenalty:
-    """The KL to the reference is measured, and costs nothing.
+    """The KL to the reference is measured, but not charged.
 
     Args:
         reference: None measures nothing and keeps no second copy of the weights.
@@ -82,7 +82,7 @@ class NoPenalty:
     exact_in_loss: ClassVar[bool] = False
 
 
-#: Estimators whose gradient is that of the KL, by place. What is missing was enumerated and is refused:
+#: Estimators whose gradient is that of the KL, by place. The others are refused:
 #: in the reward, k2 and k3 have no gradient near the reference; in the loss, k1 has an expected gradient of zero.
 VALID = {"reward": ("k1", "exact"), "loss": ("k2", "k3", "exact")}
 
@@ -130,7 +130,7 @@ class KLPenalty:
         return self.place == "loss" and self.estimator == "exact"
 
     def of_rollout(self, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """What the policy before the update is charged a token; zero where no action was taken."""
+        """KL charge of each token, for the policy before the update; zero where no action was taken."""
         if self.estimator == "exact":
             assert rollout.exact_kl is not None
             return exact_in_reward(

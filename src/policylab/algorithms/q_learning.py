@@ -25,10 +25,10 @@ from policylab.functional.q_learning import (
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a network says of states and of the tokens chosen there."""
+    """A network's estimates for states and the tokens chosen there."""
 
     scores: Float[Tensor, "N V"]  #: Q of every token, up to a term that depends on the state alone
-    values: Float[Tensor, " N"]  #: V: what the state is worth
+    values: Float[Tensor, " N"]  #: V of the state
     advantages: Float[Tensor, " N"]  #: A = Q - V of the chosen token
 
     @property
@@ -39,14 +39,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class HardBackup:
-    """A state is worth its best action: Q-learning.
+    """The value of a state is that of its best action: Q-learning.
 
     Args:
-        double: the online network names the best action, the target network says what it is worth ("Deep
+        double: the online network selects the best action, the target network evaluates it ("Deep
             Reinforcement Learning with Double Q-learning", arXiv:1509.06461, eq. 4); false lets the target network
             do both.
-        corrected: n-step targets are corrected for actions that were not the best (arXiv:1602.04951); false takes
-            them as if they had been (Rainbow, arXiv:1710.02298).
+        corrected: n-step targets are corrected for actions that were not the best (arXiv:1602.04951); false leaves
+            them uncorrected (Rainbow, arXiv:1710.02298).
     """
 
     double: bool
@@ -59,7 +59,7 @@ class HardBackup:
     def bootstrap(
         self, target: Judgement, online: Judgement
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """What each state is worth, and what its action was short of that (zero without correction)."""
+        """V of each state, and Q - V of its action (zero without correction)."""
         values = target.values
         if self.double:
             named = online.scores.argmax(-1)
@@ -69,7 +69,7 @@ class HardBackup:
 
 @dataclass(frozen=True)
 class SoftBackup:
-    """A state is worth what the policy ``softmax(Q / scale)`` gets from it, its entropy included.
+    """The value of a state is the return of the policy ``softmax(Q / scale)`` from it on, entropy included.
 
     Args:
         prior: ``uniform`` pays ``scale`` a nat of entropy ("Reinforcement Learning with Deep Energy-Based
@@ -90,7 +90,7 @@ class SoftBackup:
     def bootstrap(
         self, target: Judgement, online: Judgement
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """What each state is worth, and what its action paid for being no more likely."""
+        """V of each state, and Q - V of its action."""
         return target.values, target.advantages
 
 
@@ -99,11 +99,11 @@ Backup = HardBackup | SoftBackup
 
 @dataclass(frozen=True)
 class EpsilonGreedy:
-    """Mostly the best token; with probability epsilon another draw. Validation takes the best.
+    """The best token or, with probability epsilon, a random one. Validation takes the best.
 
     Args:
-        others: what that draw is from: ``uniform``, all tokens alike; ``policy``, ``softmax(Q / scale)``, which keeps
-            to what the language model might say.
+        others: distribution of the random token: ``uniform`` over all tokens; ``policy`` is ``softmax(Q / scale)``,
+            which keeps to likely tokens.
         start: epsilon in the first iteration.
         end: epsilon from iteration ``decay`` on; linear in between.
         decay: iterations.
@@ -120,7 +120,7 @@ class EpsilonGreedy:
         demand("algo.exploration.decay", self.decay, 1)
 
     def epsilon(self, iteration: int) -> float:
-        """In iteration ``iteration``, counted from 0: no state to save."""
+        """Of an iteration, counted from 0."""
         return self.start + (self.end - self.start) * min(iteration / self.decay, 1.0)
 
 
@@ -131,11 +131,12 @@ class Boltzmann:
 
 @dataclass(frozen=True)
 class Dueling:
-    """A value head sets the level of Q in each state; the LM head is left with the differences (arXiv:1511.06581).
+    """A value head sets the level of Q in each state; the LM head gives the differences between tokens
+    (arXiv:1511.06581).
 
     Args:
-        level: what of the LM head's scores is taken off. ``max`` (eq. 8) makes the head's value that of the best
-            token, which then has no gradient of its own; ``mean`` (eq. 9) that of all tokens alike; ``logsumexp``
+        level: what is subtracted from the LM head's scores. ``max`` (eq. 8) makes the head's value that of the best
+            token, which then has no gradient of its own; ``mean`` (eq. 9) the mean over all tokens; ``logsumexp``
             leaves ``scale log pi``.
         coef: size of the value's gradient beside that of the logits; 1 / scale is that of the plain squared error.
         own_layers: 0 reads the policy's last hidden state; a number above takes copies of its last layers for the
@@ -176,7 +177,7 @@ class TargetNetwork:
 
 @dataclass(frozen=True)
 class Replay:
-    """The memory of finished sequences, and what is done with it in an iteration.
+    """The replay memory of finished sequences, and the updates from it in an iteration.
 
     Args:
         capacity: tokens, prompts included; the oldest sequences leave first.
@@ -195,7 +196,7 @@ class Replay:
             demand(f"algo.replay.{name}", getattr(self, name), 1)
 
     def demand_room(self, sequences: int, longest: int) -> None:
-        """Refuses a memory that may be too small for an iteration, or for learning ever to start.
+        """Refuses a memory that may be too small for an iteration or for ``warmup``.
 
         Args:
             sequences: an iteration.
@@ -214,20 +215,20 @@ class Replay:
 
 @dataclass(frozen=True)
 class QLearning:
-    """Learns what each next token is worth; the policy follows from it.
+    """Learns Q of each next token; the policy follows from Q.
 
     Args:
         name: names the run.
-        backup: what a state is worth, given Q.
+        backup: the value of a state, given Q.
         scale: reward a nat: Q is ``scale`` times the logits (over the sampling temperature), up to V.
         dueling: a value head for V; None takes V from the logits.
         gamma: discount a token.
-        n_step: tokens whose rewards are counted before the target network's value takes over; None: all of them.
+        n_step: rewards that are counted before the target network's value is used; None: all.
         huber: TD error (reward) beyond which the loss grows linearly; None: squared throughout.
-        conservative: weight of ``logsumexp(Q / scale) - Q_a / scale``, which holds down what was never tried
+        conservative: weight of ``logsumexp(Q / scale) - Q_a / scale``, which lowers Q of tokens that were never tried
             ("Conservative Q-Learning", arXiv:2006.04779, eq. 4; for language models ILQL, arXiv:2206.11871), in
             units of the TD error; 0 leaves it out.
-        exploration: how rollouts depart from the best token.
+        exploration: how rollouts explore.
         target: the target network; None takes targets from the online one.
         replay: the memory, and the updates from it.
     """
@@ -269,7 +270,7 @@ class QLearning:
             self.demand_use(self.backup)
 
     def demand_use(self, backup: HardBackup) -> None:
-        """Refuses networks that nothing would ask, and a second opinion without a second network."""
+        """Refuses a target network that nothing would use, and double Q-learning without one."""
         if self.n_step is None and not backup.corrected:
             if backup.double:
                 raise UserError(
@@ -290,7 +291,7 @@ class QLearning:
     def judge(
         self, z: Float[Tensor, "N V"], rollout: Rollout, values: Float[Tensor, " N"] | None
     ) -> Judgement:
-        """A network's opinion of the actions of a rollout, in row-major order.
+        """A network's estimates for the actions of a rollout, in row-major order.
 
         Args:
             z: logits over the sampling temperature.
@@ -310,7 +311,7 @@ class QLearning:
         return Judgement(scores, worth, advantages)
 
     def targets(self, target: Judgement, online: Judgement, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """What Q of each action should have been, according to the target network (and the online one, if double)."""
+        """Targets of Q of each action, by the target network (and the online one, if double)."""
         assert rollout.rewards is not None
         mask = rollout.action_mask
         values, path = self.backup.bootstrap(target, online)
@@ -320,13 +321,13 @@ class QLearning:
     def errors(
         self, opinion: Judgement, targets: Float[Tensor, "B T"], rollout: Rollout
     ) -> Float[Tensor, "B T"]:
-        """TD errors: what Q is above its target."""
+        """TD errors: Q minus its target."""
         return grid(opinion.q, rollout.action_mask) - targets
 
     def loss(
         self, opinion: Judgement, errors: Float[Tensor, "B T"], rollout: Rollout
     ) -> Float[Tensor, "B T"]:
-        """Of TD errors, and of how little Q sets the tokens of the memory apart from the others.
+        """Of TD errors, plus the conservative penalty.
 
         Divided by ``scale``, so that what reaches the logits is the error itself, as the advantage is in a policy
         gradient ("Equivalence Between Policy Gradients and Soft Q-Learning", arXiv:1704.06440).

@@ -1,4 +1,4 @@
-"""The sampling axis: which groups of completions a rollout is made of."""
+"""The sampling axis: which groups of completions are trained on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from policylab.errors import demand
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """Groups whose rewards are all equal teach nothing: they are dropped, and other prompts sampled in their place.
+    """Groups whose rewards are all equal give no gradient: they are dropped, and other prompts are sampled instead.
 
     "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476, section 3.2.
 
     Args:
-        rounds: times that dropped groups are replaced, at most. Groups still without spread are then left out
-            of the update.
+        rounds: times that dropped groups are replaced, at most. Groups whose rewards are still all equal are
+            then left out of the update.
     """
 
     rounds: int

@@ -26,7 +26,7 @@ Mask = Bool[Tensor, "B T"]
 
 @runtime_checkable
 class Surrogate(Protocol):
-    """Per-token loss, and 1 where its bounds have silenced a token."""
+    """Per-token loss, and 1 where its bounds take effect."""
 
     on_policy: ClassVar[bool]  #: right for one update a rollout only
 
@@ -137,7 +137,7 @@ class SequenceRatio:
 class CISPO:
     """``-w A log pi`` with a clipped ratio as constant weight ``w``: arXiv:2506.13585, eq. 4 and 5.
 
-    ``clipped`` says where the weight was cut; the token keeps its gradient, that is the point.
+    ``clipped`` marks where the weight was cut; the token keeps its gradient.
 
     Args:
         clip_low: the weight is at least ``1 - clip_low``; None sets no lower bound.

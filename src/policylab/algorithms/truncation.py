@@ -1,4 +1,4 @@
-"""The truncation axis: what becomes of completions that were cut, or nearly, at the length limit."""
+"""The truncation axis: how completions at or near the length limit are treated."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ class OverlongPenalty:
         return torch.ones_like(rollout.ended)
 
     def penalty(self, rollout: Rollout) -> Float[Tensor, " B"]:
-        # the policy's tokens alone: an environment's words are not its fault
+        # only the policy's tokens, without an environment's words
         over = rollout.action_mask.sum(-1) - (self.limit - self.buffer)
         return -self.scale * over.clamp(min=0).to(rollout.logprobs.dtype) / self.buffer

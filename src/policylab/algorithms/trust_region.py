@@ -1,4 +1,4 @@
-"""The update axis, second kind: one step to the border of a trust region, measured in KL."""
+"""The update axis, second kind: one step to the boundary of a trust region, measured in KL."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from policylab.errors import UserError, demand
 
 @dataclass(frozen=True)
 class LineSearch:
-    """Backtracking: a step is tried, then shorter ones, until one keeps what the quadratic model promised.
+    """Backtracking: a step is tried, then shorter ones, until one is accepted.
 
     Args:
-        max_steps: lengths that are tried; after the last the policy stays where it was.
+        max_steps: lengths that are tried; if none is accepted, the policy does not move.
         shrink: each length over the one before it.
     """
 
@@ -50,7 +50,7 @@ class TrustRegion:
         cg_tolerance: relative residual that ends them.
         damping: added to the Fisher matrix's diagonal, as a share of the curvature along the gradient.
         preconditioner: ``diagonal`` scales the conjugate gradients by an estimate of the Fisher matrix's diagonal.
-        line_search: backtracking; None takes the full step, whatever it does.
+        line_search: backtracking; None takes the full step unchecked.
         critic_epochs: passes over the rollout that fit the critic after the policy's step, with ``optim``.
         critic_minibatches: steps of each such pass.
     """

@@ -10,7 +10,7 @@ from policylab.errors import UserError, demand
 
 @runtime_checkable
 class Update(Protocol):
-    """Says how often the rollout is passed over, and in how many parts."""
+    """Passes over the rollout, and optimizer steps in each."""
 
     @property
     def epochs(self) -> int: ...
@@ -36,8 +36,8 @@ class MinibatchEpochs:
     Args:
         epochs: passes over the rollout.
         minibatches: optimizer steps a pass, each on an equal share of the rollout.
-        kl_stop: ends the iteration's updates, before the step, once the policy is this far from the one that
-            sampled (k3, nats a token); None never.
+        kl_stop: ends the iteration's updates, before the step, once the policy's KL to the one that
+            sampled exceeds this (k3, nats a token); None never.
         reestimate: before each pass but the first, the advantages are estimated again with the present critic
             ("What Matters In On-Policy Reinforcement Learning?", arXiv:2006.05990, section 3.5); one
             more forward pass.

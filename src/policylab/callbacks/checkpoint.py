@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.errors import UserError
-from policylab.models.adapter import save_adapters, whole_weights
+from policylab.models.adapted import save_adapters, whole_weights
 from policylab.models.loading import quiet_bars
 from policylab.runs.checkpoints import LAST, checkpoint_iteration, link_atomically, read
 from policylab.runs.folder import write_json

@@ -28,9 +28,9 @@ from policylab.distributed.world import world
 from policylab.errors import RunError, UserError
 from policylab.models.adapter import LoRA
 from policylab.models.critic import ValueModel, value_model
+from policylab.models.layers import decoder_layers, freeze_below
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
-from policylab.models.trunk import decoder_layers, freeze_below
 from policylab.rewards.pool import pooled
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.fitting import fitting

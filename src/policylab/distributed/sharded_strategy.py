@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from policylab.distributed.sharding import release, shard, share_of, whole_state
+from policylab.distributed.sharding import release, shard, shard_of, whole_state
 from policylab.models.policy import Policy
 
 
 class ShardedStrategy(DDPStrategy):
-    """Data-parallel processes as with DDP, each with a share of weights, gradients and moments.
+    """Data-parallel processes as with DDP, each with a shard of weights, gradients and moments.
 
-    What it saves is whole, gathered on rank 0, as one process would save it: so a run can go on with any number of
-    processes, sharded or not. Lightning's own ``ModelParallelStrategy`` would write the frozen reference, too, and
-    wants the weights shared out before they are loaded.
+    What it saves is gathered on rank 0, as one process would save it, so a run can be resumed with any number of
+    processes, sharded or not. Lightning's own ``ModelParallelStrategy`` would save the frozen reference as well, and
+    needs the weights sharded before they are loaded.
 
     Args:
-        cpu_offload: whether the shares are in main memory.
+        cpu_offload: whether the shards are in main memory.
     """
 
     def __init__(self, *, cpu_offload: bool, **settings: Any) -> None:
@@ -33,7 +33,7 @@ class ShardedStrategy(DDPStrategy):
         self.cpu_offload = cpu_offload
 
     def setup(self, trainer: Trainer) -> None:
-        """Lightning's call before validation and before training; the weights are shared out once."""
+        """Lightning calls it before validation and before training; the weights are sharded once."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
@@ -48,11 +48,11 @@ class ShardedStrategy(DDPStrategy):
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         shard(self.policies, mesh, offload=self.cpu_offload)
         module.sharded = True
-        module._device = self.root_device  # Lightning's own note of it; `to` would move what is offloaded
+        module._device = self.root_device  # Lightning's record of it; `to` would move what is offloaded
 
     @property
     def policies(self) -> list[Policy]:
-        """The policy that is trained, and those beside it."""
+        """The policy that is trained, and the frozen ones beside it."""
         assert self.lightning_module is not None
         return [module for module in self.lightning_module.children() if isinstance(module, Policy)]
 
@@ -68,15 +68,15 @@ class ShardedStrategy(DDPStrategy):
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each process takes its share."""
+        """Each process takes its shard."""
         assert self.lightning_module is not None
         self._release()
         own = self.lightning_module.state_dict(keep_vars=True)
-        shares = {
-            name: share_of(value, own[name]) if name in own else value
+        shards = {
+            name: shard_of(value, own[name]) if name in own else value
             for name, value in checkpoint["state_dict"].items()
         }
-        self.lightning_module.load_state_dict(shares, strict=strict)
+        self.lightning_module.load_state_dict(shards, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
         """The whole moments, on rank 0."""
@@ -85,22 +85,22 @@ class ShardedStrategy(DDPStrategy):
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each process takes its share; a number that is not of a weight's shape (Adam's count) is everybody's."""
+        """Each process takes its shard; values of other shapes than their weight (Adam's step) go to all."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            shares = {
+            shards = {
                 index: {
-                    name: share_of(value, weights[index])
+                    name: shard_of(value, weights[index])
                     if isinstance(value, Tensor) and value.shape == weights[index].shape
                     else value
                     for name, value in moments.items()
                 }
                 for index, moments in state["state"].items()
             }
-            optimizer.load_state_dict({**state, "state": shares})
+            optimizer.load_state_dict({**state, "state": shards})
 
     def teardown(self) -> None:
-        """The weights stay where they are: they cannot all be brought to one place."""
+        """Leaves the weights on their devices: one device may not hold them all."""
         assert self.accelerator is not None
         assert self.cluster_environment is not None
         self.cluster_environment.teardown()

@@ -1,8 +1,8 @@
 """Returns and advantages on the ``[B, T]`` grid.
 
 The mask is true where the policy acted. Other positions (padding, an environment's words) are skipped:
-the value of the next action is that of the next true position, so an answer does not depend on how
-many words stood between.
+the next action is
+the next true position, however many positions lie between.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def n_step(
     arXiv:1602.01783, section 4. ``n = 1`` is the TD residual; ``n`` of the longest sequence or more gives
     return minus value.
     """
-    # Actions side by side, what lies between them at the end: then a step is a column.
+    # Actions are moved to the front of each row, so that a step is a column.
     order = (~mask).int().argsort(dim=-1, stable=True)
     packed = mask.gather(-1, order)
     rewards = token_rewards.gather(-1, order).masked_fill(~packed, 0.0)
@@ -102,7 +102,7 @@ def explained_variance(
 ) -> Float[Tensor, ""]:
     """``1 - Var(returns - values) / Var(returns)`` over the true positions of all processes.
 
-    1 is a perfect critic, 0 no better than a constant. Returns without spread give zero.
+    1 is a perfect critic, 0 no better than a constant. Returns without variance give zero.
     """
     _, residual = masked_moments(returns - values, mask, all_sum)
     _, spread = masked_moments(returns, mask, all_sum)

@@ -1,4 +1,4 @@
-"""Conjugate gradients: solves with a matrix that is known by its products with vectors alone."""
+"""Conjugate gradients: solve a linear system from products of its matrix with vectors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PRECONDITIONER_POWER = 0.75
 
 @dataclass(frozen=True)
 class Solution:
-    """Where the iteration ended."""
+    """The result."""
 
     x: Float[Tensor, " n"]
-    product: Float[Tensor, " n"]  #: ``F x``, without damping: it comes for free
+    product: Float[Tensor, " n"]  #: ``F x``, without damping; the iteration computes it anyway
     damping: float  #: what was added to the diagonal
     residual: float  #: ``|(F + damping) x - b| / |b|``; 0 when ``b`` is zero
     iterations: int
@@ -33,7 +33,7 @@ def conjugate_gradient(
     iterations: int,
     tolerance: float,
 ) -> Solution:
-    """Solves ``(F + lambda I) x = b`` for a symmetric, positive semi-definite ``F``, from ``x = 0`` on.
+    """Solves ``(F + lambda I) x = b`` for a symmetric, positive semi-definite ``F``, starting at ``x = 0``.
 
     ``lambda = damping (b F b) / (b b)``: a share of the curvature along ``b``, so that the same number means the same
     for a model of any size and any number of tokens. "Methods of Conjugate Gradients for Solving Linear Systems",
@@ -43,9 +43,9 @@ def conjugate_gradient(
     Args:
         product: ``v -> F v``; called once an iteration, and once more with a preconditioner.
         diagonal: an estimate of ``F``'s diagonal, never negative; ``(diagonal + lambda)^0.75`` preconditions. It
-            changes how soon the solution comes, not which. None does without.
+            changes how fast the iteration converges, not the solution. None: no preconditioner.
         iterations: at most.
-        tolerance: ends it at this relative residual.
+        tolerance: relative residual at which it stops.
     """
     x, fx = torch.zeros_like(b), torch.zeros_like(b)
     norm = _dot(b, b) ** 0.5
@@ -85,5 +85,5 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _tiny(diagonal: Tensor) -> float:
-    """A floor that keeps weights without any curvature (words that no text holds) from infinite steps."""
+    """A lower bound, so that weights without curvature (tokens that never occur) get finite steps."""
     return max(1e-6 * float(diagonal.mean()), torch.finfo(diagonal.dtype).tiny)

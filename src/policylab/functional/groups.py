@@ -1,6 +1,6 @@
-"""Credit of whole sequences within their group. ``B`` rows, in any order; rows with equal ids form a group.
+"""Credit of whole sequences relative to their group. ``B`` rows, in any order; rows with equal ids form a group.
 
-A row that is not ``present`` counts nowhere and gets zero. Rows are compared in pairs, which needs ``B x B`` of
+A row that is not ``present`` is ignored and gets zero. Rows are compared in pairs, which needs ``B x B`` of
 memory (4 MB of booleans for 2,048 rows), and gives the same sum in the same order on every device. Values are
 taken relative to the group's smallest, so that equal ones give exactly zero and never a rounding error.
 """
@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Added to a group's standard deviation. Far below any spread of rewards that means something.
+#: Added to a group's standard deviation. Far below any standard deviation that matters.
 STD_EPS = 1e-6
-#: Rewards that differ by less are equally good: the KL of a policy that has not moved yet is no exact zero, and what
-#: is selected must not hang on its rounding.
+#: Rewards that differ by less count as equal: the KL of a policy that has not moved yet is zero only up to rounding,
+#: which must not decide what is selected.
 TIE = 1e-4
 
 
@@ -64,8 +64,8 @@ def best_of_group(
     """The size of the group for its largest value (of equal ones the first row), zero for the others.
 
     So the mean over all rows is the mean over the best of each group: "RAFT: Reward rAnked FineTuning",
-    arXiv:2304.06767, algorithm 1. Where all are equal nothing was selected, and all get zero. Equal is what differs
-    by less than :data:`TIE`.
+    arXiv:2304.06767, algorithm 1. Where all are equal, all get zero. Values that differ by less than :data:`TIE` are
+    equal.
     """
     peers = _peers(group_ids, present)
     above = _above_lowest(x, peers)

@@ -10,7 +10,7 @@ k3        ``r - 1 - log r``        unbiased, never negative
 exact     ``sum_v p log(p / q)``   no variance; needs both distributions
 ========  =======================  ==================================================
 
-"Unbiased" speaks of the value. What the gradient is depends on where the estimate stands: see
+"Unbiased" is about the value. The gradient depends on where the estimate is used: see
 :class:`policylab.algorithms.kl.KLPenalty`.
 """
 
@@ -56,8 +56,8 @@ def exact_in_reward(
 ) -> Float[Tensor, "B T"]:
     """Charges each action with its own k1 and the *exact* KL of every later state; zero outside the mask.
 
-    An action must feel its own ``log p - log q``: the exact KL of its state is the same for all actions. What it
-    is charged for later states may be their expectation. ``c_t = k1_t + exact_{t+1} - k1_{t+1}`` adds up to
+    An action must be charged its own ``log p - log q``: the exact KL of its state is the same for all actions. For
+    later states it can be charged the expectation. ``c_t = k1_t + exact_{t+1} - k1_{t+1}`` adds up to
     ``k1_t + sum_{s > t} exact_s``: the gradient of k1, without the noise of the later actions.
 
     Args:

@@ -1,9 +1,9 @@
-"""What a linear LM head says of sampled tokens, without ever holding the logits of all positions.
+"""Log-probs, entropy and KL of sampled tokens under a linear LM head, without holding the logits of all positions.
 
-Positions go through the head in chunks: in the forward pass a chunk's logits ``z`` leave behind a few numbers a
-position, in the backward pass they are computed once more. Only where one chunk is all there is are its probabilities
-kept. The gradients are written out, because autograd would go through a chunk's ``[N, V]`` numbers several times more:
-with ``p = softmax(z)``, ``H`` the entropy and ``K = KL(p | q)``,
+Positions go through the head in chunks: the forward pass keeps a few numbers a position of a chunk's logits ``z``, and
+the backward pass computes them again. If there is only one chunk, its probabilities are kept. The gradients are written
+out, because autograd would go through a chunk's ``[N, V]`` numbers several times more: with ``p = softmax(z)``, ``H``
+the entropy and ``K = KL(p | q)``,
 
     d log p_a / dz = 1[a] - p,    dH / dz = -p (log p + H),    dK / dz = p (log p - log q - K).
 
@@ -59,7 +59,7 @@ def head_figures(
     other: tuple[Head, Float[Tensor, "N H"]] | None,
     chunk: int = CHUNK,
 ) -> HeadFigures:
-    """Log-prob of each token, entropy, and KL to what another head says of its own states.
+    """Log-prob of each token, entropy, and KL to another head's distribution on its own hidden states.
 
     Args:
         entropy_gradient: whether the entropy has a gradient.
@@ -110,7 +110,7 @@ class _HeadFigures(torch.autograd.Function):
                 part = slice(start, start + rows)
                 z = head.logits(hidden[part])
                 top = z.amax(-1)
-                z.sub_(top[:, None])  # logits of a hundred would leave too few digits for differences
+                z.sub_(top[:, None])  # large logits would leave too few digits for differences
                 p = z.softmax(-1)
                 lse = -p.amax(-1).log()
                 logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - lse
@@ -145,7 +145,7 @@ class _HeadFigures(torch.autograd.Function):
             slope = -of_logprob[part, None]
             if ctx.kept is not None:
                 dz = ctx.kept.mul_(slope)
-                ctx.kept = None  # written to: a second backward pass computes it again
+                ctx.kept = None  # overwritten: a second backward pass computes it again
             else:
                 logp = ctx.head.logits(hidden[part]).sub_(normalizer[part, None])
                 if ctx.entropy_gradient:
@@ -171,7 +171,7 @@ class _HeadFigures(torch.autograd.Function):
 def _add_outer(
     total: Tensor | None, a: Float[Tensor, "N V"], b: Float[Tensor, "N H"]
 ) -> Float[Tensor, "V H"]:
-    """``total + a^T b`` in fp32, in place where it can be."""
+    """``total + a^T b`` in fp32, in place where possible."""
     if total is None:
         return outer(a, b).float()
     return total.addmm_(a.t(), b) if a.dtype == total.dtype else total.add_(a.t() @ b)

@@ -1,6 +1,6 @@
 """From logits to log-probs and entropies of sampled tokens.
 
-``logp`` is a whole log-distribution, ``log_softmax`` of the logits: it is computed once and serves all.
+``logp`` is a whole log-distribution, ``log_softmax`` of the logits; it is computed once for all figures.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def completion_slice(prompt_width: int, width: int) -> slice:
-    """The shift by one, here and nowhere else.
+    """The shift by one. Nothing else does it.
 
-    In ``[prompt | completion]`` the logits that chose completion token ``t`` stand at position
+    In ``[prompt | completion]`` the logits that chose completion token ``t`` are at position
     ``prompt_width + t - 1``: those of the token before it.
     """
     return slice(prompt_width - 1, prompt_width + width - 1)

@@ -1,4 +1,4 @@
-"""Masks, and sums and moments under them. A mask is always given: there is no unmasked mean by accident."""
+"""Masks, and sums and moments under them. The mask is a required argument, so that no mean is unmasked by accident."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def length_mask(lengths: Int[Tensor, " B"], width: int) -> Bool[Tensor, "B T"]:
 
 
 def masked_sum(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-    """Sum over the positions of each sequence where ``mask`` is true (whatever stands elsewhere, NaN included)."""
+    """Sum over the positions of each sequence where ``mask`` is true. Other values are ignored, NaN included."""
     return x.masked_fill(~mask, 0.0).sum(-1)
 
 
@@ -46,7 +46,7 @@ def whiten(
 ) -> Float[Tensor, "B T"]:
     """Zero mean and unit variance over the true positions; zero elsewhere.
 
-    A batch without spread (all values equal) gives zeros, never NaN.
+    A batch without variance (all values equal) gives zeros, never NaN.
     """
     mean, variance = masked_moments(x, mask, all_sum)
     return ((x - mean) * torch.rsqrt(variance + eps)).masked_fill(~mask, 0.0)

@@ -17,13 +17,13 @@ from policylab.functional.advantages import discounted_returns
 
 
 def best(scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
-    """``max_a Q(s, a)``: what a state is worth to who takes the best action."""
+    """``max_a Q(s, a)``: the value of a state if the best action is taken."""
     return scores.amax(-1)
 
 
 def soft_best(scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
-    """``scale log sum_a exp(Q(s, a) / scale)``: what it is worth to who samples from ``softmax(Q / scale)`` and is
-    paid ``scale`` a nat of entropy.
+    """``scale log sum_a exp(Q(s, a) / scale)``: the value of a state if actions are sampled from
+    ``softmax(Q / scale)`` and each nat of entropy pays ``scale``.
 
     "Reinforcement Learning with Deep Energy-Based Policies", arXiv:1702.08165, eq. 4 to 6.
     """
@@ -35,13 +35,13 @@ def mean(scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
     return scores.mean(-1)
 
 
-#: What a dueling network subtracts from its scores, so that the value head has a level of its own: "Dueling Network
+#: What a dueling network subtracts from its scores, so that the value head alone sets the level of Q: "Dueling Network
 #: Architectures for Deep Reinforcement Learning", arXiv:1511.06581, eq. 8 (max) and 9 (mean).
 LEVELS = {"max": best, "mean": mean, "logsumexp": soft_best}
 
 
 def taken(scores: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """The score of one token each."""
+    """The score of each row's token."""
     return scores.gather(-1, tokens[:, None]).squeeze(-1)
 
 
@@ -55,27 +55,27 @@ def n_step_targets(
 ) -> Float[Tensor, "B T"]:
     """``y_t = r_t + sum_{0<k<n} gamma^k (r_{t+k} - A_{t+k}) + gamma^n V_{t+n}``; zero outside the mask.
 
-    Steps count true positions; what lies after the last is worth zero. With ``A = 0`` these are the uncorrected
+    Steps count true positions; the value after the last is zero. With ``A = 0`` these are the uncorrected
     n-step targets of "Rainbow", arXiv:1710.02298 ("Multi-step learning"). With ``A_t = Q(s_t, a_t) - V_t`` the sum
-    is the one-step target plus later TD errors, right whatever policy chose the tokens: "Q(lambda) with Off-Policy
-    Corrections", arXiv:1602.04951, at lambda 1. With ``A = scale log(pi / prior)`` as well it is path consistency,
-    "Bridging the Gap Between Value and Policy Based Reinforcement Learning", arXiv:1702.08892, section 4.
+    is the one-step target plus later TD errors, correct for any policy that chose the tokens: "Q(lambda) with
+    Off-Policy Corrections", arXiv:1602.04951, at lambda 1. With ``A = scale log(pi / prior)`` as well it is path
+    consistency, "Bridging the Gap Between Value and Policy Based Reinforcement Learning", arXiv:1702.08892, section 4.
 
     Args:
         values: V of the state in which each action was taken.
         path: A of each action; zeros correct nothing.
-        n: steps before V takes over; None goes to the end of the sequence, and V is not asked.
+        n: steps before V is used; None goes to the end of the sequence, without V.
     """
     returns = discounted_returns(token_rewards - path, mask, gamma)
     targets = returns + path
     if n is not None:
-        # The window of n steps is the whole return less what V replaces: from t + n on.
+        # The whole return, less its part from t + n on, which V replaces.
         targets = targets + gamma**n * actions_ahead(values - returns, mask, n)
     return targets.masked_fill(~mask, 0.0)
 
 
 def actions_ahead(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int) -> Float[Tensor, "B T"]:
-    """At each true position, what stands ``n`` true positions later; zero where there is none."""
+    """At each true position, ``x`` of ``n`` true positions later; zero where there is none."""
     order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)  # true positions first, in their order
     packed = x.masked_fill(~mask, 0.0).gather(-1, order)
     ahead = torch.nn.functional.pad(packed[:, n:], (0, min(n, x.shape[1])))
@@ -94,5 +94,5 @@ def td_loss(errors: Float[Tensor, "*B"], huber: float | None) -> Float[Tensor, "
 
 
 def scale_gradient(x: Float[Tensor, "*B"], factor: float) -> Float[Tensor, "*B"]:
-    """The same values; their gradient multiplied."""
+    """The same values, with their gradient multiplied by ``factor``."""
     return x.detach() + factor * (x - x.detach())

@@ -18,7 +18,7 @@ from policylab.functional.masks import length_mask
 
 @dataclass(frozen=True)
 class Ragged:
-    """Where items that lie one after another belong on a grid. Both ways are differentiable as often as one likes."""
+    """Places of packed items on a padded grid. `pad` and `pack` can be differentiated any number of times."""
 
     slots: Int[Tensor, " N"]  #: place of each item on the flattened grid
     rows: int
@@ -37,7 +37,7 @@ class Ragged:
 
     @property
     def full(self) -> bool:
-        """Whether the grid has no padding: then both ways are views."""
+        """Whether the grid has no padding; `pad` and `pack` are then views."""
         return self.count == self.rows * self.width
 
     def pad(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class _Pad(torch.autograd.Function):
-    """Items at their slots. Torch's own gradient of `_Pack` would add rows up one by one; no slot is named twice."""
+    """Items at their slots. Torch's own gradient of `_Pack` adds rows one by one; here no slot occurs twice."""
 
     @staticmethod
     def forward(x: Tensor, slots: Tensor, size: int) -> Tensor:
@@ -81,7 +81,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Pack(torch.autograd.Function):
-    """What stands at the slots."""
+    """Items from their slots."""
 
     @staticmethod
     def forward(x: Tensor, slots: Tensor) -> Tensor:

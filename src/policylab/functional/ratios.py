@@ -7,8 +7,8 @@ from torch import Tensor
 
 from policylab.functional.masks import masked_sum
 
-#: ``exp`` overflows in float32 at 88, and infinity times a gradient of zero is NaN. At e^20 (about 5e8)
-#: a ratio means nothing any more: it stays there, without gradient.
+#: ``exp`` overflows in float32 at 88, and infinity times a gradient of zero is NaN. Ratios are
+#: capped at e^20 (about 5e8), without gradient beyond.
 MAX_LOG_RATIO = 20.0
 
 
@@ -23,7 +23,7 @@ def sequence_log_ratio(
     """Mean log-ratio of each sequence, at each of its true positions; zero elsewhere.
 
     ``log s_i = 1 / |y_i| sum_t log(pi(y_t) / pi_old(y_t))``. "Group Sequence Policy Optimization",
-    arXiv:2507.18071, eq. 7. What stands outside the mask, NaN included, reaches neither value nor gradient.
+    arXiv:2507.18071, eq. 7. Values outside the mask, NaN included, change neither value nor gradient.
     """
     mean = masked_sum(logprobs - old_logprobs, mask) / mask.sum(-1).clamp(min=1)
     return mean[:, None].expand_as(mask).masked_fill(~mask, 0.0)

@@ -25,7 +25,7 @@ def ratio_loss(log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"]
     """``-ratio A``, with the ratio of the current to the old policy.
 
     "Trust Region Policy Optimization", arXiv:1502.05477, eq. 14. At ratio 1 its gradient is that of
-    :func:`logprob_loss`. Nothing bounds it: a trust region has to.
+    :func:`logprob_loss`. It has no bound of its own and needs a trust region.
     """
     return -probability_ratio(log_ratio) * advantages
 
@@ -41,8 +41,8 @@ def clipped_ratio_loss(
 
     "Proximal Policy Optimization Algorithms", arXiv:1707.06347, eq. 7, with the two bounds apart; "Mastering
     Complex Control in MOBA Games with Deep Reinforcement Learning", arXiv:1912.09729, eq. 5, for the dual
-    clip. The minimum bounds the ratio on one side alone, and the sign of ``A`` says on which: that is how
-    it is written here. At ratio 1 its gradient is that of :func:`logprob_loss`.
+    clip. The minimum bounds the ratio on one side only, which the sign of ``A`` decides; the code
+    clamps it on that side. At ratio 1 its gradient is that of :func:`logprob_loss`.
     """
     low, high = _bounds(advantages, clip_low, clip_high, dual_clip)
     return -probability_ratio(log_ratio).clamp(low, high) * advantages
@@ -55,7 +55,7 @@ def clipped(
     clip_high: float,
     dual_clip: float | None,
 ) -> Float[Tensor, "B T"]:
-    """1 where a bound of :func:`clipped_ratio_loss` has taken a token's gradient away, else 0."""
+    """1 where a bound of :func:`clipped_ratio_loss` removes a token's gradient, else 0."""
     low, high = _bounds(advantages, clip_low, clip_high, dual_clip)
     ratio = probability_ratio(log_ratio)
     outside = (ratio < low) | (ratio > high) | (log_ratio > MAX_LOG_RATIO)
@@ -65,7 +65,7 @@ def clipped(
 def _bounds(
     advantages: Float[Tensor, "B T"], clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Between which the ratio of each token has a gradient."""
+    """Bounds between which the ratio of each token has a gradient."""
     good = advantages > 0
     low = torch.where(good, 0.0, torch.full_like(advantages, 1 - clip_low))
     high = torch.full_like(advantages, torch.inf if dual_clip is None else dual_clip)
@@ -82,7 +82,7 @@ def weighted_logprob_loss(
     """``-w A log pi`` with the constant ``w = clip(ratio, 1 - clip_low, 1 + clip_high)``.
 
     CISPO: "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", arXiv:2506.13585, eq. 4
-    and 5. No gradient flows through ``w``, so every token keeps its own, at a bound as well. Without bounds its
+    and 5. No gradient flows through ``w``, so every token keeps its gradient, even at a bound. Without bounds its
     gradient is that of :func:`ratio_loss`. ``clip_low`` None: no lower bound.
     """
     weight = probability_ratio(log_ratio).clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
@@ -104,7 +104,7 @@ def value_loss(
     returns: Float[Tensor, "B T"],
     clip: float | None,
 ) -> Float[Tensor, "B T"]:
-    """``(V - R)^2 / 2``; with ``clip``, the larger of it and the loss of V held within ``clip`` of the old value.
+    """``(V - R)^2 / 2``; with ``clip``, the larger of it and the loss of V clipped to within ``clip`` of the old value.
 
     The clipped form is that of OpenAI's PPO code ("Implementation Matters in Deep Policy Gradients",
     arXiv:2005.12729, section 3).

@@ -27,8 +27,8 @@ def vtrace(
 
     the value after the last action being zero. "IMPALA: Scalable Distributed Deep-RL with Importance Weighted
     Actor-Learner Architectures", arXiv:1802.01561, eq. 1 (in the form of remark 1) and section 4.2. Where the
-    two policies are one, ``A_t`` is the return minus the value. ``log_ratio`` is that of the policy that is
-    trained to the one that sampled.
+    two policies are equal, ``A_t`` is the return minus the value. ``log_ratio`` is the log-prob under the trained
+    policy minus that under the sampling policy.
     """
     ratio = probability_ratio(log_ratio)
     rho, c = ratio.clamp(max=rho_clip), ratio.clamp(max=c_clip)

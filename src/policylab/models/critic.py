@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from policylab.data.rollout import Rollout
 from policylab.errors import UserError
-from policylab.models.adapter import shared_weights
-from policylab.models.loading import reward_model
+from policylab.models.adapted import shared_weights
+from policylab.models.layers import after_layers, cannot_take_apart, decoder_layers
 from policylab.models.readers import Pass, reader_for
+from policylab.models.reward_model import reward_model
 from policylab.models.shape import attention_of
-from policylab.models.trunk import LayerCall, after_layers, cannot_take_apart, decoder_layers, probe
+from policylab.models.watch import LayerCall, probe
 
 
 class ValueModel(nn.Module):
-    """A critic: hidden states, and a linear head that starts at zero, so that the first advantages are rewards.
+    """A critic: hidden states, and a linear head that starts at zero.
 
     Attributes:
         reads_trunk: whether it needs the policy's forward pass.
-        trains_trunk: whether a gradient of the values goes into the policy. Such a critic reads the policy's last
-            hidden state and nothing else, so that its values come with sampling.
+        trains_trunk: whether the values have a gradient in the policy. Such a critic reads the policy's last hidden
+            state only, so that sampling records its values.
     """
 
     reads_trunk: ClassVar[bool]
@@ -42,12 +43,13 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def watched(self, lm: nn.Module) -> Sequence[nn.Module]:
-        """The policy's layers whose calls it wants to see."""
+        """The policy's layers whose calls it needs."""
         return ()
 
     @property
     def context(self) -> int | None:
-        """Longest sequence that it can read where it is another model than the policy; None without a limit."""
+        """Positions of the longest sequence that it can read, where it is another model than the policy; None without a
+        limit."""
         return None
 
     def hidden(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, "N H"]:
@@ -59,13 +61,13 @@ class ValueModel(nn.Module):
         return self.score(self.hidden(rollout, trunk))
 
     def score(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B"]:
-        """The head alone, in fp32 whatever the precision of what it reads."""
+        """The head, in fp32 whatever the precision of the hidden states."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)
 
 
 class SharedTrunk(ValueModel):
-    """The policy's last hidden state; a gradient of the values goes into the trunk as well."""
+    """Reads the policy's last hidden state; the values have a gradient in the trunk as well."""
 
     reads_trunk = True
     trains_trunk = True
@@ -76,14 +78,14 @@ class SharedTrunk(ValueModel):
 
 
 class OwnLayers(ValueModel):
-    """Copies of the policy's last layers and final norm, which read the trunk below without moving it.
+    """Copies of the policy's last layers and final norm, on the trunk below, which gets no gradient.
 
     Args:
         lm: the policy's language model.
         count: layers of its own.
 
     Raises:
-        UserError: when the model has fewer layers, or is built in a way that its layers cannot be reused.
+        UserError: when the model has fewer layers, or its layers cannot be reused.
     """
 
     reads_trunk = True
@@ -97,7 +99,7 @@ class OwnLayers(ValueModel):
                 f"algo.critic.own_layers is {count}, but the policy has {len(layers)} layers; take at most "
                 f"{len(layers)}, or all for a network of its own"
             )
-        # The copies keep the policy's config: the attention that a pass sets there is theirs as well.
+        # The copies share the policy's config, in which a packed pass sets the attention.
         shared = {id(lm.config): lm.config} | shared_weights(lm)
         self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in layers[len(layers) - count :])
         self.norm = nn.Sequential(*(copy.deepcopy(module, shared) for module in after_layers(lm)))
@@ -120,17 +122,17 @@ class OwnLayers(ValueModel):
 
     @torch.no_grad()
     def _check(self, lm: nn.Module) -> None:
-        """The copies must say what the originals say."""
+        """Copies and originals must give the same."""
         hidden, calls = probe(lm, self.watched(lm))
         try:
             own = self._run(calls)[0]
-        except Exception as error:  # whatever a foreign layer raises when called by another
+        except Exception as error:  # whatever the layer of an unknown architecture raises
             raise cannot_take_apart(lm, f"{type(error).__name__}: {error}") from error
-        _demand_same(lm, own, hidden)
+        _check_same(lm, own, hidden)
 
 
 class SeparateNetwork(ValueModel):
-    """A network of its own, which reads the tokens.
+    """A network of its own, from the tokens on.
 
     Args:
         backbone: a Hugging Face model without a head.
@@ -170,10 +172,10 @@ def value_model(lm: Any, own_layers: int | Literal["all"], init: str | None) -> 
 
 
 def copy_of(lm: Any) -> SeparateNetwork:
-    """A separate critic with the policy's weights, but for the LM head.
+    """A separate critic with the policy's weights, without the LM head.
 
     Raises:
-        UserError: when the model's base is not what its LM head reads.
+        UserError: when the base model's output is not what the LM head reads.
     """
     if lm.base_model is lm:
         raise cannot_take_apart(lm, "its LM head is not apart from the rest")
@@ -181,7 +183,7 @@ def copy_of(lm: Any) -> SeparateNetwork:
     tokens = torch.arange(4, device=lm.device)[None]
     with torch.no_grad():
         own = critic.backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    _demand_same(lm, own, probe(lm)[0])
+    _check_same(lm, own, probe(lm)[0])
     return critic
 
 
@@ -191,13 +193,13 @@ def from_reward_model(path: str, lm: Any) -> SeparateNetwork:
     "Fine-Tuning Language Models from Human Preferences", arXiv:1909.08593; InstructGPT, arXiv:2203.02155.
 
     Raises:
-        UserError: when there is none at ``path``, or it does not read the policy's tokens.
+        UserError: when there is none at ``path``, or its vocabulary is not the policy's.
     """
     model = reward_model(path, lm.dtype, attention_of(lm))
-    own, policys = (m.get_input_embeddings().num_embeddings for m in (model, lm))
-    if own != policys:
+    own, expected = (m.get_input_embeddings().num_embeddings for m in (model, lm))
+    if own != expected:
         raise UserError(
-            f"algo.critic.init={path} embeds {own} tokens, but the policy {policys}; take a reward model with the "
+            f"algo.critic.init={path} embeds {own} tokens, but the policy {expected}; take a reward model with the "
             "policy's tokenizer"
         )
     critic = SeparateNetwork(model.base_model, model.score.weight.shape[1])
@@ -213,7 +215,7 @@ def head_width(lm: Any) -> int:
     return int(lm.get_output_embeddings().weight.shape[1])
 
 
-def _demand_same(lm: nn.Module, own: Tensor, policys: Tensor) -> None:
-    """At the start the critic's hidden states are those that the LM head reads."""
-    if own.shape != policys.shape or not torch.allclose(own, policys, rtol=1e-3, atol=1e-3):
+def _check_same(lm: nn.Module, own: Tensor, expected: Tensor) -> None:
+    """Refuses a critic whose hidden states differ at the start from those that the LM head reads."""
+    if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-3, atol=1e-3):
         raise cannot_take_apart(lm, "its parts, put together again, do not give what its LM head reads")

@@ -1,6 +1,6 @@
 """Text to tokens: prompts, through a chat template where there is one, and completions.
 
-Control tokens (EOS, the marks of a chat's turns) come from the tokenizer and its chat template alone. Text that spells
+Control tokens (EOS, the marks of a chat's turns) come only from the tokenizer and its chat template. Text that spells
 one, such as ``film<|endoftext|>x``, is read as plain characters.
 """
 
@@ -15,7 +15,7 @@ from policylab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-#: The first character that Unicode leaves to private use.
+#: The first character of Unicode's private use area.
 PRIVATE = 0xE000
 
 
@@ -62,7 +62,7 @@ def eos_ids(tokenizer: Any, lm: Any) -> tuple[int, ...]:
 
 
 def end_of_answer(tokenizer: Any, ids: Sequence[int]) -> int:
-    """The token of ``ids`` that the chat template puts behind an answer; the tokenizer's EOS where it puts none."""
+    """The token of ``ids`` with which the chat template ends an answer; the tokenizer's EOS where it has none."""
     mark = "answer"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
@@ -77,7 +77,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[
     """Texts whose control tokens are plain characters.
 
     Args:
-        special: put in front (or behind) what the tokenizer adds to every text.
+        special: add the tokens that the tokenizer puts around every text.
 
     Raises:
         UserError: naming the text that the tokenizer cannot read.
@@ -86,7 +86,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[
     controls = control_tokens(tokenizer)
     ids = set(controls.values())
     if tokenizer.unk_token_id != tokenizer.eos_token_id:
-        ids.discard(tokenizer.unk_token_id)  # stands for what the tokenizer does not know
+        ids.discard(tokenizer.unk_token_id)  # the token of unknown characters
     ours = sum(token in ids for token in _call(tokenizer, [""], add_special_tokens=special)[0])
     for text, tokens in zip(texts, read, strict=True):
         if sum(token in ids for token in tokens) > ours and any(token in text for token in controls):
@@ -135,12 +135,12 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
 def _spelled(tokenizer: Any, message: str, controls: dict[str, int]) -> list[int]:
     """A message with control tokens in its text, in the chat template.
 
-    Private characters stand in the text for its control tokens while the template is applied: the control tokens that
-    are there afterwards are the template's own. A tokenizer reads what is between two of them by itself, so each
-    part can be encoded alone, with the text's spelling put back.
+    Control tokens in the text are replaced by private characters while the template is applied, so that the control
+    tokens found afterwards are the template's own. A tokenizer reads the text between two of them independently, so
+    each part is encoded alone, with the text's spelling restored.
 
     Raises:
-        UserError: when this tokenizer's reading of a part depends on what stands around it.
+        UserError: when this tokenizer reads a part differently depending on its surroundings.
     """
     free = (chr(code) for code in range(PRIVATE, PRIVATE + 0x1900) if chr(code) not in message)
     marks = dict(zip(controls, free, strict=False))
@@ -174,7 +174,7 @@ def _cannot_spell(tokenizer: Any, text: str) -> UserError:
 
 
 def _call(tokenizer: Any, texts: Sequence[str], **how: bool) -> list[list[int]]:
-    """All at once, which costs the tokenizer less than one by one."""
+    """All texts in one call, which is faster than one by one."""
     try:
         return list(tokenizer(list(texts), **how)["input_ids"]) if texts else []
     except Exception as error:  # the tokenizers library raises no narrower class

@@ -1,4 +1,4 @@
-"""The folder that a model is read from; no torch here, so that a wrong one is refused before heavy imports."""
+"""The folder that a model is read from. No torch here, so that a wrong one is refused before heavy imports."""
 
 from __future__ import annotations
 

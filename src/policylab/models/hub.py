@@ -1,4 +1,4 @@
-"""Is the model hub there? Asked once, quickly, before anything that would wait for it."""
+"""Whether the model hub can be reached: a short probe before anything that would wait for it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ def cache_folder() -> str:
 
 
 def is_cached(name: str) -> bool:
-    """Whether something of a model lies in the local cache; loading tells whether all of it does."""
+    """Whether the local cache has a config of a model. Only loading shows whether it has all of it."""
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def demand_reachable(name: str) -> None:
-    """Asks before anything heavy is imported or tried.
+    """Refuses a model that can neither be read from the cache nor downloaded, before heavy imports.
 
     Raises:
-        UserError: when a model that is not in the cache cannot be fetched, saying what was looked for, where, and
-            what works offline.
+        UserError: saying what was looked for, where, and what works offline.
     """
     if (reason := why_unreachable()) is not None:
         raise UserError(
@@ -41,9 +40,9 @@ def demand_reachable(name: str) -> None:
 
 
 def why_unreachable() -> str | None:
-    """Why the hub (``HF_ENDPOINT``) cannot be asked, or None when it answers; takes at most three seconds.
+    """Why the hub (``HF_ENDPOINT``) cannot be reached, or None when it answers; takes at most three seconds.
 
-    The question runs in a thread of its own because looking up a host's name cannot be given a time limit.
+    The probe runs in a thread of its own, because looking up a host's name has no time limit.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, so the hub was not asked"

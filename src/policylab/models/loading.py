@@ -1,24 +1,21 @@
 """Pretrained policies: a folder, the package's own models, or the Hugging Face hub.
 
 Each public function is a ``_target_`` of ``configs/model/*.yaml`` and gives a `LoadedModel`. None of them
-ever falls back to random weights: what the checkpoint lacks is an error that names it.
+falls back to random weights: a weight that the checkpoint lacks is an error that names it.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -33,11 +30,10 @@ from policylab.models import hub
 from policylab.models.encoding import takes_chat
 from policylab.models.folder import demand_folder
 from policylab.models.readers import Reader
+from policylab.models.refusals import demand_finite, demand_whole, first_line, refusal
 
-#: Files that a tokenizer is read from, beside those that its class names.
+#: Files that a tokenizer may be read from, beside those of its class.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
-#: What each Git LFS pointer begins with.
-LFS = b"version https://git-lfs"
 ASSETS = Path(policylab.__file__).parent / "assets"
 
 
@@ -54,7 +50,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load, whatever the place.
+    """How to load, from any place.
 
     Args:
         dtype: name of a torch dtype for the weights, such as ``float32``.
@@ -172,107 +168,6 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
     return finished(lm, tokenizer, options.chat, source)
 
 
-def demand_whole(where: str | Path, report: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of another model than its config describes.
-
-    Args:
-        report: transformers' own of the loading.
-
-    Raises:
-        UserError: naming weights that are missing or of another size.
-    """
-    if report["missing_keys"]:
-        raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; take a whole checkpoint")
-    if report["mismatched_keys"]:
-        name, found, wanted = min(report["mismatched_keys"])
-        raise UserError(
-            f"{where}: weights of other sizes than config.json says, such as {name}: {list(found)} for "
-            f"{list(wanted)} ({len(report['mismatched_keys'])} in all); take the config that belongs to the weights"
-        )
-
-
-def refusal(where: str | Path, error: Exception, attention: str | None = None) -> UserError:
-    """Why a model cannot be loaded, in one line.
-
-    Args:
-        where: a folder or hub id.
-        error: what the libraries said.
-        attention: the implementation that was asked for.
-    """
-    folder, words = Path(where), str(error)
-    files = sorted(file for file in folder.glob("*") if file.is_file())
-    if pointers := [file.name for file in files if is_lfs_pointer(file)]:
-        return UserError(
-            f"{folder}: {_some(set(pointers))}: a Git LFS pointer, not the file itself; run git lfs pull where it was "
-            "cloned, or download the file"
-        )
-    if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
-        weights = [file.name for file in files if file.suffix in (".safetensors", ".bin")]
-        what = f"a file of weights ({_some(set(weights))})" if weights else "a file of weights"
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
-        return UserError(
-            f"{where}: {what} is damaged or holds more than tensors{reason}; copy or download it again"
-        )
-    if "trust_remote_code" in words:
-        return UserError(
-            f"{where} comes with Python code of its own, which runs only if this command says so: with "
-            "model.trust_remote_code=true (train.py), or trust_remote_code=true (evaluate.py, generate.py)"
-        )
-    if attention not in (None, "eager") and "does not support" in words and "ttention" in words:
-        return UserError(
-            f"{where}: {words.split(maxsplit=1)[0]} has no {attention} attention; take model.attn_implementation=eager"
-        )
-    kind = (
-        ""
-        if isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-        else f"{type(error).__name__}: "
-    )
-    return UserError(f"cannot load {where}: {kind}{first_line(error)}")
-
-
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is what Git leaves in the place of a large one that was not fetched."""
-    with file.open("rb") as content:
-        return content.read(len(LFS)) == LFS
-
-
-def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
-    """A model for sequence classification with one output, a linear ``score`` of its last hidden state.
-
-    Raises:
-        UserError: when the folder holds no such model, or not all of its weights.
-    """
-    name, folder = f"algo.critic.init={path}", Path(path).expanduser()
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{name}: no folder with a config.json there (looked in {Path.cwd()})")
-    try:
-        config = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
-        if config.num_labels != 1:
-            raise UserError(f"{name} has {config.num_labels} outputs; a critic takes a reward model with 1")
-        with quiet_bars(True):
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                local_files_only=True,
-            )
-    except UserError:
-        raise
-    except Exception as error:  # whatever the libraries raise at what they find there
-        raise UserError(f"{name} cannot be loaded: {refusal(folder, error, attn_implementation)}") from error
-    demand_whole(name, report)
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise UserError(
-            f"{name} is a {type(model).__name__}, which has no linear score of a causal LM's states"
-        )
-    demand_finite(model, name)
-    with_fused_gelu(model)
-    return model.eval()
-
-
 def finished(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool | None, source: str
 ) -> LoadedModel:
@@ -294,26 +189,8 @@ def finished(
     return LoadedModel(lm.eval(), tokenizer, takes_chat(tokenizer, chat, source), source)
 
 
-@torch.no_grad()
-def demand_finite(model: torch.nn.Module, source: str) -> None:
-    """Refuses weights that are no numbers, which would spoil every sample.
-
-    Raises:
-        UserError: naming them.
-    """
-    bad = {name for name, weight in model.named_parameters() if not weight.isfinite().all()}
-    if bad:
-        raise UserError(
-            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take a sound checkpoint, or a wider "
-            "model.dtype where they are too large for this one"
-        )
-
-
 def with_fused_gelu(model: torch.nn.Module) -> None:
-    """Puts torch's own kernel in the place of transformers' ``gelu_new``, which writes the same formula out in eight.
-
-    Nor does it keep what each of the eight would need for its gradient.
-    """
+    """Replaces transformers' ``gelu_new``, of eight kernels and as many kept tensors, by torch's own of one."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -323,7 +200,7 @@ def with_fused_gelu(model: torch.nn.Module) -> None:
 def read_tokenizer(
     where: str | Path, *, local_files_only: bool, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. Saved again, it gives the files that it came from.
+    """The tokenizer of a folder or hub id. Saving it gives the same files again.
 
     Raises:
         OSError: when there is none at that place.
@@ -360,21 +237,6 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
     return config
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, cut to one line; two where the first is but a heading."""
-    first, _, rest = str(error).strip().partition("\n")
-    if first.endswith(":"):
-        first = f"{first} {rest.strip().partition(chr(10))[0]}"
-    return first or type(error).__name__
-
-
-def _some(names: set[str]) -> str:
-    """The first few of many names."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
-    return ", ".join(ordered[:4]) + more
 
 
 @contextmanager

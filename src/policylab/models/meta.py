@@ -1,7 +1,7 @@
 """Models without weights: the architecture that a model's config describes, on torch's meta device.
 
-Nothing here reads a weight file or needs memory to speak of. A folder that holds ``config.json`` alone is enough, so
-a model can be planned for before it is here.
+Nothing here reads a weight file or needs much memory. A folder with ``config.json`` alone is enough, so a model can
+be planned for before it is downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from policylab.errors import UserError
 from policylab.models import hub
 from policylab.models.encoding import takes_chat
-from policylab.models.loading import ASSETS, first_line, read_tokenizer, refusal, torch_dtype, with_fused_gelu
+from policylab.models.loading import ASSETS, read_tokenizer, torch_dtype, with_fused_gelu
+from policylab.models.refusals import first_line, refusal
 from policylab.models.scratch import architecture_of
 from policylab.models.smollm2 import GGUF_FILE, HUB_ID, find_gguf
 
@@ -36,7 +37,7 @@ def outline(settings: Mapping[str, Any]) -> Outline:
     """The model of ``config.model``, as plain data.
 
     Raises:
-        UserError: when its config is not to be had, or nobody knows where it would be.
+        UserError: when its config cannot be read, or its kind of model is unknown.
     """
     target = settings["_target_"]
     if target not in PLACES:

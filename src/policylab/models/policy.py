@@ -19,11 +19,11 @@ from policylab.data.rollout import Evaluation, Prompt, Rollout
 from policylab.functional import kl
 from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
-from policylab.models.adapter import adapted_layers, adapters_off, shared_weights
+from policylab.models.adapted import adapted_layers, adapters_off, shared_weights
+from policylab.models.compiling import compile_layers
 from policylab.models.encoding import encode, encode_chats, end_of_answer, eos_ids
 from policylab.models.readers import Pass, reader_for
 from policylab.models.readers.trial import trial_rollout
-from policylab.models.trunk import compile_layers
 
 if TYPE_CHECKING:
     from policylab.models.critic import ValueModel
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 
 
 class Policy(nn.Module):
-    """A language model that acts.
+    """A language model as policy: log-probs, entropy and values of the actions of a rollout.
 
     Args:
         loaded: language model and tokenizer, as a function in ``models`` returns them.
-        critic: gives the values, as `policylab.models.critic.value_model` makes it; None for a policy alone.
+        critic: as `policylab.models.critic.value_model` makes it; None for a policy without values.
 
     Attributes:
-        recomputes_layers: keep only the layers' inputs for the backward pass of the language model.
-        runs_on: the device that it computes on, where that is not the one of its weights.
+        recomputes_layers: whether layers keep only their inputs for the backward pass.
+        runs_on: the device that it computes on, where it is not that of its weights.
         adapted: whether adapters train in place of the language model's own weights.
-        leaves_adapters_out: whether it acts as the language model did before it was adapted.
+        without_adapters: whether it computes without its adapters, as the language model before it was adapted.
+        reader: how the language model reads a rollout.
         eos_ids: each of these tokens ends a completion.
-        eos_id: of these, the one that supervised training puts behind a completion.
+        eos_id: of these, the one that supervised training appends to a completion.
     """
 
     def __init__(self, loaded: LoadedModel, critic: ValueModel | None) -> None:
@@ -51,7 +52,7 @@ class Policy(nn.Module):
         self.recomputes_layers = False
         self.runs_on: torch.device | None = None
         self.adapted = bool(adapted_layers(loaded.lm))
-        self.leaves_adapters_out = False
+        self.without_adapters = False
         self.lm = loaded.lm
         self.tokenizer = loaded.tokenizer
         self.chat = loaded.chat
@@ -65,7 +66,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return self.runs_on or next(self.lm.parameters()).device
 
     @property
@@ -81,35 +82,39 @@ class Policy(nn.Module):
         return found
 
     def frozen_copy(self) -> Self:
-        """A reference: the same weights without gradient or critic."""
+        """A reference: the same weights, without gradient and critic."""
         reference = copy.copy(self)
         reference._modules = {**self._modules, "critic": None}
-        if self.adapted:  # the very same modules, wherever their weights may go
-            reference.leaves_adapters_out = True
+        if self.adapted:  # the same modules, also where their weights are moved
+            reference.without_adapters = True
             return reference
-        # What never trains is the reference's as well.
+        # Frozen weights are shared with the reference.
         lm, reference.reader = copy.deepcopy((self.lm, self.reader), shared_weights(self.lm))
         reference._modules["lm"] = lm
         return reference.requires_grad_(False).eval()
 
     def compile_layers(self) -> str | None:
-        """Has torch compile the layers for the device that they are on; says in one line why where it cannot be."""
+        """Makes torch compile the layers for the device that they are on.
+
+        Returns:
+            None, or in one line why it failed.
+        """
         return compile_layers(self.lm, lambda: self.logprobs_of(trial_rollout(self.lm), 1.0).sum())
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What trains and is the critic's own: its head, and layers if it has any. Empty without a critic."""
+        """Trained parameters of the critic: its head, and layers of its own. Empty without a critic."""
         return [] if self.critic is None else [p for p in self.critic.parameters() if p.requires_grad]
 
     def base_parameters(self) -> list[nn.Parameter]:
-        """The weights that adapters leave as they are, the critic's among them; empty without adapters."""
+        """The weights that adapters leave frozen, the critic's among them; empty without adapters."""
         return [p for p in self.parameters() if not p.requires_grad] if self.adapted else []
 
     def loaded_parameters(self) -> list[nn.Parameter]:
-        """The weights as they were loaded, as long as nothing has trained."""
+        """The weights that were loaded; unchanged until training starts."""
         return self.base_parameters() if self.adapted else list(self.lm.parameters())
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """Everything else that trains."""
+        """Trained parameters of the language model."""
         own = set(map(id, self.critic_parameters()))
         return [p for p in self.parameters() if p.requires_grad and id(p) not in own]
 
@@ -134,7 +139,7 @@ class Policy(nn.Module):
             Prompt(
                 id=i,
                 text=text,
-                tokens=tuple(read) or (self.eos_id,),  # GPT-2's tokenizer makes nothing of an empty text
+                tokens=tuple(read) or (self.eos_id,),  # GPT-2's tokenizer gives no token for an empty text
                 reference=reference,
                 target=(*target, self.eos_id) if completion else (),
             )
@@ -144,13 +149,13 @@ class Policy(nn.Module):
         ]
 
     def decode(self, tokens: list[int]) -> str:
-        """Text for rewards and people, without the token that ends it; never encoded back."""
+        """Text for rewards and people, without the token that ends it. It is never tokenized again."""
         if tokens and tokens[-1] in self.eos_ids:
             tokens = tokens[:-1]
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def values(self, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """The critic's values at the actions; their gradient goes into the critic's own parameters alone."""
+        """The critic's values at the actions, with gradient in the critic's own parameters only."""
         critic = self.critic
         assert critic is not None
         with torch.no_grad():
@@ -158,7 +163,7 @@ class Policy(nn.Module):
         return rollout.on_grid(critic(rollout, trunk))
 
     def logprobs_of(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B T"]:
-        """Log-probs of the actions of a rollout, and nothing else."""
+        """Log-probs of the actions of a rollout."""
         return rollout.on_grid(self._figures(rollout, temperature, False, None)[0].logprobs)
 
     def log_distributions(self, rollout: Rollout, temperature: float) -> Float[Tensor, "N V"]:
@@ -176,12 +181,12 @@ class Policy(nn.Module):
     def evaluate(
         self, rollout: Rollout, temperature: float, *, entropy_gradient: bool, reference: Self | None
     ) -> Evaluation:
-        """What this policy says about the actions of a rollout.
+        """Log-probs, entropy, values and KL at the actions of a rollout.
 
         Args:
             temperature: divides the logits, as it did at sampling.
             entropy_gradient: whether the entropy is part of the loss.
-            reference: gives the exact KL when it is asked for.
+            reference: policy that the exact KL is taken to; None computes none.
         """
         figures, trunk = self._figures(rollout, temperature, entropy_gradient, reference)
         values = None if self.critic is None else rollout.on_grid(self.critic(rollout, trunk))
@@ -197,14 +202,14 @@ class Policy(nn.Module):
         entropy_gradient: bool,
         reference: Self | None,
     ) -> Evaluation:
-        """The same for whole distributions, of whatever weights, that are at hand already."""
+        """As `evaluate`, from distributions that are known already."""
         figures = self._figures_of(rollout, logp, temperature, entropy_gradient, reference)
         return _evaluation(rollout, figures, values)
 
     def _figures(
         self, rollout: Rollout, temperature: float, entropy_gradient: bool, reference: Self | None
     ) -> tuple[HeadFigures, Pass]:
-        """Figures of the actions, and the forward pass that they come from (without logits, if it can be)."""
+        """Figures of the actions, and the forward pass that they come from."""
         linear = all(policy.reader.head() is not None for policy in (self, reference) if policy is not None)
         trunk = self._read(rollout, logits=not linear)
         if not linear:
@@ -213,7 +218,7 @@ class Policy(nn.Module):
         other = None
         if reference is not None:
             with torch.no_grad():
-                # The pass first: sharded weights are whole after it.
+                # The pass comes first: sharded weights are gathered after it.
                 hidden = reference._read(rollout, logits=False).hidden
                 other = (reference.head(temperature), hidden)
         figures = head_figures(
@@ -233,7 +238,7 @@ class Policy(nn.Module):
         entropy_gradient: bool,
         reference: Self | None,
     ) -> HeadFigures:
-        """The same from whole distributions."""
+        """As `_figures`, from whole distributions."""
         exact = None
         if reference is not None:
             with torch.no_grad():
@@ -244,14 +249,14 @@ class Policy(nn.Module):
         return HeadFigures(token_logprobs(logp, rollout.tokens[rollout.action_mask]), entropies, exact)
 
     def head(self, temperature: float) -> Head:
-        """The LM head of a policy whose head is linear."""
+        """The LM head, where it is linear."""
         layer = self.reader.head()
         assert layer is not None
         return Head(layer.weight, layer.bias, temperature)
 
     def _read(self, rollout: Rollout, *, logits: bool) -> Pass:
-        """A forward pass, with the calls that the critic wants to see."""
-        with adapters_off(self.lm) if self.leaves_adapters_out else nullcontext():
+        """A forward pass, with the calls of layers that the critic needs."""
+        with adapters_off(self.lm) if self.without_adapters else nullcontext():
             return self.reader.read(
                 rollout,
                 logits=logits,

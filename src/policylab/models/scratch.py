@@ -1,4 +1,4 @@
-"""Policies with random weights, only ever by a name that says so (``model=gpt2_scratch``)."""
+"""Policies with random weights, only under a name that says so (``model=gpt2_scratch``)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from policylab.models.loading import (
     ASSETS,
     LoadedModel,
     finished,
-    first_line,
     read_tokenizer,
-    refusal,
     torch_dtype,
     without_dropout,
 )
+from policylab.models.refusals import first_line, refusal
 
 
 def from_scratch(

@@ -74,7 +74,7 @@ def smollm2(
 
 
 def find_gguf() -> Path | None:
-    """The weights in the installed package, which is found but never imported (that takes llama.cpp)."""
+    """The weights in the installed package, which is found but not imported (importing needs llama.cpp)."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     files = [Path(folder) / GGUF_FILE for folder in folders]
@@ -82,7 +82,7 @@ def find_gguf() -> Path | None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write ``folder`` in Hugging Face format. It appears whole or not at all, even if two processes convert.
+    """Write ``folder`` in Hugging Face format. It is written whole or not at all, even if two processes convert.
 
     Raises:
         UserError: when a package that reads GGUF is missing.
@@ -99,7 +99,7 @@ def convert(gguf: Path, folder: Path) -> None:
         try:
             os.replace(part, folder)
         except OSError:
-            if not folder.is_dir():  # another process was first: its copy is as good
+            if not folder.is_dir():  # another process was first
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

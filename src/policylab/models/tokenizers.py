@@ -3,8 +3,8 @@
     python -m policylab.models.tokenizers reviews data/vader/movie_reviews.jsonl src/policylab/assets/tiny
     python -m policylab.models.tokenizers walks src/policylab/assets/walker
 
-Both put ``<|endoftext|>`` (id 0, begin and end alike) in front of a text, so that a model predicts the first
-word as well and an empty prompt is still one token. The same input gives the same files, byte for byte.
+Both put ``<|endoftext|>`` (id 0, for both beginning and end) in front of a text, so that a model predicts the first
+word as well and an empty prompt is one token. The same input gives the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ USAGE = "usage: python -m policylab.models.tokenizers (reviews TEXTS.jsonl | wal
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (Sennrich et al., arXiv:1508.07909) for lower-cased text.
 
-    Any text can be encoded, as all 256 bytes are in the vocabulary. Capitals are folded on the way in: with
-    some ten thousand short texts, ``The`` and ``the`` could not both be learned well.
+    Any text can be encoded, as all 256 bytes are in the vocabulary. Capitals become lower case: ten thousand
+    short texts are too few to learn both ``The`` and ``the`` well.
 
     Args:
         texts: what the merges are counted on.

@@ -14,8 +14,8 @@ from policylab.errors import UserError
 from policylab.models import shape
 from policylab.models.adapter import LoRA, experts_within
 from policylab.models.decoders import GPT2, Llama
+from policylab.models.layers import decoder_layers
 from policylab.models.readers.packing import replaces_attention
-from policylab.models.trunk import decoder_layers
 
 FP32 = 4
 #: That model/adapter=lora starts with.

@@ -1,4 +1,4 @@
-"""What is sampled from instead of the policy's own distribution."""
+"""Distributions that tokens are sampled from in place of the policy's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def greedy(logp: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
 def epsilon_greedy(
     logp: Float[Tensor, "B V"], epsilon: float, others: Literal["uniform", "policy"]
 ) -> Float[Tensor, "B V"]:
-    """``epsilon`` shared among all tokens, evenly or as the policy would, the rest on the likeliest one."""
+    """``epsilon`` spread over all tokens, uniformly or by the policy's probabilities, the rest on the likeliest one."""
     spread = epsilon * (logp.exp() if others == "policy" else torch.full_like(logp, 1 / logp.shape[-1]))
     best = logp.argmax(-1, keepdim=True)
     return spread.scatter_add(-1, best, torch.full_like(logp[:, :1], 1 - epsilon)).log()

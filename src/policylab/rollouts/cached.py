@@ -1,6 +1,6 @@
-"""The default engine: our own decode loop, over whatever a model keeps between two tokens.
+"""The default engine: our own decode loop, over the decoder that the policy's reader gives.
 
-A prompt is read once for all completions of it. Rows that are finished leave the batch. Log-probs and values
+A prompt is read once for all completions of it. Finished rows are dropped from the batch. Log-probs and values
 are recorded while sampling, so no second forward pass is needed for them.
 """
 
@@ -22,12 +22,13 @@ from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
 from policylab.rollouts.sampling import demand_finite, draw
 
-#: Finished rows leave the batch once they are this share of it; about as many rows of the cache are then copied.
+#: Finished rows are dropped once they are this share of the batch; about as many rows of the cache are then copied.
 COMPACT_AT = 0.125
-#: Of as many rows and more, only a multiple of so many is left.
+#: With MANY_ROWS or more, the number of rows left is a multiple of ROW_STEP.
 MANY_ROWS, ROW_STEP = 32, 8
-#: Steps after which an accelerator is asked how many rows have ended: an answer waits for all work under way.
-STEPS_BETWEEN_QUESTIONS = 8
+#: Steps between two checks of how many rows have ended, on an accelerator: reading the number waits for all work that
+#: is queued there.
+STEPS_BETWEEN_CHECKS = 8
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,15 @@ class CachedEngine:
         noise: Float[Tensor, "B T"],
         behaviour: Behaviour | None = None,
     ) -> Rollout:
-        """As every engine.
+        """As `policylab.rollouts.engine.Engine.sample`.
 
         Raises:
             FloatingPointError: when the policy's logits are not finite.
         """
         device = policy.device
-        readings = {tokens: n for n, tokens in enumerate(dict.fromkeys(p.tokens for p in prompts))}
-        prompt_of = torch.tensor([readings[p.tokens] for p in prompts], device=device)
-        tokens, lengths = pad_left(list(readings), device)
+        distinct = {tokens: n for n, tokens in enumerate(dict.fromkeys(p.tokens for p in prompts))}
+        prompt_of = torch.tensor([distinct[p.tokens] for p in prompts], device=device)
+        tokens, lengths = pad_left(list(distinct), device)
         check_context(policy, tokens.shape[1] + self.max_new_tokens)
         dtype = self._dtype(policy)
         decoder = policy.reader.decoder(dtype)
@@ -94,7 +95,7 @@ class CachedEngine:
     def _write(
         self, decoder: Decoder, policy: Policy, noise: Float[Tensor, "B T"], behaviour: Behaviour | None
     ) -> tuple[Int[Tensor, "B S"], Float[Tensor, "B S"], Float[Tensor, "B S"] | None]:
-        """Tokens, log-probs and values of the steps that were needed. What follows a row's EOS means nothing."""
+        """Tokens, log-probs and values of the steps that were needed. Those after a row's EOS are meaningless."""
         device, size = policy.device, len(noise)
         critic = policy.critic if policy.critic is not None and policy.critic.trains_trunk else None
         tokens = torch.zeros(self.max_new_tokens, size, dtype=torch.long, device=device)
@@ -103,7 +104,7 @@ class CachedEngine:
         rows = torch.arange(size, device=device)  #: of the rollout, that the decoder still writes
         ended = torch.zeros_like(rows, dtype=torch.bool)  #: of these rows
         uniform = noise.T.contiguous()
-        patience = 1 if device.type == "cpu" else STEPS_BETWEEN_QUESTIONS
+        interval = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS
 
         for t in range(self.max_new_tokens):
             drawn, logp = self._draw(decoder.logits, uniform[t], behaviour)
@@ -114,12 +115,12 @@ class CachedEngine:
             ended |= policy.ends(drawn)
             if t + 1 == self.max_new_tokens:
                 break
-            if (t + 1) % patience == 0:
+            if (t + 1) % interval == 0:
                 done = int(ended.sum())
                 if done == len(rows):
                     break
                 if done >= COMPACT_AT * len(rows):
-                    still = going_on(ended)
+                    still = unfinished_first(ended)
                     if len(still) < len(rows):
                         decoder.keep(still)
                         rows, drawn, ended, uniform = (
@@ -147,11 +148,11 @@ class CachedEngine:
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else policy.dtype
 
 
-def going_on(ended: Bool[Tensor, " B"]) -> Int[Tensor, " K"]:
-    """The rows that stay: the last that have not ended in the places of those that have, the others where they were.
+def unfinished_first(ended: Bool[Tensor, " B"]) -> Int[Tensor, " K"]:
+    """The rows to keep: unfinished rows from the end take the places of finished ones, the others stay in place.
 
-    With many rows some that have ended stay as well, so that their number is one of few: libraries keep kernels for
-    each number.
+    With many rows some finished ones are kept, so that few different numbers of rows occur: libraries keep kernels
+    for each number.
     """
     count = int((~ended).sum())
     stay = count if count < MANY_ROWS else min(-(-count // ROW_STEP) * ROW_STEP, len(ended))

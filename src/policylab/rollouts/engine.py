@@ -33,7 +33,7 @@ class Engine(Protocol):
     @property
     def exact(self) -> bool:
         """Whether the recorded log-probs are, up to rounding, those of a full forward pass in the precision of
-        training. Those of another engine are computed anew before they are trained on."""
+        training. Those of another engine are computed again before they are trained on."""
         ...
 
     def sample(
@@ -66,7 +66,7 @@ def assemble(
     ended: Bool[Tensor, " B"],
     logprobs: Float[Tensor, "B T"],
 ) -> Rollout:
-    """The rollout of an engine that records nothing else. What stands behind a row's end is dropped."""
+    """The rollout of an engine that records nothing else. Tokens after a row's end are dropped."""
     width, device = int(lengths.max()), tokens.device
     mask = length_mask(lengths, width)
     prompt_tokens, prompt_lengths = pad_left([prompt.tokens for prompt in prompts], device)
@@ -106,7 +106,7 @@ def pad_left(
 
 
 def context(policy: Policy) -> tuple[float, str]:
-    """Positions that a sequence may take, and who has no more: the model or its critic; infinity where neither says."""
+    """Positions that a sequence may take, and whether the model or its critic sets that limit; infinity without one."""
     critics = None if policy.critic is None else policy.critic.context
     limits = [(policy.reader.context, "the model"), (critics, "the critic")]
     known = ((limit, reader) for limit, reader in limits if limit is not None)

@@ -1,4 +1,4 @@
-"""Rows of a data set that are too long for the model: ``task.too_long`` says what becomes of them."""
+"""Rows of a data set that are too long for the model: ``task.too_long`` says how they are treated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOO_LONG = ("drop", "truncate", "refuse")
 
 
 class Placed(Protocol):
-    """A row that may know where it stands in its file."""
+    """A row that may know its place in a file."""
 
     @property
     def where(self) -> str: ...
@@ -35,12 +35,12 @@ def fitting(
     split: str,
     too_long: str,
 ) -> list[Prompt]:
-    """The prompts that fit the model, each with ``new_tokens`` or its own completion; how many do not is said.
+    """The prompts that fit the model, each with ``new_tokens`` or its own completion; a warning says how many do not.
 
     Args:
-        rows: that the prompts were made of.
-        instruction: that they were read through.
-        split: how messages call them.
+        rows: the task's rows that the prompts were made of.
+        instruction: the template that the prompts were made with.
+        split: name of the rows in messages.
         too_long: ``drop`` leaves prompts out, so that the ids of the others stay; ``truncate`` cuts a prompt at its
             beginning and a completion at its end (which then has no EOS); ``refuse`` raises.
 
@@ -88,8 +88,7 @@ def needed(prompt: Prompt, new_tokens: int) -> int:
 
 
 def truncated(policy: Policy, prompt: Prompt, room: int, new_tokens: int, instruction: str | None) -> Prompt:
-    """The prompt without as much of its text's beginning as must go for ``new_tokens`` to fit; of its completion, what
-    fits then.
+    """The prompt with the beginning of its text cut so that ``new_tokens`` fit, and its completion cut to what is left.
 
     Raises:
         UserError: when the instruction and template alone take all the room.

@@ -1,7 +1,7 @@
-"""The reference engine: Hugging Face ``generate``, made to draw our tokens.
+"""The reference engine: Hugging Face ``generate``, which draws the same tokens as ours.
 
-It knows nothing of caches, positions or batches: what every causal LM of the library does by itself is done. So it is
-what a doubtful engine is held against, and what runs where none of ours can. The slowest of them.
+Caches, positions and batches are the library's own, so it runs every causal LM, and other engines are tested against
+it. It is the slowest.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GenerateEngine:
         noise: Float[Tensor, "B T"],
         behaviour: Behaviour | None = None,
     ) -> Rollout:
-        """As every engine. Values are left to be computed afterwards."""
+        """As `policylab.rollouts.engine.Engine.sample`. Values are computed afterwards."""
         tokens, lengths = pad_left([prompt.tokens for prompt in prompts], policy.device)
         width = tokens.shape[1]
         check_context(policy, width + self.max_new_tokens)
@@ -58,7 +58,7 @@ class GenerateEngine:
         draw = KeyedDraw(self.temperature, noise.to(policy.device), behaviour, width)
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            do_sample=False,  # of what KeyedDraw leaves, there is but one token
+            do_sample=False,  # KeyedDraw leaves one token
             eos_token_id=list(policy.eos_ids),
             pad_token_id=policy.eos_id,
         )
@@ -112,8 +112,8 @@ class KeyedDraw(LogitsProcessor):
 
 
 def with_settings(lm: Any, settings: GenerationConfig) -> Any:
-    """The same model without the checkpoint's own defaults, which ``generate`` would mix in, such as top-k and
-    penalties. The model itself keeps them: it may be written to disk meanwhile."""
+    """A shallow copy of the model without the checkpoint's own defaults, such as top-k and penalties, which
+    ``generate`` would apply. The model itself keeps them, as it may be saved at the same time."""
     view = copy.copy(lm)
     view.generation_config = settings
     return view

@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: Independent streams of one seed. A number never changes its meaning: finished runs would not be reproduced.
+#: Independent streams of one seed. The numbers are fixed: with others, finished runs could not be reproduced.
 TRAIN, VALIDATION, PREFLIGHT, GENERATE, SHUFFLE, REFILL, REPLAY = range(7)
 
 
 def seed_libraries(*key: int) -> None:
     """Seeds the generators of Python, numpy and torch by numbers.
 
-    Nothing of ours draws from them; a reward of one's own may, and draws the same after a resume.
+    PolicyLab does not use them. A user's reward may, and then draws the same after a resume.
     """
     number = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(number)
@@ -34,8 +34,8 @@ def uniforms(
 ) -> Float[Tensor, "B T"]:
     """Uniform numbers in [0, 1), float64, on the CPU.
 
-    Row ``i`` depends on (seed, stream, iteration, samples[i]) alone, and its first ``t`` numbers not on
-    ``width``. The generator is counter-based (Philox: "Parallel random numbers: as easy as 1, 2, 3",
+    Row ``i`` depends on (seed, stream, iteration, samples[i]) alone, and its first ``t`` numbers do not
+    depend on ``width``. The generator is counter-based (Philox: "Parallel random numbers: as easy as 1, 2, 3",
     Salmon et al., SC 2011), so nothing is carried from one call to the next.
 
     Args:

@@ -1,6 +1,6 @@
 """The memory of finished sequences that off-policy methods learn from.
 
-Flat arrays, one entry a token or a sequence and no padding, so that the bound is honest: a token (of a prompt or
+Flat arrays, one entry a token or a sequence and no padding, so that the capacity bounds memory: a token (of a prompt or
 completion) takes 13 bytes, a sequence 37 on top. They stay in main memory whatever the accelerator.
 """
 
@@ -37,7 +37,7 @@ class Memory:
 
     @classmethod
     def empty(cls) -> Self:
-        """Nothing yet."""
+        """No sequences."""
         whole, number, yes = (
             torch.zeros(0, dtype=torch.int32),
             torch.zeros(0),
@@ -86,7 +86,7 @@ class Memory:
         gone = int((from_here_on > capacity).sum())
         gone_tokens = int(sizes[:gone].sum())
         firsts = [gone_tokens if f.name in PER_TOKEN else gone for f in fields(self)]
-        # Cloned, or the whole would stay in memory behind the view.
+        # Cloned: a view would keep the whole tensor in memory.
         return type(self)(
             *[getattr(self, f.name)[k:].clone() for f, k in zip(fields(self), firsts, strict=True)]
         )
@@ -124,7 +124,7 @@ class ReplayBuffer:
     """First in, first out, bounded in tokens.
 
     Args:
-        capacity: tokens, prompts included. When sequences of another iteration do not fit, the oldest leave.
+        capacity: tokens, prompts included. When sequences of another iteration do not fit, the oldest are dropped.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -136,17 +136,17 @@ class ReplayBuffer:
 
     @property
     def tokens(self) -> int:
-        """Held now."""
+        """In the memory."""
         return len(self.memory.tokens)
 
     def add(self, parts: Iterable[Memory]) -> None:
-        """Remembers an iteration's sequences, which are those of its parts in order."""
+        """Adds an iteration's sequences, which are those of its parts in order."""
         for part in parts:
             self.memory = self.memory.join(part)
         self.memory = self.memory.newest(self.capacity)
 
     def draw(self, uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
-        """Sequences, all alike and with replacement, one for each uniform number in [0, 1)."""
+        """Indices of sequences, drawn uniformly with replacement, one for each uniform number in [0, 1)."""
         return (uniform * len(self)).long().clamp(max=len(self) - 1)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -154,5 +154,5 @@ class ReplayBuffer:
         return {f.name: getattr(self.memory, f.name) for f in fields(self.memory)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes up a memory again, under this buffer's own bound."""
+        """Loads a memory, cut to this buffer's own capacity."""
         self.memory = Memory(**{name: value.cpu() for name, value in state.items()}).newest(self.capacity)

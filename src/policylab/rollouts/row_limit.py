@@ -22,7 +22,7 @@ from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 
-#: For engines that schedule their rows themselves.
+#: Limit for engines that schedule their rows themselves.
 EVERY_ROW = sys.maxsize
 
 
@@ -33,8 +33,8 @@ class RowLimit:
         rows: at most so many, from 1; None takes as many as should fit in memory.
 
     Attributes:
-        asked: ``rows``.
-        rows: ``asked`` or, once memory has run out, what was found to fit.
+        asked: ``rows`` as given.
+        rows: ``asked`` or, once memory has run out, the number that was found to fit.
     """
 
     def __init__(self, rows: int | None) -> None:

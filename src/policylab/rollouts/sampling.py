@@ -30,7 +30,7 @@ def draw(
     weights[:, size:] = 0
     torch.sub(logits, top, out=weights[:, :size]).exp_()
     tokens, total = _first_above(weights.view(rows, -1, BLOCK), uniform.to(logits.device))
-    tokens.clamp_(max=size - 1)  # a row of NaN would point behind the table
+    tokens.clamp_(max=size - 1)  # a row of NaN would point past the table
     chosen = logits.gather(-1, tokens[:, None]) - top
     return tokens, chosen.squeeze(-1) - total.log().float()
 
@@ -92,6 +92,6 @@ def _below(x: Float[Tensor, " B"], bound: Float[Tensor, " B"]) -> Float[Tensor, 
 
 
 def _search(cdf: Float[Tensor, "B N"], threshold: Float[Tensor, " B"]) -> Int[Tensor, "B 1"]:
-    """The first place at which the cumulative sum exceeds a threshold below its end; some place if that is NaN."""
+    """The first place at which the cumulative sum exceeds a threshold below its end; any place if that is NaN."""
     found = torch.searchsorted(cdf, threshold[:, None], right=True)
     return found.clamp_(max=cdf.shape[1] - 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError, demand
-from policylab.models.adapter import whole_weights
+from policylab.models.adapted import whole_weights
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour, greedy
 from policylab.rollouts.engine import assemble, check_context, check_settings
@@ -65,7 +65,7 @@ class VllmEngine:
         self.context = context
         self.sleep = sleep
         self.vllm = import_vllm()
-        self.llm: Any = None  #: vLLM itself, once it is started
+        self.llm: Any = None  #: the running vLLM; None before the first rollout
 
     @torch.no_grad()
     def sample(
@@ -76,13 +76,13 @@ class VllmEngine:
         noise: Float[Tensor, "B T"],
         behaviour: Behaviour | None = None,
     ) -> Rollout:
-        """As every engine. Values are left to be computed afterwards.
+        """As `policylab.rollouts.engine.Engine.sample`. Values are computed afterwards.
 
-        The noise keys vLLM's own: a row is drawn anew by the same row of noise.
+        The noise seeds vLLM's own: the same row of noise draws the same row again.
 
         Raises:
             UserError: when the sequences do not fit the context, or the behaviour is neither the policy's own nor
-                greedy: vLLM draws from no other.
+                greedy: vLLM knows no other.
         """
         if behaviour not in (None, greedy):
             raise UserError(
@@ -107,7 +107,7 @@ class VllmEngine:
         return self.rollout(policy, prompts, group_size, outputs, behaviour)
 
     def awake(self, policy: Policy) -> Any:
-        """vLLM with the policy's present weights, and nothing remembered of earlier ones."""
+        """vLLM with the policy's present weights, and an empty cache."""
         if self.llm is None:
             self.llm = self.start(policy)
         elif self.sleep:
@@ -117,7 +117,7 @@ class VllmEngine:
         return self.llm
 
     def start(self, policy: Policy) -> Any:
-        """vLLM for the policy's architecture, its weights not set yet."""
+        """vLLM for the policy's architecture, with dummy weights."""
         with tempfile.TemporaryDirectory() as folder:
             policy.lm.config.save_pretrained(folder)
             return self.vllm.LLM(
@@ -133,7 +133,7 @@ class VllmEngine:
             )
 
     def request(self, policy: Policy, noise: Float[Tensor, " T"], behaviour: Behaviour | None) -> Any:
-        """How one completion is drawn."""
+        """Sampling parameters of one completion."""
         return self.vllm.SamplingParams(
             temperature=0.0 if behaviour is greedy else self.temperature,
             top_p=1.0,
@@ -142,7 +142,7 @@ class VllmEngine:
             max_tokens=self.max_new_tokens,
             logprobs=0,  # that of the drawn token
             detokenize=False,
-            ignore_eos=True,  # without a tokenizer it knows none: the policy's it is
+            ignore_eos=True,  # without a tokenizer it knows none; the policy's are below
             stop_token_ids=list(policy.eos_ids),
         )
 
@@ -154,7 +154,7 @@ class VllmEngine:
         outputs: Sequence[Any],
         behaviour: Behaviour | None,
     ) -> Rollout:
-        """What vLLM answered, on the grid."""
+        """vLLM's completions as a rollout."""
         answers = [output.outputs[0] for output in outputs]
         lengths = torch.tensor([len(answer.token_ids) for answer in answers])
         tokens = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long)
@@ -174,7 +174,7 @@ def hand_over(policy: Policy, model: Any) -> None:
     """Overwrites the weights of vLLM's model with the policy's.
 
     Raises:
-        UserError: when vLLM's model has weights that the policy does not give it: it would write nonsense with them.
+        UserError: when vLLM's model has weights that the policy does not give it: they would stay dummies.
     """
     own = {name: weight.detach() for name, weight in policy.lm.named_parameters()}
     taken = model.load_weights(whole_weights(policy.lm, own))

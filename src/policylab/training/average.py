@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from policylab.distributed.sharding import share_of
+from policylab.distributed.sharding import shard_of
 
 
 class Average(nn.Module):
@@ -35,7 +35,7 @@ class Average(nn.Module):
             if average is None:
                 weight.lerp_(other, rate)
                 continue
-            self._buffers[name] = average = share_of(average, weight)  # sharded as the weight is
+            self._buffers[name] = average = shard_of(average, weight)  # sharded as the weight is
             average.lerp_(other.float(), rate)
             weight.copy_(average)
 

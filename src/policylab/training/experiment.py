@@ -19,7 +19,7 @@ from policylab.distributed.sharding import gathered
 from policylab.errors import RunError, UserError
 from policylab.functional import products
 from policylab.functional.masks import masked_sum
-from policylab.models.adapter import fingerprint
+from policylab.models.fingerprint import fingerprint
 from policylab.models.policy import Policy
 from policylab.rewards.base import Reward, Scores
 from policylab.rewards.memory import load_state, state_of

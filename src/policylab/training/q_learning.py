@@ -16,7 +16,7 @@ from policylab.data.rollout import Prompt, PromptBatch, Rollout
 from policylab.functional.logprobs import entropy
 from policylab.functional.masks import masked_moments
 from policylab.functional.reduction import token_sum
-from policylab.models.adapter import shared_weights
+from policylab.models.adapted import shared_weights
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour, epsilon_greedy, greedy
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms

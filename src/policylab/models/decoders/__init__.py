@@ -1,4 +1,4 @@
-"""Decoders: how the models that we know write many rows at once."""
+"""Decoders: how causal LMs write many rows at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Decoder", "decoder_for"]
 
 
 def decoder_for(lm: nn.Module, dtype: torch.dtype) -> Decoder:
-    """The fastest decoder for exactly this model; any variant that is not known takes the general one.
+    """The fastest decoder for this model. Variants that are not known take the general one.
 
     Args:
         dtype: of the products. Other weights are cast to it once, in the decoder.

@@ -1,11 +1,11 @@
-"""Keys and values of a rollout: those of a prompt once for all rows that continue it, those of a row in place.
+"""Keys and values of a rollout: those of a prompt are kept once for all rows that continue it.
 
 Axes: ``N`` distinct prompts, ``P`` prompt length, ``B`` rows, ``S`` rows of the prompt that has most, ``K``
 heads of keys and values, ``Q`` queries to each of them, ``D`` width of a head.
 
-At one query a row, attention costs what it costs to read the keys. The queries of a group read those of their
-prompt together, in one product, and the softmax is taken over prompt and own tokens joined. Every row has
-written equally many tokens, so that only prompts of unequal lengths need a mask.
+With one query a row, the cost of attention is that of reading the keys. The queries of a group read those of their
+prompt together, in one product, and the softmax is over the tokens of prompt and row together. All rows have
+written the same number of tokens, so only prompts of unequal lengths need a mask.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SharedPromptCache:
         self.written = 0  #: tokens that each row has appended
 
     def open(self, lengths: Int[Tensor, " N"], prompt_of: Int[Tensor, " B"], room: int) -> None:
-        """Makes room for rows of prompts that `read_prompt` is about to read."""
+        """Allocates room for rows of the prompts that `read_prompt` reads next."""
         self.width = int(lengths.max())
         self.mask = length_mask(lengths, self.width)
         self.place = self.mask.flatten().nonzero().squeeze(-1)  #: of each real token on the right-padded grid
@@ -49,10 +49,10 @@ class SharedPromptCache:
     def read_prompt(
         self, layer: int, q: Float[Tensor, "R KQ D"], kv: Float[Tensor, "R 2 K D"]
     ) -> Float[Tensor, "R H"]:
-        """Causal attention of the prompts' tokens, real ones alone and in order; their keys and values are kept."""
+        """Causal attention of the prompts' tokens, without padding and in order; their keys and values are kept."""
         del layer  # layers come in order
         n, p = self.mask.shape
-        # Padding stands to the right, where causal attention never looks.
+        # Padding is on the right, which causal attention never reads.
         queries = self._on_grid(q).transpose(1, 2)
         keys, values = (self._on_grid(x).transpose(1, 2) for x in kv.unbind(1))
         out = F.scaled_dot_product_attention(
@@ -73,7 +73,7 @@ class SharedPromptCache:
         keys, values = self.prompts[layer]
         q = q.to(self.dtype) * self.scale
         own = torch.bmm(q.reshape(b * self.kv_heads, self.queries, -1), own_keys.transpose(1, 2))
-        shared = torch.baddbmm(self.blind, self._by_prompt(q), keys.transpose(1, 2))
+        shared = torch.baddbmm(self.prompt_bias, self._by_prompt(q), keys.transpose(1, 2))
         scores = torch.cat([self._by_row(shared), own], dim=-1)
         weights = scores.float().softmax(-1).to(self.dtype)
         out = self._by_row(torch.bmm(self._by_prompt(weights[..., : self.width]), values))
@@ -105,7 +105,7 @@ class SharedPromptCache:
         full = b == n * self.most and bool((slots == torch.arange(b, device=slots.device)).all())
         self.slots = None if full else slots
         padding = torch.zeros_like(self.mask, dtype=self.dtype).masked_fill(~self.mask, float("-inf"))
-        self.blind = padding.repeat_interleave(self.kv_heads, 0)[:, None]
+        self.prompt_bias = padding.repeat_interleave(self.kv_heads, 0)[:, None]
 
     def _on_grid(self, x: Float[Tensor, "R K D"]) -> Float[Tensor, "N P K D"]:
         """Real tokens among zeros for the padding."""
@@ -116,7 +116,7 @@ class SharedPromptCache:
         return x.reshape(n, p, *x.shape[1:])
 
     def _by_prompt(self, x: Float[Tensor, "*BKQ X"]) -> Float[Tensor, "NK SQ X"]:
-        """What belongs to rows, ``B K Q X`` in whatever grouping, next to the prompts that the rows continue."""
+        """Rows, ``B K Q X`` however flattened, grouped by the prompts that they continue."""
         n, width = len(self.mask), x.shape[-1]
         x = x.reshape(-1, self.kv_heads, self.queries, width)
         if self.slots is not None:
@@ -124,7 +124,7 @@ class SharedPromptCache:
         return x.view(n, self.most, *x.shape[1:]).transpose(1, 2).reshape(n * self.kv_heads, -1, width)
 
     def _by_row(self, x: Float[Tensor, "NK SQ X"]) -> Float[Tensor, "BK Q X"]:
-        """The way back."""
+        """The inverse of `_by_prompt`."""
         n, width = len(self.mask), x.shape[-1]
         x = x.view(n, self.kv_heads, self.most, self.queries, width).transpose(1, 2)
         x = x.reshape(n * self.most, self.kv_heads, self.queries, width)

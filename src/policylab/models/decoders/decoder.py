@@ -1,4 +1,4 @@
-"""What the decode loop asks of a model, whatever the model keeps between two tokens.
+"""What the decode loop asks of a model.
 
 Axes: ``N`` distinct prompts, ``P`` prompt length, ``B`` rows that are being written, ``V`` vocabulary, ``H`` the
 width that the LM head reads.
@@ -15,7 +15,7 @@ from torch import Tensor
 class Decoder(Protocol):
     """A model that continues many rows, a token each at a time. One object serves one rollout.
 
-    Whatever it keeps from token to token (keys and values, or a recurrent state) is its own affair.
+    What it keeps between tokens (keys and values, or a recurrent state) is internal to it.
     """
 
     @property
@@ -44,5 +44,5 @@ class Decoder(Protocol):
         ...
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
-        """Drops all other rows: what was row ``rows[k]`` is now row ``k``. Logits and hidden state are of the past."""
+        """Drops all other rows: what was row ``rows[k]`` is now row ``k``. Logits and hidden state are not updated."""
         ...

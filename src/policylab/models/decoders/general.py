@@ -1,4 +1,4 @@
-"""Any causal LM of transformers, through its own forward pass and cache."""
+"""Decoding of any causal LM of transformers, through its own forward pass and cache."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from transformers.cache_utils import CacheLayerMixin
 
 from policylab.errors import UserError
 from policylab.functional.masks import length_mask
-from policylab.models.head import watch_head
+from policylab.models.watch import watch_head
 
 
 class GeneralDecoder:
-    """The slower path, for whatever architecture: attention masks and Python between the kernels at each step."""
+    """The slower path, for any architecture: it needs attention masks, and Python between the kernels at each step."""
 
     logits: Float[Tensor, "B V"]
     hidden: Float[Tensor, "B H"]
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm
-        # The name that transformers gave its cache before 5.24; from 5.40 on it is gone.
+        # transformers renames this argument in 5.24 and removes the old name in 5.40.
         names = inspect.signature(lm.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"
 
@@ -51,7 +51,7 @@ class GeneralDecoder:
     def step(self, tokens: Int[Tensor, " B"]) -> None:
         positions = self.attention.sum(-1, keepdim=True)
         self.attention = torch.cat([self.attention, torch.ones_like(self.attention[:, :1])], dim=1)
-        # A recurrent model would take the mask for that of the one token.
+        # A recurrent model would apply the mask to the one token.
         self._forward(tokens[:, None], self.attention if self.attends else None, positions)
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
@@ -77,7 +77,7 @@ class GeneralDecoder:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Says of a model that cannot be decoded so what to take."""
+        """Turns the error of a model that cannot be decoded into one that says what to take."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -90,6 +90,6 @@ class GeneralDecoder:
 
 
 def _unused(layer: Any) -> bool:
-    """Whether a recurrent layer's place in the cache is empty after a pass."""
+    """Whether a recurrent layer has stored nothing in the cache."""
     states = [getattr(layer, f"is_{kind}_states_initialized", None) for kind in ("conv", "recurrent")]
     return states[0] is not None and not any(any(kind.values()) for kind in states if kind)

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from policylab.models.adapter import whole_weight
+from policylab.models.adapted import whole_weight
 from policylab.models.decoders.cache import SharedPromptCache
 from policylab.models.decoders.linear import Activation, Linear
 from policylab.models.decoders.plain import is_plain
 from policylab.models.decoders.transformer import Attend
 
-#: Every class of module that the arithmetic below stands for.
+#: Every class of module that the code below implements.
 KNOWN = {
     *("GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention", "GPT2MLP", "Conv1D"),
     *("LayerNorm", "Embedding", "Linear", "GELU", "GELUTanh", "NewGELUActivation", "Dropout", "ModuleList"),
@@ -34,7 +34,7 @@ class GPT2:
 
     @staticmethod
     def reads(lm: nn.Module) -> bool:
-        """Whether a model is just this, and no variant of it."""
+        """Whether a model is exactly this, and no variant of it."""
         if not is_plain(lm, KNOWN) or type(lm).__name__ != "GPT2LMHeadModel":
             return False
         config: Any = lm.config

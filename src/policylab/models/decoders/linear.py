@@ -1,9 +1,9 @@
-"""Linear layers for decoding, by the fastest kernel that is there.
+"""Linear layers for decoding, by the fastest kernel available.
 
-On a CPU oneDNN takes weights in a layout of its own, into which they are packed once a rollout, and fuses what follows
-a product (activation, residual). Its operators are private to PyTorch, so they are tried once, and where they fail the
-plain product takes over; in fp32 they are used for the classes of products that `policylab.functional.products` was
-told to leave to oneDNN.
+On a CPU oneDNN has its own layout of weights, into which they are packed once a rollout, and fuses the activation or
+residual that follows a product. Its operators are private to PyTorch, so they are tried once, and where they fail the
+plain product is used. In fp32 they are used for the classes of products that `policylab.functional.products` gives to
+oneDNN.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Activation = Literal["gelu", "swish"]
 
 
 class Linear:
-    """``x @ weight.T + bias`` and what may follow it.
+    """``x @ weight.T + bias`` and the activation or residual that may follow it.
 
     Args:
-        weight: ``[out, in]``, of whatever strides.
-        dtype: of the product; another than the weight's own is cast to once, here.
+        weight: ``[out, in]``, with any strides.
+        dtype: of the product; weights in another dtype are cast once, here.
         then: the activation of the product: GELU by tanh ("gelu"), or SiLU ("swish").
     """
 
@@ -72,7 +72,7 @@ def _activated(product: Tensor, then: Activation | None) -> Tensor:
 
 @functools.cache
 def onednn_works(dtype: torch.dtype) -> bool:
-    """Whether this build of PyTorch has oneDNN's fused linears for a dtype, and they say what plain ones say."""
+    """Whether this build of PyTorch has oneDNN's fused linears for a dtype, and they agree with plain ones."""
     x, residual = torch.linspace(-1, 1, 64).view(4, 16).to(dtype), torch.ones(4, 8, dtype=dtype)
     weight, bias = torch.linspace(-1, 1, 128).view(8, 16).to(dtype), torch.linspace(-1, 1, 8).to(dtype)
     product = F.linear(x, weight, bias)

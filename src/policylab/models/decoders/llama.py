@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from policylab.models.adapter import whole_weight
+from policylab.models.adapted import whole_weight
 from policylab.models.decoders.cache import SharedPromptCache
 from policylab.models.decoders.linear import Activation, Linear
 from policylab.models.decoders.plain import is_plain
 from policylab.models.decoders.transformer import Attend
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
-#: Every class of module that the arithmetic below stands for.
+#: Every class of module that the code below implements.
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 KNOWN = {
     *(family + part for family in FAMILIES for part in PARTS),
@@ -46,7 +46,7 @@ class Llama:
 
     @staticmethod
     def reads(lm: nn.Module) -> bool:
-        """Whether a model is just one of these, and no variant of them."""
+        """Whether a model is exactly one of these, and no variant of them."""
         if not is_plain(lm, KNOWN) or type(lm).__name__.removesuffix("ForCausalLM") not in FAMILIES:
             return False
         config: Any = lm.config

@@ -1,4 +1,4 @@
-"""Whether a model does what its classes say and nothing beside."""
+"""Whether a model consists of known classes, unchanged."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from policylab.models.adapter import modules_below
+from policylab.models.adapted import modules_below
 
 
 def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
-    """True when every module is of a known class, none is hooked or has another forward, none drops out, and no
+    """True when every module is of a known class, none has hooks or a changed forward, none applies dropout, and no
     weight is in float64.
 
-    Sharding, quantization and adapters of others put classes or hooks of their own into a model, so they are noticed.
-    Our adapters may be there: who writes the arithmetic out takes `policylab.models.adapter.whole_weight`.
+    Sharding, quantization and other adapters than ours add classes or hooks to a model, so they are noticed. Ours are
+    allowed: decoders read weights by `policylab.models.adapted.whole_weight`, which adds the adapter.
 
     Args:
         known: names of classes. Another class of the same name is not torch's or transformers'.
@@ -32,5 +32,6 @@ def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
 
 
 def _changes(hook: object) -> bool:
-    """transformers' own hooks only watch: they stay in a model once it was asked for its hidden states."""
+    """True unless it is one of transformers' own hooks, which only record, and stay in a model once it was asked for
+    its hidden states."""
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"

@@ -1,7 +1,7 @@
 """Fast decoding of transformers whose arithmetic is written out here.
 
 An architecture is a `Network`: the weights of a Hugging Face model, and the model as a function of tokens in
-rows. What attention sees is the cache's business, so prompts and single tokens take the same path through it.
+rows. The cache does attention, so prompts and single tokens take the same path through the network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from policylab.models.decoders.cache import SharedPromptCache
 
 
 class Attend(Protocol):
-    """Attention of one layer: queries, keys and values of ``R`` tokens in, what they saw out."""
+    """Attention of one layer: takes queries, keys and values of ``R`` tokens, and gives its output."""
 
     def __call__(
         self, layer: int, q: Float[Tensor, "R KQ D"], kv: Float[Tensor, "R 2 K D"], /
@@ -25,7 +25,7 @@ class Attend(Protocol):
 
 
 class Network(Protocol):
-    """The weights of a transformer at one moment, and what it computes."""
+    """A snapshot of a transformer's weights, and what it computes."""
 
     def cache(self) -> SharedPromptCache:
         """An empty cache of the right shape."""
@@ -34,11 +34,11 @@ class Network(Protocol):
     def hidden(
         self, tokens: Int[Tensor, " R"], positions: Int[Tensor, " R"], attend: Attend
     ) -> Float[Tensor, "R H"]:
-        """What the head reads."""
+        """The hidden states that the head reads."""
         ...
 
     def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
-        """The head."""
+        """Logits by the LM head."""
         ...
 
 
@@ -78,5 +78,5 @@ class TransformerDecoder:
 
 
 def _as_written(x: Tensor) -> torch.autocast:
-    """No autocast inside: the network has chosen its dtypes, and casts weights once, not at each step."""
+    """No autocast: the network has its own dtypes, and casts weights once, not at each step."""
     return torch.autocast(x.device.type, enabled=False)

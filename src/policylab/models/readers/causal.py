@@ -20,11 +20,11 @@ from policylab.data.rollout import Rollout
 from policylab.errors import UserError
 from policylab.functional.products import FastProducts, replaces_layers
 from policylab.models.decoders import Decoder, decoder_for
-from policylab.models.head import is_linear, watch_head
 from policylab.models.readers.packing import REPLACED, Packing, packed, rows_of
 from policylab.models.readers.reader import Pass
+from policylab.models.recompute import recomputed_layers
 from policylab.models.shape import Shape, attention_of, context_of, shape_of
-from policylab.models.trunk import recomputed_layers, watch_layers
+from policylab.models.watch import is_linear, watch_head, watch_layers
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from policylab.data.rollout import Rollout
 from policylab.models.decoders import Decoder
 from policylab.models.shape import Shape
-from policylab.models.trunk import LayerCall
+from policylab.models.watch import LayerCall
 
 
 @dataclass(frozen=True)

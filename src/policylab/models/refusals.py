@@ -1,0 +1,110 @@
+"""Why a model cannot be used, in one line."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from policylab.errors import UserError
+
+#: What each Git LFS pointer begins with.
+LFS = b"version https://git-lfs"
+
+
+def refusal(where: str | Path, error: Exception, attention: str | None = None) -> UserError:
+    """Why a model cannot be loaded, in one line.
+
+    Args:
+        where: a folder or hub id.
+        error: raised by the libraries.
+        attention: the implementation that was asked for.
+    """
+    folder, words = Path(where), str(error)
+    files = sorted(file for file in folder.glob("*") if file.is_file())
+    if pointers := [file.name for file in files if is_lfs_pointer(file)]:
+        return UserError(
+            f"{folder}: {_some(set(pointers))}: a Git LFS pointer, not the file itself; run git lfs pull where it was "
+            "cloned, or download the file"
+        )
+    if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
+        weights = [file.name for file in files if file.suffix in (".safetensors", ".bin")]
+        what = f"a file of weights ({_some(set(weights))})" if weights else "a file of weights"
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+        return UserError(
+            f"{where}: {what} is damaged or holds more than tensors{reason}; copy or download it again"
+        )
+    if "trust_remote_code" in words:
+        return UserError(
+            f"{where} comes with Python code of its own, which runs only if this command says so: with "
+            "model.trust_remote_code=true (train.py), or trust_remote_code=true (evaluate.py, generate.py)"
+        )
+    if attention not in (None, "eager") and "does not support" in words and "ttention" in words:
+        return UserError(
+            f"{where}: {words.split(maxsplit=1)[0]} has no {attention} attention; take model.attn_implementation=eager"
+        )
+    kind = (
+        ""
+        if isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+        else f"{type(error).__name__}: "
+    )
+    return UserError(f"cannot load {where}: {kind}{first_line(error)}")
+
+
+def demand_whole(where: str | Path, report: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose weights are not those of its config.
+
+    Args:
+        report: of loading, by transformers.
+
+    Raises:
+        UserError: naming weights that are missing or of another size.
+    """
+    if report["missing_keys"]:
+        raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; take a whole checkpoint")
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise UserError(
+            f"{where}: weights of other sizes than config.json says, such as {name}: {list(found)} for "
+            f"{list(wanted)} ({len(report['mismatched_keys'])} in all); take the config that belongs to the weights"
+        )
+
+
+@torch.no_grad()
+def demand_finite(model: torch.nn.Module, source: str) -> None:
+    """Refuses weights that are not finite.
+
+    Raises:
+        UserError: naming them.
+    """
+    bad = {name for name, weight in model.named_parameters() if not weight.isfinite().all()}
+    if bad:
+        raise UserError(
+            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take a sound checkpoint, or a wider "
+            "model.dtype where they are too large for this one"
+        )
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is the pointer that Git LFS leaves in place of a file that was not fetched."""
+    with file.open("rb") as content:
+        return content.read(len(LFS)) == LFS
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, with the second where the first is a heading."""
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    return first or type(error).__name__
+
+
+def _some(names: set[str]) -> str:
+    """The first few of many names."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
+    return ", ".join(ordered[:4]) + more

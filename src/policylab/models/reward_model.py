@@ -1,0 +1,50 @@
+"""Reward models: a causal LM whose last hidden state a linear layer turns into one score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from policylab.errors import UserError
+from policylab.models.loading import quiet_bars, with_fused_gelu, without_dropout
+from policylab.models.refusals import demand_finite, demand_whole, refusal
+
+
+def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
+    """A model for sequence classification with one output, a linear ``score`` of its last hidden state.
+
+    Raises:
+        UserError: when the folder holds no such model, or not all of its weights.
+    """
+    name, folder = f"algo.critic.init={path}", Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name}: no folder with a config.json there (looked in {Path.cwd()})")
+    try:
+        config = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
+        if config.num_labels != 1:
+            raise UserError(f"{name} has {config.num_labels} outputs; a critic takes a reward model with 1")
+        with quiet_bars(True):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                local_files_only=True,
+            )
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries raise at what they find there
+        raise UserError(f"{name} cannot be loaded: {refusal(folder, error, attn_implementation)}") from error
+    demand_whole(name, report)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(
+            f"{name} is a {type(model).__name__}, which has no linear score of a causal LM's states"
+        )
+    demand_finite(model, name)
+    with_fused_gelu(model)
+    return model.eval()
