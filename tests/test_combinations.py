@@ -72,7 +72,7 @@ def test_an_option_fits_or_is_refused_with_the_reason(preset, option):
             ["algo=ppo", "algo.update.epochs=1", "algo.update.minibatches=1", "algo.update.kl_stop=0.1"],
             "kl_stop=0.1 ends an iteration after its first update",
         ),
-        (["algo=dqn", "algo.n_step=null", "algo.backup.double=false"], "ask no network"),
+        (["algo=dqn", "algo.n_step=null", "algo.backup.double=false"], "use no network"),
         (["algo=ppo", "algo/reference=none"], "algo/reference is none"),
         (["algo=ppo", "algo/critic=none"], "needs a critic"),
         (["algo=a2c", "algo.critic.clip=0.2"], "before a rollout's first update"),

@@ -366,13 +366,13 @@ def test_epsilon_falls_linearly_and_stays():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backup": SoftBackup("reference"), "dueling": None}, "has no level of its own"),
+        ({"backup": SoftBackup("reference"), "dueling": None}, "does not set the level of Q"),
         (
             {"backup": SoftBackup("uniform"), "exploration": EpsilonGreedy("uniform", 1, 0, 1)},
             "never follows that",
         ),
         ({"backup": SoftBackup("uniform"), "dueling": Dueling("max", 1, 0)}, "level=logsumexp"),
-        ({"n_step": None}, "asks no network what a state is worth"),
+        ({"n_step": None}, "uses no network's values"),
         ({"target": None}, "needs two networks"),
         ({"scale": 0.0}, "algo.scale is 0.0; it must be above 0"),
     ],

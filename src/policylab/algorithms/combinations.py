@@ -43,29 +43,29 @@ def check_combination(
         (
             advantage.needs_values and critic is not None and critic.clip is not None and critic_steps == 1,
             f"algo.critic.clip={critic and critic.clip} holds values near those before a rollout's first update, and "
-            "here is but one; take algo.critic.clip=null or algo/update=minibatch_epochs",
+            "there is only one; take algo.critic.clip=null or algo/update=minibatch_epochs",
         ),
         (
             surrogate.on_policy and steps > 1,
-            f"algo.surrogate={loss} is right for one update a rollout only, and here are {steps}; "
+            f"algo.surrogate={loss} is right for one update a rollout only, and algo.update makes {steps}; "
             "take algo/update=single_step or algo/surrogate=clipped_ratio",
         ),
         (
             isinstance(surrogate, ClippedRatio | SequenceRatio | CISPO) and first_and_last,
             f"algo.surrogate={loss} bounds the ratio to the policy before the update, which is 1 in the first step, "
-            "and here is no other; take algo/surrogate=ratio, whose gradient is the same there, or "
+            "and there is no other; take algo/surrogate=ratio, whose gradient is the same there, or "
             "algo/update=minibatch_epochs",
         ),
         (
             isinstance(surrogate, LogProb | CISPO)
             and isinstance(update, TrustRegion)
             and update.line_search is not None,
-            f"algo.surrogate={loss} does not tell what a longer step gains, and algo.update.line_search searches by "
-            "that; take algo/surrogate=ratio",
+            f"algo.surrogate={loss} does not measure what a step gains, by which algo.update.line_search "
+            "chooses its length; take algo/surrogate=ratio",
         ),
         (
             isinstance(surrogate, SequenceRatio) and not advantage.per_sequence,
-            f"algo.surrogate={loss} has one ratio a sequence, and algo.advantage={credit} another credit for each "
+            f"algo.surrogate={loss} has one ratio a sequence, and algo.advantage={credit} one credit for each "
             "token; take algo/advantage=group, group_mean, leave_one_out or best_of_group",
         ),
         (

@@ -253,8 +253,8 @@ class QLearning:
         demand("algo.conservative", self.conservative, 0)
         if self.backup.needs_reference and self.dueling is None:
             raise UserError(
-                "algo.backup.prior=reference makes Q a ratio of two probabilities, which has no level of its own, and "
-                "algo.dueling is null; take algo/dueling=value_head or algo.backup.prior=uniform"
+                "algo.backup.prior=reference makes Q a ratio of two probabilities, which does not set the level of Q, "
+                "and algo.dueling is null; take algo/dueling=value_head or algo.backup.prior=uniform"
             )
         if isinstance(self.backup, SoftBackup) and self.dueling and self.dueling.level != "logsumexp":
             raise UserError(
@@ -274,12 +274,12 @@ class QLearning:
         if self.n_step is None and not backup.corrected:
             if backup.double:
                 raise UserError(
-                    "algo.backup.double=true, but algo.n_step=null asks no network what a state is worth; take a "
+                    "algo.backup.double=true, but algo.n_step=null uses no network's values; take a "
                     "number for algo.n_step or algo.backup.double=false"
                 )
             if self.target is not None:
                 raise UserError(
-                    "algo.n_step=null without algo.backup.corrected learns from whole returns, which ask no network, "
+                    "algo.n_step=null without algo.backup.corrected learns from whole returns, which use no network, "
                     "so algo.target would do nothing; take algo/target=none or a number for algo.n_step"
                 )
         if backup.double and self.target is None:

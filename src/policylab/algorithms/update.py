@@ -55,7 +55,7 @@ class MinibatchEpochs:
         if self.kl_stop is not None and self.epochs * self.minibatches == 1:
             raise UserError(
                 f"algo.update.kl_stop={self.kl_stop} ends an iteration after its first update at the earliest, and "
-                "here is but one; take more epochs or minibatches, or null"
+                "there is only one; take more epochs or minibatches, or null"
             )
         if self.reestimate and self.epochs == 1:
             raise UserError(

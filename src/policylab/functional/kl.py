@@ -38,8 +38,8 @@ def k2(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Fl
 def k3(logprobs: Float[Tensor, "B T"], ref_logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """``q / p - 1 - log(q / p)``: unbiased, never negative.
 
-    Beyond a log-ratio of :data:`~policylab.functional.ratios.MAX_LOG_RATIO` it goes on along its tangent, so that value
-    and gradient stay finite and the gradient still pulls towards the reference.
+    Beyond a log-ratio of :data:`~policylab.functional.ratios.MAX_LOG_RATIO` it continues along its tangent, so that
+    value and gradient stay finite and the gradient still pulls towards the reference.
     """
     log_ratio = ref_logprobs - logprobs
     near, beyond = log_ratio.clamp(max=MAX_LOG_RATIO), (log_ratio - MAX_LOG_RATIO).clamp(min=0.0)

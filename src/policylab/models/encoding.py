@@ -45,7 +45,7 @@ def takes_chat(tokenizer: Any, chat: bool | None, source: str) -> bool:
         raise UserError(f"{source}: {error}") from error
     if one == other:
         raise UserError(
-            f"{source}: the chat template leaves the user's message out, so all prompts would be the same; mend "
+            f"{source}: the chat template leaves the user's message out, so all prompts would be the same; fix "
             "tokenizer.chat_template, or take model.chat=false"
         )
     return True
@@ -67,7 +67,7 @@ def end_of_answer(tokenizer: Any, ids: Sequence[int]) -> int:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
         behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
-    except Exception:  # a template that takes no answers says nothing of their end
+    except Exception:  # the template takes no answers
         behind = ""
     tokens = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
     return next((t for t in tokens if t in ids), int(tokenizer.eos_token_id))
@@ -121,7 +121,7 @@ def render(tokenizer: Any, messages: Sequence[str]) -> list[str]:
         if len(messages) > 1:
             return [text for message in messages for text in render(tokenizer, [message])]
         raise UserError(
-            f"the chat template cannot take the message {messages[0]!r:.80} ({type(error).__name__}: {error}); mend "
+            f"the chat template cannot take the message {messages[0]!r:.80} ({type(error).__name__}: {error}); fix "
             "tokenizer.chat_template, or take model.chat=false"
         ) from error
 

@@ -59,7 +59,7 @@ def layers_above(lm: nn.Module, count: int) -> list[nn.Module]:
     """The model's layers above the ``count`` lowest.
 
     Raises:
-        UserError: when there are no more, or they cannot be found.
+        UserError: when there are not so many, or they cannot be found.
     """
     layers = decoder_layers(lm)
     if count >= len(layers):
@@ -73,7 +73,7 @@ def freeze_below(lm: nn.Module, count: int) -> None:
     """Freezes the embeddings and the ``count`` lowest layers, and with the embeddings a head that is tied to them.
 
     Raises:
-        UserError: when there are no more layers, or they cannot be found.
+        UserError: when there are not so many layers, or they cannot be found.
     """
     upper = layers_above(lm, count)
     head = lm.get_output_embeddings()  # type: ignore[operator]

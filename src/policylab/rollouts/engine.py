@@ -66,7 +66,7 @@ def assemble(
     ended: Bool[Tensor, " B"],
     logprobs: Float[Tensor, "B T"],
 ) -> Rollout:
-    """The rollout of an engine that records nothing else. Tokens after a row's end are dropped."""
+    """The rollout of an engine, from what it records. Tokens after a row's end are dropped."""
     width, device = int(lengths.max()), tokens.device
     mask = length_mask(lengths, width)
     prompt_tokens, prompt_lengths = pad_left([prompt.tokens for prompt in prompts], device)
@@ -99,7 +99,7 @@ def check_settings(temperature: float, max_new_tokens: int) -> None:
 def pad_left(
     sequences: Sequence[Sequence[int]], device: torch.device | str
 ) -> tuple[Int[Tensor, "B P"], Int[Tensor, " B"]]:
-    """Token ids with padding in front, and how many are real. The padding id is 0 and means nothing."""
+    """Token ids with padding in front, and how many are real. The padding id is 0."""
     width = max(len(s) for s in sequences)
     tokens = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences], device=device)
     return tokens, torch.tensor([len(s) for s in sequences], device=device)

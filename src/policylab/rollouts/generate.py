@@ -113,7 +113,8 @@ class KeyedDraw(LogitsProcessor):
 
 def with_settings(lm: Any, settings: GenerationConfig) -> Any:
     """A shallow copy of the model without the checkpoint's own defaults, such as top-k and penalties, which
-    ``generate`` would apply. The model itself keeps them, as it may be saved at the same time."""
+    ``generate`` would apply. The model itself keeps them, as it may be saved at the same time.
+    """
     view = copy.copy(lm)
     view.generation_config = settings
     return view

@@ -3,7 +3,7 @@
 It samples with kernels and noise of its own: its tokens are not those of our engines, though a run repeats on the same
 machine, and its log-probs are close to the policy's but not equal (``exact`` is False), so training corrects for them.
 
-Written against vLLM 0.30 to 0.33. The tests hold it against a small stand-in for vLLM: no GPU was at hand.
+Written against vLLM 0.30 to 0.33. The tests hold it against a small stand-in for vLLM: it has not run on a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fast decoding of transformers whose arithmetic is written out here.
+"""Fast decoding of transformers that are reimplemented in this package.
 
 An architecture is a `Network`: the weights of a Hugging Face model, and the model as a function of tokens in
 rows. The cache does attention, so prompts and single tokens take the same path through the network.

@@ -33,7 +33,7 @@ class PackedCausal(Causal):
         """
         if not replaces_attention(model):
             return False
-        if any(isinstance(module, nn.Conv1d) for module in model.modules()):  # it would see across rows
+        if any(isinstance(module, nn.Conv1d) for module in model.modules()):  # it would mix sequences
             return False
         rollout = trial_rollout(model)
         padded, packed = PaddedCausal.lay_out(rollout), PackedCausal.lay_out(rollout)

@@ -1,9 +1,8 @@
-"""Sequences through a Hugging Face model without padding, and each distinct prompt once.
+"""Attention over a packed row: sequences one after another without padding, each distinct prompt once.
 
-All that a transformer does to a token alone (embeddings, norms, projections, MLP) is done on one long row of real
-tokens; only attention needs to know which tokens belong together. transformers lets one register an attention of
-one's own by name, so this works for every architecture whose attention goes through that registry, with the
-model's own code around it.
+All that a transformer does to each token alone (embeddings, norms, projections, MLP) is done on one long row of real
+tokens; only attention needs to know which tokens belong together. transformers has a registry of attention functions,
+so this works for every architecture that uses it, with the model's own code around it.
 
 Axes: ``U`` distinct prompts, ``P`` tokens of the longest, ``B`` completions, ``T`` tokens of the longest,
 ``N`` tokens in all, ``A`` heads, ``D`` size of a head.
@@ -31,14 +30,14 @@ from policylab.models.shape import attention_of
 
 #: The name under which transformers knows `_attend`.
 ATTENTION = "policylab_packed"
-#: Implementations that `_attend` stands in for: it gives their numbers, up to rounding.
+#: Implementations that `_attend` replaces: it gives their numbers, up to rounding.
 REPLACED = ("sdpa", "eager")
-#: What an attention may be asked for beyond that.
+#: Arguments of attention that `_attend` does not support.
 BEYOND = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
 
 
 class CannotPackError(Exception):
-    """The model's attention does more than `_attend` knows of."""
+    """The model's attention does more than `_attend` supports."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,7 @@ class Packing:
     completions: Ragged  #: on ``[B, T]``
     prompt_of: Int[Tensor, " B"]  #: the prompt that each completion answers
     bias: Float[Tensor, "B 1 T S"]  #: 0 where a completion's token may look, -inf elsewhere; ``S = P + T``
-    filler: (
-        int  #: tokens behind all others that nobody looks at (`policylab.functional.products.common_length`)
-    )
+    filler: int  #: tokens at the end that no other attends to (`policylab.functional.products.common_length`)
 
     @classmethod
     def of(
@@ -64,7 +61,7 @@ class Packing:
         """Prompts of these lengths, and completions of those, each after its prompt.
 
         Args:
-            prompt_lengths, prompt_of, lengths: on the CPU, where all is worked out but the bias.
+            prompt_lengths, prompt_of, lengths: on the CPU, where all but the bias is computed.
             device: of the packed row.
         """
         prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
@@ -91,23 +88,23 @@ class Packing:
         parts = self.prompts.count, self.completions.count, self.filler
         q, k, v = (self.prompts.pad(x.split(parts)[0]) for x in (query, key, value))
         of_prompts = self.prompts.pack(_attention(q, k, v, scale, None))
-        nothing = of_prompts.new_zeros(self.filler, *of_prompts.shape[1:])
+        zeros = of_prompts.new_zeros(self.filler, *of_prompts.shape[1:])
         if self.completions.count == 0:
-            return torch.cat([of_prompts, nothing])
+            return torch.cat([of_prompts, zeros])
         q, own_k, own_v = (self.completions.pad(x.split(parts)[1]) for x in (query, key, value))
         keys = torch.cat([rows_of(k, self.prompt_of), own_k], dim=1)
         values = torch.cat([rows_of(v, self.prompt_of), own_v], dim=1)
         of_completions = self.completions.pack(_attention(q, keys, values, scale, self.bias))
-        return torch.cat([of_prompts, of_completions, nothing])
+        return torch.cat([of_prompts, of_completions, zeros])
 
 
 def rows_of(x: Tensor, index: Int[Tensor, " R"]) -> Tensor:
-    """``x[index]``, by the operation whose gradient is quick where rows repeat."""
+    """``x[index]``, by the operation with a fast gradient for repeated rows."""
     return embedding(index, x.flatten(1)).unflatten(1, x.shape[1:]) if x.ndim > 1 else x[index]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
-    """``[R, W, A, D]`` in and out. Without a bias it is causal, and padding behind a row is never looked at."""
+    """``[R, W, A, D]`` in and out. Without a bias it is causal, and padding behind a row is never attended to."""
     groups = q.shape[2] // k.shape[2]
     if groups > 1 and bias is not None and q.is_cuda:  # no fused kernel there takes both groups and a mask
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -125,7 +122,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tenso
 
 @dataclass(frozen=True)
 class _Active:
-    """What `_attend` works with while a packed row goes through a model."""
+    """What `_attend` uses while a packed row goes through a model."""
 
     packing: Packing
     eager: bool  #: whether the model wants attention without fused kernels
@@ -144,7 +141,7 @@ def _attend(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Float[Tensor, "1 N A D"], None]:
-    """As transformers calls an attention.
+    """Attention with transformers' signature.
 
     Raises:
         CannotPackError: when asked for something that would change the numbers, such as a sliding window.
@@ -159,7 +156,7 @@ def _attend(
 
 
 def replaces_attention(model: Any) -> bool:
-    """Whether transformers lets a model's attention be replaced, and `_attend` can stand in for it."""
+    """Whether a model's attention can be replaced in transformers' registry, by `_attend`."""
     return attention_of(model) in REPLACED and bool(model._supports_attention_backend)
 
 
@@ -168,7 +165,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 @contextmanager
 def packed(config: Any, packing: Packing) -> Iterator[None]:
-    """While active, models with this very config take their input for one row packed in this way."""
+    """While active, models with this config object attend as in this packing."""
     own = config._attn_implementation
     eager = own == "eager" or (own == ATTENTION and _active.get().eager)
     token = _active.set(_Active(packing, eager))
