@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from policylab.data.rollout import Rollout
@@ -316,13 +316,15 @@ class QLearning:
         mask = rollout.action_mask
         values, path = self.backup.bootstrap(target, online)
         rewards = torch.where(last_position(mask), rollout.rewards[:, None], 0.0)
-        return n_step_targets(rewards, grid(values, mask), grid(path, mask), mask, self.gamma, self.n_step)
+        return n_step_targets(
+            rewards, rollout.on_grid(values), rollout.on_grid(path), mask, self.gamma, self.n_step
+        )
 
     def errors(
         self, opinion: Judgement, targets: Float[Tensor, "B T"], rollout: Rollout
     ) -> Float[Tensor, "B T"]:
         """TD errors: Q minus its target."""
-        return grid(opinion.q, rollout.action_mask) - targets
+        return rollout.on_grid(opinion.q) - targets
 
     def loss(
         self, opinion: Judgement, errors: Float[Tensor, "B T"], rollout: Rollout
@@ -336,10 +338,5 @@ class QLearning:
         if self.conservative:
             chosen = taken(opinion.scores, rollout.tokens[rollout.action_mask])
             gap = (soft_best(opinion.scores, self.scale) - chosen) / self.scale
-            loss = loss + self.conservative * grid(gap, rollout.action_mask)
+            loss = loss + self.conservative * rollout.on_grid(gap)
         return loss
-
-
-def grid(x: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Figures of the actions at their places; zero elsewhere."""
-    return x.new_zeros(mask.shape).masked_scatter(mask, x)
