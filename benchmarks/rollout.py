@@ -198,7 +198,7 @@ def runner(engine: str, precision: str, new_tokens: int) -> Iterator[Callable]:
     if engine == "cached":
         yield sample
         return
-    with patch("policylab.models.readers.causal.decoder_for", lambda lm, _: GeneralDecoder(lm)):
+    with patch("policylab.models.readers.padded.decoder_for", lambda lm, _: GeneralDecoder(lm)):
         yield sample
 
 

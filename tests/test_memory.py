@@ -134,7 +134,7 @@ COMPILED = """
 import torch
 from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
-from policylab.models.readers.trial import trial_rollout
+from policylab.models.readers.packed import trial_rollout
 
 def gradient(compiled):
     policy = Policy(from_scratch(

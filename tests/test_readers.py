@@ -13,7 +13,7 @@ import policylab
 from conftest import fresh_policy, scratch_model
 from policylab.models.policy import Policy
 from policylab.models.readers import PackedCausal, PaddedCausal
-from policylab.models.readers.trial import trial_rollout
+from policylab.models.readers.packed import trial_rollout
 from policylab.models.shape import Shape, shape_of
 
 PACKAGE = Path(policylab.__file__).parent

@@ -23,7 +23,7 @@ from policylab.models.adapted import adapted_layers, adapters_off, shared_weight
 from policylab.models.compiling import compile_layers
 from policylab.models.encoding import encode, encode_chats, end_of_answer, eos_ids
 from policylab.models.readers import Pass, reader_for
-from policylab.models.readers.trial import trial_rollout
+from policylab.models.readers.packed import trial_rollout
 
 if TYPE_CHECKING:
     from policylab.models.critic import ValueModel

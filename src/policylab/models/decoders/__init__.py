@@ -11,8 +11,6 @@ from policylab.models.decoders.gpt2 import GPT2
 from policylab.models.decoders.llama import Llama
 from policylab.models.decoders.transformer import TransformerDecoder
 
-__all__ = ["Decoder", "decoder_for"]
-
 
 def decoder_for(lm: nn.Module, dtype: torch.dtype) -> Decoder:
     """The fastest decoder for this model. Variants that are not known take the general one.

@@ -12,8 +12,6 @@ from policylab.models.readers.packed import PackedCausal
 from policylab.models.readers.padded import PaddedCausal
 from policylab.models.readers.reader import Pass, Reader
 
-__all__ = ["READERS", "PackedCausal", "PaddedCausal", "Pass", "Reader", "reader_for"]
-
 #: The first that reads a model is taken.
 READERS = (PackedCausal, PaddedCausal)
 

@@ -11,13 +11,11 @@ from torch import nn
 from policylab.data.rollout import Rollout
 from policylab.functional.masks import length_mask
 from policylab.functional.ragged import on_device
-from policylab.models.readers.causal import Causal, Layout
 from policylab.models.readers.packing import CannotPackError, Packing, replaces_attention
-from policylab.models.readers.padded import PaddedCausal
-from policylab.models.readers.trial import trial_rollout
+from policylab.models.readers.padded import Layout, PaddedCausal
 
 
-class PackedCausal(Causal):
+class PackedCausal(PaddedCausal):
     """Only attention sees which tokens belong together (`policylab.models.readers.packing`)."""
 
     packs = True
@@ -77,3 +75,22 @@ class PackedCausal(Causal):
         row = [F.pad(x, (0, packing.filler))[None] for x in (tokens, positions)]
         tokens, positions, chosen_at, actions = on_device([*row, chosen_at, actions], device)
         return Layout(tokens, positions, None, packing, chosen_at, actions)
+
+
+def trial_rollout(model: Any) -> Rollout:
+    """A few tokens to try a model with: three completions of unequal lengths, of two prompts."""
+    device = next(model.parameters()).device
+    grid = (torch.arange(9, device=device) % model.get_input_embeddings().num_embeddings).view(3, 3)
+    rows = torch.tensor([0, 1, 0], device=device)
+    lengths = torch.tensor([3, 1, 2], device=device)
+    return Rollout(
+        prompt_tokens=grid[rows],
+        prompt_lengths=torch.tensor([1, 3], device=device)[rows],
+        tokens=grid,
+        lengths=lengths,
+        action_mask=length_mask(lengths, 3),
+        ended=lengths < 3,
+        group_ids=rows,
+        prompt_ids=rows,
+        logprobs=torch.zeros(3, 3, device=device),
+    )
