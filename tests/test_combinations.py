@@ -25,7 +25,7 @@ PRESETS = (
     pytest.param("trpo", marks=pytest.mark.slow),
 )
 REASONS = (
-    "needs a critic|right for one update|reads no critic|algo/reference is none|searches by that|one ratio a sequence"
+    "needs a critic|right for one update|reads no critic|algo/reference is none|chooses its length|one ratio a sequence"
     "|credits whole sequences|corrects for the sampler|which is 1 in the first step"
 )
 
@@ -54,8 +54,8 @@ def test_an_option_fits_or_is_refused_with_the_reason(preset, option):
     ("overrides", "reason"),
     [
         (["algo=grpo", "algo/surrogate=logprob"], "right for one update"),
-        (["algo=trpo", "algo/surrogate=logprob"], "searches by that"),
-        (["algo=trpo", "algo/surrogate=cispo"], "searches by that"),
+        (["algo=trpo", "algo/surrogate=logprob"], "chooses its length"),
+        (["algo=trpo", "algo/surrogate=cispo"], "chooses its length"),
         (["algo=ppo", "algo/advantage=vtrace", "algo.update.reestimate=true"], "does already"),
         (["algo=gspo", "algo/importance=truncated"], "a weight for each token"),
         (["algo=ppo", "algo.entropy_coef=-1"], "entropy_coef is -1"),

@@ -120,8 +120,8 @@ def test_waits_of_ppo_by_hand(waits):
         "collection.sample": 1,  # the groups
         "policy_gradient.minibatches": 2 * epochs,  # to the CPU and back
         "micro_batches.cut": 2 * passes,
-        "types.select": passes,
-        "sequences._packed": 2 * passes,
+        "rollout.select": passes,
+        "packed.lay_out": 2 * passes,
         "packing.of": passes,
         "optimization.apply_gradients": updates,  # is all finite?
         "means.reduce": 1,  # all means
