@@ -121,11 +121,12 @@ def train_briefly(compose: Compose, tmp_path: Path) -> Train:
     """``train_briefly(["algo=ppo"])`` trains two small iterations in this process; gives the run folder."""
 
     def train(overrides: Sequence[str]) -> Path:
+        from policylab.config.settle import settle
         from policylab.launch import run
 
         folder = tmp_path / "run"
         folder.mkdir()
-        run.train(brief(compose(overrides)), folder, list(overrides))
+        run.train(settle(brief(compose(overrides))), folder, list(overrides))
         return folder
 
     return train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policylab.config import hardware
+from policylab.config.settle import settle
 from policylab.distributed.world import World
 from policylab.errors import RunError, UserError
 
@@ -54,7 +55,7 @@ from policylab.errors import RunError, UserError
         (["hardware.strategy=zero"], r"hardware\.strategy=zero is not one of auto, ddp, fsdp"),
         (["hardware.precision=fp8"], r"hardware\.precision=fp8 is not one of 32-true, bf16-mixed, bf16-true"),
         (["hardware.max_restarts=-1"], r"hardware\.max_restarts is -1; it must be at least 0"),
-        (["hardware.cpu_offload=true"], r"hardware\.cpu_offload=true is a thing of hardware\.strategy=fsdp"),
+        (["hardware.cpu_offload=true"], r"hardware\.cpu_offload=true needs hardware\.strategy=fsdp"),
         (
             ["hardware.strategy=fsdp", "hardware.devices=2", "algo=trpo"],
             "a trust region works on all weights as one vector",
@@ -88,7 +89,7 @@ def test_refused(compose, tmp_path, overrides, message):
     from policylab.config.build import build
 
     with pytest.raises(UserError, match=message):
-        build(compose(overrides), tmp_path)
+        build(settle(compose(overrides)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,23 +146,23 @@ class Unbuilt:
 def test_processes_that_cannot_be_are_refused(compose, monkeypatch, overrides, message):
     monkeypatch.setattr(hardware, "gpus", lambda: 0)
     with pytest.raises(UserError, match=message):
-        hardware.settled(compose(overrides))
+        hardware.with_devices(compose(overrides))
 
 
 def test_devices_are_counted_where_the_run_starts(compose, monkeypatch):
     monkeypatch.setattr(hardware, "gpus", lambda: 4)
-    assert hardware.processes(hardware.settled(compose(["hardware=ddp"]))) == 4
-    assert hardware.settled(compose(["hardware.devices=2"])).hardware.accelerator == "gpu"
+    assert hardware.processes(hardware.with_devices(compose(["hardware=ddp"]))) == 4
+    assert hardware.with_devices(compose(["hardware.devices=2"])).hardware.accelerator == "gpu"
     monkeypatch.setattr(hardware, "world", lambda: World(rank=3, size=6, local_rank=1, local_size=2))
-    there = hardware.settled(compose(["hardware=slurm"])).hardware
+    there = hardware.with_devices(compose(["hardware=slurm"])).hardware
     assert (there.devices, there.num_nodes) == (2, 3)
 
 
 def test_many_more_processes_than_cores_are_refused(compose, monkeypatch):
     monkeypatch.setattr(hardware, "gpus", lambda: 0)
     monkeypatch.setattr(hardware, "cores", lambda: 2)
-    assert hardware.settled(compose(["hardware.devices=8"])).hardware.devices == 8
+    assert hardware.with_devices(compose(["hardware.devices=8"])).hardware.devices == 8
     with pytest.raises(
         UserError, match=r"hardware\.devices=99 on the CPU, and this machine has 2 cores; take at most"
     ):
-        hardware.settled(compose(["hardware.devices=99"]))
+        hardware.with_devices(compose(["hardware.devices=99"]))

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from policylab.cli.entry import flags_first
 from policylab.distributed.world import World, main_address, world
 from policylab.errors import ProcessFailed, UserError
-from policylab.launch.processes import first_error, note_error
+from policylab.launch.failures import first_error, write_error
 from policylab.runs.metrics_file import read_rows
 from policylab.runs.status import read_status
 
@@ -361,13 +361,13 @@ def test_what_failed_first_is_told(tmp_path, monkeypatch):
     assert "rank 0 ended with code 1 and said nothing" in str(first_error(tmp_path, raised))
     for rank, restarts, text in [(0, 0, "before"), (1, 1, "the first"), (0, 1, "what follows")]:
         pretend(monkeypatch, rank, restarts)
-        note_error(ValueError(text), tmp_path)
+        write_error(ValueError(text), tmp_path)
     error = first_error(tmp_path, raised)
     assert isinstance(error, ProcessFailed)
     assert str(error).startswith("on rank 1:\n")
     assert str(error).endswith("ValueError: the first\n")
     pretend(monkeypatch, 1, 2)
-    note_error(UserError("x is wrong"), tmp_path)
+    write_error(UserError("x is wrong"), tmp_path)
     assert isinstance(first_error(tmp_path, raised), UserError)
 
 

@@ -401,13 +401,14 @@ def train(compose, tmp_path):
     """``train(["iterations=4"])`` trains in ``tmp_path / "run"`` and returns that folder."""
 
     def run(overrides: list[str]) -> Path:
+        from policylab.config.settle import settle
         from policylab.launch import run as job
-        from policylab.runs.resume import with_command_of
+        from policylab.runs.command import with_command_of
 
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         words = with_command_of(overrides)
-        job.train(compose(words), folder, words)
+        job.train(settle(compose(words)), folder, words)
         return folder
 
     return run

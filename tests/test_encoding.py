@@ -19,7 +19,6 @@ from policylab.models.policy import Policy
 from policylab.models.scratch import from_scratch
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
-from policylab.runs import checkpoints
 
 END, OTHER = 0, 5  # the tokenizer's EOS, and one that only the generation config names
 CHAT = (
@@ -92,7 +91,7 @@ def test_an_exported_policy_keeps_every_eos(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("policylab.callbacks.checkpoint.demand_iteration", lambda *_: None)
     monkeypatch.setattr("policylab.callbacks.checkpoint.read", lambda _: {"state_dict": {}})
     policy.lm.generation_config.eos_token_id = [OTHER]  # the tokenizer's own is not among them
-    write_policy(policy, checkpoints.Path("none"), 0, tmp_path / "final")
+    write_policy(policy, Path("none"), 0, tmp_path / "final")
     again = loading.from_folder(tmp_path / "final", OPTIONS, "test")
     assert again.lm.generation_config.eos_token_id == [END, OTHER]
     assert eos_ids(again.tokenizer, again.lm) == (END, OTHER)

@@ -35,15 +35,10 @@ from policylab.cli.logs import LogFile
 from policylab.data.rollout import Completion
 from policylab.errors import RunError, UserError
 from policylab.rewards.pool import pooled
-from policylab.runs import checkpoints, writing
-from policylab.runs import retry as patience
-from policylab.runs.checkpoints import (
-    become_newest,
-    checkpoint_iteration,
-    damage,
-    newest_whole_checkpoint,
-    read,
-)
+from policylab.runs import checkpoints, retry, writing
+from policylab.runs import damage as damages
+from policylab.runs.checkpoints import become_newest, checkpoint_iteration, newest_whole_checkpoint
+from policylab.runs.damage import damage, read
 from policylab.runs.find import checkpoint_to_resume
 from policylab.runs.folder import append_whole
 from policylab.runs.metrics_file import read_rows
@@ -178,7 +173,7 @@ def test_what_is_wrong_elsewhere_is_no_damage(run_folder, monkeypatch, error):
     def fail(_: Path) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoints, "read", fail)
+    monkeypatch.setattr(damages, "read", fail)
     cause = "Permission denied|Stale file handle|Cannot allocate memory"
     with pytest.raises(
         UserError, match=rf"cannot read .*last\.ckpt: ({cause}); this says nothing of the file"
@@ -614,7 +609,7 @@ class BrieflyFull:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.refusals = Counter[str]()
         self.refused = set[str]()
-        patch.setattr(patience, "PAUSE", 0.001)
+        patch.setattr(retry, "PAUSE", 0.001)
         for owner, name in self.WRITES:
             patch.setattr(owner, name, self.refusing(name, getattr(owner, name)))
 
@@ -649,7 +644,7 @@ def test_a_disk_that_was_briefly_full_leaves_no_trace(tmp_path, monkeypatch, pre
 
 
 def test_records_that_could_not_be_written_are_an_error_in_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(patience, "ROOM", 0.0)
+    monkeypatch.setattr(retry, "TIMEOUT", 0.0)
     monkeypatch.setattr(samples, "append_whole", full_disk)
     callback = Samples(str(tmp_path), every=1, keep=1, show=0)
     callback.unwritten = ["waiting"]
@@ -664,8 +659,8 @@ def test_records_that_could_not_be_written_are_an_error_in_the_end(tmp_path, mon
 
 
 def test_no_longer_than_a_while_is_room_waited_for(monkeypatch):
-    monkeypatch.setattr(patience, "ROOM", 0.02)
-    monkeypatch.setattr(patience, "PAUSE", 0.001)
+    monkeypatch.setattr(retry, "TIMEOUT", 0.02)
+    monkeypatch.setattr(retry, "PAUSE", 0.001)
     calls = list[int]()
 
     def refused(code: int) -> None:
@@ -673,16 +668,16 @@ def test_no_longer_than_a_while_is_room_waited_for(monkeypatch):
         raise OSError(code, os.strerror(code))
 
     with pytest.raises(PermissionError):
-        patience.wait_for_room(partial(refused, errno.EACCES))
+        retry.retry_while_full(partial(refused, errno.EACCES))
     assert calls == [errno.EACCES]
     with pytest.raises(OSError, match="No space left"):
-        patience.wait_for_room(partial(refused, errno.ENOSPC))
+        retry.retry_while_full(partial(refused, errno.ENOSPC))
     assert calls.count(errno.ENOSPC) > 1
 
 
 def test_a_run_outlives_a_full_disk(small_disk, caplog, monkeypatch):
     """Full from the first iteration to the third, longer than is waited; afterwards nothing is missing."""
-    monkeypatch.setattr(patience, "ROOM", 0.0)
+    monkeypatch.setattr(retry, "TIMEOUT", 0.0)
     built = experiment(small_disk, algo("ppo"), iterations=5)
     module, filler = built.module, list[Path]()
     finish = module.finish_iteration
@@ -710,7 +705,7 @@ def test_a_run_outlives_a_full_disk(small_disk, caplog, monkeypatch):
 def test_in_the_end_a_state_that_could_not_be_written_is_an_error(tmp_path, monkeypatch):
     built = experiment(tmp_path, algo("reinforce"), iterations=2)
     monkeypatch.setattr("policylab.runs.writing.save", full_disk)
-    monkeypatch.setattr(patience, "ROOM", 0.0)
+    monkeypatch.setattr(retry, "TIMEOUT", 0.0)
     with pytest.raises(RunError, match=r"could not write .*last\.ckpt: No space left on device; make room"):
         fit(built)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -21,26 +21,23 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-from policylab.cli.entry import demand_one_choice, flags_first
+from policylab.cli.entry import check_one_choice, flags_first
 from policylab.cli.messages import improve, new_keyword
 from policylab.config import resolvers
+from policylab.config.settle import settle
 from policylab.config.suggest import nearest
 from policylab.errors import UserError
 from policylab.models.folder import demand_folder
+from policylab.runs.command import NothingLeft, with_command_of
 from policylab.runs.environment import describe_environment
 from policylab.runs.find import checkpoint_to_resume, find_checkpoint, find_run
-from policylab.runs.folder import claim, demand_link, point_latest, write_atomically, write_json
+from policylab.runs.folder import check_link, claim, point_latest, write_atomically, write_json
 from policylab.runs.metrics_file import read_rows
-from policylab.runs.places import placed
+from policylab.runs.places import with_places
 from policylab.runs.redaction import HIDDEN
-from policylab.runs.resume import (
-    NothingLeft,
-    check_same_run,
-    demand_same_values,
-    rewind,
-    with_command_of,
-)
-from policylab.runs.saved_config import plain, refuse_taken_folder
+from policylab.runs.resume import rewind
+from policylab.runs.same_run import check_nothing_done, check_own_folder, check_same_values
+from policylab.runs.saved_config import ADDED, check_folder_is_free, load_config, plain
 from policylab.runs.status import RunStatus, finish_status, read_status, running_process
 from policylab.runs.words import command, read, typed
 from policylab.runs.words import override as overriding
@@ -107,6 +104,15 @@ def test_slug(text, name):
     assert resolvers.slug(text) == name
 
 
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "a\\b", ""])
+def test_a_name_that_is_a_path_is_refused(name):
+    assert resolvers.run_name("my run", "ppo", "tiny") == "my_run"
+    with pytest.raises(
+        UserError, match=r"is no name of a folder; for another place write hydra\.run\.dir=PATH"
+    ):
+        resolvers.run_name(name, "ppo", "org/model")
+
+
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     write_atomically(path, "old")
@@ -129,17 +135,17 @@ def test_latest_points_at_the_newest_run(tmp_path):
 
 
 def test_what_is_in_the_way_of_the_link_is_told(tmp_path):
-    demand_link(tmp_path / "latest")
+    check_link(tmp_path / "latest")
     point_latest(make_run(tmp_path / "run"), tmp_path)
-    demand_link(tmp_path / "latest")
+    check_link(tmp_path / "latest")
     (tmp_path / "logs" / "latest").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"logs/latest is to be a link .*; move it away"):
-        demand_link(tmp_path / "logs" / "latest")
+    with pytest.raises(UserError, match=r"logs/latest is used as a link .*; move it away"):
+        check_link(tmp_path / "logs" / "latest")
 
 
 def test_a_taken_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="already holds a run"):
-        refuse_taken_folder(make_run(tmp_path / "run"))
+        check_folder_is_free(make_run(tmp_path / "run"))
 
 
 # -- finding a run --------------------------------------------------------------------------------------
@@ -350,12 +356,12 @@ def test_other_words_are_left_alone():
 
 
 def test_one_choice_a_group():
-    demand_one_choice(
+    check_one_choice(
         ["logger=[csv,wandb]", "tags=[a,b]", "model=tiny", "reward=[sentiment]"], ROOT / "configs"
     )
     for word in ("reward=[sentiment,optimality]", "algo/kl=[none,in_loss]"):
         with pytest.raises(UserError, match=r"of several choices for .* only the last would count; take one"):
-            demand_one_choice([word], ROOT / "configs")
+            check_one_choice([word], ROOT / "configs")
 
 
 def test_a_home_folder_is_found_where_no_shell_looks():
@@ -436,7 +442,7 @@ def test_what_a_reward_reads_is_settled_at_the_start(tmp_path, monkeypatch):
     (tmp_path / "latest").symlink_to("judge")
     monkeypatch.setenv("A_KEY", f"{tmp_path}/latest")
     reward = {"path": f"{tmp_path}/latest", "other": "a/b", "key": "${oc.env:A_KEY}"}
-    found = placed(OmegaConf.create({"reward": reward})).reward
+    found = with_places(OmegaConf.create({"reward": reward})).reward
     assert OmegaConf.to_container(found) == {**reward, "path": f"{tmp_path}/judge"}
 
 
@@ -506,11 +512,12 @@ def test_another_run_cannot_be_resumed(tmp_path):
         seed=0,
         resume="x",
     )
-    config = OmegaConf.load(run / "config.yaml")
-    with pytest.raises(UserError, match=r"leave out hydra\.run\.dir"):
-        check_same_run(config, tmp_path / "elsewhere", run / "checkpoints" / "last.ckpt")
+    with pytest.raises(
+        UserError, match=r"resume=x goes on in the folder of that run; leave out hydra\.run\.dir"
+    ):
+        check_own_folder(tmp_path / "elsewhere", run / "checkpoints" / "last.ckpt", "x")
     with pytest.raises(UserError, match="this run has seed=0, the command says 1; start a new run"):
-        check_same_run(OmegaConf.merge(config, {"seed": 1}), run, run / "checkpoints" / "last.ckpt")
+        check_same_values({"seed": 0}, {"seed": 1})
 
 
 @pytest.mark.parametrize(
@@ -534,6 +541,7 @@ def test_another_run_cannot_be_resumed(tmp_path):
         ("rollout.prompts", 8, "=32, the command says 8;"),
         ("hardware.precision", "bf16-mixed", "=32-true, the command says bf16-mixed;"),
         ("validation.prompts", 8, "=256, the command says 8;"),
+        ("callbacks.checkpoint.monitor", "val/kl", "=val/reward, the command says val/kl;"),
     ],
 )
 def test_what_makes_another_run_of_it_is_refused_at_a_resume(compose, key, value, message):
@@ -542,7 +550,25 @@ def test_what_makes_another_run_of_it_is_refused_at_a_resume(compose, key, value
     with open_dict(config):
         OmegaConf.update(config, key, value, merge=False)
     with pytest.raises(UserError, match=f"this run has {key}{message}"):
-        demand_same_values(before, plain(config))
+        check_same_values(before, plain(config))
+
+
+def test_a_run_of_before_a_key_is_resumed_and_evaluated_as_it_was(compose, tmp_path):
+    """Keys that came later are filled in with what such a run did; any other is named."""
+    before = OmegaConf.create(plain(compose([])))
+    for key in ADDED:
+        group, _, name = key.rpartition(".")
+        del (OmegaConf.select(before, group) if group else before)[name]
+    OmegaConf.save(before, tmp_path / "config.yaml")
+    loaded = load_config(tmp_path)
+    assert {key: OmegaConf.select(loaded, key) for key in ADDED} == ADDED
+    check_same_values(OmegaConf.to_container(loaded), plain(compose(["hardware=cpu"])))
+
+
+def test_a_key_that_a_run_of_before_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py")])
+    told = improve("Missing key every\n    full_key: validation.every\n    object_type=dict")
+    assert told == "the run is older than validation.every: add it to its config.yaml (a new run has 5 there)"
 
 
 def test_what_does_not_may_change_at_a_resume(compose):
@@ -557,7 +583,7 @@ def test_what_does_not_may_change_at_a_resume(compose):
         ),
         *("model.path=x", "task.source=x.jsonl"),  # whose contents are compared
     ]
-    demand_same_values(plain(compose([])), plain(compose(changed)))
+    check_same_values(plain(compose([])), plain(compose(changed)))
 
 
 # -- whole runs, in this process ------------------------------------------------------------------------
@@ -585,7 +611,7 @@ def train(compose, tmp_path):
             if "resume" not in str(overrides)
             else with_command_of(overrides)
         )
-        job.train(compose(words), folder, words)
+        job.train(settle(compose(words)), folder, words)
         return folder
 
     return run
@@ -785,10 +811,9 @@ def test_debug_presets_run(train, debug):
 QUICK = ["rollout.prompts=4", "rollout.group_size=2", "rollout.max_new_tokens=4", "validation.prompts=4"]
 
 
-def test_evaluate_and_generate_read_a_run(train, tmp_path):
-    from policylab.launch.evaluate import evaluate
+def test_evaluate_and_generate_read_a_run(train, compose, tmp_path, capsys):
+    from policylab.launch.evaluate import evaluate, evaluate_job
     from policylab.launch.generate import completions, load_policy
-    from policylab.runs.saved_config import load_config
 
     run = train([])
     result = evaluate(run, find_checkpoint(run, "last"), prompts=None, seed=None)
@@ -798,7 +823,11 @@ def test_evaluate_and_generate_read_a_run(train, tmp_path):
         "the run's own validation"
     )
     assert len(result["samples"]) == 8
-    assert len(evaluate(run, find_checkpoint(run, "best"), prompts=5, seed=1)["samples"]) == 5
+    words = [f"run={run}", "checkpoint=best", "prompts=5", "seed=1", "show=1"]
+    evaluate_job(compose(words, config_name="evaluate"))
+    assert len(json.loads((run / "evaluate.json").read_text())["samples"]) == 5
+    assert "written to" in (run / "evaluate.log").read_text(), "what the console has shown"
+    assert "written to" in capsys.readouterr().out
 
     notes, foreign = tmp_path / "notes.txt", tmp_path / "foreign.ckpt"
     notes.write_text("no checkpoint")
@@ -850,6 +879,17 @@ def test_values_of_evaluate_and_generate_are_checked(compose, script, word, mess
         {"evaluate": evaluate, "generate": generate}[script].check(config)
 
 
+def test_a_place_where_an_evaluation_cannot_be_written_is_refused_at_once(tmp_path):
+    from policylab.launch.evaluate import output_file
+
+    assert output_file(None, tmp_path) == tmp_path / "evaluate.json"
+    with pytest.raises(UserError, match=r"there is no folder .*nosuch; make it first"):
+        output_file(f"{tmp_path}/nosuch/out.json", tmp_path)
+    with pytest.raises(UserError, match="is a folder; give the file to write"):
+        output_file(str(tmp_path), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_settings_given_at_a_resume_take_effect(train):
     """The optimizer's state comes with the settings of old; the command's are the ones that count."""
@@ -865,7 +905,6 @@ def test_settings_given_at_a_resume_take_effect(train):
 def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, tiny, tmp_path, monkeypatch):
     """Links and relative paths are settled at the start, and contents are compared ever after."""
     from policylab.launch.evaluate import evaluate
-    from policylab.runs.saved_config import load_config
 
     def save(weights: float, name: str) -> None:
         lm = copy.deepcopy(tiny.lm)
@@ -915,7 +954,7 @@ def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, ti
 
 
 def test_numbers_tuned_for_other_weights_are_told(compose, tmp_path):
-    from policylab.launch.run import tuned_for_others
+    from policylab.config.checks import tuned_for_others
 
     foreign = compose([f"model.path={tmp_path}"])
     told = tuned_for_others(foreign, "ppo_tiny")
@@ -942,19 +981,18 @@ def test_a_refused_resume_leaves_the_records_alone(train):
 
 def test_a_run_whose_states_are_lost_is_not_started_over(tmp_path):
     run = make_run(tmp_path / "run", algo={}, model={}, task={})
-    config = OmegaConf.create({"resume": str(run)})
     with pytest.raises(
         UserError, match=r"has done 0 iterations, but checkpoints/last\.ckpt and previous\.ckpt are"
     ):
-        check_same_run(config, run, None)
+        check_nothing_done(run)
     write_json(run / "status.json", {"status": "running"})
-    check_same_run(config, run, None)
+    check_nothing_done(run)
     (run / "metrics.csv").write_text("iteration,x\n0,1\n3,2\n")
     with pytest.raises(UserError, match="has done 3 iterations, but"):
-        check_same_run(config, run, None)
+        check_nothing_done(run)
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / ".last.ckpt").touch()  # killed while it wrote the first
-    check_same_run(config, run, None)
+    check_nothing_done(run)
 
 
 # -- commands that are printed, paths that are typed ------------------------------------------------------

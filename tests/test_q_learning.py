@@ -563,16 +563,17 @@ def test_every_metric_is_in_the_glossary(compose, tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_equals_one_that_went_through(compose, tmp_path, name):
     """Weights, target network, memory and metrics, bit for bit; the memory is full, so that its order matters."""
+    from policylab.config.settle import settle
     from policylab.launch.run import train
+    from policylab.runs.command import with_command_of
     from policylab.runs.metrics_file import read_rows
-    from policylab.runs.resume import with_command_of
 
     folder = tmp_path / "run"
 
     def run(*words: str) -> Path:
         folder.mkdir(exist_ok=True)
         command = with_command_of(list(words))
-        train(compose(command), folder, command)
+        train(settle(compose(command)), folder, command)
         return folder
 
     def state(where: Path) -> dict[str, Tensor]:

@@ -8,18 +8,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from policylab.cli.hydra_files import Redacted, tidy
 from policylab.cli.logs import Formatter
 from policylab.errors import UserError
-from policylab.launch.run import changes, demand_consent
+from policylab.launch.run import task_overrides
 from policylab.runs import redaction
+from policylab.runs.command import with_command_of
+from policylab.runs.consent import check_consent, with_consent
 from policylab.runs.folder import write_json
 from policylab.runs.redaction import HIDDEN, redact, redact_text, redact_words
-from policylab.runs.resume import with_command_of
-from policylab.runs.saved_config import demand_known, plain, self_contained, with_consent
+from policylab.runs.saved_config import load_usable, plain, self_contained
 from policylab.runs.status import RunStatus, read_status
 
 
@@ -131,19 +133,20 @@ def test_a_saved_config_refers_to_the_environment_and_resolves_all_else(monkeypa
 def test_a_reference_on_the_command_line_is_recorded_as_it_stands(monkeypatch):
     monkeypatch.setenv("KEY", "sk-SECRET")
     words = ["+reward.api_key=${oc.env:KEY}", "seed=1"]
-    assert redact_words(changes(OmegaConf.create({"overrides": {"task": words}}))) == words
+    assert redact_words(task_overrides(OmegaConf.create({"overrides": {"task": words}}))) == words
 
 
 def test_what_was_not_kept_is_not_worked_with(monkeypatch, tmp_path):
     monkeypatch.delenv("KEY", raising=False)
     config = OmegaConf.create({"reward": {"api_key": HIDDEN}, "model": {"key": "${oc.env:KEY}"}, "n": 1})
-    demand_known(config, tmp_path, parts=("n",))
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    load_usable(tmp_path, ["n"], False)
     with pytest.raises(UserError, match=r"reward\.api_key was given in clear and is not kept; write \$\{oc"):
-        demand_known(config, tmp_path)
+        load_usable(tmp_path, ["reward"], False)
     with pytest.raises(UserError, match=r"config\.yaml: model\.key: Environment variable 'KEY' not found"):
-        demand_known(config, tmp_path, parts=("model",))
+        load_usable(tmp_path, ["model"], False)
     monkeypatch.setenv("KEY", "here")
-    demand_known(config, tmp_path, parts=("model",))
+    assert load_usable(tmp_path, ["model"], False).model.key == "here"
 
 
 def test_hydra_s_own_files_hold_no_secrets(tmp_path):
@@ -170,6 +173,17 @@ def test_hydra_s_own_files_hold_no_secrets(tmp_path):
     shutil.rmtree(tmp_path / "0")
     tidy(files[0])
     assert not tmp_path.exists(), "every job was refused"
+
+
+def test_each_job_of_a_multirun_that_fails_is_named(capsys):
+    config = OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN, "job": {"num": 1}}})
+    failed = JobReturn(overrides=["seed=1", "+a.api_key=x"], status=JobStatus.FAILED)
+    failed._return_value = UserError("x is wrong")
+    Redacted().on_job_end(config, failed)
+    assert capsys.readouterr().err == f"job 1 (seed=1 +a.api_key={HIDDEN}) failed: x is wrong\n"
+    assert failed.overrides == ["seed=1", f"+a.api_key={HIDDEN}"]
+    Redacted().on_job_end(config, JobReturn(overrides=[], status=JobStatus.COMPLETED))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
@@ -216,13 +230,13 @@ def test_consent_of_the_present_command_alone_counts():
     with pytest.raises(
         UserError, match=r"logs/x was started with model\.trust_remote_code=true, .* give it again"
     ):
-        demand_consent(config, ["train.py", "resume=logs/x"])
+        check_consent(config, ["train.py", "resume=logs/x"])
     with pytest.raises(UserError, match=r"with reward\[0\]\.trust_remote_code=true"):
-        demand_consent(config, ["train.py", "resume=logs/x", "model.trust_remote_code=true"])
+        check_consent(config, ["train.py", "resume=logs/x", "model.trust_remote_code=true"])
     config.reward = None
-    demand_consent(config, ["train.py", "resume=logs/x", "model.trust_remote_code=true"])
-    demand_consent(config, ["train.py", "resume=logs/x", "+model={trust_remote_code: true}"])
-    demand_consent(OmegaConf.create({"model": {"trust_remote_code": False}}), [])
+    check_consent(config, ["train.py", "resume=logs/x", "model.trust_remote_code=true"])
+    check_consent(config, ["train.py", "resume=logs/x", "+model={trust_remote_code: true}"])
+    check_consent(OmegaConf.create({"model": {"trust_remote_code": False}}), [])
 
 
 def test_a_run_s_folder_cannot_have_code_run(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from policylab.launch.imports import absent
 
 ROOT = Path(__file__).parent.parent

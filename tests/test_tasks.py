@@ -320,7 +320,9 @@ def test_take_validation(caplog: pytest.LogCaptureFixture):
     assert take_validation(task, 3) == task.val[:3]
     assert not caplog.records
     assert take_validation(task, 257) == task.val
-    assert caplog.messages == ["validation.prompts=257: task reviews holds out 256; all of them are taken"]
+    assert caplog.messages == [
+        "257 prompts wanted for validation, and task reviews holds out 256; all of them are taken"
+    ]
     task.val = []
     with pytest.raises(UserError, match="task reviews holds out no prompt for validation"):
         take_validation(task, 3)

@@ -15,7 +15,7 @@ from torch import nn
 from policylab.config.build import Experiment, build
 from policylab.data.rollout import Completion
 from policylab.errors import RunError
-from policylab.launch.run import log_failure
+from policylab.launch.endings import log_failure
 from policylab.user_code import call, place, said, shown
 from small_runs import algo, quiet, small
 

@@ -102,10 +102,10 @@ def test_what_could_not_be_written_is_told_at_once_and_in_the_end(tmp_path, capl
         "nothing stood there before, the run goes on and tries again when the next one is due"
     ] * 2
     with pytest.raises(RunError, match=r"could not write .*file/last\.ckpt: File exists"):
-        writer.demand_written()
+        writer.check_written()
     (tmp_path / "file").unlink()
     writer.save_checkpoint({}, tmp_path / "file" / "last.ckpt")
-    writer.demand_written()
+    writer.check_written()
 
 
 def test_another_error_is_no_matter_of_disks(tmp_path):
@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch, caplog,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(call, full)
-    monkeypatch.setattr("policylab.runs.retry.ROOM", 0.0)
+    monkeypatch.setattr("policylab.runs.retry.TIMEOUT", 0.0)
     writer.save_checkpoint({"iteration": 2}, path)
     writer.wait()
     assert "last.ckpt: No space left on device; what stood there is kept" in caplog.text

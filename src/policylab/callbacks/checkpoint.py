@@ -18,7 +18,8 @@ from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.errors import UserError
 from policylab.models.adapted import save_adapters, whole_weights
 from policylab.models.loading import quiet_bars
-from policylab.runs.checkpoints import LAST, checkpoint_iteration, link_atomically, read
+from policylab.runs.checkpoints import LAST, checkpoint_iteration, link_atomically
+from policylab.runs.damage import read
 from policylab.runs.folder import write_json
 from policylab.runs.metrics_file import best_row
 from policylab.runs.writing import BackgroundWriter
@@ -101,7 +102,7 @@ class Checkpoint(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """What could not be written in spite of all is an error in the end."""
-        self.writer.demand_written()
+        self.writer.check_written()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Lets a finished run be prolonged: whether a batch was the last is for the resuming command to say. Metrics

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from policylab.callbacks.tables import console, duration, headlines, number
+from policylab.runs.words import counted
 
 
 class Console(Callback):
@@ -73,7 +74,7 @@ class Console(Callback):
             left = pl_module.last_iteration - pl_module.iteration
             about = "about " if pl_module.last_iteration < pl_module.iterations else ""
             console().print(
-                f"expected time: {duration(pl_module.expected_seconds)} for {about}{left} iterations"
+                f"expected time: {duration(pl_module.expected_seconds)} for {about}{counted(left, 'iteration')}"
             )
         self.expected_told = True
 

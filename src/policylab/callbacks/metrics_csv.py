@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from policylab.errors import RunError
 from policylab.runs.metrics_file import columns_of, format_row, read_rows, write_rows
-from policylab.runs.retry import Patience, wait_for_room
+from policylab.runs.retry import RetryLater, retry_while_full
 
 
 class MetricsCSV(Logger):
@@ -31,7 +31,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = Path(run_dir) / "metrics.csv"
         self.unwritten: list[dict[str, float]] = []
-        self.patience = Patience(
+        self.retry_later = RetryLater(
             self.path, "its rows wait in memory, and in the checkpoints, until it can be"
         )
         self._columns: list[str] = []  # of the file; empty before it was first written
@@ -88,8 +88,8 @@ class MetricsCSV(Logger):
     def settle(self) -> None:
         """Writes the rows that wait; on a full disk, as soon as there is room."""
         if self.unwritten:
-            with self.patience:
-                wait_for_room(self._write_all)
+            with self.retry_later:
+                retry_while_full(self._write_all)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -108,12 +108,12 @@ class MetricsCSV(Logger):
             self._row = (read_rows(self.path) or [{}])[-1]
 
     def _save(self) -> None:
-        with self.patience:
+        with self.retry_later:
             if self.unwritten or not set(self._row) <= set(self._columns):
                 self._write_all()
             else:
                 self._write_row()
-        if self.patience.failing and self._row not in self.unwritten[-1:]:
+        if self.retry_later.failing and self._row not in self.unwritten[-1:]:
             self.unwritten.append(self._row)
 
     def _write_row(self) -> None:

@@ -10,6 +10,7 @@ from lightning import Callback, Trainer
 
 from policylab.callbacks.tables import console, short_path
 from policylab.errors import UserError
+from policylab.runs.words import counted
 
 
 class Profile(Callback):
@@ -59,4 +60,4 @@ class Profile(Callback):
         (self.folder / "operators.txt").write_text(table, encoding="utf-8")
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
         self.profiler = None
-        console().print(f"profile of {self.iterations} iterations: {short_path(self.folder)}")
+        console().print(f"profile of {counted(self.iterations, 'iteration')}: {short_path(self.folder)}")

@@ -18,7 +18,7 @@ from policylab.callbacks.tables import console, pick, samples_table
 from policylab.data.rollout import Sample
 from policylab.errors import RunError
 from policylab.runs.folder import append_whole
-from policylab.runs.retry import Patience, wait_for_room
+from policylab.runs.retry import RetryLater, retry_while_full
 
 COLUMNS = ("iteration", "split", "prompt", "completion", "reward", "parts", "kl", "length", "ended")
 
@@ -40,7 +40,7 @@ class Samples(Callback):
         self.show = show
         self.table: Any = None
         self.unwritten: list[str] = []  # lines
-        self.patience = Patience(self.path, "its lines wait in memory until it can be")
+        self.retry_later = RetryLater(self.path, "its lines wait in memory until it can be")
 
     def state_dict(self) -> dict[str, Any]:
         """Lines that cannot be written to their file go with the state."""
@@ -74,7 +74,7 @@ class Samples(Callback):
         if not trainer.is_global_zero or not kept:
             return
         self.unwritten += [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in kept]
-        with self.patience:
+        with self.retry_later:
             self.save()
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -91,8 +91,8 @@ class Samples(Callback):
     def settle(self) -> None:
         """Writes the lines that wait; on a full disk, as soon as there is room."""
         if self.unwritten:
-            with self.patience:
-                wait_for_room(self.save)
+            with self.retry_later:
+                retry_while_full(self.save)
 
     def save(self) -> None:
         """Appends the lines that wait."""

@@ -215,6 +215,6 @@ def samples_table(samples: Sequence[Sample]) -> Table:
     for sample in samples:
         cut = "" if sample.ended else " ..."
         text = Text.assemble((one_line(sample.prompt, 80) + " | ", "dim"), one_line(sample.completion) + cut)
-        kl = "" if sample.kl is None else f"kl {sample.kl:.2f}"
-        table.add_row(f"  {sample.reward:+.3f}", kl, f"{sample.length} tokens", text)
+        kl = "" if sample.kl is None else f"kl {round(sample.kl, 2) + 0.0:.2f}"  # no -0.00
+        table.add_row(f"  {round(sample.reward, 3) + 0.0:+.3f}", kl, f"{sample.length} tokens", text)
     return table

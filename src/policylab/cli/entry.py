@@ -1,7 +1,7 @@
-"""What the root scripts share: resolvers before Hydra starts, and one clear line when something is wrong.
+"""What the root scripts share: set-up before Hydra starts, and one clear line when something is wrong.
 
-Exit codes: 0 done, 2 bad input, 75 told to end (SIGTERM, SIGUSR1), nothing is wrong, run it again; 130 interrupted
-(Ctrl-C), 1 anything else.
+Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM, SIGUSR1 or SIGUSR2 (run it again), 130 interrupted (Ctrl-C),
+1 anything else.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from policylab.distributed.allocator import keep_freed_memory
 from policylab.distributed.signals import INTERRUPTED, stop_on_signals
 from policylab.distributed.world import world
 from policylab.errors import ProcessFailed, UserError
+from policylab.runs.command import NothingLeft, with_command_of
 from policylab.runs.redaction import redact_text
-from policylab.runs.resume import NothingLeft, with_command_of
 from policylab.runs.words import typed
 
 BAD_INPUT = 2
@@ -50,7 +50,7 @@ def prepare(script: str) -> None:
     escape_unprintable()
     resolvers.register(Path(script).resolve().parent)
     if os.getcwd() not in sys.path:
-        sys.path.insert(1, os.getcwd())  # so that a reward of one's own can be named by its module
+        sys.path.insert(1, os.getcwd())  # so that users can name their own modules
 
 
 def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ()) -> None:
@@ -59,7 +59,7 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
     Args:
         main: the function under ``hydra.main``.
         doc: docstring of the script, for ``--help``.
-        free_text: keys whose value is taken as it stands, brackets, commas and quotes included.
+        free_text: keys whose value is text, which needs no quoting for Hydra.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page(doc, Path(sys.argv[0]).resolve()))
@@ -68,12 +68,12 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
     try:
         stop_on_signals()
         sys.argv[1:] = flags_first(with_command_of([typed(word, free_text) for word in sys.argv[1:]]))
-        demand_one_choice(sys.argv[1:], Path(sys.argv[0]).resolve().parent / "configs")
+        check_one_choice(sys.argv[1:], Path(sys.argv[0]).resolve().parent / "configs")
         main()
     except NothingLeft as done:
         print(done)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so be it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as after `| head`
     except KeyboardInterrupt as stopped:
         sys.exit(getattr(stopped, "exit_code", INTERRUPTED))
     except Exception as error:
@@ -81,10 +81,10 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
 
 
 def flags_first(words: list[str]) -> list[str]:
-    """``-m`` may stand anywhere; Hydra wants it before or after all overrides.
+    """Moves ``-m`` to the front: Hydra wants it before or after all overrides.
 
     Raises:
-        UserError: when each of several processes would sweep.
+        UserError: under torchrun or srun, where each process would sweep.
     """
     multirun = ("-m", "--multirun")
     if world().size > 1 and not set(words).isdisjoint(multirun):
@@ -95,8 +95,8 @@ def flags_first(words: list[str]) -> list[str]:
     return sorted(words, key=lambda word: word not in multirun)
 
 
-def demand_one_choice(words: Sequence[str], configs: Path) -> None:
-    """Refuses several choices of a group that builds one thing: Hydra would merge them, and the last would win.
+def check_one_choice(words: Sequence[str], configs: Path) -> None:
+    """Refuses several choices of a group that builds one thing: Hydra would merge them into the last one.
 
     Raises:
         UserError: naming the group.
@@ -112,7 +112,7 @@ def demand_one_choice(words: Sequence[str], configs: Path) -> None:
 
 
 def end_with(error: Exception) -> NoReturn:
-    """Ends the process: one line and code 2 for bad input, else code 1; the unforeseen with its traceback."""
+    """Exits: with one line and code 2 for bad input, else with code 1; an unknown error with its traceback."""
     from policylab.cli.messages import is_mistake, one_line
 
     message = None if WANTS_TRACEBACKS else one_line(error)
@@ -125,17 +125,16 @@ def end_with(error: Exception) -> NoReturn:
 
 
 def print_traceback(error: Exception) -> None:
-    """All that is known of an error; of one in another process, what that process knew."""
-    told = isinstance(error, ProcessFailed)
-    text = str(error) if told else "".join(traceback.format_exception(error))
+    """Prints the traceback of an error; for one in another process, the traceback from there."""
+    text = str(error) if isinstance(error, ProcessFailed) else "".join(traceback.format_exception(error))
     print(redact_text(text), file=sys.stderr)
 
 
 def as_job(task: Callable[[], float | None]) -> float | None:
     """Runs the body of a Hydra task; an error of a single run ends the process here.
 
-    Hydra would put a line of its own before the message. In a multirun that line names the job, and sweepers
-    want to see the exception, so there it passes.
+    Hydra would print a line of its own before the message. In a multirun that line names the job, and sweepers handle
+    the exception, so it is raised.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode

@@ -1,4 +1,4 @@
-"""The page that ``--help`` prints. Hydra's own takes more than a second with as many groups as there are here."""
+"""The page that ``--help`` prints. Hydra's own takes more than a second with this many groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches the console: warnings do, adverts and known noise do not."""
+"""Logging: warnings go to the console, known noise does not, and ``train.log`` gets the rest."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import io
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from policylab.distributed.world import world
 from policylab.runs.redaction import redact_text
 
-#: Said by Lightning or torch in every run and of no use in any; whatever else they say is shown.
+#: Parts of messages that Lightning and torch log in every run and that are of no use. All others are shown.
 NOISE = (
     "litlogger",
     "litmodels",
@@ -31,11 +34,11 @@ FILE_ONLY = {"file_only": True}
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Writes to whatever ``sys.stderr`` is at that moment, so that lines appear above a live progress bar."""
+    """Writes to the current ``sys.stderr``, so that lines appear above a live progress bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        # Of several processes one speaks; all write train.log.
+        # Only rank 0 writes to the console; all ranks write train.log.
         self.addFilter(lambda record: world().main and not getattr(record, "file_only", False))
 
     @property
@@ -45,24 +48,24 @@ class ConsoleHandler(logging.StreamHandler):
 
     @stream.setter
     def stream(self, _: TextIO) -> None:
-        """Ignored: logging's own set-up assigns it."""
+        """Ignored: logging assigns it at its set-up."""
 
 
 class Formatter(logging.Formatter):
-    """Lines without secrets."""
+    """Hides secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Logging's call."""
+        """Called by logging."""
         return redact_text(super().format(record))
 
 
 class LogFile(logging.FileHandler):
-    """A file for which there may come to be no room; what it misses then is not worth a traceback a line."""
+    """A log file that may meet a full disk: lines that cannot be written are dropped, and the first one is reported."""
 
     told = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Logging's call when a line could not be written."""
+        """Called by logging when a line could not be written."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -82,17 +85,17 @@ class NoiseFilter(logging.Filter):
 
 
 def escape_unprintable() -> None:
-    """A character that the terminal cannot show is printed as its number: no run ends for it."""
+    """Prints a character that the terminal cannot show as its number, in place of an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def silence_noise() -> None:
-    """Filters the known noise, by message. Lightning's other news goes to ``train.log``; call once it is imported."""
+    """Filters the known noise, by message. Lightning's other messages go to ``train.log``. Call after its import."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
-        logger.handlers.clear()  # its own, which prints everything on the console
+        logger.handlers.clear()  # its own handler prints everything on the console
         logger.propagate = True
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoiseFilter())
@@ -100,3 +103,27 @@ def silence_noise() -> None:
         warnings.simplefilter("ignore")
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=f"(?s).*{noise}")
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Logs to a file, written anew, and warnings to the console: for a command that Hydra sets up without logging."""
+    file, console, root = (
+        LogFile(path, mode="w", encoding="utf-8", delay=True),
+        ConsoleHandler(),
+        logging.root,
+    )
+    file.setFormatter(Formatter("[%(asctime)s %(levelname)s %(name)s] %(message)s"))
+    console.setFormatter(Formatter("%(message)s"))
+    console.setLevel(logging.WARNING)
+    before = root.level
+    root.setLevel(logging.INFO)
+    for handler in (file, console):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+        for handler in (file, console):
+            root.removeHandler(handler)
+        file.close()

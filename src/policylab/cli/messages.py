@@ -1,9 +1,10 @@
-"""One line for what is wrong with a command line or a config, with the nearest match where a name is unknown."""
+"""Errors as one line: what is wrong with a command line or a config, with the nearest match for an unknown name."""
 
 from __future__ import annotations
 
 import errno
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,20 +19,22 @@ from policylab.config.suggest import nearest
 from policylab.errors import RunError, UserError
 from policylab.runs.saved_config import unresolved
 
-#: Optuna's, of a search whose best is asked for.
+#: Optuna's message when no trial has succeeded.
 NO_TRIAL = "No trials are completed yet."
-#: Of a disk that is full, or that nobody may write on: no fault of the program's.
+#: Errors of a disk that is full or read-only.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<path>[^']+)'")
 # The key alone, with its path in the next line; or, behind an interpolation, the path at once.
 MISSING = re.compile(r"Missing mandatory value: (?:(\S+)\s+full_key: (?=\S+\.\1\b))?(?P<key>\S+)")
+#: A key of the config that is read and does not exist. Composed configs have all of them, those of older runs do not.
+OLDER = re.compile(r"Missing key \S+\s+full_key: (?P<key>\S+)")
 SEARCHED = re.compile(r"path=file://(\S+)")
 NOISE = ("full_key", "Error parsing override", "object_type", "See http", "reference_type")
 
 
 def one_line(error: BaseException) -> str | None:
-    """What is to be told of an error in place of its traceback; None for one that nobody has foreseen."""
+    """The message to print in place of a traceback; None for an unknown error."""
     for cause in causes(error):
         if isinstance(cause, UserError | RunError | FloatingPointError):
             return str(cause)
@@ -43,20 +46,20 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: {improve(str(error))}; write name=value, text with commas in quotes"
     if isinstance(error, InstantiationException):
-        return None  # what a part raised while it was built is told with its traceback
+        return None  # raised by a part while it was built: printed with its traceback
     if isinstance(error, HydraException | OmegaConfBaseException):
         return improve(str(error))
     return None
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether the input was wrong, rather than the run unlucky."""
+    """Whether the input was wrong, rather than something failing during the run."""
     told = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
     return isinstance(told[0], UserError) if told else not no_room(error)
 
 
 def no_room(error: BaseException) -> bool:
-    """Whether a disk is full, or nobody may write there."""
+    """Whether a disk is full or read-only."""
     return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
@@ -84,6 +87,10 @@ def improve(message: str) -> str:
         config = config_without(key)
         hint = new_keyword(config, key) or nearest(key.replace("/", "."), dotted_keys(config))
         return f"{key} is not in the config; {hint}--cfg job prints all keys"
+    if match := OLDER.search(message):
+        key = match["key"]
+        default = json.dumps(OmegaConf.select(config_without(key, "train"), key), default=str)
+        return f"the run is older than {key}: add it to its config.yaml (a new run has {default} there)"
     if match := MISSING.search(message):
         return f"{match['key']} must be given: {match['key']}=..."
     if why := unresolved(message):
@@ -105,7 +112,7 @@ def group_of(path: str, roots: list[str]) -> tuple[str, str, list[str]] | None:
 
 
 def instead(group: str, choice: str) -> str:
-    """What to write for a choice that is no name of a config, but that of a folder, a file, a class or a function."""
+    """What to write for a choice that names a folder, a file, a class or a function."""
     if group == "model" and "/" in choice:
         folder = choice[0] in "/.~" or Path(choice).is_dir()
         words = f"model.path={choice} model.name=NAME" if folder else f"model.name={choice}"
@@ -116,7 +123,7 @@ def instead(group: str, choice: str) -> str:
 
 
 def new_keyword(config: DictConfig, key: str) -> str:
-    """How to add a key that the user's own class or function takes; nothing where it takes no such key."""
+    """How to add a key that the user's own class or function takes; empty where it takes no such key."""
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else None
     target = node.get("_target_") if isinstance(node, DictConfig) else None
@@ -124,28 +131,31 @@ def new_keyword(config: DictConfig, key: str) -> str:
         return ""
     try:
         parameters = inspect.signature(get_object(target)).parameters
-    except Exception:  # it cannot be imported or has no signature: told when it is built
+    except Exception:  # it cannot be imported or has no signature: reported when it is built
         return ""
     return f"to give it to {target}, write +{key}=...; " if name in parameters else ""
 
 
-def config_without(unknown: str) -> DictConfig:
-    """The config that this command line would give without the unknown key."""
+def config_without(unknown: str, name: str = "") -> DictConfig:
+    """The config that this command line would give without the unknown key.
+
+    Args:
+        name: another main config than that of the running script, without overrides.
+    """
     from hydra import compose, initialize_config_dir
 
     script = Path(sys.argv[0]).resolve()
-    overrides = [
-        word for word in sys.argv[1:] if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)
-    ]
+    words = [] if name else sys.argv[1:]
+    overrides = [word for word in words if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)]
     try:
         with initialize_config_dir(str(script.parent / "configs"), version_base="1.3"):
-            return compose(script.stem, overrides)
+            return compose(name or script.stem, overrides)
     except (HydraException, OmegaConfBaseException):
-        return OmegaConf.create()  # something else is wrong too: no suggestion, and the first mistake is told
+        return OmegaConf.create()  # something else is wrong too: no suggestion
 
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """All keys of a config, groups before what they hold; nothing is resolved."""
+    """All keys of a config, groups before their keys; nothing is resolved."""
     for key in map(str, config):
         yield f"{prefix}{key}"
         if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):

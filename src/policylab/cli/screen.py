@@ -1,4 +1,4 @@
-"""The first minute and the last, as a person sees them."""
+"""What a run prints before and after training."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from policylab.callbacks.tables import (
 from policylab.distributed.world import world
 from policylab.runs.environment import git_state
 from policylab.runs.saved_config import plain
-from policylab.runs.words import command, override
+from policylab.runs.words import command, counted, override
 
 if TYPE_CHECKING:
     from policylab.config.build import Experiment
 
 
 class Screen:
-    """Prints what belongs to the whole job; the console callback prints the training in between.
+    """Prints header, config, plan and results; the console callback prints the training in between.
 
-    Silent where ``callbacks.console`` is off.
+    Prints nothing if ``callbacks.console`` is off.
     """
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
@@ -56,7 +56,7 @@ class Screen:
         self.console.print(config_tree(plain(self.config), overrides))
 
     def plan(self, experiment: Experiment) -> None:
-        """What is going to happen, in numbers."""
+        """The run in numbers."""
         module, trainer = experiment.module, experiment.trainer
         parameters = list(module.policy.parameters())
         total = sum(p.numel() for p in parameters)
@@ -82,7 +82,10 @@ class Screen:
         if summary["after"].get("iteration"):  # something after the baseline
             self.console.print(before_after(summary["before"], summary["after"]))
         lines = [
-            (summary["status"], f"{summary['iterations']} iterations in {duration(summary['wall_seconds'])}")
+            (
+                summary["status"],
+                f"{counted(summary['iterations'], 'iteration')} in {duration(summary['wall_seconds'])}",
+            )
         ]
         if best := summary["best"]:
             lines.append(
@@ -100,14 +103,14 @@ class Screen:
         self.console.print(to_copy(lines), soft_wrap=True)
 
     def _length(self) -> str:
-        """How long the run is, as the plan says it."""
+        """How long the run is."""
         iterations, budget = self.config.iterations, self.config.max_tokens
         if budget is None:
             return str(iterations)
         return f"until {budget:,} tokens are sampled, at most {iterations}"
 
     def _twice(self, summary: dict[str, Any]) -> str:
-        """The override that makes a finished run twice as long: that of the limit which ended it."""
+        """The override that makes a finished run twice as long: of the limit that ended it."""
         budget = self.config.max_tokens
         if budget is not None and summary["tokens_sampled"] >= budget:
             return f"max_tokens={2 * budget}"
@@ -115,7 +118,7 @@ class Screen:
 
 
 def devices(config: DictConfig) -> str:
-    """What a run runs on."""
+    """The devices of a run, in words."""
     hardware = config.hardware
     nodes = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes != 1 else ""
     strategy = f", {hardware.strategy}" if hardware.devices * hardware.num_nodes > 1 else ""

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervised, TrustRegion
 from policylab.callbacks.loggers import tolerated
-from policylab.config.checks import check
 from policylab.config.hardware import backend
 from policylab.config.signatures import check_signatures
 from policylab.data.plan import BatchPlan, ReplayPlan
@@ -69,7 +68,6 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     Raises:
         UserError: when a part refuses its values.
     """
-    check(config)
     check_parts(config)
     choose_products(config.hardware.products)
     algorithm = instantiate(config.algo)

@@ -1,27 +1,31 @@
-"""What can be said of a composed config before anything heavy is imported."""
+"""Checks of a composed config that need no heavy import."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from policylab.config.suggest import nearest
 from policylab.errors import UserError, demand
+from policylab.models.folder import demand_folder
+from policylab.runs.words import leaves
 
-#: All that stands at the root of a config.
+#: All keys at the root of a config.
 ROOT_KEYS = {
     "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "max_tokens", "model", "name", "optim",
     "paths", "plan", "plan_flops", "plan_memory", "resume", "reward", "rollout", "seed", "tags", "task", "validation",
 }  # fmt: skip
-#: Values outside any ``_target_``, whose type nothing else checks.
+#: Whole numbers outside any ``_target_``: nothing else checks their type.
 WHOLE_NUMBERS = (
     "seed", "iterations", "rollout.prompts", "rollout.group_size", "validation.every", "validation.prompts",
     "validation.batch_size",
 )  # fmt: skip
-#: Values outside any ``_target_`` that are true or false.
+#: Booleans outside any ``_target_``.
 SWITCHES = (
     "detect_anomaly", "plan", "hardware.gradient_checkpointing", "hardware.compile", "hardware.cpu_offload",
 )  # fmt: skip
-#: Values with a few choices, of which "auto" is settled where the run starts.
+#: Values with a few choices; `policylab.config.hardware` replaces some "auto".
 CHOICES = {
     "hardware.precision": ("32-true", "bf16-mixed", "bf16-true"),
     "hardware.strategy": ("auto", "ddp", "fsdp"),
@@ -31,7 +35,7 @@ CHOICES = {
 
 
 def check(config: DictConfig) -> None:
-    """Refuses root values that nothing else looks at.
+    """Refuses values that nothing else checks.
 
     Raises:
         UserError: naming the value and what to do.
@@ -41,20 +45,22 @@ def check(config: DictConfig) -> None:
         hint = nearest(unknown[0], sorted(ROOT_KEYS)).strip() or f"known are {', '.join(sorted(ROOT_KEYS))}"
         raise UserError(f"{unknown[0]} is not a key of the config; {hint}")
     for path in WHOLE_NUMBERS:
-        demand_whole(path, OmegaConf.select(config, path), 0 if path == "seed" else 1)
+        check_whole(path, OmegaConf.select(config, path), 0 if path == "seed" else 1)
     for path in ("max_tokens", "rollout.max_rows"):
         if (value := OmegaConf.select(config, path)) is not None:
-            demand_whole(path, value, 1)
+            check_whole(path, value, 1)
     if not isinstance(config.tags, ListConfig):
         raise UserError(f"tags={config.tags!r} is not a list; write tags=[{config.tags}]")
     demand("seed", config.seed, 0, 2**32 - 1)
     for path in ("hardware.devices", "hardware.num_nodes"):
         if OmegaConf.select(config, path) != "auto":
-            demand_whole(path, OmegaConf.select(config, path), 1)
-    demand_whole("hardware.max_restarts", config.hardware.max_restarts, 0)
+            check_whole(path, OmegaConf.select(config, path), 1)
+    check_whole("hardware.max_restarts", config.hardware.max_restarts, 0)
     demand("hardware.timeout", config.hardware.timeout, 0, above=True)
+    if OmegaConf.select(config, "logger.csv") is None:
+        raise UserError("logger.csv is off, but summary and resume read metrics.csv; leave it on")
     for path in SWITCHES:
-        demand_switch(path, OmegaConf.select(config, path))
+        check_switch(path, OmegaConf.select(config, path))
     if config.hardware.compile and config.hardware.gradient_checkpointing:
         raise UserError(
             "hardware.compile=true and hardware.gradient_checkpointing=true: compiled layers cannot be told to run "
@@ -65,25 +71,61 @@ def check(config: DictConfig) -> None:
             raise UserError(f"{path}={value} is not one of {', '.join(choices)}")
     if config.hardware.cpu_offload and config.hardware.strategy != "fsdp":
         raise UserError(
-            f"hardware.cpu_offload=true is a thing of hardware.strategy=fsdp, and it is {config.hardware.strategy}"
+            f"hardware.cpu_offload=true needs hardware.strategy=fsdp, and it is {config.hardware.strategy}"
         )
 
 
-def demand_number(path: str, value: object, above: float) -> None:
-    """Refuses what is no number, or not above its bound."""
+def check_number(path: str, value: object, above: float) -> None:
+    """Refuses a value that is no number, or not above its bound."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a number")
     demand(path, value, above, above=True)
 
 
-def demand_switch(path: str, value: object) -> None:
-    """Refuses what is neither true nor false."""
+def check_switch(path: str, value: object) -> None:
+    """Refuses a value that is neither true nor false."""
     if not isinstance(value, bool):
         raise UserError(f"{path}={value} is neither true nor false")
 
 
-def demand_whole(path: str, value: object, low: int) -> None:
-    """Refuses what is not a whole number, or below its bound."""
+def check_whole(path: str, value: object, low: int) -> None:
+    """Refuses a value that is not a whole number, or below its bound."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a whole number")
     demand(path, value, low)
+
+
+def check_model_exists(config: DictConfig) -> None:
+    """Refuses a model that is neither on this machine nor reachable, before seconds of heavy imports.
+
+    Raises:
+        UserError: naming the model, where it was looked for, and what works offline.
+    """
+    path = config.model.get("path")
+    if path is not None:
+        demand_folder(path)
+    if config.model["_target_"] == "policylab.models.loading.from_hub" and config.model.path is None:
+        from policylab.models import hub
+
+        if not hub.is_cached(config.model.name):
+            hub.demand_reachable(config.model.name)
+
+
+def tuned_for_others(config: DictConfig, pair: str | None) -> str | None:
+    """A warning where numbers tuned for an embedded model are used with other weights.
+
+    Args:
+        pair: the choice of ``algo_model``, whether or not there is such a file.
+    """
+    path = OmegaConf.select(config, "model.path")
+    file = Path(config.paths.repo, "configs", "algo_model", f"{pair}.yaml")
+    if path is None or not Path(path).expanduser().is_dir() or not file.is_file():
+        return None
+    tuned = leaves(OmegaConf.to_container(OmegaConf.load(file)))
+    words = [f"{key}={value}" for key, value in tuned if OmegaConf.select(config, key) == value]
+    if not words:
+        return None
+    return (
+        f"{' '.join(words)} was tuned for the weights that come with model={config.model.name}, not for those in "
+        f"{path}; give your own, or ~algo_model for what other models have"
+    )

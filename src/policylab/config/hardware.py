@@ -9,17 +9,17 @@ from policylab.distributed.world import world
 from policylab.errors import UserError
 
 AUTO = "auto"
-#: Processes a core, beyond which a number is a mistake. A few more than cores is slow, and of use to try things out.
+#: More processes per core than this are refused. A few more than there are cores are slow, but useful for a try.
 CROWDED = 4
 
 
 def processes(config: DictConfig) -> int:
-    """Of the whole run; `settled` first."""
+    """Processes of the whole run, over all machines. Takes a settled config."""
     return int(config.hardware.devices) * int(config.hardware.num_nodes)
 
 
-def settled(config: DictConfig) -> DictConfig:
-    """A copy of the config that says how many processes there are on what.
+def with_devices(config: DictConfig) -> DictConfig:
+    """A copy of the config with numbers in place of ``auto`` for devices and machines.
 
     Where torchrun or SLURM has started several, these are used, whatever the config says.
 
@@ -63,13 +63,13 @@ def settled(config: DictConfig) -> DictConfig:
         raise UserError(
             "hardware.strategy=fsdp shards a model over processes, and there is one; take hardware.devices=2 or more"
         )
-    settled = config.copy()
-    OmegaConf.update(settled, "hardware", hardware, merge=False)
-    return settled
+    counted = config.copy()
+    OmegaConf.update(counted, "hardware", hardware, merge=False)
+    return counted
 
 
 def backend(hardware: DictConfig) -> str:
-    """Torch's library for the talk of several processes; `settled` first."""
+    """Torch's library for collective operations. Takes the ``hardware`` of a settled config."""
     if hardware.accelerator == "cpu":
         return "gloo"
-    return "cpu:gloo,cuda:nccl" if hardware.cpu_offload else "nccl"  # norms are summed where the shares are
+    return "cpu:gloo,cuda:nccl" if hardware.cpu_offload else "nccl"  # offloaded shares are summed on the CPU

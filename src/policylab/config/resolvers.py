@@ -1,12 +1,12 @@
-"""Words that the YAML files may use beside Hydra's own.
+"""Resolvers that the YAML files may use beside Hydra's own.
 
 ``${repo:}``                  root folder of the repository
 ``${slug:TEXT}``              TEXT as one folder name: ``org/model`` becomes ``org__model``
 ``${run_name:NAME,ALGO,MODEL}``  NAME if there is one, else ALGO-MODEL, as a folder name
 ``${unless:CONDITION,TEXT}``  TEXT, or null where CONDITION holds
-``${run_dir:RESUME,PATH,PLAN}``  the folder of this job: that of the run to resume, else PATH, claimed
+``${run_dir:RESUME,PATH,PLAN}``  the folder of this job: that of the run to resume, else PATH, newly made
 ``${direction:MODE}``         maximize for "max", minimize for "min"
-``${planned:PLAN,PATH}``      PATH, or where PLAN holds a folder that vanishes with this process
+``${planned:PLAN,PATH}``      PATH, or a temporary folder if PLAN is true
 
 This module is imported before Hydra composes anything, so it imports nothing heavy.
 """
@@ -22,28 +22,29 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from policylab.distributed.world import lasting
+from policylab.distributed.world import made_once
+from policylab.errors import UserError
 from policylab.runs.find import find_run
 from policylab.runs.folder import claim
 
 
 @cache
 def run_dir(resume: str | None, path: str, plan: bool = False) -> str:
-    """Folder of this job; asked again in this process, the answer is the same.
+    """Folder of this job; the same at every call in this process.
 
     Args:
         resume: run folder, checkpoint in one, or "latest"; None for a new run.
-        path: folder for a new run; a relative one lies in the current folder. Taken names get ``_2``, ``_3``, ...
-        plan: nothing will run, so nothing is claimed.
+        path: folder for a new run, relative to the current folder. Taken names get ``_2``, ``_3``, ...
+        plan: nothing will run, so the folder is a temporary one.
     """
     if plan:
-        return vanishing_folder()
-    return lasting("run folder", lambda: str(find_run(resume) if resume else claim(Path(path).absolute())))
+        return temporary_folder()
+    return made_once("run folder", lambda: str(find_run(resume) if resume else claim(Path(path).absolute())))
 
 
 @cache
-def vanishing_folder() -> str:
-    """For what Hydra insists on writing, where nothing is to be left: gone when this process ends."""
+def temporary_folder() -> str:
+    """A folder for what Hydra always writes, removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="policylab-plan-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -58,9 +59,15 @@ def slug(text: object) -> str:
     return re.sub(r"[^\w.+-]+", "_", str(text).replace("/", "__")).strip("._") or "unnamed"
 
 
-def run_name(name: str | None, algo: str, model: str) -> str:
-    """What a run is called."""
-    return slug(name or f"{algo}-{model}")
+def run_name(name: object | None, algo: str, model: str) -> str:
+    """The name of a run: one folder.
+
+    Raises:
+        UserError: for a name that would be a path.
+    """
+    if name is not None and (re.search(r"[/\\]", str(name)) or set(str(name)) <= set(". ")):
+        raise UserError(f"name={name} is no name of a folder; for another place write hydra.run.dir=PATH")
+    return slug(f"{algo}-{model}" if name is None else name)
 
 
 def register(root: Path) -> None:
@@ -80,5 +87,5 @@ def register(root: Path) -> None:
     )
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver(
-        "planned", lambda plan, path: vanishing_folder() if plan else path, replace=True
+        "planned", lambda plan, path: temporary_folder() if plan else path, replace=True
     )

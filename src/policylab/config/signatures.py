@@ -1,7 +1,4 @@
-"""Holds a config against the signatures of what it builds, before anything is built.
-
-So a misspelt key or a word where a number belongs is one clear line, and no model has loaded in vain.
-"""
+"""Checks a config against the signatures of what it builds, before a model loads: unknown keys, missing keys, types."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from policylab.config.suggest import nearest
 from policylab.errors import RunError, UserError
 from policylab.user_code import place, said
 
-#: Keys that speak to Hydra rather than to the target.
+#: Keys that are for Hydra, not for the target.
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
@@ -48,16 +45,16 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
     given = {str(k): v for k, v in config.items() if k not in HYDRA_KEYS | ignore}
     for key in given:
         if key not in parameters:
-            # a partial is called with its first arguments later: they are nobody's to give
+            # the first argument of a partial is given when it is called
             keys = list(parameters)[1:] if config.get("_partial_") else list(parameters)
             near = nearest(f"{path}.{key}", [f"{path}.{name}" for name in keys]).strip()
             hint = near or (f"known are {', '.join(keys)}" if keys else "it has none")
             raise UserError(f"{path}.{key} is not a key of {target.__name__}; {hint}")
-    demanded = [
+    required = [
         p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
     ]
-    missing = [name for name in demanded if name not in given]
-    # A partial is called later; only rewards are, and `demand_reward` checks how they can be called.
+    missing = [name for name in required if name not in given]
+    # Only rewards are partials; `demand_reward` checks how they can be called.
     if missing and not config.get("_partial_"):
         hint = f"; or, if {target.__name__} is the reward itself, give reward._partial_=true"
         its_own = path == "reward" and not inspect.isclass(target)
@@ -79,7 +76,7 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
     """
     name = config["_target_"]
     try:
-        # tells a module that is not there from one that imports what is not there, as Hydra does not
+        # unlike Hydra, distinguishes a missing module from one that imports a missing module
         target = pydoc.locate(name)
     except pydoc.ErrorDuringImport as failed:
         error = failed.value
@@ -108,7 +105,7 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Types by parameter; none where they cannot be resolved at run time."""
+    """Types by parameter; empty where they cannot be resolved at run time."""
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except NameError:
@@ -116,7 +113,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value may stand for a plain type. What is not plain is left to its target."""
+    """Whether a plain value has a plain type. Other types are left to the target."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))
@@ -138,7 +135,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """A type as people say it."""
+    """A type in words."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(option) for option in get_args(hint))

@@ -1,19 +1,19 @@
-"""What was meant by a name that does not exist."""
+"""Suggestions for a name that does not exist."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-#: How alike two names are at least, of 1.
+#: Least similarity of two names, from 0 to 1.
 ALIKE = 0.7
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"did you mean X? "`` for the key that was meant, or nothing where none is similar.
+    """``"did you mean X? "``, or nothing where no known key is similar.
 
-    That is a key of the same last name, else one beside it of which this is another spelling, or a longer or shorter
-    form. Keys that speak to Hydra are meant by nobody.
+    Similar is a key with the same last name, else one of the same group that is a shorter or longer form or another
+    spelling. Hydra's own keys are never suggested.
 
     >>> nearest("optim.lrr", ["optim.lr", "seed"]), nearest("lr", ["optim.lr", "seed"])
     ('did you mean optim.lr? ', 'did you mean optim.lr? ')

@@ -1,4 +1,4 @@
-"""Main memory: how much there is, and how the C library gives it back to the kernel."""
+"""Main memory: its size, and how malloc returns it to the kernel."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 #: Parameters of glibc's mallopt, by their numbers in malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-#: Blocks up to here come from the heap (glibc allows no more), of which this much may lie free.
+#: Blocks up to this size come from the heap (glibc allows no more), and this many free bytes stay in it.
 LARGEST_ON_HEAP, KEPT = 2**25, 2**30
 
 
 def keep_freed_memory() -> None:
-    """Keeps freed blocks for the next tensor of that size.
+    """Keeps freed blocks for the next tensor of that size; does nothing without glibc.
 
-    By default each tensor of a few megabytes is new memory from the kernel, which clears it page by page. Without
-    glibc nothing happens.
+    By default malloc asks the kernel for new memory for each tensor of a few megabytes, and the kernel zeroes it page
+    by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
 
 
 def main_memory() -> int:
-    """Bytes of this machine, or of the container that this process may fill."""
+    """Bytes of main memory of this machine, or of the container if that has less."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"

@@ -1,4 +1,4 @@
-"""The processes of a run, as Lightning wants to know them."""
+"""The processes of a run, for Lightning."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from policylab.distributed.world import main_address, world
 
 
 class Cluster(ClusterEnvironment):
-    """What `policylab.distributed.world` says, whoever has started the processes.
+    """The processes of `policylab.distributed.world`, whoever has started them.
 
-    In place of Lightning's own for SLURM, which would requeue jobs by itself, wants variables that not every step has,
-    and takes a single process in a job of several tasks for one of them.
+    Lightning's own class for SLURM requeues jobs by itself, needs variables that not every step has, and mistakes a
+    single process in a job of several tasks for one of them.
     """
 
     @property
@@ -34,13 +34,13 @@ class Cluster(ClusterEnvironment):
         return world().size
 
     def set_world_size(self, size: int) -> None:
-        """It is known."""
+        """Nothing: it is known."""
 
     def global_rank(self) -> int:
         return world().rank
 
     def set_global_rank(self, rank: int) -> None:
-        """It is known."""
+        """Nothing: it is known."""
 
     def local_rank(self) -> int:
         return world().local_rank

@@ -1,4 +1,4 @@
-"""What the signals mean that ask a run to stop."""
+"""The signals that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import signal
 import threading
 from types import FrameType
 
-#: All that ask a process to stop after its iteration. SLURM sends one of the last two before the time limit if it is
-#: told to (submitit tells it to send SIGUSR2).
+#: Signals that ask a process to stop after its iteration. SLURM sends one of the last two before the time limit if the
+#: job asks for it (submitit asks for SIGUSR2).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-#: How a launcher hands it to its processes, which are deaf to the others: a terminal, SLURM or systemd sends those to
-#: all of them at once. One that does not listen yet is not ended by it.
+#: The one that a launcher sends to its processes. They ignore the others, which a terminal, SLURM or systemd sends to
+#: all processes at once. By default it does nothing, so a process without a handler yet survives it.
 PASSED_ON = signal.SIGURG
-#: Seconds within which a second signal is the first one, come by another way, as from torchrun.
+#: Seconds within which a second signal counts as the first one: torchrun, for one, forwards it.
 ECHO = 1.0
-#: Exit codes. 75 is the system's EX_TEMPFAIL: nothing is wrong and nothing lost, run the same command again.
+#: Exit codes. 75 is EX_TEMPFAIL of sysexits.h: nothing is lost, run the same command again.
 INTERRUPTED, AGAIN = 130, 75
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was asked to stop has stopped; what it had saved is whole.
+    """A run was asked to stop and has stopped; its checkpoints are whole.
 
     Args:
         signum: the signal that asked.
-        together: all processes stopped after the same iteration; else this one did so at once.
+        together: whether all processes stopped after the same iteration, rather than this one at once.
     """
 
     def __init__(self, signum: int, *, together: bool = False) -> None:
@@ -39,7 +39,7 @@ def can_listen() -> bool:
 
 
 def stop_on_signals() -> None:
-    """Until a run listens, in its first seconds, a signal ends the process at once, with the same exit codes."""
+    """In the first seconds, before a run sets its own handlers, a signal ends the process with the same exit codes."""
     if can_listen():
         for number in SIGNALS:
             signal.signal(number, stop_at_once)

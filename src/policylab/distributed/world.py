@@ -1,13 +1,10 @@
-"""The processes of a run, as their environment tells: none but this one, or those of torchrun, SLURM or our own launch.
-
-Known before Lightning or a process group is there, so that the processes can agree on a folder and compare configs.
-"""
+"""The processes of a run: who they are, as the environment says (torchrun, SLURM, our own launch), and what they
+exchange beside Lightning."""
 
 from __future__ import annotations
 
 import atexit
 import hashlib
-import json
 import os
 import re
 import time
@@ -25,22 +22,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: A process that waits longer than this for another at the start gives up.
+#: Timeout of the start: processes that have not come by then are missing.
 START_TIMEOUT = timedelta(minutes=10)
-#: Under SLURM a job listens on one of the ten thousand ports from here on.
+#: Under SLURM rank 0 listens on one of the ten thousand ports from here on.
 SLURM_PORTS = 15_000
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among those of the run."""
+    """The rank of this process, and how many there are."""
 
     rank: int = 0  #: over all nodes
     size: int = 1
     local_rank: int = 0  #: on this node
     local_size: int = 1
-    restarts: int = 0  #: times that the group was started again after a failure
-    elastic: bool = False  #: whether torch's launcher watches over it, ours or torchrun's
+    restarts: int = 0  #: of the group, after a failure
+    elastic: bool = False  #: whether torch's launcher has started it, ours or torchrun's
 
     @property
     def main(self) -> bool:
@@ -54,7 +51,7 @@ class World:
 
 
 def world(environment: Mapping[str, str] = os.environ) -> World:
-    """The processes that exist.
+    """This process among those of the run.
 
     Raises:
         UserError: when nodes have different numbers of them.
@@ -68,8 +65,8 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
             elastic=True,
         )
-    # Of the step that srun has started: the script of sbatch and the shell of salloc have the variables of their whole
-    # job, and no tasks beside them.
+    # The variables of the step: those of the whole job are also set in the script of sbatch and the shell of salloc,
+    # which are no tasks.
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_STEP_NUM_NODES"])
         if size % nodes:
@@ -84,122 +81,8 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     return World()
 
 
-def agreed(name: str, value: T | None, seconds: float) -> T:
-    """What the process of rank 0 says, on all processes: plain data. All must call it, in the same order.
-
-    Args:
-        name: for whom, in messages.
-        value: on rank 0; the others' is not looked at.
-        seconds: that the others wait for it.
-
-    Raises:
-        ProcessFailed: when rank 0 says nothing for so long, or is no more.
-    """
-    here = world()
-    if here.size == 1:
-        assert value is not None
-        return value
-    key = f"{name}/{_calls(name)}"
-    store = _store()
-    if here.main:
-        store.set(key, json.dumps(value))
-        assert value is not None
-        return value
-    try:
-        store.wait([key], timedelta(seconds=seconds))
-        said: T = json.loads(store.get(key))
-        return said
-    except RuntimeError as error:
-        raise ProcessFailed(f"the process of rank 0 has not said which {name} ({error})") from error
-
-
-def lasting(name: str, make: Callable[[], str]) -> str:
-    """What rank 0 makes, on all processes, and again the same when the group is started again after a failure."""
-    here = world()
-    if here.size == 1 and not here.elastic:
-        return make()
-    store = _store()
-    if here.main and not store.check([name]):
-        store.set(name, make())
-    return store.get(name).decode()
-
-
-def noted(name: str) -> bool:
-    """Whether `note` was called with this name, by this group of processes or one before it."""
-    return world().elastic and bool(_store().check([name]))
-
-
-def note(name: str) -> None:
-    """Leaves word for a group that is started again after a failure."""
-    if world().elastic:
-        _store().set(name, "")
-
-
-def demand_same(name: str, text: str) -> None:
-    """Refuses to go on when the processes hold different texts.
-
-    Raises:
-        UserError: on every process, naming those that differ from rank 0.
-        ProcessFailed: when not all have come in ten minutes.
-    """
-    try:
-        said = _gathered(name, hashlib.sha256(text.encode()).hexdigest(), START_TIMEOUT)
-    except RuntimeError as error:
-        raise ProcessFailed(
-            f"not all {world().size} processes have said what their {name} is ({error})"
-        ) from error
-    others = [str(rank) for rank, hashed in enumerate(said) if hashed != said[0]]
-    if others:
-        raise UserError(
-            f"the {name} of rank {', '.join(others)} is not that of rank 0; start all processes with the same command"
-        )
-
-
-def meet(name: str, seconds: float) -> None:
-    """Returns when all processes have come here. The first that ends may take the others with it, as torchrun and
-    SLURM have it.
-
-    Raises:
-        RuntimeError: when they have not, after so many seconds.
-    """
-    here, timeout = world(), timedelta(seconds=seconds)
-    _gathered(name, "here", timeout)
-    if here.size > 1:  # rank 0 may hold the store, so it leaves last
-        left = [f"{name}/left/{attempt()}/{rank}" for rank in range(1, here.size)]
-        if here.main:
-            _store().wait(left, timeout)
-        else:
-            _store().set(left[here.rank - 1], "")
-
-
-def _gathered(name: str, text: str, timeout: timedelta) -> list[str]:
-    """What each process says, by rank."""
-    here = world()
-    if here.size == 1:
-        return [text]
-    store, turn = _store(), _calls(name)
-    store.set(f"{name}/{turn}/{here.rank}", text)
-    keys = [f"{name}/{turn}/{rank}" for rank in range(here.size)]
-    store.wait(keys, timeout)
-    return [store.get(key).decode() for key in keys]
-
-
-@cache
-def _store() -> TCPStore:
-    """A place where the processes leave texts for one another."""
-    from torch.distributed import TCPStore
-
-    here = world()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is there already
-        host, port, serves = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), False
-    else:
-        host, port, serves = *main_address(), here.main
-    return TCPStore(host, port, here.size, serves, START_TIMEOUT)
-
-
 def main_address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port of rank 0: as torchrun says, or anybody else; under SLURM else its first node, and a port by the
-    job's number."""
+    """Host and port of rank 0, from ``MASTER_ADDR`` and ``MASTER_PORT``, or from the variables of SLURM."""
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     if host is None:
         host = first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
@@ -219,23 +102,50 @@ def first_host(nodes: str) -> str:
     return first[1] + (first[2] or "") + first[3]
 
 
-#: Times that each name has been agreed on by this process.
-_turns: dict[str, int] = {}
+# -- before the process group: a store for short texts ---------------------------------------------------------------
 
 
-def _calls(name: str) -> str:
-    """Another word each time, the same one on all processes."""
-    _turns[name] = _turns.get(name, 0) + 1
-    return f"{attempt()}/{_turns[name]}"
+def made_once(name: str, make: Callable[[], str]) -> str:
+    """What rank 0 makes, on all processes. After a restart of the group it is the same, not made again."""
+    here = world()
+    if here.size == 1 and not here.elastic:
+        return make()
+    store = _store()
+    if here.main and not store.check([name]):
+        store.set(name, make())
+    return store.get(name).decode()
+
+
+def has_flag(name: str) -> bool:
+    """Whether `set_flag` was called with this name, by this group of processes or by one before a restart."""
+    return world().elastic and bool(_store().check([name]))
+
+
+def set_flag(name: str) -> None:
+    """Sets a flag that lasts over restarts of the group."""
+    if world().elastic:
+        _store().set(name, "")
+
+
+@cache
+def _store() -> TCPStore:
+    """Key-value store of the launcher, or of rank 0."""
+    from torch.distributed import TCPStore
+
+    here = world()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher's
+        host, port, serves = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), False
+    else:
+        host, port, serves = *main_address(), here.main
+    return TCPStore(host, port, here.size, serves, START_TIMEOUT)
 
 
 @cache
 def attempt() -> int:
-    """Which group of processes this is, counted from 1 over the restarts of a launcher.
+    """Number of this group of processes, counted from 1 over the restarts of a launcher.
 
-    Torch's launcher keeps one store for all groups, and what a process of an earlier one has left there must not pass
-    for the word of a living one. (Its own count of restarts is each node's for itself.) So rank 0 counts, and answers
-    the question that each of the others has just asked; of those of an earlier group none hears the answer.
+    Torch's launcher keeps one store for all groups, and each node counts its restarts for itself. So rank 0 counts,
+    and each other rank asks it with a fresh id: the question of a process of an earlier group gets no answer.
 
     Raises:
         ProcessFailed: when not all have come in ten minutes.
@@ -264,12 +174,19 @@ def attempt() -> int:
         raise ProcessFailed(f"not all {here.size} processes have come ({error})") from error
 
 
+# -- the process group: torch's collective operations ----------------------------------------------------------------
+
+
+#: "cpu": a gloo group of all processes, for plain data. NCCL would need a GPU for it.
+_groups: dict[str, Any] = {}
+
+
 def connect(backend: str, seconds: float) -> None:
-    """Makes torch's process group, if there are several processes; Lightning then takes it as it is.
+    """Makes torch's process group if there are several processes. Lightning finds it and uses it.
 
     Args:
         backend: gloo or nccl, or both by device.
-        seconds: that one waits for the others in a collective operation.
+        seconds: timeout of collective operations.
     """
     here = world()
     if here.size == 1:
@@ -281,6 +198,67 @@ def connect(backend: str, seconds: float) -> None:
     dist.init_process_group(backend, timeout=timeout, store=store, rank=here.rank, world_size=here.size)
     if "nccl" in backend:  # it warns otherwise
         atexit.register(dist.destroy_process_group)
+    _groups["cpu"] = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def broadcast(name: str, value: T | None) -> T:
+    """Rank 0's value, on all processes: plain data. All must call it.
+
+    Args:
+        name: what it is, for messages.
+        value: on rank 0; the others' is ignored.
+
+    Raises:
+        ProcessFailed: when rank 0 does not answer within the timeout, or has exited.
+    """
+    values = [value]
+    if world().size > 1:
+        import torch.distributed as dist
+
+        try:
+            dist.broadcast_object_list(values, src=0, group=_groups["cpu"])
+        except RuntimeError as error:
+            raise ProcessFailed(f"rank 0 has not sent its {name} ({error})") from error
+    (sent,) = values
+    assert sent is not None
+    return sent
+
+
+def check_same(name: str, text: str) -> None:
+    """Refuses to go on when the processes hold different texts.
+
+    Raises:
+        UserError: on every process, naming the ranks that differ from rank 0.
+        ProcessFailed: when a process does not answer within the timeout, or has exited.
+    """
+    here = world()
+    if here.size == 1:
+        return
+    import torch.distributed as dist
+
+    hashes = [""] * here.size
+    try:
+        dist.all_gather_object(hashes, hashlib.sha256(text.encode()).hexdigest(), group=_groups["cpu"])
+    except RuntimeError as error:
+        raise ProcessFailed(f"not all {here.size} processes have sent their {name} ({error})") from error
+    others = [str(rank) for rank, hashed in enumerate(hashes) if hashed != hashes[0]]
+    if others:
+        raise UserError(
+            f"the {name} of rank {', '.join(others)} is not that of rank 0; start all processes with the same command"
+        )
+
+
+def barrier() -> None:
+    """Returns when all processes have come here. At the end of a run: torchrun and SLURM may end the others when the
+    first one exits.
+
+    Raises:
+        RuntimeError: when one has not come within the timeout, naming its rank.
+    """
+    if world().size > 1:
+        import torch.distributed as dist
+
+        dist.monitored_barrier(group=_groups["cpu"])
 
 
 def in_environment() -> dict[str, Any]:

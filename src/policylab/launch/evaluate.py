@@ -19,13 +19,19 @@ from policylab.callbacks.tables import (
     short_path,
     to_copy,
 )
-from policylab.config.checks import demand_switch, demand_whole
-from policylab.launch.imports import import_libraries
-from policylab.runs.checkpoints import checkpoint_state, demand_fit
-from policylab.runs.checkpoints import demand_whole as demand_undamaged
+from policylab.cli.logs import logged_to
+from policylab.config.checks import check_switch, check_whole
+from policylab.errors import UserError
+from policylab.launch.endings import log_failure
+from policylab.runs.checkpoints import checkpoint_state
+from policylab.runs.damage import check_undamaged
 from policylab.runs.find import find_checkpoint, find_run
 from policylab.runs.folder import write_json
-from policylab.runs.saved_config import demand_known, load_config, with_consent
+from policylab.runs.same_run import check_fits
+from policylab.runs.saved_config import load_usable
+
+#: Parts of a run's config that an evaluation works with.
+PARTS = ("algo", "hardware", "model", "optim", "reward", "rollout", "task", "validation")
 
 
 def evaluate_job(config: DictConfig) -> None:
@@ -33,12 +39,26 @@ def evaluate_job(config: DictConfig) -> None:
     check(config)
     run_folder = find_run(config.run)
     checkpoint = find_checkpoint(run_folder, config.checkpoint)
-    result = evaluate(run_folder, checkpoint, config.prompts, config.seed, config.trust_remote_code)
-    out = Path(config.out).expanduser() if config.out else run_folder / "evaluate.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
-    show(result, config.show)
-    console().print(to_copy([("written to", short_path(out))]), soft_wrap=True)
+    out = output_file(config.out, run_folder)
+    with logged_to(out.with_suffix(".log")), log_failure():
+        result = evaluate(run_folder, checkpoint, config.prompts, config.seed, config.trust_remote_code)
+        write_json(out, result)
+        show(result, config.show)
+        console().print(to_copy([("written to", short_path(out))]), soft_wrap=True)
+
+
+def output_file(out: str | None, run_folder: Path) -> Path:
+    """Where metrics and samples go; the log lies beside it.
+
+    Raises:
+        UserError: when it is a folder, or its folder does not exist.
+    """
+    path = Path(out).expanduser() if out else run_folder / "evaluate.json"
+    if path.is_dir():
+        raise UserError(f"out={out} is a folder; give the file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"out={out}: there is no folder {path.parent}; make it first")
+    return path
 
 
 def check(config: DictConfig) -> None:
@@ -49,9 +69,9 @@ def check(config: DictConfig) -> None:
     """
     for name, low in (("prompts", 1), ("seed", 0)):
         if config[name] is not None:
-            demand_whole(name, config[name], low)
-    demand_whole("show", config.show, 0)
-    demand_switch("trust_remote_code", config.trust_remote_code)
+            check_whole(name, config[name], low)
+    check_whole("show", config.show, 0)
+    check_switch("trust_remote_code", config.trust_remote_code)
 
 
 def evaluate(
@@ -61,12 +81,12 @@ def evaluate(
     seed: int | None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Builds the run's experiment anew and validates a checkpoint.
+    """Builds the experiment of a run again and validates a checkpoint.
 
     Args:
         prompts: validation prompts at most; None takes as many as the run did.
         seed: of the sampling noise; None takes the run's.
-        trust_remote_code: the consent of whoever asks now; that on record in the run does not count.
+        trust_remote_code: the consent of the present command; the one on record does not count.
 
     Returns:
         The content of ``evaluate.json``: run, checkpoint, iteration, seed, prompts that were counted, metrics, samples.
@@ -74,8 +94,7 @@ def evaluate(
     Raises:
         UserError: when a secret is needed that was not kept, or the checkpoint is damaged or another model's.
     """
-    checkpoint_state(demand_undamaged(checkpoint))
-    import_libraries()
+    checkpoint_state(check_undamaged(checkpoint))
     from policylab.cli.logs import silence_noise
     from policylab.config.build import build
 
@@ -83,11 +102,10 @@ def evaluate(
     warnings.filterwarnings(
         "ignore", message="(?s).*callbacks used to create the checkpoint"
     )  # left out on purpose
-    config = with_consent(for_evaluation(load_config(run_folder), prompts, seed), trust_remote_code)
-    demand_known(config, run_folder)
+    config = for_evaluation(load_usable(run_folder, PARTS, trust_remote_code), prompts, seed)
     experiment = build(config, run_folder)
     module = experiment.module
-    demand_fit(module, checkpoint, "take a checkpoint of this run")
+    check_fits(module, checkpoint, "take a checkpoint of this run")
     experiment.trainer.validate(
         module, datamodule=experiment.data, ckpt_path=checkpoint, verbose=False, weights_only=True
     )
@@ -103,7 +121,7 @@ def evaluate(
 
 
 def for_evaluation(config: DictConfig, prompts: int | None, seed: int | None) -> DictConfig:
-    """A copy of a run's config with nothing that watches or writes, for one process."""
+    """A copy of a run's config without callbacks and loggers, for one process."""
     changed = config.copy()
     changed.callbacks, changed.logger = {}, {}
     changed.hardware.update({"devices": 1, "num_nodes": 1, "strategy": "auto", "cpu_offload": False})

@@ -1,4 +1,4 @@
-"""What others see of a run while it trains: its status, and that it is the latest."""
+"""Keeps ``status.json`` and ``logs/latest`` up to date during training."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class FollowStatus(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One iteration further."""
+        """Writes them after each iteration."""
         if trainer.is_global_zero:
             self.status.write(iteration=pl_module.iteration, tokens_sampled=pl_module.tokens_sampled)
 
 
 class BecomeLatest(Callback):
-    """Lets ``logs/latest`` point at a run once it has a state on disk: what `latest` names can be evaluated.
+    """Points ``logs/latest`` at a run as soon as its first checkpoint is written, so that `latest` can be evaluated.
 
-    Stand it after the checkpoint callback, and it waits its turn behind that one's first state.
+    Place it after the checkpoint callback: writes are queued in that order.
     """
 
     def __init__(self, run_dir: Path, logs: Path) -> None:
@@ -39,7 +39,7 @@ class BecomeLatest(Callback):
         self.logs = logs
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The checkpoint callback has handed its first state to the writer."""
+        """Queues the link behind the first checkpoint."""
         writer = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and isinstance(writer, BackgroundWriter):
             writer.submit(self.logs / LATEST, partial(point_latest, self.run_dir, self.logs))

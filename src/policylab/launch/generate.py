@@ -11,22 +11,24 @@ from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
 from policylab.callbacks.tables import console
-from policylab.config.checks import demand_number, demand_switch, demand_whole
+from policylab.config.checks import check_number, check_switch, check_whole
 from policylab.errors import UserError
-from policylab.launch.imports import UNUSED, absent
 from policylab.runs.find import find_run
-from policylab.runs.saved_config import demand_known, load_config
+from policylab.runs.saved_config import load_usable
 
 if TYPE_CHECKING:
     from policylab.models.policy import Policy
+
+
+#: Parts of a run's config that are needed to generate.
+PARTS = ("model", "rollout", "task.instruction", "hardware")
 
 
 def generate_job(config: DictConfig) -> None:
     """The Hydra task of ``generate.py``."""
     check(config)
     run_folder = find_run(config.run)
-    trained_with = load_config(run_folder)
-    demand_known(trained_with, run_folder, parts=("model", "rollout", "task.instruction", "hardware"))
+    trained_with = load_usable(run_folder, PARTS, config.trust_remote_code)
     policy = load_policy(run_folder, config.policy, trained_with, config.trust_remote_code)
     for prompt in prompts(config.prompt):
         for text in completions(policy, prompt, config, trained_with):
@@ -39,13 +41,13 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: naming the value.
     """
-    demand_whole("n", config.n, 1)
-    demand_whole("seed", config.seed, 0)
+    check_whole("n", config.n, 1)
+    check_whole("seed", config.seed, 0)
     if config.max_new_tokens is not None:
-        demand_whole("max_new_tokens", config.max_new_tokens, 1)
+        check_whole("max_new_tokens", config.max_new_tokens, 1)
     if config.temperature is not None:
-        demand_number("temperature", config.temperature, 0)
-    demand_switch("trust_remote_code", config.trust_remote_code)
+        check_number("temperature", config.temperature, 0)
+    check_switch("trust_remote_code", config.trust_remote_code)
     if config.prompt is not None and not str(config.prompt).strip():
         raise UserError("prompt is empty; give some text to go on from, or leave it out to be asked")
 
@@ -56,17 +58,16 @@ def load_policy(
     """A policy that a run has exported, on the best device.
 
     Args:
-        trust_remote_code: the consent of whoever asks now; that on record in the run does not count.
+        trust_remote_code: the consent of the present command; the one on record does not count.
 
     Raises:
         UserError: when the run has not exported it.
     """
     import torch
 
-    with absent(UNUSED):
-        from policylab.models.loading import LoadOptions, from_folder
-        from policylab.models.policy import Policy
-        from policylab.rollouts.products import choose_products
+    from policylab.models.loading import LoadOptions, from_folder
+    from policylab.models.policy import Policy
+    from policylab.rollouts.products import choose_products
 
     choose_products(trained_with.hardware.products)
     folder = run_folder / "model" / which
@@ -80,7 +81,7 @@ def load_policy(
 
 
 def prompts(given: str | None) -> Iterator[str]:
-    """The one that was given, or what a person types until an empty line or Ctrl-D."""
+    """The given prompt, or what a person types until an empty line or Ctrl-D."""
     if given is not None:
         yield str(given)
         return
@@ -101,7 +102,7 @@ def read_line() -> str:
 
 
 def completions(policy: Policy, text: str, config: DictConfig, trained_with: DictConfig) -> list[str]:
-    """``n`` completions of a prompt, which the policy reads as it did in training.
+    """``n`` completions of a prompt, encoded as in training.
 
     Raises:
         UserError: when prompt and completion do not fit the model's context.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two iterations, where its state can be saved whole."""
+"""Ctrl-C and SIGTERM stop a run between two iterations, where its state can be saved whole."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 class StopOnSignal(Callback):
     """Stops a run when it is asked to.
 
-    The first signal lets the iteration end; the checkpoint is written, validation left out. The second one, or
-    one outside training, stops at once. Several processes stop after the same iteration, whichever of them was asked.
-    Stand it before the checkpoint callback.
+    After the first signal the iteration ends and the checkpoint is written; validation is skipped. The second signal,
+    or one outside training, stops at once. Several processes stop after the same iteration, whichever got the signal.
+    Place it before the checkpoint callback.
 
     Args:
-        signals: that ask.
+        signals: that ask the run to stop.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:
@@ -48,11 +48,11 @@ class StopOnSignal(Callback):
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
         if self.signum is not None and isinstance(error, Exception):
-            # the other processes have stopped, and this one missed them
+            # a collective operation failed because the other processes have stopped
             raise Interrupted(self.signum) from error
 
     def listen(self) -> None:
-        """Sets the handlers; signals that do not ask are left as they were found."""
+        """Sets the handlers of ``signals``, and restores those of other signals."""
         if can_listen():
             for number, handler in self.previous.items():
                 signal.signal(number, self.handle if number in self.signals else handler)
@@ -66,22 +66,22 @@ class StopOnSignal(Callback):
         if at_once:
             raise Interrupted(signum)
         if world().main:
-            # not by print: the signal may have come amid one
+            # not print(): the signal may have interrupted one
             os.write(1, b"stopping after this iteration; Ctrl-C again stops at once\n")
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning has set a handler of its own for SIGTERM, which talks to the other processes amid anything."""
+        """Replaces Lightning's handler for SIGTERM, which starts a collective operation at unsafe moments."""
         self.listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """From here on an iteration is under way."""
+        """From here on a signal waits for the end of the iteration."""
         self.listen()
         self.training = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Between two iterations: stop here if asked to."""
+        """Stops all processes if one of them was asked to."""
         asked = int(pl_module.all_max(torch.tensor(self.signum or 0, device=pl_module.device)))
         if asked:
             self.signum = asked
@@ -92,5 +92,5 @@ class StopOnSignal(Callback):
             trainer.limit_val_batches = 0
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """No iteration is under way any more."""
+        """From here on a signal stops at once."""
         self.training = False

@@ -1,7 +1,8 @@
-"""What a run ran on: versions, machine, commit, command line."""
+"""``env.json``: what a run ran on (versions, machine, commit) and its command line."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from policylab.distributed.machine import cores, cpu_name
+from policylab.runs.folder import write_json
 from policylab.runs.redaction import redact_words
 
 PACKAGES = (
@@ -55,7 +57,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
-    """Content of ``env.json``. Imports torch, to ask for GPUs."""
+    """This machine, its software and the command. Imports torch, to ask for GPUs."""
     import torch
 
     from policylab import __version__
@@ -77,3 +79,26 @@ def describe_environment(repository: Path) -> dict[str, Any]:
         "command": shlex.join([Path(sys.executable).name, *redact_words(sys.argv)]),
         "folder": os.getcwd(),
     }
+
+
+def record_command(overrides: list[str], run_folder: Path) -> None:
+    """The command line alone, before there is a ``status.json``: a run that has one can be resumed."""
+    write_json(run_folder / "env.json", {"overrides": redact_words(overrides)})
+
+
+def record_environment(
+    run_folder: Path, repository: Path, overrides: list[str], extra: dict[str, Any], *, writes: bool
+) -> dict[str, Any]:
+    """The environment of this session, written to ``env.json`` before those of earlier sessions.
+
+    Args:
+        writes: whether this is the process that writes the file.
+    """
+    environment = {**describe_environment(repository), **extra, "overrides": redact_words(overrides)}
+    file = run_folder / "env.json"
+    if writes:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        resumed = before.keys() != {"overrides"}
+        sessions = [*before.pop("earlier_sessions", []), before] if resumed else []
+        write_json(file, environment | ({"earlier_sessions": sessions} if sessions else {}))
+    return environment

@@ -1,4 +1,4 @@
-"""From what a person types for a run to its folder."""
+"""Finds the folder and the checkpoint of a run from what a person types."""
 
 from __future__ import annotations
 
@@ -65,15 +65,16 @@ def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
 
 
 def checkpoint_to_resume(resume: str) -> Path | None:
-    """The checkpoint from which ``resume=...`` goes on: the file itself, or the newest whole one of a run folder; None
-    where a run has saved none yet.
+    """The checkpoint that ``resume=...`` means: the file itself, or the newest whole one of a run folder; None where a
+    run has saved none yet.
 
     Raises:
         UserError: when the file is damaged.
     """
-    from policylab.runs.checkpoints import demand_whole, newest_whole_checkpoint
+    from policylab.runs.checkpoints import newest_whole_checkpoint
+    from policylab.runs.damage import check_undamaged
 
     path = Path(resume).expanduser()
     if path.is_file():
-        return demand_whole(path.resolve())
+        return check_undamaged(path.resolve())
     return newest_whole_checkpoint(find_run(resume))

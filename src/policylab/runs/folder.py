@@ -1,4 +1,4 @@
-"""The folder of a run: claiming it, and writing in it so that no reader ever sees half a file."""
+"""The folder of a run: making it, and writing files in it atomically."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from policylab.errors import UserError
 
 
 def claim(path: Path) -> Path:
-    """Makes a folder that is this job's alone: ``path``, or where that is taken ``path_2``, ``path_3``, ...
+    """Makes a new folder: ``path``, or if that exists ``path_2``, ``path_3``, ...
 
-    ``mkdir`` either makes the folder or fails, so jobs that start in the same second never share one.
+    ``mkdir`` is atomic, so jobs that start in the same second never share one.
 
     Raises:
         UserError: when the folder cannot be made.
@@ -40,10 +40,9 @@ def claim(path: Path) -> Path:
 
 
 @contextmanager
-def leaving_nothing(folder: Path, logs: Path) -> Iterator[None]:
-    """Afterwards a folder is gone in which there is nothing but the log that Hydra opens for every job.
-
-    So are those around it, below ``logs``, that are empty then.
+def removed_if_empty(folder: Path, logs: Path) -> Iterator[None]:
+    """At the end, removes a folder that holds only the log that Hydra opens for every job, and then its empty parents
+    below ``logs``.
     """
     try:
         yield
@@ -58,10 +57,10 @@ def leaving_nothing(folder: Path, logs: Path) -> Iterator[None]:
 
 
 @contextmanager
-def forgotten_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
-    """What a run has written of itself is gone if its command is refused before the run is called accepted.
+def removed_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
+    """Removes the files that a run has written if its command is refused before it is accepted.
 
-    Gives:
+    Yields:
         The function to call when all is built and the run begins.
     """
     accepted = False
@@ -80,7 +79,7 @@ def forgotten_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all: written beside it, flushed to disk, renamed onto it."""
+    """Writes a text file whole or not at all: to a temporary file, flushed to disk, renamed onto it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -95,7 +94,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flushes a folder's names to disk: a file that was renamed into it is there after a power cut as well."""
+    """Flushes a folder's entries to disk, so that a rename in it outlives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -104,7 +103,7 @@ def sync_folder(path: Path) -> None:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Appends to a text file, or leaves it as it was.
+    """Appends to a text file, or leaves it unchanged.
 
     Raises:
         OSError: when there is no room.
@@ -124,20 +123,20 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def demand_link(latest: Path) -> None:
-    """Refuses to start where ``logs/latest`` is something of the user's own.
+def check_link(latest: Path) -> None:
+    """Refuses to start where ``logs/latest`` exists and is no link.
 
     Raises:
-        UserError: when it is there and no link.
+        UserError: naming it.
     """
     if latest.exists() and not latest.is_symlink():
         raise UserError(
-            f"{latest} is to be a link to the newest run, but it is a folder or file; move it away"
+            f"{latest} is used as a link to the newest run, but it is a folder or file; move it away"
         )
 
 
 def point_latest(run_folder: Path, logs: Path) -> None:
-    """Lets ``logs/latest`` point at a run, by one rename, so that it never points nowhere."""
+    """Points the link ``logs/latest`` at a run, atomically."""
     logs.mkdir(parents=True, exist_ok=True)
     temporary = logs / f".latest.{os.getpid()}"
     temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ Row = Mapping[str, float]
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """All whole rows; values that are empty are left out, and so is a row cut short by a crash."""
+    """All whole rows, without empty values and without a row that a crash has cut short."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def format_row(row: Row, columns: Iterable[str]) -> str:
-    """One line. Numbers are written in full, so that reading gives back the same bits."""
+    """One line. Numbers are written in full: reading gives the same bits."""
     return _line(_number(row[name]) if name in row else "" for name in columns)
 
 
@@ -55,9 +55,14 @@ def validated(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if any(name.startswith("val/") for name in row)]
 
 
+def is_validated(path: Path, iteration: int) -> bool:
+    """Whether the file has the metrics of a validation at this iteration."""
+    return any(row["iteration"] == iteration for row in validated(read_rows(path)))
+
+
 def best_row(rows: Iterable[Row], monitor: str, mode: str) -> Row | None:
-    """The row with the best value of a metric, the first one among equals; None when no row has it. What was measured
-    before training says nothing of it, and does not count.
+    """The row with the best value of a metric, the first one among equals; None when no row has it. The validation
+    before training does not count.
 
     Args:
         mode: "max" or "min".

@@ -1,4 +1,4 @@
-"""Places that a config names: what they mean is settled once, where the run starts."""
+"""Paths that a config names, made absolute when the run starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 import policylab
 
 ASSETS = Path(policylab.__file__).parent / "assets"
-#: Keys that may name a file or folder to read, what it has to be, and the words that mean something else there.
+#: Keys that may name a file or folder to read; what it must be; values that are no path.
 PLACES = {
     "model.path": (Path.is_dir, ()),
     "model.tokenizer": (Path.is_dir, tuple(path.name for path in ASSETS.iterdir())),
@@ -18,9 +18,9 @@ PLACES = {
 }
 
 
-def placed(config: DictConfig) -> DictConfig:
-    """A copy of the config whose `PLACES` are absolute paths without links, and so is what a reward reads: any value of
-    its keys that has a slash and names something that is there.
+def with_places(config: DictConfig) -> DictConfig:
+    """A copy of the config in which `PLACES` are absolute paths without links. So are values of the reward that have a
+    slash and name an existing file or folder.
 
     A link such as ``logs/latest``, or a relative path, may mean something else when the run is evaluated or resumed.
     The id of a model or data set on the hub stays as it is.
@@ -38,6 +38,6 @@ def placed(config: DictConfig) -> DictConfig:
 
 
 def keys_of_reward(config: DictConfig) -> list[str]:
-    """Such as ``reward.path``; only the value tells whether it is a place. References stay: they may be to a secret."""
+    """Such as ``reward.path``. Interpolations are left out, as they may refer to a secret."""
     reward = config.get("reward") or OmegaConf.create()
     return [f"reward.{key!s}" for key in reward if not OmegaConf.is_interpolation(reward, str(key))]

@@ -1,7 +1,6 @@
-"""Secrets stay out of what is kept of a run: its files, its log, and what loggers send elsewhere.
+"""Hides secrets in the files and the log of a run, and in what loggers get.
 
-``${oc.env:NAME}`` is kept as it stands and holds no secret. What is hidden is known by its name, and then by its value
-wherever else it appears.
+``${oc.env:NAME}`` is kept: it is no secret. A secret is recognised by its name, and from then on by its value.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from omegaconf import OmegaConf
 from policylab.runs.folder import write_atomically
 from policylab.runs.words import UNREAD, read
 
-#: Stands in the place of a secret.
+#: Replaces a secret.
 HIDDEN = "<secret>"
-#: A shorter value is hidden under its own name alone: replaced wherever it appears, it would spoil other text.
+#: A shorter value is hidden under its own name only: replacing it everywhere would spoil other text.
 SHORTEST = 6
 
 #: Names of secrets, in snake_case.
@@ -41,12 +40,12 @@ ASSIGNMENT = re.compile(r"([\w.\-]+)=(\"[^\"]*\"|'[^']*'|[^\s&]+)")
 #: ``name=value`` as Hydra takes it from a command line.
 OVERRIDE = re.compile(r"([+~]*)([\w./@\-]+)=(.*)", re.DOTALL)
 
-#: Values that this process has met under a secret's name.
+#: Values that this process has found under a secret's name.
 _known: set[str] = set()
 
 
 def is_secret(name: str) -> bool:
-    """Whether what has this name is a secret.
+    """Whether a value of this name is a secret.
 
     >>> [is_secret(name) for name in ("api_key", "X-API-Key", "hf_token", "authToken", "eos_token", "max_new_tokens")]
     [True, True, True, True, False, False]
@@ -56,7 +55,7 @@ def is_secret(name: str) -> bool:
 
 
 def remember(values: Any) -> None:
-    """Has the secrets among these plain values hidden from now on wherever they appear."""
+    """From here on the secrets among these plain values are hidden wherever they appear."""
     _known.update(_secrets(values, hidden=False))
 
 
@@ -73,7 +72,7 @@ def _secrets(item: Any, hidden: bool) -> Iterator[str]:
 
 
 def _hides(value: Any) -> bool:
-    """Whether a value under a secret's name is one: a switch, nothing, or a reference is none."""
+    """Whether a value under a secret's name is a secret: a boolean, an empty value or a reference is not."""
     if isinstance(value, str):
         return value not in ("", HIDDEN) and REFERENCE.fullmatch(value) is None
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -82,8 +81,8 @@ def _hides(value: Any) -> bool:
 def redact(value: Any) -> Any:
     """A copy of plain data without secrets.
 
-    Hidden are values under a name such as ``api_key`` or ``hf_token``, passwords in addresses, and in any text what is
-    assigned to such a name, and the value of an environment variable with such a name.
+    Hidden are values under a name such as ``api_key`` or ``hf_token``, passwords in addresses, and in any text a value
+    that is assigned to such a name or that an environment variable of such a name has.
     """
     remember(value)
     return _redacted(value, hidden=False)
@@ -100,7 +99,7 @@ def _redacted(item: Any, hidden: bool) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """Text without known secrets, passwords in addresses, and what is assigned to a secret's name."""
+    """Text without known secrets, passwords in addresses, and values assigned to a secret's name."""
     for secret in sorted(_known | set(_of_environment()), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = ADDRESS_PASSWORD.sub(lambda m: f"{m[1]}{HIDDEN}@" if _hides(m[2]) else m[0], text)
@@ -123,7 +122,7 @@ def _of_environment() -> Iterator[str]:
 
 
 def redact_words(words: Iterable[str]) -> list[str]:
-    """A command line without secrets: of an override that holds one, the whole value is hidden."""
+    """A command line without secrets: the whole value of an override that contains one is hidden."""
     return [_redacted_word(word) for word in words]
 
 
@@ -149,7 +148,7 @@ def redact_file(path: Path) -> None:
 
 
 def _with_words(item: Any) -> Any:
-    """Plain data, what stands in lists taken for words of a command line."""
+    """Plain data in which the texts of lists are redacted as words of a command line."""
     if isinstance(item, dict):
         return {key: _with_words(inner) for key, inner in item.items()}
     if isinstance(item, list):

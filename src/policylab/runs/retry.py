@@ -1,4 +1,4 @@
-"""Training goes on while a file cannot be written."""
+"""Training goes on while a file cannot be written: writes are retried."""
 
 from __future__ import annotations
 
@@ -12,41 +12,46 @@ from typing import Self
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which a full disk may get room again before a write is given up, and between two attempts.
-ROOM, PAUSE = 30.0, 0.1
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+#: Seconds for which a write to a full disk is retried, and between two attempts.
+TIMEOUT, PAUSE = 30.0, 0.1
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def wait_for_room(write: Callable[[], None]) -> None:
-    """Calls ``write`` until there is room on the disk for what it writes, for ``ROOM`` seconds at most.
+def retry_while_full(write: Callable[[], None]) -> None:
+    """Calls ``write`` until it works; a full disk is retried for ``TIMEOUT`` seconds.
 
     Raises:
-        OSError: when there is still no room; any other one at once.
+        OSError: when the disk is still full; any other error at once.
     """
-    deadline = time.monotonic() + ROOM
+    deadline = time.monotonic() + TIMEOUT
     while True:
         try:
             return write()
         except OSError as error:
-            if error.errno not in NO_ROOM or time.monotonic() >= deadline:
+            if error.errno not in DISK_FULL or time.monotonic() >= deadline:
                 raise
         time.sleep(PAUSE)
 
 
-class Patience:
-    """Around each attempt to write a file: the first that fails is told, and the first that works again.
+class RetryLater:
+    """A context for each attempt to write a file that can be written later: an OSError is logged, not raised.
+
+    Only the first failure is logged, and the first success after it.
 
     Example::
 
-        with self.patience:
+        with self.retry_later:
             self.path.write_text(text)
+
+    Attributes:
+        failing: whether the last attempt failed.
     """
 
     def __init__(self, path: Path, meanwhile: str) -> None:
         """
         Args:
             path: the file.
-            meanwhile: what becomes of its content.
+            meanwhile: what becomes of its content, for the message.
         """
         self.path = path
         self.meanwhile = meanwhile

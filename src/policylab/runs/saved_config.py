@@ -1,9 +1,9 @@
-"""``config.yaml``: all that a run was told, in plain values, without secrets."""
+"""``config.yaml``: the settled config of a run, without secrets. Writing it, and the one way of reading it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,29 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from policylab.errors import UserError
+from policylab.runs.consent import with_consent
 from policylab.runs.folder import write_atomically
 from policylab.runs.redaction import HIDDEN, is_secret, redact, remember
-from policylab.runs.words import word
+from policylab.runs.words import leaves, word
 
-#: Whether code that comes with a model may run. Consent counts on the present command line alone.
-TRUST = "trust_remote_code"
+#: Keys that older runs lack, with what those runs did.
+ADDED = {
+    "hardware.products": "onednn",
+    "hardware.deterministic": False,
+    "hardware.compile": False,
+    "hardware.gradient_checkpointing": False,
+    "hardware.cpu_offload": False,
+    "hardware.max_restarts": 0,
+    "hardware.timeout": 1800,
+    "task.too_long": "refuse",
+    "max_tokens": None,
+}
 #: OmegaConf's message where a reference cannot be resolved, such as one to a variable of the environment.
 UNRESOLVED = re.compile(r"\w+ raised while resolving interpolation: (?P<why>.*)\s+full_key: (?P<key>\S+)")
 
 
 def self_contained(config: DictConfig) -> dict[str, Any]:
-    """The config as plain containers that stand for themselves, resolved but for references to the environment.
+    """The config as plain containers, resolved except for references to the environment.
 
     Raises:
         omegaconf.MissingMandatoryValue: when a ``???`` was left.
@@ -41,8 +52,8 @@ def self_contained(config: DictConfig) -> dict[str, Any]:
 def environment_unresolved() -> Iterator[None]:
     """While active, ``${oc.env:NAME}`` resolves to itself.
 
-    One with a default, such as ``${oc.env:NAME,8}``, is a setting rather than a secret, unless its name is a secret's;
-    what it was belongs to the record of the run.
+    One with a default, such as ``${oc.env:NAME,8}``, is a setting and resolves to its value, unless its name is a
+    secret's.
     """
 
     def itself(name: str, *default: Any) -> Any:
@@ -58,7 +69,7 @@ def environment_unresolved() -> Iterator[None]:
 
 
 def _self_contained(kept: Any, resolved: Any) -> Any:
-    """A value that, read again, gives the resolved one; with references to the environment where that is possible."""
+    """A value that gives the resolved one when it is read again; with references to the environment where possible."""
     if isinstance(kept, str) and kept != resolved and _read(kept) == resolved:
         return kept
     if isinstance(resolved, dict):
@@ -84,8 +95,7 @@ def learn_secrets(config: DictConfig) -> None:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """What is kept of a config: all that it says, secrets hidden."""
-    learn_secrets(config)
+    """The config as it is kept: in plain values, secrets hidden."""
     hidden: dict[str, Any] = redact(self_contained(config))
     return hidden
 
@@ -101,7 +111,7 @@ def save_config(config: DictConfig, run_folder: Path) -> None:
 
 
 def load_config(run_folder: Path) -> DictConfig:
-    """The config of a run.
+    """The config of a run, as it was saved. Keys of `ADDED` that it lacks are filled in.
 
     Raises:
         UserError: when the file is empty or not a mapping.
@@ -109,62 +119,49 @@ def load_config(run_folder: Path) -> DictConfig:
     config = OmegaConf.load(run_folder / "config.yaml")
     if not isinstance(config, DictConfig) or not config:
         raise UserError(f"{run_folder / 'config.yaml'} holds no config")
+    for key, value in ADDED.items():
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, group) if group else config
+        if isinstance(node, DictConfig) and name not in node:
+            OmegaConf.update(config, key, value)
     return config
 
 
-def demand_known(config: DictConfig, run_folder: Path, parts: tuple[str, ...] = ("",)) -> None:
-    """Refuses to work with a run's config of which something was not kept, or cannot be resolved here.
+def load_usable(run_folder: Path, parts: Sequence[str], trust_remote_code: bool) -> DictConfig:
+    """The config of a run to work with: settled when the run started, so it is neither checked nor settled again.
 
     Args:
-        parts: dotted keys of what is needed; "" is all.
+        parts: dotted keys of what is needed. Only there must nothing be hidden or unknown.
+        trust_remote_code: the consent of the present command; the one on record does not count.
 
     Raises:
-        UserError: naming the first key.
+        UserError: naming the first key that was not kept, or cannot be resolved here.
     """
+    config = with_consent(load_config(run_folder), trust_remote_code)
     file = run_folder / "config.yaml"
     for key, value in leaves(OmegaConf.to_container(config)):
-        if key.startswith(parts) and isinstance(value, str) and HIDDEN in value:
+        if key.startswith(tuple(parts)) and isinstance(value, str) and HIDDEN in value:
             raise UserError(
                 f"{key} was given in clear and is not kept; write ${{oc.env:NAME}}, a variable of the environment, in "
                 f"its place in {file}"
             )
     for part in parts:
         try:
-            node = OmegaConf.select(config, part) if part else config
-            if OmegaConf.is_config(node):
-                remember(OmegaConf.to_container(node, resolve=True))
+            node = OmegaConf.select(config, part)
+            if isinstance(node, DictConfig):
+                learn_secrets(node)
         except OmegaConfBaseException as error:
             raise UserError(f"{file}: {unresolved(str(error)) or error}") from error
+    return config
 
 
 def unresolved(message: str) -> str | None:
-    """``key: why`` from OmegaConf's message about a reference that cannot be resolved; None for another message."""
+    """``key: why`` from OmegaConf's message about an unresolvable interpolation; None for another message."""
     match = UNRESOLVED.search(message)
     return f"{match['key']}: {match['why'].strip(chr(34))}" if match else None
 
 
-def with_consent(config: DictConfig, trust_remote_code: bool) -> DictConfig:
-    """A copy of a run's config that trusts code which comes with a model as far as the present command does."""
-    changed = config.copy()
-    for key, _ in leaves(OmegaConf.to_container(config)):
-        if key.split(".")[-1] == TRUST:
-            OmegaConf.update(changed, key, trust_remote_code)
-    return changed
-
-
-def leaves(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The single values of plain data with their dotted keys."""
-    if isinstance(item, dict):
-        for key, inner in item.items():
-            yield from leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(item, list):
-        for number, inner in enumerate(item):
-            yield from leaves(inner, f"{path}[{number}]")
-    else:
-        yield path, item
-
-
-def refuse_taken_folder(run_folder: Path) -> None:
+def check_folder_is_free(run_folder: Path) -> None:
     """Two runs never write into one folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``status.json``: is this run running, done, failed or interrupted, and how far is it?"""
+"""``status.json``: whether a run is running, done, failed or interrupted, and how far it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from policylab.runs.folder import write_json
 from policylab.runs.redaction import redact_text
-from policylab.runs.retry import Patience
+from policylab.runs.retry import RetryLater
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
 
@@ -30,26 +30,26 @@ def read_status(run_folder: Path) -> dict[str, Any]:
 
 
 def running_process(run_folder: Path) -> int | None:
-    """The process that is at work in a run folder on this machine, or None; another machine's cannot be seen."""
+    """The process on this machine that trains in a run folder; None without one. Other machines are not seen."""
     status = read_status(run_folder)
     if status.get("status") != RUNNING or status.get("host") != platform.node():
         return None
     process = int(status["process"])
     try:
-        os.kill(process, 0)  # asks only
+        os.kill(process, 0)  # only asks whether it exists
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # somebody else's, but alive
+        pass  # another user's, but alive
     if process == os.getpid() or began_after(process, status.get("updated")):
         return None
     return process
 
 
 def began_after(process: int, moment: str | None) -> bool:
-    """Whether a process has started after a moment: the system gives numbers again, a container's small ones soon.
+    """Whether a process started after a moment, and so is another one with the same number: systems reuse them.
 
-    Also true of one that has ended and that nobody has asked for its exit code. Where there is no /proc, never.
+    Also true for a zombie process. False where there is no /proc.
     """
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -59,18 +59,17 @@ def began_after(process: int, moment: str | None) -> bool:
         return True
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     began = booted + int(fields[18]) / os.sysconf("SC_CLK_TCK")
-    slack = 2.0  # the moment is known to the second
+    slack = 2.0  # the moment is rounded to a second
     return moment is not None and began > datetime.fromisoformat(moment).timestamp() + slack
 
 
 def finish_status(run_folder: Path, began: str, status: str, exception: str | None = None) -> None:
-    """Says how a run ended whose process can no longer say it, or knew only what followed from the cause.
+    """Writes how a run ended whose processes can no longer do it, or knew only a consequence of the cause.
 
     Args:
-        began: when the processes were started. A status of before is another session's, which they were refused to
-            go on with, and stays.
+        began: when the processes were started. An older status is another session's and is left alone.
     """
-    with suppress(OSError):  # what went wrong matters more than that the disk is full besides
+    with suppress(OSError):  # the first error matters more than a full disk
         content = read_status(run_folder)
         ours = content.get("updated", "") >= began and content["status"] != DONE
         if ours and running_process(run_folder) is None:
@@ -80,13 +79,12 @@ def finish_status(run_folder: Path, began: str, status: str, exception: str | No
 
 
 class RunStatus:
-    """Keeps ``status.json`` true from the first moment to the last, whatever ends the run.
+    """Keeps ``status.json`` up to date, whatever ends the run: a context manager around the whole job.
 
-    A context manager around the whole job. ``kill -9`` leaves the state "running" with a process id that no
-    longer lives.
+    ``kill -9`` leaves the state "running" with the id of a process that does not exist any more.
 
     Args:
-        writes: whether this is the process that writes the file; the others only know the state.
+        writes: whether this is the process that writes the file.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class RunStatus:
         self.writes = writes
         before = read_status(run_folder)
         self.path = run_folder / "status.json"
-        self.patience = Patience(self.path, "what it says is out of date until it can be")
+        self.retry_later = RetryLater(self.path, "it is out of date until it can be")
         self.clock = time.monotonic()
         self.seconds_before = float(before.get("wall_seconds", 0.0))
         self.content: dict[str, Any] = {
@@ -125,7 +123,7 @@ class RunStatus:
         """Changes some fields and writes the file."""
         self.content |= changes | {"updated": now(), "wall_seconds": round(self.wall_seconds, 1)}
         if self.writes:
-            with self.patience:
+            with self.retry_later:
                 write_json(self.path, self.content)
 
     def interrupted(self) -> None:

@@ -1,4 +1,4 @@
-"""``summary.json``: what a run came to, in one small file."""
+"""``summary.json``: the results of a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from policylab.runs.metrics_file import Row, best_row, read_rows, validated
 
 
 def summarize(config: DictConfig, run_folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
-    """The summary, read from the run's own metrics so that it holds for resumed runs as well.
+    """The summary, from ``metrics.csv``, so that it covers all sessions of a resumed run.
 
     Args:
-        outcome: what the metrics do not tell: status, iterations, seconds, tokens.
+        outcome: status, iterations, seconds, tokens, which are not in the metrics.
     """
     rows = validated(read_rows(run_folder / "metrics.csv"))
     monitor, mode = objective(config)
@@ -31,7 +31,7 @@ def summarize(config: DictConfig, run_folder: Path, outcome: dict[str, Any]) -> 
 
 
 def objective(config: DictConfig) -> tuple[str | None, str]:
-    """The metric that decides what is best, and whether "max" or "min" is."""
+    """The metric that decides what is best, and its mode, "max" or "min"."""
     checkpoint = OmegaConf.select(config, "callbacks.checkpoint")
     return (checkpoint.monitor, checkpoint.mode) if checkpoint else (None, "max")
 

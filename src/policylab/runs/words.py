@@ -1,22 +1,22 @@
-"""Words of a command line, as a shell and Hydra's grammar want them."""
+"""Words of a command line, in the grammar of a shell and of Hydra; and dotted keys of plain data."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-#: Keys whose value is a path, taken as it stands whether or not there is anything.
+#: Keys whose value is a path, whether or not it exists.
 PATHS = ("run", "resume", "checkpoint", "out", "hydra.run.dir", "hydra.sweep.dir", "paths.logs")
-#: A home folder at the beginning of a value, or of an element of a list, where no shell replaces it.
+#: ``~`` at the beginning of a value or of an element of a list, where a shell does not expand it.
 HOME = re.compile(r"(?<=[=,\[])~(?=/)")
-#: What `read` gives for a sweep, and where Hydra reads nothing.
+#: What `read` gives for a sweep, and where Hydra cannot read the word.
 UNREAD = object()
 
 
@@ -53,7 +53,7 @@ def word(key: str, value: object) -> str:
 
 
 def read(word: str) -> Any:
-    """The value that Hydra reads in an override; ``UNREAD`` for a sweep, and where it reads none."""
+    """The value that Hydra reads in an override; ``UNREAD`` for a sweep, and where it cannot read the word."""
     try:
         found = OverridesParser.create().parse_override(word)
         return UNREAD if found.is_sweep_override() else found.value()
@@ -62,10 +62,9 @@ def read(word: str) -> Any:
 
 
 def typed(word: str, free_text: Sequence[str] = ()) -> str:
-    """A word that a person has typed, as Hydra's grammar wants it.
+    """A word that a person has typed, in Hydra's grammar.
 
-    The value of a free-text key is taken as it stands, and so is a path, unless it is in quotes already; ``~`` is the
-    home directory.
+    The value of a free-text key, and a path that is not in quotes already, are quoted; ``~`` is expanded.
 
     >>> typed("prompt=it's [so] good", ["prompt"])
     'prompt="it\'s [so] good"'
@@ -83,3 +82,29 @@ def typed(word: str, free_text: Sequence[str] = ()) -> str:
     ):
         return override(key, path)
     return HOME.sub(lambda _: str(Path.home()), word)
+
+
+def counted(number: int | str, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "iteration"), counted(20, "iteration")
+    ('1 iteration', '20 iterations')
+    """
+    return f"{number} {noun}{'s' * (str(number) != '1')}"
+
+
+def override_key(word: str) -> str:
+    """The key of an override: ``algo`` of ``algo=ppo``, ``optim.x`` of ``+optim.x=1``."""
+    return word.split("=", 1)[0].lstrip("+~")
+
+
+def leaves(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values of plain data with their dotted keys."""
+    if isinstance(item, dict):
+        for key, inner in item.items():
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(item, list):
+        for number, inner in enumerate(item):
+            yield from leaves(inner, f"{path}[{number}]")
+    else:
+        yield path, item

@@ -1,4 +1,4 @@
-"""Large files are written beside the training, by one thread, one after another."""
+"""Large files are written in the background, by one thread, one after another."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from torch import Tensor
 from policylab.errors import RunError
 from policylab.runs.checkpoints import LAST, PREVIOUS, link_atomically
 from policylab.runs.folder import sync_folder
-from policylab.runs.retry import wait_for_room
+from policylab.runs.retry import retry_while_full
 
 log = logging.getLogger(__name__)
 
 
 class BackgroundWriter(TorchCheckpointIO):
-    """Lightning's checkpoints, and other files that training need not wait for.
+    """Writes Lightning's checkpoints, and other files that training need not wait for.
 
-    A state is copied to main memory first, so that training may go on at once; there is never more than one such copy.
-    Lightning waits for the last file when it is done, in whatever way. A write waits a while for room on a full disk.
-    A file that cannot be written is told, and training goes on without it.
+    A state is first copied to main memory, one copy at a time, and training goes on. Lightning waits for the last file
+    when it ends, also after an error. A full disk is retried for a while; a file that cannot be written is logged, and
+    training goes on. (Lightning's ``AsyncCheckpointIO`` raises at the next save instead, copies tied weights twice,
+    keeps any number of copies, and writes checkpoints only.)
 
     Attributes:
-        failed: what could not be written, and has not been since.
+        failed: files that could not be written, and have not been since.
     """
 
     def __init__(self) -> None:
@@ -41,16 +42,16 @@ class BackgroundWriter(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Lightning's call: the whole state of training."""
+        """Called by Lightning with the whole state of training."""
         self.wait()
         self.submit(Path(path), partial(write_state, snapshot(checkpoint), Path(path)))
 
     def submit(self, path: Path, write: Callable[[], None]) -> None:
-        """Has a file (or folder) written after those that are waiting."""
-        self.pending.append((path, self.thread.submit(wait_for_room, write)))
+        """Queues the writing of a file or folder."""
+        self.pending.append((path, self.thread.submit(retry_while_full, write)))
 
     def wait(self) -> None:
-        """Returns when all is written, or has failed."""
+        """Waits until everything queued is written or has failed."""
         while self.pending:
             path, written = self.pending.pop(0)
             try:
@@ -65,8 +66,8 @@ class BackgroundWriter(TorchCheckpointIO):
             else:
                 self.failed.pop(path, None)
 
-    def demand_written(self) -> None:
-        """To be called at the end.
+    def check_written(self) -> None:
+        """Call at the end.
 
         Raises:
             RunError: naming what could not be written.
@@ -79,7 +80,7 @@ class BackgroundWriter(TorchCheckpointIO):
             )
 
     def teardown(self) -> None:
-        """Lightning's call at the end, also after an exception."""
+        """Called by Lightning at the end, also after an exception."""
         self.wait()
 
 
@@ -89,7 +90,7 @@ def cause_of(error: OSError) -> str:
 
 
 def snapshot(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples, its tensors in main memory. Those that shared memory share it again."""
+    """A copy of nested dicts, lists and tuples with tensors in main memory. Tensors that share memory still do."""
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copied(value: Any) -> Any:
@@ -108,9 +109,9 @@ def snapshot(state: Any) -> Any:
 
 
 def write_state(state: Any, path: Path) -> None:
-    """Writes beside the place, flushes to disk, and renames onto it: what stands there is whole, whatever happens.
+    """Writes to a temporary file, flushes it to disk, and renames it onto ``path``: the file there is always whole.
 
-    The last state but one stays as well, should the disk lose the last.
+    The previous state is kept as well, in case the disk loses the last.
 
     Raises:
         OSError: naming why it cannot be written; nothing has changed then.
@@ -132,7 +133,7 @@ def write_state(state: Any, path: Path) -> None:
 
 
 def save(state: Any, file: BinaryIO) -> None:
-    """Torch's own format; where the disk says no, torch complains of its archive, and the cause lies behind that."""
+    """Saves in torch's format. Raises the OSError of the disk, not torch's error about its archive that follows."""
     try:
         torch.save(state, file)
     except RuntimeError as error:

@@ -112,7 +112,8 @@ def take_validation(task: Task, count: int) -> list[Example]:
         raise UserError(f"task {task.name} holds out no prompt for validation; it must hold out at least one")
     if count > len(rows):
         log.warning(
-            "validation.prompts=%d: task %s holds out %d; all of them are taken", count, task.name, len(rows)
+            "%d prompts wanted for validation, and task %s holds out %d; all of them are taken",
+            *(count, task.name, len(rows)),
         )
     return rows[:count]
 

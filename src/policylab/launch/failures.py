@@ -1,0 +1,56 @@
+"""What a process of a group leaves for the launcher when it fails, and which failure came first."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from policylab.cli.messages import is_mistake, one_line
+from policylab.distributed.world import world
+from policylab.errors import ProcessFailed, RunError, UserError
+
+
+def write_error(error: Exception, folder: Path) -> None:
+    """Leaves the reason of a failure for the launcher."""
+    here = world()
+    content = {
+        "time": time.time(),
+        "rank": here.rank,
+        "restarts": here.restarts,
+        "message": one_line(error),
+        "mistake": is_mistake(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    (folder / f"{here.restarts}_{here.rank}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
+    """The first failure. Those that follow on other ranks are only broken connections.
+
+    Args:
+        failures: torch's ``ProcessFailure`` by rank.
+    """
+    rank, failure = next(iter(failures.items()))
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return ProcessFailed(f"the process of rank {rank} was ended by {name}{memory}")
+    return read_error(folder) or ProcessFailed(
+        f"the process of rank {rank} ended with code {failure.exitcode} and said nothing"
+    )
+
+
+def read_error(folder: Path) -> Exception | None:
+    """The first error of the last group of processes that has left any."""
+    errors = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+    if not errors:
+        return None
+    last = max(error["restarts"] for error in errors)
+    first = min((error for error in errors if error["restarts"] == last), key=lambda error: error["time"])
+    if first["message"] is not None:
+        return (UserError if first["mistake"] else RunError)(first["message"])
+    return ProcessFailed(f"on rank {first['rank']}:\n{first['traceback']}")

@@ -1,0 +1,104 @@
+"""The command line of a resumed run: the one that started it, with the present one on top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from policylab.errors import UserError
+from policylab.runs.find import find_run
+from policylab.runs.places import PLACES, keys_of_reward
+from policylab.runs.redaction import HIDDEN
+from policylab.runs.saved_config import load_config
+from policylab.runs.status import DONE, read_status
+from policylab.runs.words import counted, override, override_key, read
+
+#: ``resume=auto``: resume the run if it exists, else start it.
+AUTO = "auto"
+
+
+class NothingLeft(Exception):
+    """``resume=auto`` has found a run that is done."""
+
+
+def with_command_of(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command; with ``resume=RUN`` among them, on top of those that RUN was started with.
+
+    So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
+
+    Raises:
+        UserError: when it is not known, or not in full, what RUN was started with.
+    """
+    resume, logs = last_value(arguments, "resume"), last_value(arguments, "paths.logs")
+    if resume == AUTO:
+        arguments = resume_or_start(arguments)
+        resume = last_value(arguments, "resume")
+    if resume in (None, "", "null"):
+        return list(arguments)
+    folder = find_run(resume, Path(logs) if logs else None)
+    # From here on the run has its real path, so that `latest` cannot come to mean a newer one.
+    file = Path(resume).expanduser()
+    place = override("resume", file.resolve() if file.is_file() else folder)
+    arguments = [place if override_key(word) == "resume" else word for word in arguments]
+    environment = folder / "env.json"
+    if not environment.is_file():
+        raise UserError(
+            f"{folder} has no env.json, which says what it was started with; start a new run, without resume"
+        )
+    given = {override_key(word) for word in arguments}
+    recorded = json.loads(environment.read_text(encoding="utf-8"))["overrides"]
+    found = absolute_places(load_config(folder))
+    places = [f"++{override(key, path)}" for key, path in found if key not in given]
+    replaced = given.union(map(override_key, places))
+    before = [word for word in recorded if override_key(word) not in replaced]
+    if hidden := [override_key(word) for word in before if HIDDEN in word]:
+        raise UserError(
+            f"{hidden[0]} was given in clear and is not kept; give it again beside resume, best as "
+            "'${oc.env:NAME}', which is kept"
+        )
+    return [*before, *places, *arguments]
+
+
+def absolute_places(config: DictConfig) -> list[tuple[str, str]]:
+    """The files and folders that a run reads, by key, as its saved config has them. The relative paths and links of
+    its command may mean something else by now."""
+    found = ((key, OmegaConf.select(config, key)) for key in (*PLACES, *keys_of_reward(config)))
+    return [(key, place) for key, place in found if isinstance(place, str) and Path(place).is_absolute()]
+
+
+def resume_or_start(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``resume=auto hydra.run.dir=DIR`` replaced: by ``resume=DIR`` where there is a run in DIR.
+
+    So a job can be submitted once and started as often as need be.
+
+    Raises:
+        UserError: without a folder.
+        NothingLeft: when the run there is done, and the command asks for no more of it.
+    """
+    folder = last_value(arguments, "hydra.run.dir")
+    if folder is None:
+        raise UserError(
+            f"resume={AUTO} needs hydra.run.dir=FOLDER: it goes on with the run there, or starts it"
+        )
+    rest = [word for word in arguments if word != f"resume={AUTO}"]
+    status = read_status(Path(folder).expanduser())
+    if not status:
+        return rest
+    lengths = {key: last_value(rest, key) for key in ("iterations", "max_tokens")}
+    if status["status"] == DONE and all(v in (None, str(status.get(key))) for key, v in lengths.items()):
+        raise NothingLeft(
+            f"{folder} is done: {status['iteration']} of {counted(status['iterations'], 'iteration')}"
+        )
+    return [word for word in rest if not word.startswith("hydra.run.dir=")] + [override("resume", folder)]
+
+
+def last_value(arguments: Sequence[str], key: str) -> str | None:
+    """The value that a command line gives a key; None when it gives none."""
+    words = [word for word in arguments if word.startswith(f"{key}=")]
+    if not words:
+        return None
+    value = read(words[-1])
+    return value.replace("\\${", "${") if isinstance(value, str) else words[-1].partition("=")[2]
