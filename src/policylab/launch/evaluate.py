@@ -23,6 +23,7 @@ from policylab.cli.logs import logged_to
 from policylab.config.checks import check_switch, check_whole
 from policylab.errors import UserError
 from policylab.launch.endings import log_failure
+from policylab.launch.imports import import_libraries
 from policylab.runs.checkpoints import checkpoint_state
 from policylab.runs.damage import check_undamaged
 from policylab.runs.find import find_checkpoint, find_run
@@ -95,6 +96,7 @@ def evaluate(
         UserError: when a secret is needed that was not kept, or the checkpoint is damaged or another model's.
     """
     checkpoint_state(check_undamaged(checkpoint))
+    import_libraries()
     from policylab.cli.logs import silence_noise
     from policylab.config.build import build
 

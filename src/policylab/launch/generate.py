@@ -13,6 +13,7 @@ from rich.text import Text
 from policylab.callbacks.tables import console
 from policylab.config.checks import check_number, check_switch, check_whole
 from policylab.errors import UserError
+from policylab.launch.imports import UNUSED, absent
 from policylab.runs.find import find_run
 from policylab.runs.saved_config import load_usable
 
@@ -65,9 +66,10 @@ def load_policy(
     """
     import torch
 
-    from policylab.models.loading import LoadOptions, from_folder
-    from policylab.models.policy import Policy
-    from policylab.rollouts.products import choose_products
+    with absent(UNUSED):
+        from policylab.models.loading import LoadOptions, from_folder
+        from policylab.models.policy import Policy
+        from policylab.rollouts.products import choose_products
 
     choose_products(trained_with.hardware.products)
     folder = run_folder / "model" / which

@@ -29,6 +29,7 @@ from policylab.distributed.world import (
 )
 from policylab.errors import RunError
 from policylab.launch.endings import closed_wandb, log_failure, survive_exit
+from policylab.launch.imports import import_libraries
 from policylab.rewards.pool import ended_workers
 from policylab.runs.checkpoints import checkpoint_iteration
 from policylab.runs.consent import check_consent
@@ -64,6 +65,7 @@ def train_job(config: DictConfig) -> float | None:
         if config.resume:
             check_consent(config, sys.orig_argv)
         if config.plan:
+            import_libraries()
             from policylab.planning.plan import plan_job
 
             plan_job(config)
@@ -119,6 +121,7 @@ def train(
     ):
         screen.opening(redact_words(overrides))  # before the seconds of heavy imports
         check_model_exists(config)
+        import_libraries()
         from policylab.launch.follow import BecomeLatest, FollowStatus
         from policylab.launch.stop import StopOnSignal
 
