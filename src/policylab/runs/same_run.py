@@ -1,4 +1,7 @@
-"""Whether a command and a checkpoint continue the same run: its values, its weights, its data."""
+"""Whether a command and a checkpoint continue the same run: its values, its weights, its data.
+
+Each check raises `UserError`, which says what differs and what to do.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,7 @@ MAY_NOT_CHANGE = (
 
 
 def check_not_running(run_folder: Path) -> None:
-    """Two processes would spoil each other's records.
-
-    Raises:
-        UserError: when the run is still running.
-    """
+    """Refuses a run that is still running: two processes would spoil each other's records."""
     if (process := running_process(run_folder)) is not None:
         raise UserError(
             f"{run_folder} is still running, as process {process}; wait for its end, or stop it first"
@@ -46,11 +45,7 @@ def check_not_running(run_folder: Path) -> None:
 
 
 def check_own_folder(run_folder: Path, checkpoint: Path | None, resume: str) -> None:
-    """A run continues in its own folder.
-
-    Raises:
-        UserError: when the checkpoint lies elsewhere.
-    """
+    """Refuses a checkpoint from outside the run's folder."""
     if checkpoint is not None and not checkpoint.is_relative_to(run_folder.resolve()):
         raise UserError(f"resume={resume} goes on in the folder of that run; leave out hydra.run.dir")
 
@@ -61,9 +56,6 @@ def check_same_values(before: Any, now: Any) -> None:
     Args:
         before: the saved config of the run, as plain data.
         now: that of this command.
-
-    Raises:
-        UserError: naming the first such value, names before what they stand for, and how many more there are.
     """
     old, new = ADDED | dict(leaves(before)), ADDED | dict(leaves(now))
     other = [
@@ -86,11 +78,7 @@ def below(key: str, paths: Sequence[str]) -> bool:
 
 
 def check_something_left(config: DictConfig, run_folder: Path, checkpoint: Path) -> None:
-    """Refuses a run that is done. One that was killed after its last iteration still has to validate and export.
-
-    Raises:
-        UserError: saying how to prolong it.
-    """
+    """Refuses a run that is done. One that was killed after its last iteration still has to validate and export."""
     state, finished = checkpoint_state(checkpoint), read_status(run_folder).get("status") == DONE
     done, sampled = state["iteration"], state["tokens_sampled"]
     if done > config.iterations or (finished and done == config.iterations):
@@ -109,9 +97,6 @@ def check_nothing_done(run_folder: Path) -> None:
     """Refuses to start a run again whose checkpoints are lost: its records would be lost as well.
 
     A run that was killed while it wrote its first checkpoint has left the unfinished file.
-
-    Raises:
-        UserError: saying how far it was.
     """
     writing = (run_folder / "checkpoints" / f".{LAST}").exists()
     done = max((int(row["iteration"]) for row in read_rows(run_folder / "metrics.csv")), default=0)
@@ -132,9 +117,6 @@ def check_fits(
     Args:
         module: as it was built.
         advice: what to do.
-
-    Raises:
-        UserError: naming a weight.
     """
     content = read(checkpoint)
     module.demand_origin(content["policylab"])
