@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from policylab.launch.imports import absent
 
 ROOT = Path(__file__).parent.parent

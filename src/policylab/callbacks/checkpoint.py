@@ -1,4 +1,4 @@
-"""What is kept of a run: its whole state to go on from, and the policy in Hugging Face format."""
+"""Saves the state of training, and exports the policy in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ STAMP = "policylab.json"
 class Checkpoint(Callback):
     """Saves ``checkpoints/last.ckpt`` and ``best.ckpt``, and the policies in ``model/best`` and ``model/final``.
 
-    Each is written beside its place and renamed onto it: whatever kills the run, what stands there is whole. Training
-    goes on meanwhile, from a copy of the state in main memory on. The state before the last one stays, as
-    ``checkpoints/previous.ckpt``. Policies are exported from these files, so that neither is ahead of the other.
+    Each is written in the background to a temporary file and renamed, so whatever kills the run, the files are whole.
+    The state before the last one is kept as ``checkpoints/previous.ckpt``. Policies are exported from the checkpoints,
+    so that neither is newer than the other.
 
     Args:
         run_dir: folder of the run.
@@ -65,26 +65,26 @@ class Checkpoint(Callback):
     # -- when: every process comes here -------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Lightning hands its checkpoints to the writer, and waits for it at the end."""
+        """Makes Lightning use the writer for its checkpoints, and wait for it at the end."""
         trainer.strategy.checkpoint_io = self.writer
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """A run that goes on may have been killed before its best was kept."""
+        """A resumed run may have been killed before its best was kept."""
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             self.writer.submit(self.best, partial(self.catch_up, trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """A run that is killed early can go on as well."""
-        self.saved_at = pl_module.iteration  # where it goes on from is on file
+        """Saves the state before the first iteration, so that a run killed early can be resumed."""
+        self.saved_at = pl_module.iteration  # the state that is resumed is saved already
         if trainer.ckpt_path is None:
             self.save_last(trainer, pl_module)
             if pl_module.val_metrics:
-                self.demand_measured(pl_module)
+                self.check_measured(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Here, between two iterations, Lightning's loops can be picked up again exactly."""
+        """Saves between two iterations, where Lightning's loops can be resumed exactly."""
         done = pl_module.iteration
         if done % self.every == 0 or done == pl_module.iterations or trainer.should_stop:
             self.save_last(trainer, pl_module)
@@ -101,28 +101,28 @@ class Checkpoint(Callback):
             self.export_policy(pl_module, "final", self.last)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """What could not be written in spite of all is an error in the end."""
+        """Raises what could not be written to the very end."""
         self.writer.check_written()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Lets a finished run be prolonged: whether a batch was the last is for the resuming command to say. Metrics
-        that cannot be written to their file go with the state, so that the two never part."""
+        """Allows a finished run to be prolonged: the resuming command decides which batch is the last. Metrics that could
+        not be written to their file are saved with the state."""
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         for csv in metrics_files(trainer):
             csv.settle()
         checkpoint["unwritten_metrics"] = [row for csv in metrics_files(trainer) for row in csv.unwritten]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Takes them up again."""
+        """Restores those metrics."""
         for csv in metrics_files(trainer):
             csv.restore(checkpoint.get("unwritten_metrics", []))
 
     # -- what ------------------------------------------------------------------------------------------------
 
     def save_last(self, trainer: Trainer, module: Any) -> None:
-        """Writes ``last.ckpt``, unless its weights are of no use: then the last good ones stay, and the run ends."""
+        """Writes ``last.ckpt``. Weights that are not finite end the run, and the last good ones stay."""
         module.demand_finite_weights()
-        # were weights_only left out, Lightning would say what it takes it for
+        # without weights_only Lightning warns about its default
         trainer.save_checkpoint(self.last, weights_only=False)
         self.saved_at = module.iteration
 
@@ -132,7 +132,7 @@ class Checkpoint(Callback):
         The metrics on record decide, so that a resumed run compares with what came before it; and those of rank 0, so
         that all processes do the same.
         """
-        self.demand_measured(module)
+        self.check_measured(module)
         iteration = module.iteration
         if not trainer.strategy.broadcast(self.best_iteration(trainer) == iteration):
             return
@@ -147,7 +147,7 @@ class Checkpoint(Callback):
         if trainer.is_global_zero:
             self.export_policy(module, "best", self.best)
 
-    def demand_measured(self, module: Any) -> None:
+    def check_measured(self, module: Any) -> None:
         """Refuses a monitor that no validation measures."""
         if self.monitor not in module.val_metrics:
             known = ", ".join(sorted(module.val_metrics))
@@ -162,9 +162,8 @@ class Checkpoint(Callback):
         return int(best["iteration"]) if best else None
 
     def catch_up(self, trainer: Trainer, module: Any) -> None:
-        """Does what a kill has kept from being done: after the validation of ``last.ckpt`` was recorded, before it was
-        kept as the best, or before the best was exported. A best from after it, which the run has gone back behind, is
-        on record no more, and goes."""
+        """Does what a kill has prevented: linking ``last.ckpt`` as the best after its validation was recorded, or
+        exporting the best. A best checkpoint newer than the resumed state is deleted."""
         done = checkpoint_iteration(self.last)
         if (iteration_of(self.best) or 0) > done:
             self.best.unlink()
@@ -178,7 +177,7 @@ class Checkpoint(Callback):
             write_policy(module.policy, self.best, kept, target)
 
     def export_policy(self, module: Any, name: str, source: Path) -> None:
-        """Has the policy of a checkpoint that holds the present state written as a Hugging Face folder."""
+        """Queues the export of a checkpoint of the present state as a Hugging Face folder."""
         target = self.run_dir / "model" / name
         if self.export:
             write = partial(write_policy, module.policy, source, module.iteration, target)
@@ -204,7 +203,7 @@ def exported_iteration(folder: Path) -> int | None:
     return int(json.loads(stamp.read_text())["iteration"]) if stamp.is_file() else None
 
 
-def demand_iteration(checkpoint: Path, iteration: int) -> None:
+def check_iteration(checkpoint: Path, iteration: int) -> None:
     """Raises OSError when a checkpoint is an older one, because that of this iteration could not be written."""
     if (found := iteration_of(checkpoint)) != iteration:
         raise OSError(f"{checkpoint.name} is of iteration {found}, not {iteration}")
@@ -212,7 +211,7 @@ def demand_iteration(checkpoint: Path, iteration: int) -> None:
 
 def link_state(source: Path, path: Path, iteration: int) -> None:
     """Gives the state of an iteration a second name."""
-    demand_iteration(source, iteration)
+    check_iteration(source, iteration)
     link_atomically(source, path)
 
 
@@ -221,7 +220,7 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
 
     Adapters are merged into the weights, and lie beside them in PEFT's format.
     """
-    demand_iteration(checkpoint, iteration)
+    check_iteration(checkpoint, iteration)
     saved = read(checkpoint)["state_dict"]
     weights = {  # those that never change are not in checkpoints
         name: saved[key] if (key := f"policy.lm.{name}") in saved else value.cpu()
