@@ -88,7 +88,7 @@ def test_every_eos_ends_a_completion_in_each_engine() -> None:
 
 def test_an_exported_policy_keeps_every_eos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = two_ends()
-    monkeypatch.setattr("policylab.callbacks.checkpoint.demand_iteration", lambda *_: None)
+    monkeypatch.setattr("policylab.callbacks.checkpoint.check_iteration", lambda *_: None)
     monkeypatch.setattr("policylab.callbacks.checkpoint.read", lambda _: {"state_dict": {}})
     policy.lm.generation_config.eos_token_id = [OTHER]  # the tokenizer's own is not among them
     write_policy(policy, Path("none"), 0, tmp_path / "final")

@@ -105,8 +105,10 @@ class Checkpoint(Callback):
         self.writer.check_written()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Allows a finished run to be prolonged: the resuming command decides which batch is the last. Metrics that could
-        not be written to their file are saved with the state."""
+        """Allows a finished run to be prolonged: the resuming command decides which batch is the last.
+
+        Metrics that could not be written to their file are saved with the state.
+        """
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         for csv in metrics_files(trainer):
             csv.settle()
