@@ -29,12 +29,12 @@ BAD_INPUT = 2
 SEVERAL = ("logger", "callbacks", "debug", "experiments")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 WANTS_TRACEBACKS = os.environ.get(FULL_ERROR) == "1"
-#: What libraries read from the environment when they are imported or first used; what is set already stays.
+#: Variables that libraries read when they are imported or first used. Those that are set already are kept.
 ENVIRONMENT = {
-    # Threads that wait for one another should soon sleep: with another busy process on the same cores, long
-    # spinning makes an iteration several times slower; sleeping at once costs two fifths on free ones. Of GNU's OpenMP.
+    # How long threads of GNU's OpenMP spin while they wait for each other. Long spinning makes an iteration several
+    # times slower when another process uses the cores; no spinning makes it two fifths slower when none does.
     "GOMP_SPINCOUNT": "3000",
-    # Large tensors on pages of 2 MiB instead of 4 KiB, which the kernel clears several times faster. Of torch.
+    # Torch puts large tensors on pages of 2 MiB instead of 4 KiB, which the kernel clears several times faster.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
