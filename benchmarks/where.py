@@ -126,8 +126,9 @@ def look(work: Work) -> Look:
         seed_everything(0, verbose=False)
         experiment = build(ours.config(work, folder, prompts), folder)
         module: Any = experiment.module
-        module.engine = ours.Scheduled(module.engine, Clockless(), work.schedule())  # type: ignore[arg-type]
-        seen = Look(module.engine)
+        sampler = module.validator.sampler
+        sampler.engine = ours.Scheduled(sampler.engine, Clockless(), work.schedule())  # type: ignore[arg-type]
+        seen = Look(sampler.engine)
         experiment.trainer.callbacks.append(seen)  # type: ignore[attr-defined]
         experiment.trainer.fit(module, datamodule=experiment.data)
     return seen

@@ -102,7 +102,7 @@ def run(case: Case, folder: Path, processes: int, checkpoint: Path | None = None
     with quiet():
         experiment = build(small(algo(case.preset, *case.options), changes), folder)
     module, trainer = experiment.module, experiment.trainer
-    module.reward = levels
+    module.validator.sampler.reward = levels
     if case.validates:
         trainer.callbacks.append(Samples(str(folder), every=1, keep=20, show=0))
     else:
@@ -123,16 +123,16 @@ def run(case: Case, folder: Path, processes: int, checkpoint: Path | None = None
         metrics=record.metrics,
         start=record.start,
         end=flat(module.parameters()),
-        memory=module.replay.state_dict() if hasattr(module, "replay") else {},
+        memory=module.replay.buffer.state_dict() if hasattr(module, "replay") else {},
         passes=len(passes),
         samples=samples.read_text() if samples.exists() else "",
-        micro_batch_tokens=module.micro_batch_tokens,
+        micro_batch_tokens=module.passes.tokens,
     )
 
 
 def watch(module: Any, record: Record) -> list[None]:
     """Has the module note what it does; the list grows by one a forward pass for gradients."""
-    note, step, passes = module.record, module.apply_gradients, list[None]()
+    note, step, passes = module.record, module.stepper.apply_gradients, list[None]()
 
     def noted(metrics: dict[str, float]) -> None:
         note(metrics)
@@ -144,18 +144,18 @@ def watch(module: Any, record: Record) -> list[None]:
         record.gradients.append(flat(p.grad for p in module.policy.parameters() if p.grad is not None))
         return step(*args)
 
-    module.record, module.apply_gradients = noted, stepped
+    module.record, module.stepper.apply_gradients = noted, stepped
     module.policy.lm.register_forward_pre_hook(
         lambda *_: passes.append(None) if torch.is_grad_enabled() else None
     )
-    if hasattr(module, "natural_step"):  # whose gradient never lies in ``.grad``
-        natural_step = module.natural_step
+    if hasattr(getattr(module, "updater", None), "natural_step"):  # whose gradient never lies in ``.grad``
+        natural_step = module.updater.natural_step
 
         def directed(actor: Any, rollout: Any, gradient: Tensor) -> Any:
             record.gradients.append(gradient.clone())
             return natural_step(actor, rollout, gradient)
 
-        module.natural_step = directed
+        module.updater.natural_step = directed
     return passes
 
 
@@ -170,12 +170,12 @@ def sequences(rollout: Any) -> list[tuple[int, list[int], float]]:
 
 def sums_are_local(module: Any) -> None:
     """As if the processes had forgotten one another, but for the gradients."""
-    module._over_processes = lambda x, operation: x
+    module.runtime._reduce = lambda x, operation: x
 
 
 def memory_runs_out(module: Any) -> None:
     """On the second process, in the third update, before it has begun to send gradients."""
-    loss, calls = module.minibatch_loss, []
+    loss, calls = module.updater.loss, []
 
     def tight(rollout: Any, denominator: Tensor) -> Tensor:
         calls.append(None)
@@ -184,7 +184,7 @@ def memory_runs_out(module: Any) -> None:
             raise torch.OutOfMemoryError("as a GPU would say it")
         return loss(rollout, denominator)
 
-    module.halved, module.minibatch_loss = False, tight
+    module.halved, module.updater.loss = False, tight
 
 
 def passes_are_shared(module: Any) -> None:
@@ -194,7 +194,7 @@ def passes_are_shared(module: Any) -> None:
 
 def a_row_is_no_number(module: Any) -> None:
     """The first sequence of the second iteration has no advantage that one could calculate with."""
-    update = module.update
+    update = module.updater.update
 
     def broken(rollout: Any) -> None:
         advantages = rollout.advantages.clone()
@@ -202,7 +202,7 @@ def a_row_is_no_number(module: Any) -> None:
             advantages[0] /= 0.0
         update(rollout.replace(advantages=advantages))
 
-    module.update = broken
+    module.updater.update = broken
 
 
 TWISTS = {f.__name__: f for f in (sums_are_local, memory_runs_out, passes_are_shared, a_row_is_no_number)}

@@ -191,8 +191,8 @@ def train(
     module, trainer = experiment.module, experiment.trainer
     trainer.limit_val_batches = 0
     module._checked = True
-    module.engine = engine(module.engine)
-    module.reward = module.reward if reward is None else reward
+    module.validator.sampler.engine = engine(module.validator.sampler.engine)
+    module.validator.sampler.reward = module.validator.sampler.reward if reward is None else reward
     metrics = list[dict[str, float]]()
     passes = list[None]()
     module.record = lambda new: metrics.append({k: v for k, v in new.items() if not k.startswith("perf/")})

@@ -221,15 +221,15 @@ def module_of(compose, tmp_path, overrides):
 def test_flat_groups_are_replaced(compose, tmp_path):
     experiment = module_of(compose, tmp_path, ["algo=rloo", "algo/sampling=dynamic", "iterations=1"])
     module = experiment.module
-    module.reward = Flat()
+    module.validator.sampler.reward = Flat()
     seen = []
-    original = module.sample
+    original = module.collector.sample
 
     def watch(prompts, slots, round):
         seen.append((round, list(slots)))
         return original(prompts, slots, round)
 
-    module.sample = watch
+    module.collector.sample = watch
     module._checked = True
     experiment.trainer.fit(module, datamodule=experiment.data)
     # The first half of the slots had no spread in the first round, and has in the second.
@@ -246,13 +246,13 @@ def test_what_stays_flat_is_left_out_and_nothing_to_learn_is_no_step(compose, tm
 
     experiment = module_of(compose, tmp_path, ["algo=dapo"])
     module = experiment.module
-    module.reward = lambda completions: [Score(1.0, {}) for _ in completions]
+    module.validator.sampler.reward = lambda completions: [Score(1.0, {}) for _ in completions]
     before = [p.detach().clone() for p in module.policy.parameters()]
     module._checked = True
     experiment.trainer.fit(module, datamodule=experiment.data)
     assert module.metrics["train/kept"] == 0.0
     assert module.metrics["train/flat_groups"] == 1.0
-    assert module.tokens_trained == 0
+    assert module.progress.tokens_trained == 0
     assert all(torch.equal(a, b) for a, b in zip(before, module.policy.parameters(), strict=True))
     assert all(math.isfinite(v) for v in module.metrics.values())
 

@@ -105,17 +105,15 @@ def module(trainer):
 
     module = SimpleNamespace(
         iteration=0,
-        iterations=10,
-        last_iteration=10,
+        progress=SimpleNamespace(iterations=10, last_iteration=10),
         expected_seconds=None,
         metrics={},
         val_metrics={},
         samples=[],
         rollout=None,
         policy=SimpleNamespace(lm=Exported(), tokenizer=Tokenizer(), adapted=False),
-        demand_finite_weights=lambda: None,
-        all_sum=lambda x: x,
-        from_all=lambda item: [item],
+        stepper=SimpleNamespace(check_weights=lambda: None),
+        runtime=SimpleNamespace(all_sum=lambda x: x, gather=lambda item: [item]),
         recorded={},
     )
     module.record = module.recorded.update
@@ -218,7 +216,7 @@ def run(tmp_path, trainer, module):
     """Plays iterations with given validation rewards; returns which iterations ``last`` and ``best`` hold."""
 
     def play(rewards: dict[int, float], iterations: int, every: int, mode: str = "max", stop_at: int = 0):
-        module.iterations = iterations
+        module.progress.iterations = iterations
         callback = Checkpoint(str(tmp_path), every, "val/reward", mode, export=True)
         callback.setup(trainer, module, "fit")
         logger = MetricsCSV(str(tmp_path))
@@ -400,7 +398,7 @@ def screen(monkeypatch):
 
 def test_plain_output_is_a_line_now_and_then(screen, trainer, module):
     callback = Console(["train/reward", "train/kl", "train/absent"], plain_seconds=1e9, plain_lines=10)
-    module.iterations = module.last_iteration = 100
+    module.progress.iterations = module.progress.last_iteration = 100
     callback.on_train_start(trainer, module)
     for module.iteration in range(1, 101):
         module.metrics = {"train/reward": 0.25, "train/kl": 1.5}
@@ -435,7 +433,7 @@ def test_an_estimated_end_says_so(screen, trainer, module):
     callback = Console([], plain_seconds=0, plain_lines=10)
     callback.on_train_start(trainer, module)
     module.expected_seconds = 75.0
-    for module.iteration, module.last_iteration in ((0, 6), (1, 7), (7, 7)):
+    for module.iteration, module.progress.last_iteration in ((0, 6), (1, 7), (7, 7)):
         callback.on_train_batch_start(trainer, module, None, 0)
         callback.on_train_batch_end(trainer, module, None, None, 0)
     assert screen().splitlines() == [

@@ -466,8 +466,8 @@ def test_a_run_measures_its_critic(compose, tmp_path, variant):
     experiment = build(compose([*SMALL[:-1], *quiet, *variant]), tmp_path)
     module = experiment.module
     seen: list[torch.Tensor | None] = []
-    check = module.recompute
-    module.recompute = lambda rollout: seen.append(rollout.values) or check(rollout)
+    check = module.sampler.recompute
+    module.sampler.recompute = lambda rollout: seen.append(rollout.values) or check(rollout)
     experiment.trainer.fit(module, datamodule=experiment.data)
     assert seen[0] is not None, "the preflight's rollout has values"
     assert {"train/value_loss", "train/explained_variance"} <= module.metrics.keys()
@@ -494,7 +494,7 @@ def test_validation_does_not_pay_for_the_critic(compose, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     quiet = ["iterations=1", "callbacks=none", "callbacks.checkpoint=null"]
     experiment = build(compose([*SMALL[:-1], *quiet, "algo/critic=separate"]), tmp_path)
-    monkeypatch.setattr(experiment.module, "check", lambda: None)
+    experiment.module._checked = True
     monkeypatch.setattr(
         experiment.module.policy, "values", lambda rollout: pytest.fail("values in validation")
     )

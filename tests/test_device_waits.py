@@ -69,7 +69,7 @@ def waits(monkeypatch):
         "models.readers.packing",
         "models.readers.packed",
         "training.micro_batches",
-        "training.policy_gradient",
+        "training.updater",
     ):
         monkeypatch.setattr(f"policylab.{module}.on_device", sent)
     return counted
@@ -85,10 +85,10 @@ def iteration(preset, waits, prompts):
         module = experiment.module
         experiment.trainer.limit_val_batches = 0
         module._checked = True
-        train, sample = module.training_step, module.engine.sample
+        train, sample = module.training_step, module.validator.sampler.engine.sample
 
         class Sampler:
-            temperature, max_new_tokens, exact = 1.0, module.engine.max_new_tokens, True
+            temperature, max_new_tokens, exact = 1.0, module.validator.sampler.engine.max_new_tokens, True
 
             def sample(self, policy, prompts, group_size, noise, behaviour=None):
                 before = waits.copy()
@@ -102,7 +102,7 @@ def iteration(preset, waits, prompts):
             waits.clear()
             return train(batch, batch_idx)
 
-        module.engine, module.training_step = Sampler(), step
+        module.validator.sampler.engine, module.training_step = Sampler(), step
         experiment.trainer.fit(module, datamodule=experiment.data)
     assert module.iteration == 2
     return Counter(waits), module
@@ -114,18 +114,18 @@ def test_waits_of_ppo_by_hand(waits):
     epochs, updates, passes = 2, 4, 4 + 1
     assert (module.plan.epochs, module.plan.updates, module.plan.sequences) == (epochs, updates, 128)
     assert counted == {
-        "experiment.completions": 1,  # text for 128 rewards
-        "experiment.rewarded": 1,  # and these back
-        "experiment.describe": 1,
-        "collection.sample": 1,  # the groups
-        "policy_gradient.minibatches": 2 * epochs,  # to the CPU and back
+        "sampler.completions": 1,  # text for 128 rewards
+        "sampler.rewarded": 1,  # and these back
+        "metrics.describe": 1,
+        "collector.sample": 1,  # the groups
+        "updater.minibatches": 2 * epochs,  # to the CPU and back
         "micro_batches.cut": 2 * passes,
         "rollout.select": passes,
         "packed.lay_out": 2 * passes,
         "packing.of": passes,
-        "optimization.apply_gradients": updates,  # is all finite?
+        "stepper.apply_gradients": updates,  # is all finite?
         "means.reduce": 1,  # all means
-        "experiment.on_host": 1,  # all other metrics
+        "metrics.on_host": 1,  # all other metrics
     }
 
 
@@ -134,7 +134,7 @@ def test_as_many_whatever_the_number_of_sequences(waits, preset):
     """A count that grew with them would be a question for each."""
     few, _ = iteration(preset, waits, 4)
     many, _ = iteration(preset, waits, 16)
-    assert few["experiment.completions"] == many["experiment.completions"]
+    assert few["sampler.completions"] == many["sampler.completions"]
     assert sum(many.values()) <= sum(few.values()) + 4, many - few
 
 
@@ -143,16 +143,18 @@ def test_a_samples_length_counts_the_policys_tokens_alone(tmp_path):
     from policylab.config.build import build
     from policylab.rewards.base import Scores
     from policylab.rollouts.noise import TRAIN
-    from policylab.training.experiment import rewarded
+    from policylab.training.metrics import describe
+    from policylab.training.sampler import rewarded
 
     with quiet():
         module = build(small(algo("ppo"), {}), tmp_path).module
     prompt = module.policy.prompts([("a", "", None)], None)
-    rollout = module.generate(prompt, 2, TRAIN, range(2))
+    rollout = module.validator.sampler.generate(prompt, 2, TRAIN, range(2))
     mask = rollout.action_mask.clone()
     mask[:, 0] = False
     rollout = rewarded(rollout.replace(action_mask=mask), Scores([0.5, 1.0], {"part": [0.25, 0.0]}))
-    samples = module.describe(rollout, module.completions(rollout, prompt * 2), "train")
+    completions = module.sampler.completions(rollout, prompt * 2)
+    samples = describe(rollout, completions, "train", 1)
     assert [sample.length for sample in samples] == (rollout.lengths - 1).tolist()
     assert [(s.reward, s.parts, s.kl) for s in samples] == [
         (0.5, {"part": 0.25}, None),

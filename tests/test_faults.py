@@ -77,7 +77,7 @@ def experiment(folder: Path, algorithm: DictConfig, **changes: Any) -> Any:
     built.trainer.limit_val_batches = 0
     built.module._checked = True
     if algorithm.name != "sft":
-        built.module.reward = levels
+        built.module.validator.sampler.reward = levels
     return built
 
 
@@ -292,8 +292,8 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path, caplog, name):
     assert "train/skipped_updates" not in after
     assert "train/loss" not in metrics, "metrics are those of the updates that were made"
     assert "iteration 2: " in caplog.messages[0]
-    assert "the update is left out (1 in a row" in caplog.messages[0]
-    assert module.skipped_in_a_row == {}
+    assert "the update is skipped (1 in a row" in caplog.messages[0]
+    assert module.stepper.skipped_in_a_row == {}
     dump = torch.load(tmp_path / "dumps" / "iteration_2.pt", weights_only=True)
     assert dump["iteration"] == 2
     assert len(dump["rollout"]["tokens"]) >= 4
@@ -305,7 +305,7 @@ def test_a_few_in_a_row_end_the_run(tmp_path, name):
     built = experiment(tmp_path, METHODS[name], iterations=12)
     poison(built.module, set(range(1, 12)))
     with pytest.raises(
-        RunError, match=r"not finite, 3 of at most 3 updates left out in a row; lower optim\.lr"
+        RunError, match=r"not finite, 3 of at most 3 updates skipped in a row; lower optim\.lr"
     ):
         fit(built)
     assert weights(built.module).isfinite().all()
@@ -319,7 +319,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     algorithm = algo("reinforce")
     built = experiment(tmp_path, algorithm, iterations=2)
     poison(built.module, {0, 1})
-    assert fit(built).skipped_in_a_row == {"update": 2}
+    assert fit(built).stepper.skipped_in_a_row == {"update": 2}
     again = experiment(tmp_path, algorithm, iterations=6)
     poison(again.module, {2})
     with pytest.raises(RunError, match=r"iteration 3: .* 3 of at most 3"):
@@ -440,13 +440,13 @@ class Moody:
 def test_rewards_that_draw_and_remember_are_resumed_exactly(tmp_path):
     def run(folder: str, iterations: int, checkpoint: Path | None = None) -> Any:
         built = experiment(tmp_path / folder, algo("reinforce"), iterations=iterations)
-        built.module.reward = Moody()
+        built.module.validator.sampler.reward = Moody()
         return fit(built, checkpoint)
 
     whole = run("whole", 4)
     run("cut", 2)
     resumed = run("cut", 4, newest_whole_checkpoint(tmp_path / "cut"))
-    assert resumed.reward.asked == whole.reward.asked == 48
+    assert resumed.validator.sampler.reward.asked == whole.validator.sampler.reward.asked == 48
     assert torch.equal(weights(resumed), weights(whole))
 
 
@@ -457,7 +457,7 @@ def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
         built = experiment(tmp_path, algo("reinforce"), iterations=2, **{"callbacks.checkpoint.every": 100})
         built.trainer.limit_val_batches = built.trainer.val_check_interval = 1
         module = built.module
-        module.reward = Moody()
+        module.validator.sampler.reward = Moody()
         validated(module, lambda: float(module.iteration == 1))
         with quiet():
             built.trainer.validate(module, datamodule=built.data, ckpt_path=checkpoint, weights_only=True)
@@ -470,14 +470,14 @@ def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
         assert checkpoint_iteration(checkpoint) == iteration
         rewind(tmp_path, iteration, validates=True)
         resumed = session(checkpoint)
-        assert resumed.reward.asked == whole.reward.asked
+        assert resumed.validator.sampler.reward.asked == whole.validator.sampler.reward.asked
         assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_a_memory_that_cannot_be_kept_is_told_at_the_start(tmp_path):
     built = experiment(tmp_path, algo("reinforce"))
-    built.module.reward = Moody()
-    built.module.reward.asked = np.zeros(2)
+    built.module.validator.sampler.reward = Moody()
+    built.module.validator.sampler.reward.asked = np.zeros(2)
     with pytest.raises(
         UserError, match="the state_dict of reward Moody holds more than plain values and tensors"
     ):

@@ -766,20 +766,6 @@ def test_a_token_budget_ends_a_run_and_a_larger_one_prolongs_it(train):
     assert "val/reward" in rows[-1]
 
 
-def test_the_end_of_a_budget_is_estimated(compose, tmp_path):
-    from policylab.config.build import build
-
-    module = build(compose([*SMALL, "iterations=100", "max_tokens=1000"]), tmp_path).module
-    module.expected_tokens = 30.0  # by the preflight: 1000 / 30 = 33.3
-    assert module.last_iteration == 34
-    module.iteration, module.tokens_sampled = 4, 200  # 50 an iteration: 800 / 50 = 16 more
-    assert module.last_iteration == 20
-    module.iteration, module.tokens_sampled = 4, 20  # 5 an iteration: never, before iterations end it
-    assert module.last_iteration == 100
-    module.iteration, module.tokens_sampled = 7, 1001
-    assert module.last_iteration == 7
-
-
 def test_a_command_that_is_refused_while_it_is_built_leaves_nothing(train, tmp_path):
     with pytest.raises(UserError, match="cannot be imported"):
         train(["reward._target_=policylab.rewards.nothing"])

@@ -220,8 +220,8 @@ def test_old_logprobs_are_computed_anew_where_sampling_drifts(build_run, overrid
     """In bf16, unless the update's only pass tells them."""
     experiment = build_run(*overrides)
     module, calls = experiment.module, []
-    recompute = module.recompute
-    module.recompute = lambda rollout: calls.append(None) or recompute(rollout)
+    recompute = module.sampler.recompute
+    module.sampler.recompute = lambda rollout: calls.append(None) or recompute(rollout)
     module._checked = True  # the preflight computes them in any case
     weights(experiment)
     assert len(calls) == passes * module.iteration

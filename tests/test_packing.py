@@ -386,7 +386,7 @@ class TestOutOfMemory:
         whole = train()
         with pytest.warns(UserWarning, match=r"out of memory: from here on at most \d+ tokens"):
             cut = train(limit=20)
-        assert cut.micro_batch_tokens < whole.micro_batch_tokens
+        assert cut.passes.tokens < whole.passes.tokens
         for ours, theirs in zip(cut.policy.parameters(), whole.policy.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         for name, value in whole.metrics.items():
@@ -434,7 +434,7 @@ class TestOutOfMemory:
         cut.on_save_checkpoint(state)
         fresh = train()
         fresh.on_load_checkpoint(state)
-        assert fresh.micro_batch_tokens == cut.micro_batch_tokens
+        assert fresh.passes.tokens == cut.passes.tokens
 
 
 def test_bf16_weights_are_cast_anew_after_each_step(compose, tmp_path):
@@ -450,7 +450,7 @@ def test_bf16_weights_are_cast_anew_after_each_step(compose, tmp_path):
     Path(config.paths.run).mkdir()
     experiment = build(config, tmp_path)
     module, seen = experiment.module, []
-    loss = module.minibatch_loss
+    loss = module.updater.loss
 
     def watched(rollout, denominator):
         fresh = module.policy.lm.lm_head.weight
@@ -458,7 +458,7 @@ def test_bf16_weights_are_cast_anew_after_each_step(compose, tmp_path):
         seen.append(cast.float() - fresh.detach().bfloat16().float())
         return loss(rollout, denominator)
 
-    module.minibatch_loss = watched
+    module.updater.loss = watched
     experiment.trainer.fit(module, datamodule=experiment.data)
     assert len(seen) == 2
     assert all(difference.abs().max() == 0 for difference in seen)

@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
 
-from policylab.data.rollout import Prompt
-from policylab.errors import UserError
-from policylab.rollouts.noise import TRAIN
 from shared_runs import Case, Record, joined, on_both
-from small_runs import PRESETS, algo, quick, small
-
-PROMPTS = [Prompt(i, "", (1, 2 + i), None, ()) for i in range(2)]
+from small_runs import PRESETS, quick
 
 #: Rounding: of a gradient (over its largest entry), of a metric, of a weight after five iterations.
 ROUNDING, FIGURE, DRIFT = 1e-4, 1e-4, 1e-5
@@ -219,25 +213,3 @@ def test_shared_passes_are_as_many_on_all(look, case, parts):
     if case == "sharded sft":
         alone = look("sft" in QUICK)
         assert len({records["sft"].passes for records in alone[1]}) == 2, "on their own they would not be"
-
-
-# -- what one process cannot do alone --------------------------------------------------------------------
-
-
-def test_memory_that_runs_out_amid_a_sum_is_told(tmp_path):
-    """The others would wait for an answer to what this process begins anew."""
-    from policylab.config.build import build
-
-    module = build(small(algo("ppo"), {}), tmp_path).module
-    module.trainer = SimpleNamespace(world_size=2)
-    rollout = module.generate(PROMPTS, 2, TRAIN, range(4))
-
-    def attempt():
-        module.micro_batches(rollout, torch.arange(4))
-        module._others_wait = True
-        raise torch.OutOfMemoryError("as a GPU would say it")
-
-    with pytest.raises(
-        UserError, match=r"out of memory with 4 sequences .* take optim.micro_batch_tokens=\d+"
-    ):
-        module.within_memory(attempt)

@@ -516,7 +516,7 @@ def test_the_target_network_follows(compose, tmp_path):
     still = trained(compose, tmp_path, "algo=dqn", "algo.target.every=100")
     start = trained(compose, tmp_path, "algo=dqn", "algo.target.every=100", "optim.lr=0")
     assert torch.equal(flat(still.target), flat(start.policy))
-    assert still.updates == 8  # two iterations of four
+    assert still.replay.updates == 8  # two iterations of four
     copied = trained(compose, tmp_path, "algo=dqn", "algo.target.every=4", "algo.target.rate=1")
     assert torch.equal(flat(copied.target), flat(copied.policy))
     half = trained(compose, tmp_path, "algo=dqn", "algo.target.every=8", "algo.target.rate=0.5")
@@ -527,7 +527,7 @@ def test_the_target_network_follows(compose, tmp_path):
 @pytest.mark.slow
 def test_learning_waits_for_the_warm_up(compose, tmp_path):
     module = trained(compose, tmp_path, "algo=dqn", "algo.replay.warmup=9")
-    assert module.updates == 4  # eight sequences after the first iteration, sixteen after the second
+    assert module.replay.updates == 4  # eight sequences after the first iteration, sixteen after the second
     assert "train/loss" in module.metrics
 
 
@@ -539,7 +539,7 @@ def test_epsilon_rules_training_and_the_best_token_validation(compose, tmp_path)
     assert module.metrics["train/epsilon"] == pytest.approx(epsilon)
     lowest = math.log(epsilon / module.policy.lm.config.vocab_size)  # of a token that is not the best
     assert float(module.rollout.logprobs.min()) == pytest.approx(lowest, abs=1e-4)
-    again = [module.generate(PROMPTS, 1, VALIDATION, range(4)) for _ in range(2)]
+    again = [module.validator.sampler.generate(PROMPTS, 1, VALIDATION, range(4)) for _ in range(2)]
     assert not again[0].logprobs.any()  # certain
     assert torch.equal(again[0].tokens, again[1].tokens)
 

@@ -129,13 +129,16 @@ def test_preflight_validation_and_training_are_cut(tmp_path):
     def train(engine, max_rows=None):
         changes = {"iterations": 1, "task.held_out": 8, "validation.prompts": 8, "rollout.max_rows": max_rows}
         experiment = build(small(algo("remax"), changes), tmp_path)
-        experiment.module.engine = engine(experiment.module.engine)
+        experiment.module.validator.sampler.engine = engine(experiment.module.validator.sampler.engine)
         experiment.trainer.fit(experiment.module, datamodule=experiment.data)
         return experiment.module
 
+    def rows(module):
+        return module.validator.sampler.row_limit.rows
+
     whole = train(lambda engine: engine)
     cut, halved = train(Tight, max_rows=3), train(Tight)
-    assert (whole.row_limit.rows, cut.row_limit.rows, halved.row_limit.rows) == (None, 3, 4)
+    assert (rows(whole), rows(cut), rows(halved)) == (None, 3, 4)
     for module in (cut, halved):
         assert [sample.completion for sample in module.samples] == [s.completion for s in whole.samples]
         for ours, theirs in zip(module.policy.parameters(), whole.policy.parameters(), strict=True):
@@ -147,8 +150,8 @@ def test_preflight_validation_and_training_are_cut(tmp_path):
         if module is halved:
             module.on_save_checkpoint(state)
         module.on_load_checkpoint({**state, "state_dict": module.state_dict()})
-    assert whole.row_limit.rows == 4, "what was found is resumed"
-    assert cut.row_limit.rows == 3, "but not where another number is asked for"
+    assert rows(whole) == 4, "what was found is resumed"
+    assert rows(cut) == 3, "but not where another number is asked for"
 
 
 def test_a_plan_counts_as_the_run_does(compose):

@@ -84,20 +84,20 @@ def train(name: str, folder: Path, changes: Mapping[str, Any], start: Path | Non
         experiment = build(small(algo(preset, *options), {**own, **changes}), folder)
     module: Any = experiment.module
     trainer: Any = experiment.trainer
-    module.reward = levels
+    module.validator.sampler.reward = levels
     trainer.limit_val_batches = 0
     module._checked = True
     if start is not None and trainer.is_global_zero:  # a run goes on from its newest state, in its folder
         (folder / "checkpoints").mkdir(parents=True)
         shutil.copy(start, folder / "checkpoints" / LAST)
     trainer.callbacks.append(Checkpoint(str(folder), every=1, monitor="val/reward", mode="max", export=False))
-    metrics, gradients, step = list[dict[str, float]](), list[Tensor](), module.apply_gradients
+    metrics, gradients, step = list[dict[str, float]](), list[Tensor](), module.stepper.apply_gradients
 
     def stepped(*args: Any) -> bool:
         gradients.append(flat(p.grad for p in module.policy.parameters() if p.grad is not None))
         return step(*args)
 
-    module.apply_gradients = stepped
+    module.stepper.apply_gradients = stepped
     module.record = lambda new: metrics.append({k: v for k, v in new.items() if not k.startswith("perf/")})
     with quiet():
         trainer.fit(module, datamodule=experiment.data, ckpt_path=start, weights_only=True)

@@ -15,8 +15,8 @@ from policylab.functional import kl
 from policylab.functional.conjugate_gradient import conjugate_gradient
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.training.experiment import means_of
 from policylab.training.fisher import Actor, FisherProducts, fisher_diagonal, twice_differentiable
+from policylab.training.metrics import means_of
 from policylab.training.skipping import NotFinite
 from small_runs import algo as preset
 from small_runs import quick, small, train
@@ -283,9 +283,9 @@ def with_rollout(experiment):
     module.trainer = experiment.trainer
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
-    module.set_learning_rate()
-    module._ratio_max = torch.ones(())
-    rollout = module.generate(experiment.data.train[:8], 2, TRAIN, range(16))
+    module.stepper.set_learning_rate()
+    module.updater.ratio_max = torch.ones(())
+    rollout = module.validator.sampler.generate(experiment.data.train[:8], 2, TRAIN, range(16))
     random = torch.Generator().manual_seed(0)
     advantages = torch.randn(rollout.tokens.shape, generator=random).masked_fill(~rollout.action_mask, 0.0)
     returns = torch.rand(rollout.tokens.shape, generator=random).masked_fill(~rollout.action_mask, 0.0)
@@ -299,7 +299,7 @@ def moved(module, before):
 
 
 def metrics_of(module):
-    return means_of(module.totals(module._means))
+    return means_of(module.recorder.totals(module.recorder.means))
 
 
 def actor_weights(module):
@@ -309,7 +309,7 @@ def actor_weights(module):
 def step_of(module, rollout):
     """What one step of the policy does to its weights, and the metrics."""
     before = actor_weights(module)
-    module.move_policy(rollout)
+    module.updater.move_policy(rollout)
     return actor_weights(module) - before, metrics_of(module)
 
 
@@ -372,13 +372,13 @@ def test_sequences_left_out_might_as_well_not_be_there(prepared):
 
 def test_a_step_that_lowers_the_surrogate_is_refused_and_undone(prepared):
     module, rollout = prepared("algo.update.line_search.max_steps=3")
-    natural = module.natural_step
+    natural = module.updater.natural_step
 
     def backwards(*args):
         step = natural(*args)
         return dataclasses.replace(step, vector=-step.vector)
 
-    module.natural_step = backwards
+    module.updater.natural_step = backwards
     step, metrics = step_of(module, rollout)
     assert not step.any()
     assert metrics["train/search_steps"] == 3
@@ -387,17 +387,17 @@ def test_a_step_that_lowers_the_surrogate_is_refused_and_undone(prepared):
 
 def test_a_step_beyond_the_bound_is_shortened(prepared):
     module, rollout = prepared("algo.update.line_search.shrink=0.5")
-    natural = module.natural_step
+    natural = module.updater.natural_step
 
     def too_far(*args):
         step = natural(*args)
         return dataclasses.replace(step, vector=2 * step.vector, kl=4 * step.kl)
 
-    module.natural_step = too_far
+    module.updater.natural_step = too_far
     step, metrics = step_of(module, rollout)
     assert step.any()
     assert metrics["train/step_scale"] <= 0.5
-    assert metrics["train/kl_measured"] <= module.region.max_kl
+    assert metrics["train/kl_measured"] <= module.updater.region.max_kl
 
 
 @pytest.mark.parametrize("algo", quick(["trpo", "npg"], ["trpo"]))
@@ -418,7 +418,7 @@ def test_a_gradient_that_is_no_number_does_not_reach_the_weights(prepared):
     broken = rollout.replace(advantages=rollout.advantages / 0.0)
     before = actor_weights(module)
     with pytest.raises(NotFinite, match="the loss"):
-        module.move_policy(broken)
+        module.updater.move_policy(broken)
     assert torch.equal(actor_weights(module), before)
 
 
@@ -430,7 +430,7 @@ def test_the_critic_is_fitted_without_moving_the_policy(prepared):
         return float(module.algorithm.value_loss(rollout, module.policy.values(rollout)).sum())
 
     policy, critic = actor_weights(module), loss()
-    module.fit_critic(rollout)
+    module.updater.fit_critic(rollout)
     assert torch.equal(actor_weights(module), policy)
     assert loss() < 0.9 * critic
 
@@ -447,7 +447,7 @@ def test_without_a_critic_there_is_none_to_fit(iterate):
 def test_mixed_precision_moves_within_the_bound(iterate):
     module, before = iterate("algo=trpo", "hardware.precision=bf16-mixed")
     assert moved(module, before).any()
-    assert module.metrics["train/kl_measured"] <= module.region.max_kl
+    assert module.metrics["train/kl_measured"] <= module.updater.region.max_kl
 
 
 def test_weights_too_coarse_are_refused(compose, tmp_path):

@@ -73,9 +73,9 @@ def test_a_validation_is_not_ended_by_stop_iteration(tmp_path, whose, caplog):
     """The prompts are b, c, d, ... in batches of one and two; without the check, the rest would not count."""
     experiment = built(tmp_path, {})
     if whose == "reward":
-        experiment.module.reward = stops_at_b
+        experiment.module.validator.sampler.reward = stops_at_b
     else:
-        experiment.module.task.metrics = lambda completions: {"odd": stops_at_b(completions)}
+        experiment.module.validator.task.metrics = lambda completions: {"odd": stops_at_b(completions)}
     message = f"{'reward stops_at_b' if whose == 'reward' else 'task random_walks: metrics'} failed at "
     with (
         pytest.raises(
@@ -123,13 +123,15 @@ def test_a_reward_that_is_a_network_is_no_part_of_the_policy(tmp_path, precision
     }
     experiment = built(tmp_path, {**own, "iterations": 1})
     module, trainer = experiment.module, experiment.trainer
-    before = [weight.clone() for weight in module.reward.parameters()]
+    before = [weight.clone() for weight in module.validator.sampler.reward.parameters()]
     with quiet():
         trainer.fit(module, datamodule=experiment.data)
-    assert module.reward.seen, "it was asked"
-    assert set(module.reward.seen) == {(False, torch.float32)}
-    assert not module.reward.training
-    assert all(torch.equal(a, b) for a, b in zip(before, module.reward.parameters(), strict=True))
+    assert module.validator.sampler.reward.seen, "it was asked"
+    assert set(module.validator.sampler.reward.seen) == {(False, torch.float32)}
+    assert not module.validator.sampler.reward.training
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, module.validator.sampler.reward.parameters(), strict=True)
+    )
     assert not [name for name, _ in module.named_modules() if name.startswith("reward")]
     trainer.save_checkpoint(tmp_path / "state.ckpt")
     saved = torch.load(tmp_path / "state.ckpt", weights_only=True)

@@ -19,7 +19,7 @@ from policylab.config.build import build
 from policylab.data.rollout import Completion, Rollout
 from policylab.runs.environment import describe_environment
 from policylab.tasks.base import Example
-from policylab.training.experiment import ExperimentModule
+from policylab.training.module import TrainingModule
 from race import work
 from race.lane import Lane
 from race.work import Work
@@ -142,7 +142,7 @@ def config(race: Work, folder: Path, prompts: Sequence[Sequence[int]]) -> DictCo
     return composed
 
 
-def gradients(module: ExperimentModule) -> dict[str, Tensor]:
+def gradients(module: TrainingModule) -> dict[str, Tensor]:
     """By the names of Hugging Face's classes, which TRL's side has as well."""
     policy = module.policy
     found = {f"policy.{name}": p.grad for name, p in policy.lm.named_parameters()}
@@ -172,7 +172,8 @@ def main(race: Work, folder: Path) -> None:
     experiment = build(config(race, folder, prompts), folder)
     module = experiment.module
     lane.gradients = lambda: gradients(module)
-    module.engine = Scheduled(module.engine, lane, race.schedule())
+    sampler = module.validator.sampler
+    sampler.engine = Scheduled(sampler.engine, lane, race.schedule())
     experiment.trainer.callbacks.append(Racer(lane, facts(race.device)))  # type: ignore[attr-defined]
     experiment.trainer.fit(module, datamodule=experiment.data)
 

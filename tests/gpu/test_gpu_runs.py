@@ -108,13 +108,13 @@ def test_fsdp_of_one_process_equals_none(monkeypatch):
 @needs_cuda
 def test_memory_that_runs_out_halves_the_micro_batches(monkeypatch):
     """With the GPU's own error."""
-    from policylab.training.optimization import ManualOptimization
+    from policylab.training.passes import Passes
 
-    passes = ManualOptimization.micro_batches
+    cut = Passes.cut
     hungry = []
 
-    def greedy(self, rollout, rows):
-        parts = passes(self, rollout, rows)
+    def greedy(self, rollout, rows, units=None):
+        parts = cut(self, rollout, rows, units)
         if max(map(len, parts), default=0) > 4:
             hungry.append(len(parts))
             torch.empty(
@@ -122,7 +122,7 @@ def test_memory_that_runs_out_halves_the_micro_batches(monkeypatch):
             )
         return parts
 
-    monkeypatch.setattr(ManualOptimization, "micro_batches", greedy)
+    monkeypatch.setattr(Passes, "cut", greedy)
     with pytest.warns(UserWarning, match="out of memory"):
         trace = train(small(algo("ppo"), HERE))
     assert hungry

@@ -86,7 +86,7 @@ class Checkpoint(Callback):
     ) -> None:
         """Saves between two iterations, where Lightning's loops can be resumed exactly."""
         done = pl_module.iteration
-        if done % self.every == 0 or done == pl_module.iterations or trainer.should_stop:
+        if done % self.every == 0 or done == pl_module.progress.iterations or trainer.should_stop:
             self.save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -123,7 +123,7 @@ class Checkpoint(Callback):
 
     def save_last(self, trainer: Trainer, module: Any) -> None:
         """Writes ``last.ckpt``. Weights that are not finite end the run, and the last good ones stay."""
-        module.demand_finite_weights()
+        module.stepper.check_weights()
         # without weights_only Lightning warns about its default
         trainer.save_checkpoint(self.last, weights_only=False)
         self.saved_at = module.iteration
@@ -142,7 +142,7 @@ class Checkpoint(Callback):
             if trainer.is_global_zero:
                 self.writer.submit(self.best, partial(link_state, self.last, self.best, iteration))
         elif trainer.state.fn == TrainerFn.FITTING:
-            module.demand_finite_weights()
+            module.stepper.check_weights()
             trainer.save_checkpoint(self.best, weights_only=False)
         else:  # before a resumed run trains: `catch_up` comes next
             return

@@ -64,15 +64,15 @@ class Console(Callback):
             console=console(),
             expand=True,
         )
-        total, done = pl_module.last_iteration, pl_module.iteration
+        total, done = pl_module.progress.last_iteration, pl_module.iteration
         self.task = self.progress.add_task("", total=total, completed=done, metrics="")
         self.progress.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Says how long it is going to take, once that is known."""
         if not self.expected_told and pl_module.expected_seconds is not None and trainer.is_global_zero:
-            left = pl_module.last_iteration - pl_module.iteration
-            about = "about " if pl_module.last_iteration < pl_module.iterations else ""
+            left = pl_module.progress.last_iteration - pl_module.iteration
+            about = "about " if pl_module.progress.last_iteration < pl_module.progress.iterations else ""
             console().print(
                 f"expected time: {duration(pl_module.expected_seconds)} for {about}{counted(left, 'iteration')}"
             )
@@ -89,17 +89,16 @@ class Console(Callback):
             for name in self.show
             if name in pl_module.metrics
         )
+        done, last = pl_module.iteration, pl_module.progress.last_iteration
         if self.progress is not None:
-            self.progress.update(
-                self.task, completed=pl_module.iteration, total=pl_module.last_iteration, metrics=metrics
-            )
-        if self._line_is_due(pl_module.iteration, pl_module.last_iteration):
+            self.progress.update(self.task, completed=done, total=last, metrics=metrics)
+        if self._line_is_due(done, last):
             self.last_line = time.monotonic()
-            # with a budget, the last iteration is an estimate until it is there
-            about = "~" if pl_module.iteration < pl_module.last_iteration < pl_module.iterations else ""
+            # with a budget of tokens, the last iteration is an estimate
+            about = "~" if done < last < pl_module.progress.iterations else ""
             show = console().print if self.progress is None else console().note  # beside the bar, for the log
             show(
-                f"iteration {pl_module.iteration}/{about}{pl_module.last_iteration}  {metrics}",
+                f"iteration {done}/{about}{last}  {metrics}",
                 soft_wrap=True,
             )
 

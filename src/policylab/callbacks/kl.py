@@ -40,6 +40,6 @@ class KLMonitor(Callback):
         if rollout.exact_kl is not None:
             grids["exact"] = rollout.exact_kl
         sums = torch.stack([grid.masked_fill(~rollout.action_mask, 0.0).sum() for grid in grids.values()])
-        total = pl_module.all_sum(torch.cat([sums, sums.new_tensor([len(rollout)])]))
+        total = pl_module.runtime.all_sum(torch.cat([sums, sums.new_tensor([len(rollout)])]))
         means = (total[:-1] / total[-1]).tolist()
         pl_module.record({f"train/kl_{name}": mean for name, mean in zip(grids, means, strict=True)})

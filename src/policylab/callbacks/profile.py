@@ -32,10 +32,10 @@ class Profile(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuses a run that would end before there is a profile."""
-        if pl_module.iterations < self.skip + self.iterations:
+        if pl_module.progress.iterations < self.skip + self.iterations:
             raise UserError(
                 f"callbacks.profile skips {self.skip} iterations and profiles {self.iterations}, but the run has "
-                f"{pl_module.iterations}; give iterations={self.skip + self.iterations} or more"
+                f"{pl_module.progress.iterations}; give iterations={self.skip + self.iterations} or more"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

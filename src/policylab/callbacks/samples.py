@@ -59,11 +59,11 @@ class Samples(Callback):
         validation's."""
         if pl_module.iteration % self.every == 0:
             samples = [sample for sample in pl_module.samples if sample.split == "train"]
-            self.write(trainer, chain(*pl_module.from_all(samples[: self.keep])))
+            self.write(trainer, chain(*pl_module.runtime.gather(samples[: self.keep])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Validation samples."""
-        samples = list(chain(*pl_module.from_all(pl_module.samples)))
+        samples = list(chain(*pl_module.runtime.gather(pl_module.samples)))
         self.write(trainer, samples)
         if trainer.is_global_zero and self.show and samples:
             console().print(samples_table(pick(samples, self.show)))

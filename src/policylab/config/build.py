@@ -38,8 +38,9 @@ from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.runs.saved_config import as_yaml
 from policylab.tasks.base import Example, Task, data_fingerprint, examples, take_validation
 from policylab.tasks.datamodule import PromptData
-from policylab.training import PolicyGradient, QTraining, SupervisedTraining, TrustRegionPolicyGradient
-from policylab.training.experiment import ExperimentModule, Parts
+from policylab.training import PolicyGradient, QTraining, SupervisedTraining, TrustRegionUpdater
+from policylab.training.module import TrainingModule
+from policylab.training.parts import Parts
 from policylab.user_code import is_theirs, place, said
 
 #: Keys of ``rollout`` that say what is sampled at a time, and are not for the engine.
@@ -56,7 +57,7 @@ POOLED = frozenset({"workers", "pool"})
 class Experiment:
     """Everything that a run needs."""
 
-    module: ExperimentModule
+    module: TrainingModule
     data: PromptData
     trainer: Trainer
     config: DictConfig
@@ -107,6 +108,8 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         task=task,
         optim=optim,
         plan=plan,
+        train=train_prompts,
+        val=val_prompts,
         max_rows=config.rollout.get("max_rows", EVERY_ROW),
         seed=config.seed,
         iterations=config.iterations,
@@ -119,14 +122,14 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     return Experiment(module, data, trainer(config, run_dir), config)
 
 
-def module_for(algorithm: Algorithm | QLearning | Supervised, parts: Parts) -> ExperimentModule:
+def module_for(algorithm: Algorithm | QLearning | Supervised, parts: Parts) -> TrainingModule:
     """The module that trains with this kind of algorithm."""
     if isinstance(algorithm, Supervised):
         return SupervisedTraining(algorithm, parts)
     if isinstance(algorithm, QLearning):
         return QTraining(algorithm, parts)
     if isinstance(algorithm.update, TrustRegion):
-        return TrustRegionPolicyGradient(algorithm, parts)
+        return PolicyGradient(algorithm, parts, TrustRegionUpdater)
     return PolicyGradient(algorithm, parts)
 
 

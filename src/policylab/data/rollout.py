@@ -26,13 +26,13 @@ class PromptBatch:
     prompts: tuple[Prompt, ...]
 
     def to(self, device: Any, **_: Any) -> Self:
-        """Nothing to move (Lightning calls this): the engine makes the tensors."""
+        """Lightning calls this. There is nothing to move: the engine makes the tensors."""
         return self
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled sequences and all that was recorded about them.
+    """Sampled sequences with their log-probs, rewards and advantages.
 
     Position ``t`` of row ``b`` is the ``t``-th token after the prompt. Masks come from lengths, never
     from comparing ids with a padding id. With ``T = 4``, a completion of two words and an EOS reads::
@@ -54,10 +54,12 @@ class Rollout:
     prompt_ids: Int[Tensor, " B"]
     logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the distribution it was sampled from
     policy_logprobs: Float[Tensor, "B T"] | None = (
-        None  #: under the training policy, recomputed when asked for
+        None  #: under the training policy, where they were recomputed
     )
-    importance: Float[Tensor, "B T"] | None = None  #: weight of each token, when the sampler is corrected for
-    values: Float[Tensor, "B T"] | None = None  #: the critic's at sampling time; None without a critic
+    importance: Float[Tensor, "B T"] | None = (
+        None  #: importance weight of each token; None without a correction for the sampler
+    )
+    values: Float[Tensor, "B T"] | None = None  #: of the critic at sampling time; None without a critic
     ref_logprobs: Float[Tensor, "B T"] | None = None  #: under the reference; None without one
     exact_kl: Float[Tensor, "B T"] | None = (
         None  #: KL(policy | reference) over the vocabulary, when asked for
@@ -66,10 +68,8 @@ class Rollout:
     greedy_rewards: Float[Tensor, " B"] | None = None  #: of the likeliest completion of the same prompt
     reward_parts: Float[Tensor, "B K"] | None = None
     part_names: tuple[str, ...] = ()
-    token_rewards: Float[Tensor, "B T"] | None = (
-        None  #: what the advantage sees: reward at the end plus shaping
-    )
-    advantages: Float[Tensor, "B T"] | None = None  #: credit of each action
+    token_rewards: Float[Tensor, "B T"] | None = None  #: the reward at the last action, plus shaping
+    advantages: Float[Tensor, "B T"] | None = None  #: of each action
     returns: Float[Tensor, "B T"] | None = None  #: the critic's target
     kept: Bool[Tensor, " B"] | None = None  #: false for sequences left out of training; None keeps all
 
@@ -91,7 +91,7 @@ class Rollout:
         return replace(self, **changes)
 
     def select(self, rows: Int[Tensor, " N"]) -> Self:
-        """The given rows, with columns that none of them uses cut off (results do not depend on padding)."""
+        """The given rows, without columns that are padding in all of them."""
         width, prompt_width = torch.stack([self.lengths, self.prompt_lengths])[:, rows].amax(1).tolist()
         changes: dict[str, Any] = {}
         for field in fields(self):
@@ -139,7 +139,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the current policy says about the tokens of a rollout. Zero where no action was taken."""
+    """Figures of the current policy for the tokens of a rollout. Zero where there is no action."""
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]

@@ -25,7 +25,7 @@ class FollowStatus(Callback):
     ) -> None:
         """Writes them after each iteration."""
         if trainer.is_global_zero:
-            self.status.write(iteration=pl_module.iteration, tokens_sampled=pl_module.tokens_sampled)
+            self.status.write(iteration=pl_module.iteration, tokens_sampled=pl_module.progress.tokens_sampled)
 
 
 class BecomeLatest(Callback):

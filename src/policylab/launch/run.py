@@ -137,7 +137,7 @@ def train(
             callbacks[:0] = [FollowStatus(status), stop]  # before the checkpoint callback
             callbacks.append(BecomeLatest(run_dir, Path(config.paths.logs)))
             screen.plan(experiment)
-            with ended_workers(experiment.module.reward):
+            with ended_workers(experiment.module.validator.sampler.reward):
                 run(experiment, run_dir, checkpoint, stop)
         if stop.stopped:
             status.interrupted()
@@ -193,7 +193,7 @@ def record(experiment: Experiment, run_dir: Path, overrides: list[str]) -> None:
     Call it when nothing refuses the run any more: a resumed run repeats the command on record.
     """
     module, config = experiment.module, experiment.config
-    extra = {"weights": module.policy.source, "origin": module.origin, **in_environment()}
+    extra = {"weights": module.policy.source, "origin": module.run_state.origin, **in_environment()}
     environment = record_environment(run_dir, Path(config.paths.repo), overrides, extra, writes=world().main)
     for logger in experiment.trainer.loggers:
         logger.log_hyperparams({**plain(config), "environment": environment})
@@ -207,9 +207,9 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
         if validates_at(experiment.config, iteration):
             trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=True)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        if module.iteration < module.iterations and not trainer.should_stop:
+        if module.iteration < module.progress.iterations and not trainer.should_stop:
             raise RunError(
-                f"training ended after {module.iteration} of {module.iterations} iterations: something raised "
+                f"training ended after {module.iteration} of {module.progress.iterations} iterations: something raised "
                 "StopIteration, which ends Lightning's loops; look at your callbacks"
             )
         if stop.stopped or broadcast("validation", is_validated(run_dir / "metrics.csv", module.iteration)):
@@ -224,6 +224,6 @@ def outcome(experiment: Experiment, status: RunStatus) -> dict[str, Any]:
         "status": "done" if status.state == "running" else status.state,
         "iterations": module.iteration,
         "wall_seconds": round(status.wall_seconds, 1),
-        "tokens_sampled": module.tokens_sampled,
-        "tokens_trained": module.tokens_trained,
+        "tokens_sampled": module.progress.tokens_sampled,
+        "tokens_trained": module.progress.tokens_trained,
     }

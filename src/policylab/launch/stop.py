@@ -82,7 +82,7 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stops all processes if one of them was asked to."""
-        asked = int(pl_module.all_max(torch.tensor(self.signum or 0, device=pl_module.device)))
+        asked = int(pl_module.runtime.all_max(torch.tensor(self.signum or 0, device=pl_module.device)))
         if asked:
             self.signum = asked
             self.stopped = True

@@ -249,7 +249,7 @@ def passes(algorithm: Algorithm | QLearning | Supervised, plan: BatchPlan) -> fl
         third = 0 if algorithm.target is None else 1 / 3
         return (1 + third) * plan.minibatch * plan.updates / plan.sequences
     update = algorithm.update
-    if isinstance(update, TrustRegion):  # as TrustRegionPolicyGradient.seconds_per_iteration counts them
+    if isinstance(update, TrustRegion):  # as TrustRegionUpdater.forward_passes counts them
         products = update.fisher_share * 5 * (update.cg_iterations + 1)
         return (3 + products + 3 + 4 + (update.critic_epochs if algorithm.uses_critic else 0)) / 3
     return float(update.epochs)

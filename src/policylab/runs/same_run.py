@@ -119,7 +119,7 @@ def check_fits(
         advice: what to do.
     """
     content = read(checkpoint)
-    module.demand_origin(content["policylab"])
+    module.run_state.check_origin(content["policylab"])
     given = module.given_weights()
     own = {name: shape_of(value) for name, value in module.state_dict().items() if name not in given}
     found = {name: shape_of(value) for name, value in content["state_dict"].items() if name not in given}

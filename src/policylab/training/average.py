@@ -11,10 +11,10 @@ from policylab.distributed.sharding import shard_of
 
 
 class Average(nn.Module):
-    """Moves the weights of a network towards another's. Of weights below fp32 it keeps the average in fp32, and the
-    network's own are that, rounded: in bf16 most steps of a hundredth of the difference would be lost.
+    """Moves the weights of a network towards another's. Weights below fp32 are rounded copies of averages in fp32: in
+    bf16 most steps of a hundredth of the difference would be lost.
 
-    The fp32 averages are buffers, and so are a part of checkpoints.
+    The fp32 averages are buffers, so that checkpoints hold them.
 
     Args:
         slow: the network that follows.
@@ -35,13 +35,13 @@ class Average(nn.Module):
             if average is None:
                 weight.lerp_(other, rate)
                 continue
-            self._buffers[name] = average = shard_of(average, weight)  # sharded as the weight is
+            self._buffers[name] = average = shard_of(average, weight)  # sharded like the weight
             average.lerp_(other.float(), rate)
             weight.copy_(average)
 
 
 def _pairs(slow: nn.Module, fast: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Weights of the two by name, written so that it can be a buffer's."""
+    """Weights of the two, which differ, under names that buffers may have."""
     others = dict(fast.named_parameters())
     for name, weight in slow.named_parameters():
         if weight is not others[name]:

@@ -35,7 +35,7 @@ Product = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 
 @dataclass(frozen=True)
 class Actor:
-    """The weights that the policy acts by, as one vector."""
+    """The policy's trained weights, without the critic's, as one vector."""
 
     policy: Policy
     parameters: tuple[nn.Parameter, ...]  #: those with a gradient, each once, however often it is used
@@ -53,7 +53,7 @@ class Actor:
 
     @contextmanager
     def at(self, weights: Float[Tensor, " n"]) -> Iterator[None]:
-        """While active, the policy acts by other weights; nothing is copied, and its own come back as they were."""
+        """While active, the policy has other weights. Nothing is copied, and its own are put back."""
         own = [p.data for p in self.parameters]
         try:
             for parameter, other in zip(self.parameters, self.split(weights), strict=True):
@@ -65,7 +65,7 @@ class Actor:
 
     @torch.no_grad()
     def move_to(self, weights: Float[Tensor, " n"]) -> None:
-        """The policy acts by these weights from now on."""
+        """Overwrites the weights."""
         for parameter, new in zip(self.parameters, self.split(weights), strict=True):
             parameter.copy_(new)
 
@@ -85,8 +85,8 @@ class Actor:
 class FisherProducts:
     """``v -> F v`` over some sequences of all processes, a micro-batch at a time.
 
-    Where one micro-batch is all there is, its graph is kept from product to product; otherwise memory does not grow
-    with the number of sequences.
+    The graph of a single micro-batch is kept from product to product. With several it is built anew for each, so that
+    memory does not grow with the number of sequences.
 
     Args:
         pieces: this process's micro-batches.
@@ -122,7 +122,7 @@ class FisherProducts:
         return self.all_sum(total / self.actions)
 
     def curvature(self, v: Float[Tensor, " n"]) -> float:
-        """``v F v``: the variance of ``J v`` under the policy, for half the price of a product."""
+        """``v F v``: the variance of ``J v`` under the policy, at half the cost of a product."""
         if self.kind == "exact_kl":
             return float(v @ self(v))
         total = torch.zeros((), device=v.device)
@@ -170,9 +170,9 @@ def exact_kl(actor: Actor, rollout: Rollout) -> Product:
 def fisher_diagonal(
     actor: Actor, groups: Sequence[Sequence[Rollout]], actions: float, all_sum: AllSum
 ) -> Float[Tensor, " n"]:
-    """An estimate of ``F``'s diagonal, for the price of one gradient: squared scores.
+    """An estimate of ``F``'s diagonal, at the cost of one gradient: squared scores.
 
-    The score of a sampled word has mean zero and covariance ``J' diag(p) J``, whatever came before it, so scores of
+    The score of a sampled word has mean zero and covariance ``J' diag(p) J`` given the words before it, so scores of
     different actions are uncorrelated and the square of a sum of them has the sum of their squares as its mean. Each
     group gives one such sum. "A Natural Policy Gradient", Kakade 2001, section 2; the diagonal as a preconditioner as
     in "Deep learning via Hessian-free optimization", Martens 2010, section 4.7.
@@ -200,7 +200,7 @@ def twice_differentiable(device: torch.device) -> Iterator[None]:
 
 
 class _Words(nn.Module):
-    """The actor's log-distributions as a module, so that torch can put other weights in its place."""
+    """The actor's log-distributions as a module, for ``functional_call`` with other weights."""
 
     def __init__(self, actor: Actor) -> None:
         super().__init__()

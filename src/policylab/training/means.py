@@ -11,7 +11,7 @@ from torch import Tensor
 
 from policylab.functional.masks import AllSum
 
-#: Sums that are no metrics by themselves.
+#: Sums that are not metrics.
 SAMPLED, TRAINED = "tokens sampled", "tokens trained"
 
 
@@ -23,8 +23,8 @@ class Total(NamedTuple):
 
 
 class Means:
-    """Collects values; gives their means over micro-batches and processes. Collecting never waits for an accelerator,
-    and `reduce` does so once."""
+    """Collects values; gives their means over micro-batches and processes. Collecting never synchronizes with an
+    accelerator, and `reduce` does so once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -40,13 +40,13 @@ class Means:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def copy(self) -> Means:
-        """As it is now."""
+        """An independent copy."""
         twin = Means()
         twin._sums = dict(self._sums)
         return twin
 
     def not_finite(self) -> list[str]:
-        """Names of what came to a NaN or an infinity on this process."""
+        """Names whose sum is not finite on this process."""
         if not self._sums:
             return []
         finite = torch.stack([pair[0] for pair in self._sums.values()]).isfinite().tolist()
@@ -63,7 +63,7 @@ class Means:
 
     @property
     def names(self) -> Set[str]:
-        """Of what this process has counted."""
+        """Names that this process has added to."""
         return self._sums.keys()
 
     def mean(self, name: str, all_sum: AllSum) -> float:
@@ -75,7 +75,7 @@ class Means:
         """Sums and counts by name; a name without a single value is left out.
 
         Args:
-            names: of what any process has counted, the same on all.
+            names: those that any process has added to; the same on all processes.
         """
         names = sorted(names)
         if not names:

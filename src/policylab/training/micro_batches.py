@@ -1,9 +1,17 @@
-"""How the sequences of a minibatch are cut into forward passes: by tokens, since these are what memory pays for."""
+"""How the sequences of a rollout are cut into minibatches and these into forward passes.
+
+Rows that belong together, such as the two sides of a preference pair or the group of a prompt, are a unit: they are
+never cut apart. Each row has the number of its unit.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from policylab.data.rollout import Rollout
@@ -16,32 +24,95 @@ from policylab.models.policy import Policy
 SCORES = 2**25
 
 
-def cut(rollout: Rollout, rows: Int[Tensor, " N"], tokens: int, *, packs: bool) -> list[Int[Tensor, " M"]]:
-    """The rows in micro-batches of at most ``tokens`` tokens (a longer sequence has one to itself).
+def cut(
+    rollout: Rollout,
+    rows: Int[Tensor, " N"],
+    tokens: int,
+    *,
+    packs: bool,
+    units: Int[Tensor, " B"] | None = None,
+) -> list[Int[Tensor, " M"]]:
+    """The rows in micro-batches of at most ``tokens`` tokens; a unit with more has one to itself.
 
     Args:
         rows: indices into the rollout; each comes back once.
-        packs: whether a prompt is read once for all its completions, so that these had better stay together, and
-            nothing is padded. Otherwise sequences of like length stay together.
+        packs: whether a prompt is read once for all its completions, so that these are kept together, and nothing is
+            padded. Otherwise sequences of like length are kept together.
+        units: number of each row's unit; None: each row is its own.
     """
-    table = torch.stack([rows, rollout.prompt_ids[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]])
-    sequences = table.T.tolist()
-    sequences.sort(key=(lambda s: (s[1], s[3])) if packs else (lambda s: s[2] + s[3]))
+    columns = [rows, rollout.prompt_ids[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]]
+    table = torch.stack(columns if units is None else [*columns, units[rows]]).T.tolist()
+    whole: dict[int, list[_Sequence]] = {}
+    for place, (row, prompt, prompt_length, length, *unit) in enumerate(table):
+        whole.setdefault(unit[0] if unit else place, []).append(_Sequence(prompt, length, prompt_length, row))
+    together = sorted(whole.values(), key=_place if packs else _longest)
     batches: list[list[int]] = []
     seen: set[int] = set()
     filled = widest = longest = 0
-    for row, prompt, prompt_length, length in sequences:
-        widest, longest = max(widest, length), max(longest, prompt_length + length)
-        count = len(batches[-1]) + 1 if batches else 1
-        cost = filled + length + (0 if prompt in seen else prompt_length) if packs else longest * count
+    for unit in together:
+        if batches:
+            count = len(batches[-1]) + len(unit)
+            widest, longest = max(widest, _widest(unit)), max(longest, _longest(unit))
+            cost = filled + _packed(unit, seen) if packs else longest * count
         if not batches or cost > tokens or count * widest * longest > SCORES:
             batches.append([])
-            seen, widest, longest = set(), length, prompt_length + length
-            cost = longest
-        batches[-1].append(row)
-        seen.add(prompt)
+            seen, widest, longest = set(), _widest(unit), _longest(unit)
+            cost = _packed(unit, seen) if packs else longest * len(unit)
+        batches[-1] += [sequence.row for sequence in unit]
+        seen.update(sequence.prompt for sequence in unit)
         filled = cost
     return on_device([torch.tensor(batch) for batch in batches], rows.device)
+
+
+class _Sequence(NamedTuple):
+    prompt: int
+    length: int
+    prompt_length: int
+    row: int
+
+
+def _place(unit: Sequence[_Sequence]) -> tuple[int, int]:
+    """By prompt, and then by length."""
+    return min((sequence.prompt, sequence.length) for sequence in unit)
+
+
+def _widest(unit: Sequence[_Sequence]) -> int:
+    """Tokens of the longest completion."""
+    return max(sequence.length for sequence in unit)
+
+
+def _longest(unit: Sequence[_Sequence]) -> int:
+    """Tokens of the longest sequence."""
+    return max(sequence.prompt_length + sequence.length for sequence in unit)
+
+
+def _packed(unit: Sequence[_Sequence], seen: Set[int]) -> int:
+    """Tokens of the completions and of the prompts that are not yet ``seen``."""
+    prompts = {sequence.prompt: sequence.prompt_length for sequence in unit if sequence.prompt not in seen}
+    return sum(sequence.length for sequence in unit) + sum(prompts.values())
+
+
+def split(
+    noise: Float[Tensor, " S"], size: int, units: Int[Tensor, " S"] | None = None
+) -> list[Int[Tensor, " M"]]:
+    """Sequences in the order of their noise, in minibatches of ``size``. On the CPU.
+
+    A unit comes where its first row would, and belongs to the minibatch in which it begins. So a minibatch of units of
+    unequal size may hold more or fewer sequences, even none.
+
+    Args:
+        noise: of the sequences of all processes, so that each process finds its rows of the same minibatches.
+        units: number of each sequence's unit; None: each sequence is its own.
+    """
+    count = len(noise)
+    places = torch.arange(count)
+    numbers, unit = (places if units is None else units).unique(return_inverse=True)
+    first = torch.full_like(places, count).scatter_reduce_(0, unit, places, "amin")[: len(numbers)]
+    rank = noise[first].argsort(stable=True).argsort()[unit]
+    sizes = rank.bincount()
+    order = rank.argsort(stable=True)
+    minibatch = ((sizes.cumsum(0) - sizes) // size)[rank[order]]
+    return [order[minibatch == i] for i in range(math.ceil(count / size))]
 
 
 def tokens_that_fit(policy: Policy, *, whole_distributions: bool) -> int:

@@ -32,7 +32,7 @@ class AdamW:
             the reference shares them. 0 trains all.
         micro_batch_tokens: tokens a forward pass and process; None takes as many as should fit in memory. It
             changes memory, never results.
-        max_skipped: updates in a row that may be left out because loss or gradient is not finite; the last of them
+        max_skipped: updates in a row that may be skipped because loss or gradient is not finite; the last of them
             ends the run.
     """
 
@@ -84,7 +84,7 @@ class AdamW:
     def _groups(
         self, parameters: list[nn.Parameter], lr: float, undecayed: list[nn.Parameter]
     ) -> list[dict[str, Any]]:
-        """Matrices, which decay, apart from the rest."""
+        """Two groups: matrices, which decay, and the rest."""
         spared = set(map(id, undecayed))
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in spared]
         rest = [p for p in parameters if p.ndim < 2 or id(p) in spared]
@@ -110,12 +110,12 @@ class MasterAdamW(torch.optim.AdamW):
     weight is the copy, rounded. The moments are in fp32 too.
 
     "Mixed Precision Training", arXiv:1710.03740, section 3.1. bf16 has 8 bits of precision: added to the weight itself,
-    a step below a 512th of it would be lost.
+    a step below 1/512 of it would be lost.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, a weight at a time: the fp32 copy of a gradient is then that of one weight alone."""
+        """One step, a weight at a time, so that the fp32 copy of one gradient at a time is in memory."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -148,7 +148,7 @@ class MasterAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch does, which casts the state to each weight's precision; here it stays in fp32."""
+        """As torch's, but the state stays in fp32; torch casts it to each weight's precision."""
         super().load_state_dict(state_dict)
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, saved in state_dict["state"].items():

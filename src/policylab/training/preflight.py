@@ -1,11 +1,11 @@
-"""Checks before a run that what is sampled is what will be trained on; and how long an iteration takes."""
+"""Checks before a run that recorded log-probs are those that will be trained on, and measures how long a sequence
+takes."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,11 +15,9 @@ from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.masks import masked_sum
 from policylab.rollouts.noise import PREFLIGHT
+from policylab.training.sampler import Sampler
 
-if TYPE_CHECKING:
-    from policylab.training.experiment import ExperimentModule
-
-#: Prompts that are tried.
+#: Prompts that are sampled for the check.
 PROMPTS = 32
 #: Mean difference of two log-probs of the same token, in nats, in fp32 and in lower precision. The mean, since rounding
 #: moves a single token of a confident policy by a nat and more. Measured on the embedded model, logits times 1 to 30:
@@ -31,7 +29,7 @@ LOW_PRECISION_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Pace:
-    """What a sequence costs, measured on a few: in seconds an upper bound, as larger batches cost less."""
+    """What a sequence costs, measured on a few. The seconds are upper bounds: larger batches cost less a sequence."""
 
     sample: float  #: seconds
     forward: float  #: seconds
@@ -39,22 +37,22 @@ class Pace:
 
 
 @torch.no_grad()
-def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
-    """Samples a few completions and holds the recorded figures against recomputed ones.
+def preflight(sampler: Sampler, prompts: list[Prompt]) -> Pace:
+    """Samples a few completions and compares the recorded figures with recomputed ones.
 
-    What an engine that is not exact records is not trained on as it is; so there a difference is a warning.
+    The log-probs of an engine that is not exact are recomputed before training; there a difference is only a warning.
 
     Raises:
         UserError: when log-probs or values differ, or when an untrained policy is not at its reference. A run
             would otherwise train on ratios that are wrong from the first step.
     """
-    precise = TOLERANCE if module.in_full_precision else LOW_PRECISION_TOLERANCE
-    limit = precise if module.engine.exact else LOW_PRECISION_TOLERANCE
-    module.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass through a model is not typical
+    precise = TOLERANCE if sampler.in_full_precision else LOW_PRECISION_TOLERANCE
+    limit = precise if sampler.engine.exact else LOW_PRECISION_TOLERANCE
+    sampler.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass through a model is not typical
     start = time.perf_counter()
-    rollout = module.estimate_values(module.generate(prompts, 1, PREFLIGHT, range(len(prompts))))
+    rollout = sampler.add_values(sampler.generate(prompts, 1, PREFLIGHT, range(len(prompts))))
     sampled = time.perf_counter()
-    logprobs, values = module.recompute(rollout)
+    logprobs, values = sampler.recompute(rollout)
     done = time.perf_counter()
 
     found = []
@@ -71,12 +69,12 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
                 f"values recorded at sampling differ from recomputed ones, {problem}; likely cause: the critic read "
                 "other hidden states than in training"
             )
-    if found and module.engine.exact:
+    if found and sampler.engine.exact:
         raise UserError(f"preflight: {found[0]}")
     for line in found:
         warnings.warn(f"preflight: {line}; the log-probs are computed anew before training", stacklevel=2)
 
-    reference = module.refer(rollout).ref_logprobs if module.iteration == 0 else None
+    reference = sampler.add_ref_logprobs(rollout).ref_logprobs if sampler.progress.iteration == 0 else None
     if reference is not None and (problem := difference(logprobs, reference, rollout.action_mask, precise)):
         raise UserError(
             f"preflight: the untrained policy is not at its reference, {problem}; likely cause: weights were "
@@ -92,7 +90,7 @@ def preflight(module: ExperimentModule, prompts: list[Prompt]) -> Pace:
 def difference(
     recorded: Float[Tensor, "B T"], recomputed: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], limit: float
 ) -> str | None:
-    """How far the two are apart, averaged over the actions; None within the limit."""
+    """Mean difference over the actions, in words; None within the limit."""
     apart = (recorded - recomputed).abs()
     mean = float(masked_sum(apart, mask).sum() / mask.sum())
     if mean <= limit:  # not so for NaN

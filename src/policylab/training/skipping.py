@@ -1,6 +1,6 @@
-"""An update whose loss or gradient is not finite is left out, told, and kept for later; a few in a row end the run.
+"""An update whose loss or gradient is not finite is skipped: its cause is reported, and its batch is kept in a file.
 
-Whatever was wrong with it stays out of weights, optimizer and checkpoints.
+Nothing of it reaches the weights, the optimizer or a checkpoint. Several in a row end the run.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from policylab.data.rollout import Rollout
 
 log = logging.getLogger(__name__)
 
-#: Batches that each process keeps in ``dumps/``, the newest ones.
+#: The newest batches in ``dumps/``, of each process; older ones are deleted.
 KEPT = 8
-#: Names that a message gives.
+#: Names that a message lists.
 NAMED = 3
 
 
 class NotFinite(Exception):
-    """Something that an update is made of is NaN or infinite."""
+    """A figure of an update is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """What was not finite, from the first place where it shows; ``depth`` is lower the earlier that is."""
+    """What was not finite; ``depth`` is lower for what comes earlier: weights, batch, update."""
 
     depth: int
     what: str
@@ -45,12 +45,12 @@ class Cause:
         )[self.depth]
 
 
-#: Depths: the weights, what the batch came with, what the update has computed.
+#: Depths: the weights, a field of the batch, what the update has computed.
 WEIGHTS, BATCH, UPDATE = range(3)
 
 
 def cause_of(policy: nn.Module, rollout: Rollout | None, computed: Iterable[str]) -> Cause:
-    """Where it comes from: the weights, the batch, or the update itself.
+    """The earliest cause: the weights, the batch, or the update itself.
 
     Args:
         rollout: sequences of the update; None on a process that has none.
@@ -73,7 +73,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def not_finite_fields(rollout: Rollout) -> list[str]:
-    """Fields with a value that is not finite; where there are actions, those alone count."""
+    """Fields with a value that is not finite; in fields by position, at an action."""
     bad = []
     for field in fields(rollout):
         value = getattr(rollout, field.name)
@@ -95,11 +95,11 @@ def named(names: list[str]) -> str:
 
 
 def dump(folder: Path, name: str, suffix: str, content: dict[str, Any], rollout: Rollout) -> None:
-    """Writes a batch for later: ``torch.load(..., weights_only=True)`` gives a dict.
+    """Writes a batch to a file, which ``torch.load(..., weights_only=True)`` reads as a dict.
 
     Args:
-        suffix: of the name, by which those of this process are told from others.
-        content: what else there is to know of it.
+        suffix: of the file's name, different for each process.
+        content: other entries of the dict.
     """
     batch = {field.name: getattr(rollout.to("cpu"), field.name) for field in fields(rollout)}
     path = folder / f"{name}{suffix}.pt"
@@ -108,6 +108,6 @@ def dump(folder: Path, name: str, suffix: str, content: dict[str, Any], rollout:
         torch.save({**content, "rollout": batch}, path)
         for old in sorted(folder.glob(f"*{suffix}.pt"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch turns some of the one into the other
+    except (OSError, RuntimeError) as error:  # torch raises some OSErrors as RuntimeErrors
         log.warning("could not keep the batch in %s: %s", path, error)
         path.unlink(missing_ok=True)

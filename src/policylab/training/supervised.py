@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +13,14 @@ from policylab.data.rollout import Prompt, PromptBatch, Rollout
 from policylab.functional.masks import length_mask
 from policylab.functional.reduction import token_sum
 from policylab.rollouts.engine import pad_left
-from policylab.training.experiment import ExperimentModule, Parts
 from policylab.training.means import TRAINED
+from policylab.training.module import TrainingModule
+from policylab.training.parts import Parts
 from policylab.training.preflight import Pace
 
 
-class SupervisedTraining(ExperimentModule):
-    """Maximum likelihood, with the same validation as the policy-gradient methods beside its own loss."""
+class SupervisedTraining(TrainingModule):
+    """Maximum likelihood of the completions in the data; validation is that of all trainers, beside its own loss."""
 
     def __init__(self, algorithm: Supervised, parts: Parts) -> None:
         super().__init__(parts)
@@ -29,41 +29,45 @@ class SupervisedTraining(ExperimentModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: one optimizer step on one batch of examples."""
         started = time.perf_counter()
-        lr = self.set_learning_rate()
-        with self.phase("update"):
+        lr = self.stepper.set_learning_rate()
+        with self.recorder.phase("update"):
             grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
             rows = torch.arange(len(grid), device=self.device)
-            tokens = self.all_sum(grid.action_mask.sum())
+            tokens = self.runtime.all_sum(grid.action_mask.sum())
 
             def loss_of(piece: Rollout) -> Tensor:
-                negative = -self.policy.logprobs_of(piece, temperature=1.0)
-                self._means.add("train/loss", negative, piece.action_mask)
+                negative = self.negative_logprobs(piece)
+                self.recorder.add("train/loss", negative, piece.action_mask)
                 return token_sum(negative, piece.action_mask, tokens.float())
 
-            self.accumulate(grid, rows, loss_of)
-            if self.apply_gradients(grid, rows):
-                self._means.add(TRAINED, grid.action_mask.sum())
+            self.stepper.accumulate(grid, rows, loss_of)
+            if self.stepper.apply_gradients(grid, rows):
+                self.recorder.add(TRAINED, grid.action_mask.sum())
         self.finish_iteration({"train/lr": lr, "tokens": tokens}, started)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Adds the loss on the held-out completions, if all prompts have one."""
+        if all(
+            prompt.target for prompt in self.validator.prompts
+        ):  # not this batch's: all processes make the passes
+            grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
+            negative = self.passes.per_token(grid, self.negative_logprobs)
+            self.validator.means.add("val/loss", negative, grid.action_mask)
+        super().validation_step(batch, batch_idx)
+
+    def negative_logprobs(self, grid: Rollout) -> Tensor:
+        """The loss a token, ``[B, T]``."""
+        return -self.policy.logprobs_of(grid, temperature=1.0)
 
     def seconds_per_iteration(self, pace: Pace) -> float:
         """A forward and a backward pass."""
         return self.plan.sequences / self.plan.processes * 3 * pace.forward
 
-    @torch.no_grad()
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Loss on the held-out completions, where there are any, and what the policy writes itself."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if all(prompt.target for prompt in data.val):  # of all processes, which go through the same passes
-            grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
-            negative = -self.per_token(grid, lambda piece: self.policy.logprobs_of(piece, temperature=1.0))
-            self._val_means.add("val/loss", negative, grid.action_mask)
-        super().validation_step(batch, batch_idx)
-
 
 def demonstrations(prompts: Sequence[Prompt], loss_on: str, device: torch.device) -> Rollout:
-    """The completions of a data set on the grid of a rollout, as if the policy had chosen them.
+    """The completions of a data set on the grid of a rollout, every token of them an action.
 
-    With ``loss_on="full"`` only the first token of the prompt stays a prompt.
+    With ``loss_on="full"`` the prompt's tokens after the first are actions, too.
     """
     cut = [1 if loss_on == "full" else len(p.tokens) for p in prompts]
     targets = [(p.tokens[c:] + p.target) for p, c in zip(prompts, cut, strict=True)]

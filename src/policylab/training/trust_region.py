@@ -7,12 +7,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from policylab.algorithms import Algorithm, LossTerms, TrustRegion
+from policylab.data.plan import BatchPlan
 from policylab.data.rollout import Rollout
 from policylab.errors import UserError
 from policylab.functional import kl
@@ -20,16 +22,16 @@ from policylab.functional.conjugate_gradient import conjugate_gradient
 from policylab.functional.logprobs import token_logprobs
 from policylab.functional.masks import masked_sum
 from policylab.functional.ratios import probability_ratio
-from policylab.training.experiment import Parts
 from policylab.training.fisher import GROUPS, Actor, FisherProducts, fisher_diagonal
-from policylab.training.policy_gradient import PolicyGradient
-from policylab.training.preflight import Pace
+from policylab.training.sampler import Sampler
 from policylab.training.skipping import NotFinite
+from policylab.training.stepper import Stepper
+from policylab.training.updater import Updater
 
 
 @dataclass(frozen=True)
 class Step:
-    """The full step, to the border of the trust region as the quadratic model sees it."""
+    """The full step, to the boundary of the trust region in the quadratic model."""
 
     vector: Float[Tensor, " n"]
     kl: float  #: that the quadratic model predicts, nats a token; 0 for no step
@@ -38,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy is like on the rollout that the old one sampled."""
+    """Figures of a policy on the rollout that the old one sampled."""
 
     loss: float
     kl: float  #: KL(old | it) over the vocabulary, nats a token
@@ -47,21 +49,21 @@ class Outcome:
     ratio_max: float
 
 
-class TrustRegionPolicyGradient(PolicyGradient):
-    """Trains the policy with an algorithm whose update is a :class:`~policylab.algorithms.TrustRegion`.
+class TrustRegionUpdater(Updater):
+    """Moves the policy by an algorithm whose update is a :class:`~policylab.algorithms.TrustRegion`.
 
     "Trust Region Policy Optimization", arXiv:1502.05477, appendix C. All sums over sequences are sums over processes,
     so every process takes the same step. Gradients come from ``autograd.grad``, which never runs the hooks by which
     data-parallel wrappers average them.
 
     Raises:
-        UserError: for weights or attention that a trust region cannot do with.
+        UserError: for weights or attention that a trust region cannot work with.
     """
 
-    whole_distributions = True
+    whole_distributions: ClassVar[bool] = True
 
-    def __init__(self, algorithm: Algorithm, parts: Parts) -> None:
-        super().__init__(algorithm, parts)
+    def __init__(self, algorithm: Algorithm, plan: BatchPlan, sampler: Sampler, stepper: Stepper) -> None:
+        super().__init__(algorithm, plan, sampler, stepper)
         assert isinstance(algorithm.update, TrustRegion)
         self.region = algorithm.update
         if self.policy.dtype != torch.float32:
@@ -69,48 +71,43 @@ class TrustRegionPolicyGradient(PolicyGradient):
                 f"algo.update=trust_region takes steps too small for {self.policy.dtype} weights; take "
                 "model.dtype=float32, and hardware.precision=bf16-mixed for speed"
             )
-        for policy in filter(None, (self.policy, self.reference)):
+        for policy in filter(None, (self.policy, sampler.reference)):
             policy.reader.make_differentiable()
 
     @property
-    def first_pass_tells(self) -> bool:
-        """The search comes back to what the policy was."""
-        return False
-
-    def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling; forward passes: reference, gradient (3), products (5 each), length (3), search, critic."""
+    def forward_passes(self) -> float:
+        """Gradient (3), products (5 each), length (3), search (4 tries), critic."""
         region = self.region
         products = region.fisher_share * 5 * (region.cg_iterations + 1)
-        passes = 1 + 3 + products + 3 + 4 + (region.critic_epochs if self.algorithm.uses_critic else 0)
-        return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
+        return 3 + products + 3 + 4 + (region.critic_epochs if self.algorithm.uses_critic else 0)
 
     def update(self, rollout: Rollout) -> None:
-        """Gradient -> natural direction -> step to the border -> search -> critic."""
-        self._ratio_max = torch.ones((), device=self.device)
+        """Gradient -> natural direction -> step to the boundary -> line search -> critic."""
+        self.ratio_max = torch.ones((), device=self.runtime.device)
         trained = rollout.replace(action_mask=rollout.loss_mask, kept=None)
         try:
-            self.within_memory(lambda: self.move_policy(trained))
-            self.skipped_in_a_row.pop("policy", None)
+            self.passes.retry_on_oom(lambda: self.move_policy(trained))
+            self.stepper.skipped_in_a_row.pop("policy", None)
         except NotFinite as found:
-            rows = torch.arange(len(rollout), device=self.device)
-            self.leave_out(trained, rows, "policy", [str(found)])
+            rows = torch.arange(len(rollout), device=self.runtime.device)
+            self.stepper.skip_update(trained, rows, "policy", [str(found)])
         if self.algorithm.uses_critic:
             self.fit_critic(rollout)
 
     def move_policy(self, rollout: Rollout) -> None:
         """One step of the policy. ``rollout``: its action mask holds the actions that are trained on."""
-        actor = Actor(self.policy, tuple(self.policy.actor_parameters()), self.engine.temperature)
+        actor = Actor(self.policy, tuple(self.policy.actor_parameters()), self.sampler.engine.temperature)
         mask = rollout.action_mask
-        actions = int(self.all_sum(mask.sum()))
-        denominator = self.all_sum(self.algorithm.reduction.denominator(mask))
-        denominator = torch.where(denominator > 0, denominator, 1.0)  # nothing to sum: zero, not NaN
-        pieces = self.pieces(rollout, mask.any(-1).nonzero().squeeze(-1))
+        actions = int(self.runtime.all_sum(mask.sum()))
+        denominator = self.runtime.all_sum(self.algorithm.reduction.denominator(mask))
+        denominator = torch.where(denominator > 0, denominator, 1.0)  # an empty sum is zero, not NaN
+        pieces = self.passes.pieces(rollout, mask.any(-1).nonzero().squeeze(-1))
 
         loss, gradient = self.surrogate_gradient(actor, pieces, denominator)
         step = self.natural_step(actor, rollout, gradient)
         scale, tried, outcome = self.search(actor, pieces, step, loss, denominator, actions)
-        self.tokens_trained += actions if scale else 0
-        self._ratio_max = torch.full((), outcome.ratio_max, device=self.device)
+        self.progress.tokens_trained += actions if scale else 0
+        self.ratio_max = torch.full((), outcome.ratio_max, device=self.runtime.device)
         figures = {
             "train/loss": loss,
             "train/grad_norm": float(gradient.norm()),
@@ -123,31 +120,27 @@ class TrustRegionPolicyGradient(PolicyGradient):
             "train/step_scale": scale,
             "train/surrogate_gain": loss - outcome.loss,
         }
-        values = torch.tensor(list(figures.values()), device=self.device)
+        values = torch.tensor(list(figures.values()), device=self.runtime.device)
         for name, value in zip(figures, values, strict=True):
-            self._means.add(name, value)
-
-    def pieces(self, rollout: Rollout, rows: Tensor) -> list[Rollout]:
-        """Micro-batches of the rows; none where there are no rows."""
-        return [rollout.select(part) for part in self.micro_batches(rollout, rows)]
+            self.recorder.add(name, value)
 
     # -- the direction ---------------------------------------------------------------------------------
 
     def surrogate_gradient(
         self, actor: Actor, pieces: Sequence[Rollout], denominator: Tensor
     ) -> tuple[float, Float[Tensor, " n"]]:
-        """Loss and its gradient, over all processes; the critic's loss has no part in it."""
-        loss = torch.zeros((), device=self.device)
+        """Loss and its gradient, over all processes; without the critic's loss."""
+        loss = torch.zeros((), device=self.runtime.device)
         gradient = actor.flat([None] * len(actor.parameters))
         for piece in pieces:
             share, terms = self.policy_loss(piece, actor.log_distributions(piece), denominator)
             gradient += actor.gradient(share)
             loss += share.detach()
-            self._means.add("train/entropy", terms.entropy, piece.action_mask)
-        gradient = self.all_sum(gradient)
-        loss = self.all_sum(loss)
-        self.demand_finite(loss, "loss")
-        self.demand_finite(gradient.norm(), "gradient")
+            self.recorder.add("train/entropy", terms.entropy, piece.action_mask)
+        gradient = self.runtime.all_sum(gradient)
+        loss = self.runtime.all_sum(loss)
+        check_finite(loss, "loss")
+        check_finite(gradient.norm(), "gradient")
         return float(loss), gradient
 
     def policy_loss(
@@ -158,20 +151,20 @@ class TrustRegionPolicyGradient(PolicyGradient):
         evaluation = self.policy.evaluate_distributions(
             rollout,
             logp,
-            self.engine.temperature,
-            values=rollout.values,  # the critic is fitted apart
+            self.sampler.engine.temperature,
+            values=rollout.values,  # the critic is trained separately, below
             entropy_gradient=algorithm.entropy_coef != 0,
-            reference=self.reference if algorithm.kl.exact_in_loss else None,
+            reference=self.sampler.reference if algorithm.kl.exact_in_loss else None,
         )
         terms = dataclasses.replace(algorithm.loss_terms(rollout, evaluation), value=None)
-        per_token = algorithm.loss(terms, self.kl_coef)
+        per_token = algorithm.loss(terms, self.progress.kl_coef)
         return algorithm.reduction(per_token, rollout.action_mask, denominator), terms
 
     def natural_step(self, actor: Actor, rollout: Rollout, gradient: Float[Tensor, " n"]) -> Step:
         """``sqrt(2 max_kl / s F s) s`` with ``(F + damping) s = -gradient``.
 
-        A share of the sequences tells the direction well enough, but not the length: the step fits the very tokens
-        that the gradient was taken from, and moves them by more than the Fisher matrix of a few of them can see.
+        A share of the sequences suffices for the direction, but not for the length: the step fits the tokens that the
+        gradient was computed from, and the Fisher matrix of a few of them underestimates how far it moves the rest.
         """
         region = self.region
         every, _ = self.fisher_rows(rollout, 1.0)
@@ -180,8 +173,8 @@ class TrustRegionPolicyGradient(PolicyGradient):
             return Step(torch.zeros_like(gradient), 0.0, 0.0)
         diagonal = None
         if region.preconditioner == "diagonal":
-            groups = [self.pieces(rollout, some[group == i]) for i in range(GROUPS)]
-            diagonal = fisher_diagonal(actor, groups, self.actions(rollout, some), self.all_sum)
+            groups = [self.passes.pieces(rollout, some[group == i]) for i in range(GROUPS)]
+            diagonal = fisher_diagonal(actor, groups, self.actions(rollout, some), self.runtime.all_sum)
         solution = conjugate_gradient(
             self.fisher(actor, rollout, some),
             -gradient,
@@ -190,13 +183,13 @@ class TrustRegionPolicyGradient(PolicyGradient):
             iterations=region.cg_iterations,
             tolerance=region.cg_tolerance,
         )
-        self.demand_finite(solution.residual, "residual of the conjugate gradients")
+        check_finite(solution.residual, "residual of the conjugate gradients")
         if region.fisher_share == 1:
             curvature = float(solution.x @ solution.product)
         else:
             curvature = self.fisher(actor, rollout, every).curvature(solution.x)
-        self.demand_finite(curvature, "curvature along the natural gradient")
-        if curvature <= 0:  # no direction in which the distributions change
+        check_finite(curvature, "curvature along the natural gradient")
+        if curvature <= 0:  # the distributions do not change in this direction
             return Step(torch.zeros_like(gradient), 0.0, solution.residual)
         scale = math.sqrt(2 * region.max_kl / curvature)
         return Step(scale * solution.x, region.max_kl, solution.residual)
@@ -204,23 +197,25 @@ class TrustRegionPolicyGradient(PolicyGradient):
     def fisher(self, actor: Actor, rollout: Rollout, rows: Tensor) -> FisherProducts:
         """Products with the Fisher matrix of these sequences of all processes."""
         actions = self.actions(rollout, rows)
-        return FisherProducts(actor, self.pieces(rollout, rows), actions, self.region.products, self.all_sum)
+        return FisherProducts(
+            actor, self.passes.pieces(rollout, rows), actions, self.region.products, self.runtime.all_sum
+        )
 
     def actions(self, rollout: Rollout, rows: Tensor) -> float:
-        """How many there are in these sequences of all processes."""
-        return float(self.all_sum(rollout.action_mask[rows].sum()))
+        """Number of actions in these sequences of all processes."""
+        return float(self.runtime.all_sum(rollout.action_mask[rows].sum()))
 
     def fisher_rows(self, rollout: Rollout, share: float) -> tuple[Tensor, Tensor]:
         """This process's part of a share of the sequences that are trained on, and their groups.
 
-        They are evenly spread over the trained sequences of all processes, and so are the :data:`GROUPS` groups: how
-        many processes share them makes no difference.
+        Both are evenly spread over the trained sequences of all processes, so that neither they nor the :data:`GROUPS`
+        groups depend on the number of processes.
         """
         rows = rollout.action_mask.any(-1).nonzero().squeeze(-1)
         counts = torch.zeros(self.plan.processes, dtype=torch.long, device=rows.device)
-        counts[self.global_rank] = len(rows)
-        counts = self.all_sum(counts)
-        total, before = int(counts.sum()), counts[: self.global_rank].sum()
+        counts[self.runtime.rank] = len(rows)
+        counts = self.runtime.all_sum(counts)
+        total, before = int(counts.sum()), counts[: self.runtime.rank].sum()
         number = torch.arange(len(rows), device=rows.device) + before
         wanted = math.ceil(share * total)
         place = number * wanted // max(total, 1)
@@ -240,10 +235,10 @@ class TrustRegionPolicyGradient(PolicyGradient):
     ) -> tuple[float, int, Outcome]:
         """Moves the policy by the first step that lowers the loss within the trust region.
 
-        Without a line search the full step is taken. When no step will do, the weights stay as they were, to the bit.
+        Without a line search the full step is taken. When every step is refused, the weights stay exactly as they were.
 
         Returns:
-            The share of the full step that was taken (0: none), how many were tried, and what came of it.
+            The share of the full step that was taken (0: none), how many were tried, and the outcome.
         """
         stay = Outcome(loss, 0.0, 0.0, 0.0, 1.0)
         if step.kl == 0:
@@ -255,7 +250,7 @@ class TrustRegionPolicyGradient(PolicyGradient):
             new = old + scale * step.vector
             outcome = self.try_weights(actor, pieces, new, denominator, actions)
             if search is None:
-                self.demand_finite(outcome.kl, "KL after the natural gradient's step")
+                check_finite(outcome.kl, "KL after the natural gradient's step")
             if search is None or (outcome.loss < loss and outcome.kl <= self.region.max_kl):
                 actor.move_to(new)
                 return scale, tried, outcome
@@ -271,8 +266,8 @@ class TrustRegionPolicyGradient(PolicyGradient):
         actions: int,
     ) -> Outcome:
         """Outcome of other weights, over all processes. Whole distributions are compared a micro-batch at a time."""
-        sums = torch.zeros(4, device=self.device)
-        ratio_max = torch.ones((), device=self.device)
+        sums = torch.zeros(4, device=self.runtime.device)
+        ratio_max = torch.ones((), device=self.runtime.device)
         for piece in pieces:
             mask = piece.action_mask
             old = actor.log_distributions(piece)
@@ -290,13 +285,13 @@ class TrustRegionPolicyGradient(PolicyGradient):
                 ]
             )
             ratio_max = torch.maximum(ratio_max, probability_ratio(logprobs - before).max())
-        total, distance, sampled, clipped = self.all_sum(sums).tolist()
+        total, distance, sampled, clipped = self.runtime.all_sum(sums).tolist()
         return Outcome(
             loss=total,
             kl=distance / actions,
             kl_sampled=sampled / actions,
             clipped=clipped / actions,
-            ratio_max=float(self.all_max(ratio_max)),
+            ratio_max=float(self.runtime.all_max(ratio_max)),
         )
 
     # -- the critic ------------------------------------------------------------------------------------
@@ -304,34 +299,32 @@ class TrustRegionPolicyGradient(PolicyGradient):
     def fit_critic(self, rollout: Rollout) -> None:
         """Epochs of minibatches on the value loss alone; the policy does not move."""
         size = self.plan.sequences // self.region.critic_minibatches
+        critic_alone = {"critic_grad_norm": self.policy.critic_parameters()}
         for epoch in range(self.region.critic_epochs):
             for rows in self.minibatches(rollout, epoch, size):
-                if self.within_memory(functools.partial(self.critic_gradient, rollout, rows)):
-                    self.apply_gradients(rollout, rows, "critic")
-
-    def clipped_together(self) -> dict[str, list[nn.Parameter]]:
-        """The optimizer moves the critic alone."""
-        return {"critic_grad_norm": self.policy.critic_parameters()}
+                if self.passes.retry_on_oom(functools.partial(self.critic_gradient, rollout, rows)):
+                    self.stepper.apply_gradients(rollout, rows, "critic", critic_alone)
 
     def critic_gradient(self, rollout: Rollout, rows: Tensor) -> bool:
-        """Fills in the gradient of the critic's weights. False when there is nothing to learn from."""
+        """Computes the gradient of the critic's weights. False when no action is trained on."""
         algorithm, parameters = self.algorithm, self.policy.critic_parameters()
         assert algorithm.critic is not None
-        denominator = self.all_sum(algorithm.reduction.denominator(rollout.loss_mask[rows]))
+        denominator = self.runtime.all_sum(algorithm.reduction.denominator(rollout.loss_mask[rows]))
         if denominator == 0:
             return False
         gradients = [torch.zeros_like(p) for p in parameters]
-        for piece in self.pieces(rollout, rows):
+        for piece in self.passes.pieces(rollout, rows):
             per_token = algorithm.value_loss(piece, self.policy.values(piece))
-            self._means.add("train/value_loss", per_token, piece.loss_mask)
+            self.recorder.add("train/value_loss", per_token, piece.loss_mask)
             loss = algorithm.critic.coef * algorithm.reduction(per_token, piece.loss_mask, denominator)
             for total, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
                 total += part
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = self.all_sum(gradient)
+            parameter.grad = self.runtime.all_sum(gradient)
         return True
 
-    def demand_finite(self, value: Tensor | float, what: str) -> None:
-        """Raises NotFinite at a NaN or an infinity, before it reaches the weights."""
-        if not math.isfinite(value):
-            raise NotFinite(f"the {what}")
+
+def check_finite(value: Tensor | float, what: str) -> None:
+    """Raises NotFinite for a NaN or an infinity, before it reaches the weights."""
+    if not math.isfinite(value):
+        raise NotFinite(f"the {what}")

@@ -1,4 +1,4 @@
-"""From prompts to a rewarded rollout, with all that an algorithm wants to know of it."""
+"""From the prompts of an iteration to its rollout: groups of completions with their rewards."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from policylab.algorithms import Algorithm, DynamicSampling
-from policylab.data.rollout import Completion, Prompt, Rollout
+from policylab.algorithms import DynamicSampling
+from policylab.data.plan import BatchPlan
+from policylab.data.rollout import Completion, Prompt, Rollout, Sample
 from policylab.distributed.sharding import gathered
 from policylab.rewards.pool import ScoreFuture
 from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.noise import REFILL, TRAIN, uniforms
-from policylab.training.experiment import ExperimentModule, Parts, rewarded
+from policylab.training.metrics import describe
+from policylab.training.sampler import Sampler, rewarded
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,57 @@ class Batch:
         )
 
 
-class Collection(ExperimentModule):
-    """Collects rollouts for an :class:`~policylab.algorithms.Algorithm`."""
+class Collector:
+    """Collects the rollouts of training.
 
-    def __init__(self, algorithm: Algorithm, parts: Parts) -> None:
-        super().__init__(parts)
-        self.algorithm = algorithm
+    Args:
+        train: prompts that replace those whose groups have no spread.
+        dynamic: which groups are replaced; None keeps all.
+        greedy_rewards: whether each prompt's likeliest completion is scored as well.
+        values: whether the rollout gets the critic's values.
+    """
 
-    def collect(self, prompts: tuple[Prompt, ...]) -> Rollout:
-        """``group_size`` completions of each prompt with their rewards, and all that the algorithm wants to know
-        of them. With dynamic sampling, prompts that teach nothing are replaced."""
-        with gathered(self.policy):  # once: processes may need different numbers of rounds
+    def __init__(
+        self,
+        sampler: Sampler,
+        plan: BatchPlan,
+        train: Sequence[Prompt],
+        *,
+        dynamic: DynamicSampling | None = None,
+        greedy_rewards: bool = False,
+        values: bool = False,
+    ) -> None:
+        self.sampler = sampler
+        self.runtime = sampler.runtime
+        self.recorder = sampler.recorder
+        self.plan = plan
+        self.train = train
+        self.dynamic = dynamic
+        self.wants_greedy_rewards = greedy_rewards
+        self.wants_values = values
+
+    def collect(self, prompts: tuple[Prompt, ...], *, exact_kl: bool = False) -> tuple[Rollout, list[Sample]]:
+        """``group_size`` completions of each prompt with all that the algorithm needs to know of them, and the same
+        completions for people.
+
+        Args:
+            exact_kl: whether the rollout gets the exact KL to the reference, which costs two forward passes.
+        """
+        sampler, phase = self.sampler, self.recorder.phase
+        with gathered(sampler.policy):  # once: processes may need different numbers of rounds
             batch = self.sample(prompts, range(len(prompts)), round=0)
-            if self.algorithm.sampling is not None:
-                batch = self.refill(batch, self.algorithm.sampling)
-        with self.phase("rollout"):
-            batch = replace(batch, rollout=self.estimate_values(self.refer(batch.rollout)))
-        rollout = self.reward_batch(batch).rollout  # not before: workers score while the reference is asked
-        with self.phase("rollout"):
-            if self.algorithm.advantage.needs_greedy:
+            if self.dynamic is not None:
+                batch = self.refill(batch, self.dynamic)
+        with phase("rollout"):
+            rollout = sampler.add_ref_logprobs(batch.rollout)
+            rollout = sampler.add_exact_kl(rollout) if exact_kl else rollout
+            rollout = sampler.add_values(rollout) if self.wants_values else rollout
+        # not before: workers score while the reference is evaluated
+        rollout = self.await_rewards(replace(batch, rollout=rollout)).rollout
+        with phase("rollout"):
+            if self.wants_greedy_rewards:
                 rollout = rollout.replace(greedy_rewards=self.greedy_rewards(batch.prompts))
-        self.samples = self.describe(rollout, batch.completions, "train")
-        return rollout
+        return rollout, describe(rollout, batch.completions, "train", sampler.progress.iteration + 1)
 
     def sample(self, prompts: Sequence[Prompt], slots: Sequence[int], round: int) -> Batch:
         """``group_size`` completions of each prompt; their scoring has begun.
@@ -72,54 +103,55 @@ class Collection(ExperimentModule):
             round: 0, and counting up when a slot is filled anew.
         """
         size = self.plan.group_size
-        first = round * self.plan.sequences + self.global_rank * self.plan.sequences // self.plan.processes
-        with self.phase("rollout"):
+        first = round * self.plan.sequences + self.runtime.rank * self.plan.sequences // self.plan.processes
+        with self.recorder.phase("rollout"):
             samples = [first + slot * size + i for slot in slots for i in range(size)]
-            rollout = self.generate(prompts, size, TRAIN, samples)
+            rollout = self.sampler.generate(prompts, size, TRAIN, samples)
             groups = torch.tensor(slots, device=rollout.tokens.device).repeat_interleave(size)
             rollout = rollout.replace(group_ids=groups)
-        with self.phase("reward"):
+        with self.recorder.phase("reward"):
             rows = [prompt for prompt in prompts for _ in range(size)]
-            completions, scores = self.begin_scoring(rollout, rows)
+            completions, scores = self.sampler.score(rollout, rows)
         return Batch(tuple(prompts), rollout, completions, scores)
 
-    def reward_batch(self, batch: Batch) -> Batch:
-        """The batch with its rewards, as soon as they are there."""
+    def await_rewards(self, batch: Batch) -> Batch:
+        """The batch with its rewards."""
         if batch.scores is None:
             return batch
-        with self.phase("reward"):
+        with self.recorder.phase("reward"):
             return replace(batch, rollout=rewarded(batch.rollout, batch.scores()), scores=None)
 
     def refill(self, batch: Batch, dynamic: DynamicSampling) -> Batch:
         """The rewarded batch with groups without spread replaced by those of fresh prompts, up to ``rounds`` times.
 
-        Each slot has a sequence of prompts of its own, so that the outcome does not depend on how many processes
-        share the slots.
+        Each slot has a sequence of prompts of its own, so that the result does not depend on how many processes share
+        the slots.
         """
         size = self.plan.group_size
-        batch = self.reward_batch(batch)
+        batch = self.await_rewards(batch)
         empty, fresh = list(range(len(batch.prompts))), batch
         for round in range(1, dynamic.rounds + 1):
             flat = ~dynamic.spread(fresh.rollout)[::size]
-            self._means.add("train/flat_groups", flat)
+            self.recorder.add("train/flat_groups", flat)
             empty = [slot for slot, is_flat in zip(empty, flat.tolist(), strict=True) if is_flat]
             if not empty:
                 return batch
             prompts = [self.fresh_prompt(slot, round) for slot in empty]
-            fresh = self.reward_batch(self.sample(prompts, empty, round))
+            fresh = self.await_rewards(self.sample(prompts, empty, round))
             batch = batch.with_groups(empty, fresh, size)
         return batch
 
     def fresh_prompt(self, slot: int, round: int) -> Prompt:
         """A training prompt that depends on the seed, the iteration, the slot and the round alone."""
-        train: Sequence[Prompt] = self.trainer.datamodule.train  # type: ignore[attr-defined]
-        slot += self.global_rank * self.plan.prompts // self.plan.processes
-        noise = uniforms(self.seed, REFILL, self.iteration, [slot], round)
-        return train[int(noise[0, -1] * len(train))]
+        slot += self.runtime.rank * self.plan.prompts // self.plan.processes
+        sampler = self.sampler
+        noise = uniforms(sampler.seed, REFILL, sampler.progress.iteration, [slot], round)
+        return self.train[int(noise[0, -1] * len(self.train))]
 
     def greedy_rewards(self, prompts: Sequence[Prompt]) -> Tensor:
         """Reward of the likeliest completion of each prompt, repeated for its group, ``[B]``."""
-        likeliest = self.generate(prompts, 1, TRAIN, range(len(prompts)), greedy)
-        rewards = self.judge(likeliest, prompts)[0].rewards
+        likeliest = self.sampler.generate(prompts, 1, TRAIN, range(len(prompts)), greedy)
+        _, scores = self.sampler.score(likeliest, prompts)
+        rewards = rewarded(likeliest, scores()).rewards
         assert rewards is not None
         return rewards.repeat_interleave(self.plan.group_size)

@@ -1,0 +1,198 @@
+"""What Lightning calls: its hooks, each handed to the part that it concerns."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+from policylab.data.rollout import PromptBatch, Rollout, Sample
+from policylab.errors import UserError
+from policylab.models.policy import Policy
+from policylab.rollouts.noise import TRAIN, VALIDATION, seed_libraries
+from policylab.training.means import SAMPLED, TRAINED, Total
+from policylab.training.metrics import Numbers, means_of, on_host
+from policylab.training.parts import Parts
+from policylab.training.passes import Passes
+from policylab.training.preflight import PROMPTS, Pace, preflight
+from policylab.training.recorder import Recorder
+from policylab.training.run_state import Progress, RunState
+from policylab.training.runtime import Runtime
+from policylab.training.sampler import Sampler
+from policylab.training.stepper import Stepper
+from policylab.training.validator import Validator
+
+
+class TrainingModule(LightningModule):
+    """Base of the trainers. One Lightning batch is one iteration; optimization is manual.
+
+    A trainer adds ``training_step``, which ends with `finish_iteration`, and `seconds_per_iteration`.
+
+    Args:
+        reference: frozen; the validation measures the KL to it.
+        whole_distributions: whether a pass of training holds the probabilities of all words at each action.
+
+    Attributes:
+        compiles_layers: whether torch is to compile the policy's layers before the first pass.
+        sharded: whether each process holds a share of the weights; set by the strategy.
+        reference_moves: whether the reference changes in training, and so belongs to the checkpoints.
+        expected_seconds: of the rest of the run, by the preflight; None before it.
+        metrics: of the last iteration; ``val_metrics``: of the last validation.
+        samples: completions of the last iteration or validation, for people.
+        rollout: the last one that was trained on.
+    """
+
+    def __init__(
+        self, parts: Parts, reference: Policy | None = None, *, whole_distributions: bool = False
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy = parts.policy.eval()  # dropout is off in every forward pass
+        self.reference = reference
+        self.optim = parts.optim
+        self.plan = parts.plan
+        self.seed = parts.seed
+        self.compiles_layers = self.sharded = self.reference_moves = False
+        self.progress = Progress(parts.iterations, parts.max_tokens)
+        self.runtime = Runtime(self)
+        self.recorder = Recorder(self.runtime)
+        passes = Passes(
+            self.policy,
+            parts.optim.micro_batch_tokens,
+            self.recorder,
+            whole_distributions=whole_distributions,
+        )
+        self.passes = passes
+        self.stepper = Stepper(parts.optim, passes, self.progress)
+        sampler = Sampler(parts, reference, passes, self.progress)
+        self.validator = Validator(sampler, parts.task, parts.val)
+        self.run_state = RunState(parts, [self.progress, self.stepper, passes, sampler])
+        self.expected_seconds: float | None = None
+        self.metrics: dict[str, float] = {}
+        self.val_metrics: dict[str, float] = {}
+        self.samples: list[Sample] = []
+        self.rollout: Rollout | None = None
+        self._tried = list(parts.train[:PROMPTS])
+        self._checked = False
+
+    def seconds_per_iteration(self, pace: Pace) -> float:
+        """Upper bound; a backward pass costs about two forward passes."""
+        raise NotImplementedError
+
+    @property
+    def iteration(self) -> int:
+        """Finished iterations."""
+        return self.progress.iteration
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optim.build(self.policy)
+
+    # -- training --------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """A resumed run may begin without a validation, and may have nothing left to train."""
+        self.stepper.reapply_settings()
+        self._prepare()
+        self._stop_when_budget_is_spent()
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """No random state is carried from one iteration to the next, as checkpoints hold none."""
+        seed_libraries(self.seed, TRAIN, self.iteration, self.global_rank)
+
+    def finish_iteration(self, metrics: Numbers, started: float) -> None:
+        """Counts the iteration, records its metrics, and ends the run when its budget is spent.
+
+        Args:
+            metrics: those that are no means, and ``tokens`` for the speed.
+            started: by ``time.perf_counter``.
+        """
+        totals, seconds = self.recorder.finish()
+        numbers = on_host(metrics)
+        generated, elapsed = numbers.pop("tokens"), time.perf_counter() - started
+        perf = {f"perf/{name}_s": value for name, value in seconds.items()}
+        perf |= {"perf/tokens_per_s": generated / elapsed, "perf/iteration_s": elapsed}
+        progress, none = self.progress, Total(0.0, 0.0)
+        progress.iteration += 1
+        progress.tokens_sampled += int(totals.pop(SAMPLED, none).sum)
+        progress.tokens_trained += int(totals.pop(TRAINED, none).sum)
+        skipped = self.stepper.take_skipped()
+        counts = {"train/skipped_updates": skipped, "train/tokens": progress.tokens_sampled}
+        counted = {name: float(count) for name, count in counts.items() if count}
+        self.metrics = {**means_of(totals), **numbers, **counted, **perf}
+        self.validator.sampler.agree_on_cuts()
+        self.record(self.metrics)
+        self._stop_when_budget_is_spent()
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Sends metrics to every logger at the current iteration, and shows them to callbacks."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.iteration)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    # -- validation ------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        self._prepare()
+
+    def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same at every validation, as the noise of sampling is."""
+        seed_libraries(self.seed, VALIDATION, batch_idx, self.global_rank)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validator.begin()
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.validator.add(batch.prompts)
+
+    def on_validation_epoch_end(self) -> None:
+        self.val_metrics, self.samples = self.validator.finish(), self.validator.samples
+        self.record(self.val_metrics)
+
+    # -- checkpoints -----------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        given = self.given_weights()
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in given}
+        checkpoint["policylab"] = self.run_state.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "policylab" not in checkpoint:
+            raise UserError(
+                "the checkpoint was not written by policylab; take one of a run's checkpoints/ folder"
+            )
+        self.run_state.load(checkpoint["policylab"])
+        own, given = self.state_dict(), self.given_weights()
+        checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
+
+    def given_weights(self) -> set[str]:
+        """Names of weights that are loaded with the model and not saved again: a frozen reference's, and those below
+        adapters."""
+        base = set(map(id, self.policy.base_parameters()))
+        names = {n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in base}
+        if not self.reference_moves:
+            names |= {n for n in self.state_dict() if n.startswith("reference.")}
+        return names
+
+    # -- before the first pass -------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Once in a run: compares sampling with recomputation, and estimates how long the run may take at most."""
+        sampler = self.validator.sampler
+        sampler.move_reward()
+        if self._checked:
+            return
+        with self.trainer.precision_plugin.forward_context():
+            if self.compiles_layers and (reason := self.policy.compile_layers()):
+                warnings.warn(f"hardware.compile: this model runs as it is, because {reason}", stacklevel=2)
+            pace = preflight(sampler, self._tried)
+        self._checked = True
+        self.progress.expected_tokens = pace.tokens * self.plan.sequences
+        iterations = self.progress.last_iteration - self.iteration
+        self.expected_seconds = iterations * self.seconds_per_iteration(pace)
+
+    def _stop_when_budget_is_spent(self) -> None:
+        if self.progress.budget_is_spent:
+            self.trainer.should_stop = True

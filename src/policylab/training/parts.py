@@ -1,0 +1,35 @@
+"""What every trainer is made of, whatever its algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policylab.data.plan import BatchPlan
+from policylab.data.rollout import Prompt
+from policylab.models.policy import Policy
+from policylab.rewards.base import Reward
+from policylab.rollouts.engine import Engine
+from policylab.tasks.base import Task
+from policylab.training.optimizer import AdamW
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Built from the config."""
+
+    policy: Policy
+    engine: Engine
+    reward: Reward
+    task: Task
+    optim: AdamW
+    plan: BatchPlan
+    train: Sequence[Prompt]  #: all prompts of training
+    val: Sequence[Prompt]  #: all prompts of a validation
+    #: completions sampled at once on each process; None: as many as should fit in memory
+    max_rows: int | None
+    seed: int  #: of the sampling noise and the order of minibatches
+    iterations: int  #: of the whole run
+    max_tokens: int | None  #: sampled in training, after which the run ends before its last iteration
+    resolved_config: str  #: YAML; makes a checkpoint loadable without its folder
+    data: str  #: fingerprint of the task's examples

@@ -1,0 +1,74 @@
+"""What an iteration records while it runs: means over tokens and sequences, and the time of its phases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from policylab.training.means import Means, Total
+from policylab.training.runtime import Runtime
+
+
+class Recorder:
+    """Collects the means and times of the iteration under way.
+
+    Attributes:
+        means: of the iteration so far.
+        added: of the last piece of work that `merge` has added.
+        seconds: of each phase.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.means = self.added = self._before = Means()
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, x: Tensor, mask: Tensor | None = None) -> None:
+        """As `Means.add`."""
+        self.means.add(name, x, mask)
+
+    @contextmanager
+    def aside(self) -> Iterator[Means]:
+        """What is added inside goes into means of its own: for work that may fail, or that does not count."""
+        outer, self.means = self.means, Means()
+        try:
+            yield self.means
+        finally:
+            self.means = outer
+
+    def merge(self, added: Means) -> None:
+        """Adds the means of a piece of work that has succeeded."""
+        self._before, self.added = self.means.copy(), added
+        self.means.merge(added)
+
+    def undo(self) -> None:
+        """Drops what the last `merge` has added."""
+        self.means = self._before
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to ``perf/<name>_s``."""
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def totals(self, means: Means) -> dict[str, Total]:
+        """Over all processes, also of names that some of them have not added to."""
+        names = set().union(*self.runtime.gather(set(means.names)))
+        return means.reduce(self.runtime.all_sum, names)
+
+    def finish(self) -> tuple[dict[str, Total], dict[str, float]]:
+        """Totals and phases of the iteration, which ends here."""
+        totals, seconds = self.totals(self.means), self.seconds
+        self.means, self.seconds = Means(), {}
+        return totals, seconds
+
+    def _wait(self) -> None:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)

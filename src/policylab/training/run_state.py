@@ -1,0 +1,133 @@
+"""The state of a run beside its weights and its optimizer: what a checkpoint must hold so that a resume is exact."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from policylab.errors import UserError
+from policylab.functional import products
+from policylab.models.fingerprint import fingerprint
+from policylab.training.parts import Parts
+
+#: Counters that are saved.
+SAVED = ("iteration", "kl_coef", "tokens_sampled", "tokens_trained")
+
+
+class Stateful(Protocol):
+    """A part with state of its own. The names in it are its own among all parts of a trainer."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors; called on all processes at once."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes its own names out of the state of all parts."""
+        ...
+
+
+@dataclass
+class Progress:
+    """How far the run is; one object, which all parts of a trainer read.
+
+    Args:
+        iterations: of the whole run.
+        max_tokens: sampled in training, after which the run ends earlier; None for no such limit.
+
+    Attributes:
+        iteration: finished iterations.
+        tokens_sampled: in training, over all processes; what validation and preflight sample does not count.
+        tokens_trained: as often as they were trained on.
+        kl_coef: of the penalty, in the next iteration.
+        expected_tokens: an iteration, by the preflight.
+    """
+
+    iterations: int
+    max_tokens: int | None = None
+    iteration: int = 0
+    tokens_sampled: int = 0
+    tokens_trained: int = 0
+    kl_coef: float = 0.0
+    expected_tokens: float = 0.0
+
+    @property
+    def budget_is_spent(self) -> bool:
+        """Whether ``max_tokens`` were sampled."""
+        return self.max_tokens is not None and self.tokens_sampled >= self.max_tokens
+
+    @property
+    def last_iteration(self) -> int:
+        """The iteration after which the run ends: with a limit of tokens, an estimate from the tokens so far."""
+        if self.max_tokens is None:
+            return self.iterations
+        tokens = self.tokens_sampled / self.iteration if self.iteration else self.expected_tokens
+        left = math.ceil((self.max_tokens - self.tokens_sampled) / max(tokens, 1.0))
+        return min(self.iterations, self.iteration + max(left, 0))
+
+    def state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SAVED}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name in SAVED:
+            setattr(self, name, state[name])
+
+
+class RunState:
+    """The state of all parts, with what tells one run from another.
+
+    Attributes:
+        origin: fingerprints of the weights and the data that the run starts from.
+    """
+
+    def __init__(self, parts: Parts, stateful: Sequence[Stateful]) -> None:
+        self.stateful = list(stateful)
+        self.origin = {"weights": fingerprint(parts.policy.loaded_parameters()), "data": parts.data}
+        self._config = parts.resolved_config
+        self._source, self._task = parts.policy.source, parts.task
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; called on all processes at once."""
+        state = {"config": self._config, "origin": self.origin, "products": products.chosen().plain()}
+        for part in self.stateful:
+            state |= part.state()
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state.
+
+        Raises:
+            UserError: when it is another run's.
+        """
+        self.check_origin(state)
+        for part in self.stateful:
+            part.load(state)
+        if "products" in state:
+            products.go_on(state["products"])
+
+    def check_origin(self, state: dict[str, Any]) -> None:
+        """Refuses the state of a run that started from other weights or on other data. Those weights are its reference,
+        and what adapters add to.
+
+        Raises:
+            UserError: naming those of this command.
+        """
+        origin = state.get("origin")
+        if origin is None:
+            warnings.warn(
+                "the checkpoint is of an older version, and does not say from which weights and data its run started",
+                stacklevel=2,
+            )
+            return
+        if origin["weights"] != self.origin["weights"]:
+            raise UserError(
+                f"the checkpoint belongs to a run that started from other weights than these ({self._source}); "
+                "put the weights back that it started from, or give their place: model.path=..."
+            )
+        if origin["data"] != self.origin["data"]:
+            raise UserError(
+                f"the checkpoint belongs to a run on other data than task {self._task.name} has now; put the data back "
+                "that it started with, or give its place: task.source=..."
+            )
