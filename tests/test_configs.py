@@ -111,11 +111,13 @@ def one_iteration(config: DictConfig, folder: Path) -> tuple[Trainer, dict[str, 
     return experiment.trainer, experiment.module.metrics
 
 
-@pytest.mark.parametrize("choice", quick([c for c in choices() if c in NOT_RUN], NOT_RUN - AXES - VALUES))
+@pytest.mark.parametrize(
+    "choice", quick([c for c in choices() if c in NOT_RUN], NOT_RUN - AXES - VALUES - PAIRED)
+)
 def test_choice_composes(compose, choice):
     """No interpolation is left open, and the whole config can be written down; so it is of those that run.
 
-    The fast tests compose an algorithm's axes without the other groups, in test_combinations.py and test_q_learning.py.
+    The fast tests compose presets and axes without the other groups, in test_presets.py and test_combinations.py.
     """
     OmegaConf.to_yaml(compose(selecting(choice)), resolve=True)
 

@@ -342,6 +342,7 @@ def test_refused(compose, monkeypatch, overrides, message):
         plan_job(compose(["plan=true", *overrides]))
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_nothing_and_its_exit_code_says_whether_it_fits(tmp_path):
     words = ["plan=true", "plan_flops=1e11", "plan_memory=0.1", f"paths.logs={tmp_path}/logs"]
     done = subprocess.run(

@@ -316,6 +316,7 @@ def test_uncorrected_steps_learn_what_the_sampling_policy_gets():
     assert (q - optimal_q(rollout, 0.0, None)[LIVE]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", STEPS)
 def test_soft_q_finds_the_boltzmann_policy(n):
     rollout, _, start = world()

@@ -38,6 +38,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_default_run_imports_nothing_that_it_does_not_use(tmp_path):
     """The real script, with its real callbacks; only smaller."""
     small = ["iterations=1", "rollout.prompts=2", "validation.prompts=2", f"paths.logs={tmp_path}"]
