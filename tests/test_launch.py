@@ -559,8 +559,10 @@ def test_a_run_of_before_a_key_is_resumed_and_evaluated_as_it_was(compose, tmp_p
     for key in ADDED:
         group, _, name = key.rpartition(".")
         del (OmegaConf.select(before, group) if group else before)[name]
+    before.optim._target_ = "policylab.modules.optimizer.AdamW"
     OmegaConf.save(before, tmp_path / "config.yaml")
     loaded = load_config(tmp_path)
+    assert loaded.optim._target_ == compose([]).optim._target_
     assert {key: OmegaConf.select(loaded, key) for key in ADDED} == ADDED
     check_same_values(OmegaConf.to_container(loaded), plain(compose(["hardware=cpu"])))
 

@@ -30,6 +30,8 @@ ADDED = {
     "task.too_long": "refuse",
     "max_tokens": None,
 }
+#: Where the targets of older runs are now.
+MOVED = {"policylab.modules.": "policylab.training."}
 #: OmegaConf's message where a reference cannot be resolved, such as one to a variable of the environment.
 UNRESOLVED = re.compile(r"\w+ raised while resolving interpolation: (?P<why>.*)\s+full_key: (?P<key>\S+)")
 
@@ -111,7 +113,7 @@ def save_config(config: DictConfig, run_folder: Path) -> None:
 
 
 def load_config(run_folder: Path) -> DictConfig:
-    """The config of a run, as it was saved. Keys of `ADDED` that it lacks are filled in.
+    """The config of a run, as it was saved. An older one gets missing keys of `ADDED` and the new names of `MOVED`.
 
     Raises:
         UserError: when the file is empty or not a mapping.
@@ -124,6 +126,10 @@ def load_config(run_folder: Path) -> DictConfig:
         node = OmegaConf.select(config, group) if group else config
         if isinstance(node, DictConfig) and name not in node:
             OmegaConf.update(config, key, value)
+    for key, value in leaves(OmegaConf.to_container(config)):
+        for old, new in MOVED.items():
+            if key.endswith("._target_") and str(value).startswith(old):
+                OmegaConf.update(config, key, value.replace(old, new, 1))
     return config
 
 
