@@ -21,7 +21,7 @@ os.environ["POLICYLAB_PRODUCTS"] = (
 from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
-# The shapes in signatures are checked here, and only here: a run pays nothing for them.
+# Shapes in signatures are checked by tests only: a run of the program does not pay for it.
 install_import_hook(
     ["policylab.functional", "policylab.algorithms", "policylab.data.rollout"], "typecheck.check"
 )

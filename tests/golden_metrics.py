@@ -5,7 +5,7 @@ A refactor that changes no number leaves ``tests/golden/`` as it is. After a cha
     python tests/golden_metrics.py            # all presets
     python tests/golden_metrics.py ppo grpo   # some
 
-Bits depend on the machine and on the libraries: each file says whose they are.
+Bits depend on the machine and on the libraries: each file names its own.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run(preset: str) -> list[dict[str, float]]:
 
 
 def fingerprint() -> dict[str, str]:
-    """Whose bits these are."""
+    """The libraries and the machine on which these bits hold."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -96,7 +96,7 @@ def read(preset: str) -> dict[str, Any]:
 
 
 def write(preset: str, metrics: list[dict[str, float]], platform: Mapping[str, str]) -> None:
-    """As JSON, whose floats are read back to the bit."""
+    """As JSON; its floats are read back exactly."""
     FOLDER.mkdir(exist_ok=True)
     text = json.dumps({"platform": platform, "metrics": metrics}, indent=1, sort_keys=True, allow_nan=False)
     file_of(preset).write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""Every field of a config node, another value for it, and what must hold for that to act."""
+"""Every field of a config node, another value for it, and the settings under which that value acts."""
 
 from __future__ import annotations
 

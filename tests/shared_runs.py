@@ -1,4 +1,4 @@
-"""The same small training on one process and on two; what each has seen, to hold one against the other.
+"""The same small training on one process and on two, with a record of each for comparison.
 
 The two processes start once and go through all cases in turn, as the start takes longer than any case.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from small_runs import algo, flat, levels, quiet, small
 
 PROCESSES = 2
-#: Who waits longer than this for the other one hangs.
+#: A process that waits longer than this for the other one has hung.
 TIMEOUT = timedelta(seconds=60)
 CHECKPOINT = "half.ckpt"
 
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Record:
-    """What one process has seen.
+    """What one process recorded.
 
     Attributes:
         rollouts: of each iteration, a row a sequence: prompt, tokens, reward.
@@ -131,7 +131,7 @@ def run(case: Case, folder: Path, processes: int, checkpoint: Path | None = None
 
 
 def watch(module: Any, record: Record) -> list[None]:
-    """Has the module note what it does; the list grows by one a forward pass for gradients."""
+    """Makes the module record what it does. The list grows by one with each forward pass for gradients."""
     note, step, passes = module.record, module.stepper.apply_gradients, list[None]()
 
     def noted(metrics: dict[str, float]) -> None:
@@ -169,7 +169,7 @@ def sequences(rollout: Any) -> list[tuple[int, list[int], float]]:
 
 
 def sums_are_local(module: Any) -> None:
-    """As if the processes had forgotten one another, but for the gradients."""
+    """Each process sums over its own part only. Gradients are still averaged."""
     module.runtime._reduce = lambda x, operation: x
 
 
@@ -188,12 +188,12 @@ def memory_runs_out(module: Any) -> None:
 
 
 def passes_are_shared(module: Any) -> None:
-    """As with sharded weights, whose every pass is one of all processes."""
+    """As with sharded weights, where every forward pass needs all processes."""
     module.sharded = True
 
 
 def a_row_is_no_number(module: Any) -> None:
-    """The first sequence of the second iteration has no advantage that one could calculate with."""
+    """The advantages of the first sequence of the second iteration are not finite."""
     update = module.updater.update
 
     def broken(rollout: Any) -> None:

@@ -126,7 +126,7 @@ def levels(completions: Sequence[Completion]) -> list[float]:
 
 
 class Changed:
-    """An engine whose rollouts are changed."""
+    """An engine that changes its rollouts."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -142,7 +142,7 @@ class Changed:
 
 
 class Drifting(Changed):
-    """Records log-probs that are off by up to 0.7 nats: a sampler that is not quite the policy."""
+    """Records log-probs that are wrong by up to 0.7 nats: the sampler differs from the policy."""
 
     def change(self, rollout: Rollout) -> Rollout:
         place = torch.arange(rollout.logprobs.numel()).reshape(rollout.logprobs.shape)
@@ -151,7 +151,7 @@ class Drifting(Changed):
 
 
 class Broken(Changed):
-    """Records log-probs that are no numbers, so that no update can be made."""
+    """Records log-probs that are not finite, so that no update can be made."""
 
     def change(self, rollout: Rollout) -> Rollout:
         return rollout.replace(logprobs=rollout.logprobs / 0.0)
@@ -210,7 +210,7 @@ def train(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning has something to say of every trainer, and hundreds of them are made here."""
+    """Silences what Lightning prints about each trainer; hundreds of them are made here."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,6 +1,6 @@
-"""Several processes, for real: who starts them, what they agree on, and how they end together.
+"""Runs of several real processes: how they start, agree on settings, and end together.
 
-Each test pays for the imports of two processes or more; so there are few, and they share what they can.
+Each test pays for the imports of at least two processes; so there are few tests, and they share runs.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def witness():
 
 
 class Running:
-    """A command whose environment has a mark, so that all that it starts can be found.
+    """A command with a mark in its environment, so that every process it starts can be found.
 
     Args:
         arguments: behind the interpreter.
@@ -169,7 +169,7 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two processes that nobody disturbed."""
+    """The run folder of two processes without an interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "unlucky.py").write_text(REWARDS)
     run = Running(
@@ -310,7 +310,7 @@ def test_a_signal_ends_all_within_seconds_and_the_state_is_saved(start, folder, 
     assert saved_iteration(folder / "run") == status["iteration"] >= 2
 
 
-def test_a_failing_rank_ends_all_and_its_error_stands_on_top(start, folder):
+def test_a_failing_rank_ends_all_and_its_error_comes_first(start, folder):
     running = start(*DDP, "reward._target_=unlucky.failing")
     assert running.wait() == 1
     assert running.told().startswith("error: reward failing failed at unlucky.py:")

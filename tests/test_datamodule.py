@@ -20,7 +20,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def data(train: int = 6, val: int = 10, rank: int = 0, processes: int = 1, **changes: Any) -> PromptData:
-    """The module as it is within a run, whose trainer says which process this is."""
+    """The module as in a run; its trainer knows the rank."""
     module = PromptData(train=prompts(train), val=prompts(val), **(DEFAULTS | changes))
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank, world_size=processes, lightning_module=SimpleNamespace(iteration=3)

@@ -144,7 +144,7 @@ def test_every_row_names_what_it_is_about(row: Row) -> None:
 
 
 def test_the_reader_of_tables_reads() -> None:
-    """The parser is itself held against a table, so that the tests above cannot pass on nothing."""
+    """The parser reads a known table, so that the tests above cannot pass on an empty one."""
     page: Sequence[str] = (
         "| preset | what | paper | ours | why |",
         "|---|---|---|---|---|",

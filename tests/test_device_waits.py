@@ -1,4 +1,4 @@
-"""How often an iteration would wait for an accelerator: counted on the CPU, whose tensors stand for those of one."""
+"""How often an iteration would wait for an accelerator, counted on the CPU with tensors that stand for its own."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_as_many_whatever_the_number_of_sequences(waits, preset):
 
 
 def test_a_samples_length_counts_the_policys_tokens_alone(tmp_path):
-    """The first position as if an environment had written it."""
+    """The first position counts as written by an environment."""
     from policylab.config.build import build
     from policylab.rewards.base import Scores
     from policylab.rollouts.noise import TRAIN

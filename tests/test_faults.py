@@ -1,4 +1,4 @@
-"""What goes wrong while a run is under way: damaged files, numbers that are none, full disks, lost loggers."""
+"""Faults during a run: damaged files, numbers that are not finite, full disks, lost loggers."""
 
 from __future__ import annotations
 
@@ -395,7 +395,7 @@ def train_until_killed(folder: Path, algorithm: DictConfig, moment: str) -> None
     ],
 )
 def test_killed_while_a_checkpoint_is_written(tmp_path, name, moment):
-    """The run goes on from the state before, and ends as if nothing had been: weights and metrics, to the bit."""
+    """The run goes on from the state before, and ends with the same weights and metrics, to the bit."""
     algorithm = METHODS[name]
     whole, run = tmp_path / "whole", tmp_path / "run"
     expected = fit(experiment(whole, algorithm, iterations=6))
@@ -629,7 +629,7 @@ class BrieflyFull:
 
 @pytest.mark.parametrize("preset", quick(["dqn", "ppo"], ["ppo"]))
 def test_a_disk_that_was_briefly_full_leaves_no_trace(tmp_path, monkeypatch, preset):
-    """Checkpoints, exported models, metrics and samples are those of a run that nobody disturbed, bit for bit."""
+    """Checkpoints, exported models, metrics and samples equal those of an undisturbed run, bit for bit."""
     disk = BrieflyFull(monkeypatch)
     for name in ("calm", "disturbed"):
         built = improving(tmp_path / name, 3, preset)
@@ -774,7 +774,7 @@ def test_a_log_without_room_is_told_once(tmp_path, capsys, monkeypatch):
 
 
 class Lost(Logger):
-    """A logger whose server has gone."""
+    """A logger that has lost its server."""
 
     name, version = "lost", ""
 

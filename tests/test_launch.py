@@ -890,7 +890,7 @@ def test_settings_given_at_a_resume_take_effect(train):
 
 @pytest.mark.slow
 def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, tiny, tmp_path, monkeypatch):
-    """Links and relative paths are settled at the start, and contents are compared ever after."""
+    """Links and relative paths are resolved at the start; from then on contents are compared."""
     from policylab.launch.evaluate import evaluate
 
     def save(weights: float, name: str) -> None:

@@ -30,7 +30,7 @@ WALKS = [
 
 
 class Shuffled:
-    """A reward whose numbers go to the wrong completions."""
+    """Gives the rewards to the wrong completions."""
 
     def __init__(self, reward):
         self.reward = reward

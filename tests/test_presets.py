@@ -123,7 +123,7 @@ def untouched(preset: str) -> Trace:
 
 
 def verdict(specimen: Specimen, knob: Knob, turn: Turn, given: Mapping[str, Any]) -> str:
-    """What comes of turning a knob: ``acts``, ``refused``, or a sentence that says what is wrong."""
+    """The result of changing a field: ``acts``, ``refused``, or a sentence that says what is wrong."""
     given = {**given, **turn.given}
     candidates = values(knob) if turn.value is None else [turn.value]
     results = [outcome(specimen, {**given, knob.path: value}, turn.engine) for value in candidates]

@@ -61,7 +61,7 @@ Seen = tuple[dict[str, Record], list[dict[str, Record]]]
 
 @pytest.fixture(scope="module")
 def look(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[bool], Seen]:
-    """What one process, and each of two, has seen of the quick cases, or of the others; pytest's workers share it."""
+    """Records of one process and of each of two, for the quick cases or for the others; pytest's workers share them."""
     folder = tmp_path_factory.getbasetemp()
 
     @cache
@@ -173,7 +173,7 @@ def test_resumed_on_another_number_of_processes(seen, case):
 
 @pytest.mark.parametrize("case", ["broken"])
 def test_an_update_is_left_out_by_all(alone, parts):
-    """Though the sequence that is no number is on one process; it is in one minibatch of three, each epoch."""
+    """Only one process has the sequence that is not finite; it is in one minibatch of three, each epoch."""
     for metrics in (alone.metrics, *(part.metrics for part in parts)):
         assert [row.get("train/skipped_updates") for row in metrics] == [None, 2, None, None, None]
     assert torch.equal(parts[0].end, parts[1].end)
@@ -185,7 +185,7 @@ def test_an_update_is_left_out_by_all(alone, parts):
 
 @pytest.mark.parametrize("case", ["sums are local"])
 def test_sums_that_are_local_are_noticed(alone, parts):
-    """The same tests fail where processes forget one another; only the gradients are still averaged."""
+    """The same tests fail when each process sums over its own part; only gradients are still averaged."""
     assert difference(parts[0].gradients[0], alone.gradients[0]) > VISIBLE
     assert difference(parts[0].end, alone.end) > VISIBLE
     assert parts[0].metrics != parts[1].metrics

@@ -1,4 +1,4 @@
-"""hardware.strategy=fsdp: two processes with half of the weights each do what one does with all of them.
+"""hardware.strategy=fsdp: two processes with half of the weights each equal one process with all of them.
 
 The two start once and go through all runs in turn, as the start takes longer than any run.
 """

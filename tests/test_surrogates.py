@@ -27,7 +27,7 @@ close = torch.testing.assert_close
 
 
 def logs(*ratios: float) -> Tensor:
-    """Log-probs whose ratios to zeros are these."""
+    """Log-probs with these ratios to zeros."""
     return torch.tensor([ratios]).log()
 
 
