@@ -55,7 +55,7 @@ def test_the_product_and_its_gradient(seen, inner, outer, bias):
 
 
 def test_second_derivatives_and_forward_mode(seen):
-    """fp32 is what oneDNN multiplies, so these are compared with PyTorch's own gradients, not with finite differences."""
+    """oneDNN multiplies in fp32, so these are compared with PyTorch's own gradients, not with differences."""
     leaves = [torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)]
     found = []
     for function in (linear, F.linear):
