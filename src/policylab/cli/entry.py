@@ -36,6 +36,8 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "3000",
     # Torch puts large tensors on pages of 2 MiB instead of 4 KiB, which the kernel clears several times faster.
     "THP_MEM_ALLOC_ENABLE": "1",
+    # Products that oneDNN keeps ready, each with memory of its own for one shape of operands; by default 1,024.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
 
