@@ -35,7 +35,7 @@ def cut(
     """The rows in micro-batches of at most ``tokens`` tokens; a unit with more has one to itself.
 
     Args:
-        rows: indices into the rollout; each comes back once.
+        rows: indices into the rollout; each is in one micro-batch.
         packs: whether a prompt is read once for all its completions, so that these are kept together, and nothing is
             padded. Otherwise sequences of like length are kept together.
         units: number of each row's unit; None: each row is its own.

@@ -42,7 +42,7 @@ class MinibatchUpdater(Updater):
                     return
 
     def reestimate(self, rollout: Rollout) -> Rollout:
-        """The rollout with advantages and value targets of the present critic."""
+        """The rollout with advantages and value targets of the current critic."""
         _, values = self.sampler.recompute(rollout)
         new = self.algorithm.estimate_advantages(rollout.replace(values=values), self.runtime.all_sum)
         return rollout.replace(advantages=new.advantages, returns=new.returns)

@@ -1,4 +1,4 @@
-"""The state of a run beside its weights and its optimizer: what a checkpoint must hold so that a resume is exact."""
+"""The state of a run apart from weights and optimizer: what a checkpoint must hold so that a resume is exact."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Progress:
 
 
 class RunState:
-    """The state of all parts, with what tells one run from another.
+    """The state of all parts, and the fingerprints that identify the run.
 
     Attributes:
         origin: fingerprints of the weights and the data that the run starts from.

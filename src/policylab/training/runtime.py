@@ -18,7 +18,7 @@ class Runtime:
     """Where a LightningModule is trained. A test of a part replaces the properties by attributes.
 
     Attributes:
-        collective: whether this process has taken part in a collective since somebody set this to false. Work that
+        collective: whether this process has taken part in a collective since this was last set to false. Work that
             contains one cannot be repeated by one process alone.
     """
 

@@ -1,4 +1,4 @@
-"""Prompts -> rollouts: sampling with keyed noise, scores, and what the reference and the critic say of them."""
+"""Prompts -> rollouts: sampling with keyed noise, scores, log-probs of the reference, values of the critic."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from policylab.training.run_state import Progress
 
 
 class Sampler:
-    """Samples from the policy, and adds to rollouts what can be said of them before an update.
+    """Samples from the policy, and adds to rollouts what the reference and the critic compute for them.
 
     Args:
         reference: None without one.
 
     Attributes:
         behaviour: distribution that the tokens of a noise stream are drawn from, where it is not the policy itself.
-        reward: in no way a part of the trained module, even if it is a network.
+        reward: not a part of the trained module, even if it is a network.
     """
 
     def __init__(self, parts: Parts, reference: Policy | None, passes: Passes, progress: Progress) -> None:
@@ -133,7 +133,7 @@ class Sampler:
         return rollout.replace(values=self.passes.per_token(rollout, self.policy.values))
 
     def recompute(self, rollout: Rollout) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of the actions under the present policy and, with a critic, values; ``[B, T]`` each."""
+        """Log-probs of the actions under the current policy and, with a critic, values; ``[B, T]`` each."""
 
         def evaluate(piece: Rollout) -> Tensor:
             now = self.policy.evaluate(piece, self.engine.temperature, entropy_gradient=False, reference=None)

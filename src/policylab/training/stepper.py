@@ -163,7 +163,7 @@ class Stepper:
         if cause.depth == WEIGHTS or in_a_row >= self.optim.max_skipped:
             raise RunError(
                 f"{happened}, {in_a_row} of at most {self.optim.max_skipped} updates skipped in a row; {cause.advice}"
-                f". The batches are in {self.dumps}; the last checkpoint is sound, and resume=RUN goes on from there"
+                f". The batches are in {self.dumps}; the last checkpoint is intact, and resume=RUN continues from it"
             )
         if rank == 0:
             log.warning(
@@ -187,11 +187,11 @@ class Stepper:
         if any(self.runtime.gather(bool(bad))):
             raise RunError(
                 f"after iteration {self.progress.iteration} the weights are not finite ({named(bad)}): an update was "
-                "too large; lower optim.lr. The last checkpoint is from before that, and resume=RUN goes on from there"
+                "too large; lower optim.lr. The last checkpoint is from before that, and resume=RUN continues from it"
             )
 
     def reapply_settings(self) -> None:
-        """A checkpoint restores the optimizer's settings with its moments; those of the present config count."""
+        """Sets the config's settings again, as a checkpoint restores older ones with the optimizer's moments."""
         fresh = self.optim.build(self.policy).param_groups
         for group, settings in zip(self.runtime.optimizer.param_groups, fresh, strict=True):
             group.update({name: value for name, value in settings.items() if name != "params"})

@@ -20,7 +20,7 @@ from policylab.training.preflight import Pace
 
 
 class SupervisedTraining(TrainingModule):
-    """Maximum likelihood of the completions in the data; validation is that of all trainers, beside its own loss."""
+    """Maximum likelihood of the completions in the data; validation adds the loss on held-out ones."""
 
     def __init__(self, algorithm: Supervised, parts: Parts) -> None:
         super().__init__(parts)
@@ -47,9 +47,8 @@ class SupervisedTraining(TrainingModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Adds the loss on the held-out completions, if all prompts have one."""
-        if all(
-            prompt.target for prompt in self.validator.prompts
-        ):  # not this batch's: all processes make the passes
+        # asked of all prompts, so that all processes make the same passes
+        if all(prompt.target for prompt in self.validator.prompts):
             grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
             negative = self.passes.per_token(grid, self.negative_logprobs)
             self.validator.means.add("val/loss", negative, grid.action_mask)
