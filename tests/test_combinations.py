@@ -106,20 +106,20 @@ def test_its_neighbours_are_not(overrides):
 
 
 def test_the_critic_needs_equal_shares(compose):
-    from policylab.config.build import batch_plan
+    from policylab.training.methods import method_of
 
     config = compose(["algo=trpo", "rollout.prompts=5", "rollout.group_size=2"])
     with pytest.raises(
         UserError, match=r"10 sequences cannot be cut into algo\.update\.critic_minibatches=4"
     ):
-        batch_plan(config, instantiate(config.algo))
+        method_of(instantiate(config.algo)).plan(config.rollout, 1)
     uncritical = compose(["algo=trpo", "algo/advantage=group", "rollout.prompts=5", "rollout.group_size=2"])
-    batch_plan(uncritical, instantiate(uncritical.algo))
+    method_of(instantiate(uncritical.algo)).plan(uncritical.rollout, 1)
 
 
 def test_groups_are_demanded(compose):
-    from policylab.config.build import batch_plan
+    from policylab.training.methods import method_of
 
     config = compose(["algo=rloo", "rollout.group_size=1"])
     with pytest.raises(UserError, match=r"rollout\.group_size is 1; take rollout\.group_size=2"):
-        batch_plan(config, instantiate(config.algo))
+        method_of(instantiate(config.algo)).plan(config.rollout, 1)

@@ -27,7 +27,9 @@ OWNERS = {
     ),
     "transformers": ("models/", "rollouts/"),
     "hydra": ("config/", "cli/", "launch/", "runs/"),
-    "policylab.training": ("training/", "config/build.py"),
+    # nothing else asks what kind of algorithm it has: `policylab.training.methods` answers
+    "policylab.algorithms": ("algorithms/", "training/"),
+    "policylab.training": ("training/", "config/build.py", "planning/"),
 }
 
 # part of the package -> all it may import beside the standard library

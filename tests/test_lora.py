@@ -23,7 +23,7 @@ from policylab.models.decoders.general import GeneralDecoder
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
 from policylab.models.readers import PackedCausal, PaddedCausal
-from policylab.planning.shape import added_by
+from policylab.models.size import added_by
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms

@@ -13,21 +13,23 @@ import torch
 
 from conftest import fresh_policy
 from policylab.config.build import build_policy, instantiate, model_config
+from policylab.data.plan import BatchPlan
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.critic import value_model
 from policylab.models.layers import freeze_below
 from policylab.models.meta import outline
+from policylab.models.size import Size, critic_size, size_of
 from policylab.planning.advice import helpful, knobs
-from policylab.planning.job import Batch, Hardware, Job, Method
+from policylab.planning.job import Hardware, Job
 from policylab.planning.memory import GIB, checkpoint_copy, moments, peak
 from policylab.planning.plan import plan_job, problem_of, rates_for
-from policylab.planning.read import critic_of, describe
-from policylab.planning.shape import Shape, shape_of
+from policylab.planning.read import describe
 from policylab.planning.work import Rates, exchanged, work
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.runs.saved_config import plain
+from policylab.training.methods import Cost, Needs, method_of
 from small_runs import PRESETS, quick
 
 ROOT = Path(__file__).parent.parent
@@ -52,25 +54,22 @@ LLAMA = {
 }
 #: Hidden size 4, one layer, MLP of 16, 10 words, all in fp32: 4 x 3 x 4 + 4 x 4 + 2 x 4 x 16 = 192 weights in the
 #: linear layers, 40 in the tied embeddings, and 24 in biases and norms.
-SHAPE = Shape(
+SIZE = Size(
     parameters=256, trained=256, adapters=0, weight_bytes=4, layers=1, hidden=4, ffn=16, gated=False, heads=2,
     kv_heads=2, head_dim=2, vocab=10, layer_parameters=200, linear=192, qkv=48, lora=1024, tied=True, context=64,
     decoder="gpt2", packs=True, eager=False,
 )  # fmt: skip
 #: Two prompts of three tokens, two completions of five each, in one update.
-BATCH = Batch(
-    prompts=2, group=2, minibatch=4, updates=1, passes=1.0, prompt_tokens=3.0, longest_prompt=3, new_tokens=5,
-    limit=None, max_rows=None, validation=1, samples=True,
-)  # fmt: skip
+PLAN = BatchPlan(prompts=2, group_size=2, epochs=1, minibatches=1, processes=1)
 HARDWARE = Hardware(
-    gpu=True, memory=80 * GIB, host_memory=None, processes=1, local=1, sharded=False, offload=False,
-    precision="32-true", gradient_checkpointing=False,
+    gpu=True, memory=80 * GIB, host_memory=None, local=1, sharded=False, offload=False, precision="32-true",
+    gradient_checkpointing=False,
 )  # fmt: skip
-METHOD = Method(
-    reference=True, moving=False, target=False, forwards=1, whole=False, compares=False, vectors=0,
-    optimizes_policy=True,
+JOB = Job(
+    SIZE, None, HARDWARE, PLAN, prompt_tokens=3.0, longest_prompt=3, new_tokens=5, needs=Needs(reference="frozen"),
+    cost=Cost(forwards=1), engine="cached", engine_share=0.0, sampling_bytes=4, micro_batch_tokens=None, max_rows=None,
+    validation=1, checkpoints=True,
 )  # fmt: skip
-JOB = Job(SHAPE, None, HARDWARE, BATCH, METHOD, "cached", 4, 0.0, checkpoints=True)
 
 
 def by_moment(job):
@@ -105,9 +104,9 @@ def test_parameters_are_those_of_the_model(compose, name):
         pytest.skip("its weights are not here")
     task = "random_walks" if name.startswith("walker") else "reviews"
     node = model_config(compose([f"task={task}", f"model={name}"]))
-    shape = shape_of(outline(plain(node)).lm)
-    assert shape.parameters == sum(p.numel() for p in instantiate(node).lm.parameters())
-    assert shape.decoder == ("llama" if name == "smollm2" else "gpt2")
+    size = size_of(outline(plain(node)).lm)
+    assert size.parameters == sum(p.numel() for p in instantiate(node).lm.parameters())
+    assert size.decoder == ("llama" if name == "smollm2" else "gpt2")
 
 
 @pytest.mark.parametrize("own_layers", [0, 1, "all"])
@@ -118,14 +117,15 @@ def test_a_critics_parameters_are_those_it_will_have(compose, algo, own_layers):
     config = compose([*overrides, "algo/critic=separate"] if algo == "ppo" else overrides)
     loaded = instantiate(model_config(config))
     critic = value_model(loaded.lm, own_layers, init=None)
-    planned = critic_of(loaded.lm, shape_of(loaded.lm), instantiate(config.algo))
+    need = method_of(instantiate(config.algo)).needs().critic
+    planned = critic_size(loaded.lm, size_of(loaded.lm), need.own_layers)
     assert planned.parameters == sum(p.numel() for p in critic.parameters())
 
 
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_frozen_layers_are_counted(request, model):
     policy = fresh_policy(request.getfixturevalue(model))
-    planned = shape_of(policy.lm, None, 1)
+    planned = size_of(policy.lm, None, 1)
     freeze_below(policy.lm, 1)
     assert planned.trained == sum(p.numel() for p in policy.lm.parameters() if p.requires_grad)
 
@@ -133,8 +133,8 @@ def test_frozen_layers_are_counted(request, model):
 def test_adapters_are_counted(compose):
     pytest.importorskip("peft")
     config = compose(["model/adapter=lora", "model.adapter.rank=3", "optim.frozen_layers=1"])
-    policy = build_policy(config, instantiate(config.algo))
-    assert describe(config).job.shape.trained == sum(
+    policy = build_policy(config, method_of(instantiate(config.algo)).needs().critic)
+    assert describe(config).job.size.trained == sum(
         p.numel() for p in policy.lm.parameters() if p.requires_grad
     )
 
@@ -156,11 +156,11 @@ def test_a_layer_keeps_what_autograd_saves(request, model):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None)
-    shape = shape_of(policy.lm)
+    size = size_of(policy.lm)
     tokens = 4 * 8 + int((rollout.lengths - 1).sum())
-    kept = shape.layers * shape.kept(4, 1 + 8 / float(rollout.lengths.float().mean()))
-    ends = 4 * shape.hidden * 4  # embeddings, the final norm, and the states that chose the actions
-    assert tokens * (kept + ends) == pytest.approx(sum(saved.values()), rel=0.1)
+    new = float(rollout.lengths.float().mean())
+    kept = size.keeps(4, 8, new, 32, recomputes_layers=False, critic_layers=0)
+    assert tokens * kept == pytest.approx(sum(saved.values()), rel=0.1)
 
 
 # -- sums done by hand -------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_what_stays_in_memory():
 
 def test_what_stays_in_memory_in_bf16():
     """Weights of 2 bytes; two moments and a copy of the weights in fp32, and the average that a reference moves by."""
-    job = replace(JOB, shape=replace(SHAPE, weight_bytes=2), method=replace(METHOD, moving=True))
+    job = replace(JOB, size=replace(SIZE, weight_bytes=2), needs=Needs(reference="moving"))
     parts = by_moment(job)["rollout"]
     assert parts["weights"] == 256 * 2
     assert parts["reference"] == 256 * (2 + 4)
@@ -218,8 +218,7 @@ def test_work_by_hand():
 
 
 def test_processes_share():
-    many = replace(JOB, batch=replace(BATCH, prompts=8, minibatch=16))
-    ddp = replace(many, hardware=replace(HARDWARE, processes=4, local=4))
+    ddp = replace(JOB, plan=replace(PLAN, prompts=8, processes=4), hardware=replace(HARDWARE, local=4))
     fsdp = replace(ddp, hardware=replace(ddp.hardware, sharded=True))
     assert by_moment(ddp)["rollout"]["optimizer"] == 2 * 256 * 4
     assert by_moment(ddp)["rollout"]["gradients"] == 256 * 4  # the buckets stay
@@ -254,7 +253,7 @@ def test_more_processes_take_less_each(compose, tmp_path):
     peaks = []
     for nodes in (1, 2, 4):
         job = describe(compose([*overrides, f"hardware.num_nodes={nodes}"])).job
-        assert job.hardware.processes == 8 * nodes
+        assert job.plan.processes == 8 * nodes
         peaks.append(peak(job).total)
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] > peaks[2]
@@ -275,7 +274,7 @@ def test_processes_of_a_cpu_share_its_cores(compose, monkeypatch):
         config = compose(["hardware=ddp_cpu", f"hardware.devices={devices}", "plan_memory=64"])
         job = describe(config).job
         needed = work(job, rates_for(config, job))
-        seconds.append(sum(needed.flops.values()) / job.hardware.processes / rates_for(config, job).flops)
+        seconds.append(sum(needed.flops.values()) / job.plan.processes / rates_for(config, job).flops)
     assert seconds[1] == pytest.approx(seconds[0], rel=1e-3)
 
 

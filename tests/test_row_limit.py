@@ -156,15 +156,15 @@ def test_preflight_validation_and_training_are_cut(tmp_path):
 
 def test_a_plan_counts_as_the_run_does(compose):
     """And a smaller limit takes less memory and more time."""
-    from policylab.config.build import build_policy, instantiate
+    from policylab.config.build import build_policy
     from policylab.planning.memory import moments
     from policylab.planning.work import Rates, work
 
     overrides = ["model=tiny", "rollout.prompts=4000", "rollout.max_new_tokens=64"]
     config = compose([*overrides, "hardware=cpu"])
     job = describe(config).job
-    policy = build_policy(config, instantiate(config.algo))
-    longest = Prompt(0, "", (1,) * job.batch.longest_prompt, None, ())
+    policy = build_policy(config, critic=None)
+    longest = Prompt(0, "", (1,) * job.longest_prompt, None, ())
     assert job.rows == rows_that_fit(policy, [longest], 64)
     few = describe(compose([*overrides, "hardware=cpu", "rollout.max_rows=100"])).job
     assert few.rows == 100

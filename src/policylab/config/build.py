@@ -15,11 +15,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.algorithms import Algorithm, MovingReference, QLearning, Supervised, TrustRegion
 from policylab.callbacks.loggers import tolerated
-from policylab.config.hardware import backend
+from policylab.config.hardware import backend, check_hardware, processes
 from policylab.config.signatures import check_signatures
-from policylab.data.plan import BatchPlan, ReplayPlan
 from policylab.data.rollout import Prompt
 from policylab.distributed.cluster import Cluster
 from policylab.distributed.sharded_strategy import ShardedStrategy
@@ -38,7 +36,7 @@ from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.runs.saved_config import as_yaml
 from policylab.tasks.base import Example, Task, data_fingerprint, examples, take_validation
 from policylab.tasks.datamodule import PromptData
-from policylab.training import PolicyGradient, QTraining, SupervisedTraining, TrustRegionUpdater
+from policylab.training.methods import CriticNeed, method_of
 from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
 from policylab.user_code import is_theirs, place, said
@@ -64,35 +62,32 @@ class Experiment:
 
 
 def build(config: DictConfig, run_dir: Path) -> Experiment:
-    """Builds the cheap parts first, so that a wrong config says so before a model loads.
+    """Checks the config and builds the cheap parts first, so that a wrong config says so before a model loads.
 
     Raises:
         UserError: when a part refuses its values.
     """
     check_parts(config)
     choose_products(config.hardware.products)
-    algorithm = instantiate(config.algo)
-    if config.hardware.strategy == "fsdp":
-        demand_shardable(config.hardware, algorithm, adapted=config.model.get("adapter") is not None)
-    plan = batch_plan(config, algorithm)
+    method = method_of(instantiate(config.algo))
+    method.check(config)
+    check_hardware(config)
+    plan = method.plan(config.rollout, processes(config))
     optim = instantiate(config.optim)
-    demand_one_process(config)
     engine = instantiate(without(config.rollout, PLANNED))
     reward = pooled(
         instantiate(without(config.reward, POOLED)), config.reward.get("workers"), config.reward.get("pool")
     )
     task = instantiate(without(config.task, TAKEN_OVER))
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
-    if isinstance(algorithm, Supervised):
-        demand_no_budget(config)
-        demand_completions(task, train)
+    if method.needs().learns_from == "completions":
+        demand_completions(task, train, config.algo.name)
 
-    policy = build_policy(config, algorithm)
+    policy = build_policy(config, method.needs().critic)
     too_long = config.task.get("too_long", "refuse")
     train_prompts = prompts(policy, task, train, "train", engine, too_long)
     val_prompts = prompts(policy, task, val, "val", engine, too_long)
-    if isinstance(algorithm, QLearning):
-        algorithm.replay.demand_room(plan.sequences, longest(train_prompts, engine))
+    method.check_lengths(plan, longest(train_prompts, engine))
     data = PromptData(
         train=train_prompts,
         val=val_prompts,
@@ -117,20 +112,9 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         resolved_config=as_yaml(config),
         data=data_fingerprint(train_prompts, examples(task, "val")),
     )
-    module = module_for(algorithm, parts)
+    module = method.trainer(parts)
     module.compiles_layers = config.hardware.compile
     return Experiment(module, data, trainer(config, run_dir), config)
-
-
-def module_for(algorithm: Algorithm | QLearning | Supervised, parts: Parts) -> TrainingModule:
-    """The module that trains with this kind of algorithm."""
-    if isinstance(algorithm, Supervised):
-        return SupervisedTraining(algorithm, parts)
-    if isinstance(algorithm, QLearning):
-        return QTraining(algorithm, parts)
-    if isinstance(algorithm.update, TrustRegion):
-        return PolicyGradient(algorithm, parts, TrustRegionUpdater)
-    return PolicyGradient(algorithm, parts)
 
 
 def instantiate(config: DictConfig) -> Any:
@@ -174,18 +158,17 @@ def check_parts(config: DictConfig) -> None:
     check_signatures(config.task, "task", TAKEN_OVER)
 
 
-def build_policy(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> Policy:
-    """The model, with a critic where the algorithm uses one."""
-    loaded = instantiate(model_config(config))
-    adapter = adapter_for(config, algorithm)
+def build_policy(config: DictConfig, critic: CriticNeed | None) -> Policy:
+    """The model, with a critic where one is needed."""
+    loaded, adapter = instantiate(model_config(config)), adapter_for(config)
     if adapter is not None:
         adapter.adapt(loaded.lm, config.optim.frozen_layers)
-    policy = Policy(loaded, critic_for(loaded, algorithm, adapter))
+    policy = Policy(loaded, critic_for(loaded, critic, adapter))
     if config.optim.frozen_layers and adapter is None:
         freeze_below(loaded.lm, config.optim.frozen_layers)
     policy.recomputes_layers = config.hardware.gradient_checkpointing
     if policy.recomputes_layers or config.hardware.strategy == "fsdp":
-        decoder_layers(loaded.lm)  # says now where it cannot be
+        decoder_layers(loaded.lm)  # refuses now a model whose layers it cannot find
     return policy
 
 
@@ -197,59 +180,20 @@ def model_config(config: DictConfig) -> DictConfig:
     return node
 
 
-def adapter_for(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> LoRA | None:
-    """What trains in place of the model's own weights, if anything does.
-
-    Raises:
-        UserError: when the algorithm cannot do with it.
-    """
+def adapter_for(config: DictConfig) -> LoRA | None:
+    """What trains in place of the model's own weights, if anything does."""
     node = config.model.get("adapter")
-    if node is None:
-        return None
-    if isinstance(algorithm, Algorithm) and isinstance(algorithm.kl.reference, MovingReference):
-        raise UserError(
-            "algo/reference=moving averages weights, and the average of adapters is not that of the weights they make; "
-            "with model/adapter=lora take algo/reference=frozen"
-        )
-    return instantiate(node)
+    return None if node is None else instantiate(node)
 
 
-def critic_for(
-    loaded: LoadedModel, algorithm: Algorithm | QLearning | Supervised, adapter: LoRA | None
-) -> ValueModel | None:
-    """The critic that the algorithm uses, if any. Next to an adapted policy, all that it is made of is adapted."""
-    if isinstance(algorithm, QLearning):
-        value = algorithm.dueling
-        return value_model(loaded.lm, value.own_layers, init=None) if value else None
-    if isinstance(algorithm, Supervised) or not algorithm.uses_critic:
+def critic_for(loaded: LoadedModel, need: CriticNeed | None, adapter: LoRA | None) -> ValueModel | None:
+    """The critic. Next to an adapted policy, all that it is made of is adapted."""
+    if need is None:
         return None
-    assert algorithm.critic is not None
-    critic = value_model(loaded.lm, algorithm.critic.own_layers, algorithm.critic.init)
-    if adapter is not None and algorithm.critic.init is not None:
+    critic = value_model(loaded.lm, need.own_layers, need.init)
+    if adapter is not None and need.init is not None:
         adapter.adapt(critic.backbone)
     return critic
-
-
-def batch_plan(config: DictConfig, algorithm: Algorithm | QLearning | Supervised) -> BatchPlan:
-    """How the sequences of an iteration are cut."""
-    processes = config.hardware.devices * config.hardware.num_nodes
-    if isinstance(algorithm, Supervised):
-        return BatchPlan(algorithm.batch_size, 1, 1, 1, processes)
-    prompts, group_size = config.rollout.prompts, config.rollout.group_size
-    if isinstance(algorithm, QLearning):
-        replay = algorithm.replay
-        return ReplayPlan(prompts, group_size, 1, 1, processes, replay.batch_size, replay.updates)
-    update = algorithm.update
-    if group_size < algorithm.min_group_size:
-        part = "sampling=dynamic" if algorithm.advantage.min_group_size == 1 else "advantage"
-        raise UserError(
-            f"algo/{part} compares completions of the same prompt, but rollout.group_size is {group_size}; "
-            f"take rollout.group_size={algorithm.min_group_size} or more"
-        )
-    plan = BatchPlan(prompts, group_size, update.epochs, update.minibatches, processes)
-    if isinstance(update, TrustRegion) and algorithm.uses_critic:
-        update.demand_shares(plan.sequences)
-    return plan
 
 
 def prompts(
@@ -268,64 +212,8 @@ def prompts(
     )
 
 
-def demand_shardable(
-    hardware: DictConfig, algorithm: Algorithm | QLearning | Supervised, *, adapted: bool
-) -> None:
-    """Sharded weights are not for everything.
-
-    Raises:
-        UserError: saying what to take instead.
-    """
-    if isinstance(algorithm, Algorithm) and isinstance(algorithm.update, TrustRegion):
-        raise UserError(
-            "hardware.strategy=fsdp: a trust region works on all weights as one vector, which no process has; take "
-            "hardware=ddp, or algo/update=minibatch_epochs"
-        )
-    if adapted:
-        raise UserError(
-            "model/adapter=lora with hardware.strategy=fsdp cannot export the policy yet; take hardware=ddp: what LoRA "
-            "trains is small, and the frozen weights have neither gradients nor moments"
-        )
-    if hardware.compile:
-        raise UserError(
-            "hardware.compile=true has not been tried with hardware.strategy=fsdp; take hardware.compile=false"
-        )
-    if hardware.cpu_offload and hardware.accelerator == "cpu":
-        raise UserError(
-            "hardware.cpu_offload=true moves weights out of a GPU's memory, and hardware.accelerator is cpu; take "
-            "hardware.cpu_offload=false"
-        )
-
-
-def demand_one_process(config: DictConfig) -> None:
-    """vLLM in the training process takes the first GPU, whichever process it is.
-
-    Raises:
-        UserError: when several processes would sample by vLLM.
-    """
-    count = config.hardware.devices * config.hardware.num_nodes
-    if count > 1 and config.rollout["_target_"] == "policylab.rollouts.vllm.VllmEngine":
-        raise UserError(
-            f"rollout=vllm runs in one process, on its first GPU, and hardware means {count} processes; take "
-            "hardware.devices=1, or rollout=cached"
-        )
-
-
-def demand_no_budget(config: DictConfig) -> None:
-    """Supervised training samples nothing that a budget could count.
-
-    Raises:
-        UserError: when it has one.
-    """
-    if config.max_tokens is not None:
-        raise UserError(
-            f"max_tokens={config.max_tokens} counts tokens sampled in training, and algo={config.algo.name} samples "
-            "none; take max_tokens=null, and iterations for its length"
-        )
-
-
-def demand_completions(task: Task, train: Sequence[Example]) -> None:
-    """Supervised training needs something to imitate.
+def demand_completions(task: Task, train: Sequence[Example], algo: str) -> None:
+    """What learns from completions needs one in each example.
 
     Raises:
         UserError: naming the first example without a completion.
@@ -333,7 +221,7 @@ def demand_completions(task: Task, train: Sequence[Example]) -> None:
     for number, example in enumerate(train):
         if not example.completion:
             raise UserError(
-                f"example {number} of task {task.name} ({example.text!r}) has no completion, and algo=sft trains on "
+                f"example {number} of task {task.name} ({example.text!r}) has no completion, and algo={algo} trains on "
                 "completions; take a task.source that has them (the reviews' own openings have none: task.source=vader)"
             )
 

@@ -58,14 +58,45 @@ def with_devices(config: DictConfig) -> DictConfig:
             f"{hardware.num_nodes} --nproc-per-node={hardware.devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 "
             "train.py ..., or with srun"
         )
-    count = hardware.devices * hardware.num_nodes
-    if hardware.strategy == "fsdp" and count == 1:
-        raise UserError(
-            "hardware.strategy=fsdp shards a model over processes, and there is one; take hardware.devices=2 or more"
-        )
     counted = config.copy()
     OmegaConf.update(counted, "hardware", hardware, merge=False)
+    check_hardware(counted)
     return counted
+
+
+def check_hardware(config: DictConfig) -> None:
+    """Refuses what does not go together whatever the algorithm; `with_devices` first.
+
+    Raises:
+        UserError: saying what to take instead.
+    """
+    hardware, count = config.hardware, processes(config)
+    if hardware.strategy == "fsdp":
+        if count == 1:
+            raise UserError(
+                "hardware.strategy=fsdp shards a model over processes, and there is one; take hardware.devices=2 or "
+                "more"
+            )
+        if config.model.get("adapter") is not None:
+            raise UserError(
+                "model/adapter=lora with hardware.strategy=fsdp cannot export the policy yet; take hardware=ddp: what "
+                "LoRA trains is small, and the frozen weights have neither gradients nor moments"
+            )
+        if hardware.compile:
+            raise UserError(
+                "hardware.compile=true has not been tried with hardware.strategy=fsdp; take hardware.compile=false"
+            )
+        if hardware.cpu_offload and hardware.accelerator == "cpu":
+            raise UserError(
+                "hardware.cpu_offload=true moves weights out of a GPU's memory, and hardware.accelerator is cpu; take "
+                "hardware.cpu_offload=false"
+            )
+    # vLLM in the training process takes the first GPU, whichever process it is
+    if count > 1 and config.rollout["_target_"] == "policylab.rollouts.vllm.VllmEngine":
+        raise UserError(
+            f"rollout=vllm runs in one process, on its first GPU, and hardware means {count} processes; take "
+            "hardware.devices=1, or rollout=cached"
+        )
 
 
 def backend(hardware: DictConfig) -> str:

@@ -27,6 +27,18 @@ from policylab.functional.products import common_length, linear, outer
 CHUNK = 2**26
 
 
+def tables_at_once(elements: float, *, compares: bool) -> float:
+    """Bytes of logits, and of what is made of them, that a pass over so many holds.
+
+    Args:
+        elements: positions times vocabulary.
+        compares: whether another head's are held beside them.
+    """
+    if elements <= CHUNK:
+        return (2 + compares) * elements * 4
+    return (3 + compares) * CHUNK * 4
+
+
 @dataclass(frozen=True)
 class Head:
     """A linear map from hidden states to logits, and the temperature that divides them."""

@@ -1,11 +1,14 @@
-"""Which knob to turn when a run does not fit: each is turned in the numbers, and what comes out is told."""
+"""Which knob to turn when a run does not fit: each is turned in the numbers, and the peak is computed again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from policylab.planning.job import BF16, FP32, Job
+from policylab.data.plan import BatchPlan
+from policylab.errors import UserError
+from policylab.models.size import BF16, FP32
+from policylab.planning.job import Job
 from policylab.planning.memory import peak
 
 #: A knob that saves less than this share of the peak is not worth naming.
@@ -48,53 +51,45 @@ def together(job: Job) -> Knob | None:
 
 def knobs(job: Job) -> Iterator[Knob]:
     """Everything that could be turned, with what it makes of the run."""
-    shape, hardware, batch, method = job.shape, job.hardware, job.batch, job.method
+    size, hardware, plan, needs = job.size, job.hardware, job.plan, job.needs
+    moving, critic = needs.reference == "moving", job.critic_size
     if not hardware.gradient_checkpointing:
-        on = replace(hardware, gradient_checkpointing=True)
-        # Automatic micro-batches would grow and take the memory again.
-        fixed = replace(batch, limit=job.limit)
-        words = "hardware.gradient_checkpointing=true"
-        yield Knob(
-            words if batch.limit else f"{words} optim.micro_batch_tokens={job.limit}",
-            replace(job, hardware=on, batch=fixed),
-        )
-    longest = batch.longest_prompt + batch.new_tokens
-    if (fewer := max(longest, int(job.pass_tokens) // 4)) < job.pass_tokens:
-        yield Knob(f"optim.micro_batch_tokens={fewer}", replace(job, batch=replace(batch, limit=fewer)))
-    rows = min(job.rows, max(batch.samples * job.sequences, batch.validation // hardware.processes))
+        words, on = "hardware.gradient_checkpointing=true", replace(hardware, gradient_checkpointing=True)
+        if not job.micro_batch_tokens:  # automatic micro-batches would grow and take the memory again
+            words += f" optim.micro_batch_tokens={job.limit}"
+        yield Knob(words, replace(job, hardware=on, micro_batch_tokens=job.limit))
+    if (fewer := max(job.context, int(job.pass_tokens) // 4)) < job.pass_tokens:
+        yield Knob(f"optim.micro_batch_tokens={fewer}", replace(job, micro_batch_tokens=fewer))
+    rows = min(job.rows, max(job.samples * job.sequences, job.validation // plan.processes))
     if job.engine != "vllm" and rows > 1:
-        cut = replace(batch, max_rows=rows // 2)
-        yield Knob(f"rollout.max_rows={cut.max_rows}", replace(job, batch=cut))
-    if shape.weight_bytes == FP32 and not method.vectors:
-        yield Knob(
-            "hardware.precision=bf16-true",
-            replace(
-                job,
-                shape=replace(shape, weight_bytes=BF16),
-                hardware=replace(hardware, precision="bf16-true"),
-                sampling_bytes=BF16,
-            ),
-        )
-    if not shape.adapters and not method.moving and not (job.critic and job.critic.separate):
-        yield Knob(
-            "model/adapter=lora", replace(job, shape=replace(shape, trained=shape.lora, adapters=shape.lora))
-        )
-    if hardware.processes > 1 and not hardware.sharded and hardware.gpu:
+        yield Knob(f"rollout.max_rows={rows // 2}", replace(job, max_rows=rows // 2))
+    if size.weight_bytes == FP32 and not job.cost.vectors:
+        on, half = replace(hardware, precision="bf16-true"), replace(size, weight_bytes=BF16)
+        yield Knob("hardware.precision=bf16-true", replace(job, size=half, hardware=on, sampling_bytes=BF16))
+    if not (size.adapters or moving or hardware.sharded or (critic and critic.separate)):
+        adapted = replace(size, trained=size.lora, adapters=size.lora)
+        yield Knob("model/adapter=lora", replace(job, size=adapted))
+    if plan.processes > 1 and hardware.gpu and not (hardware.sharded or size.adapters or job.cost.vectors):
         yield Knob("hardware.strategy=fsdp", replace(job, hardware=replace(hardware, sharded=True)))
     if hardware.sharded and hardware.gpu and not hardware.offload:
         yield Knob("hardware.cpu_offload=true", replace(job, hardware=replace(hardware, offload=True)))
-    if hardware.gpu and batch.prompts % (2 * hardware.processes) == 0:
-        nodes = hardware.processes // hardware.local
-        twice = replace(hardware, processes=2 * hardware.processes)
-        yield Knob(f"hardware.num_nodes={2 * nodes}", replace(job, hardware=twice))
-    if method.reference and not shape.adapters and not method.moving and not method.target:
-        yield Knob("algo/kl=none algo/reference=none", replace(job, method=replace(method, reference=False)))
-    if job.critic is not None and job.critic.layers and not method.target:
-        shared = replace(job.critic, parameters=shape.hidden + 1, layers=0, separate=False)
-        yield Knob("algo/critic=shared_trunk", replace(job, critic=shared))
-    if batch.samples and batch.prompts % (2 * hardware.processes) == 0:
-        half = replace(batch, prompts=batch.prompts // 2, minibatch=batch.minibatch // 2)
-        yield Knob(f"rollout.prompts={half.prompts}", replace(job, batch=half))
-    if batch.validation > 2 * hardware.processes:
-        less = replace(batch, validation=batch.validation // 4)
-        yield Knob(f"validation.batch_size={less.validation}", replace(job, batch=less))
+    if hardware.gpu and (more := other(plan, processes=2 * plan.processes)):
+        yield Knob(f"hardware.num_nodes={more.processes // hardware.local}", replace(job, plan=more))
+    if needs.reference == "frozen" and not (size.adapters or needs.target):
+        yield Knob("algo/kl=none algo/reference=none", replace(job, needs=replace(needs, reference="none")))
+    if critic and critic.layers and not needs.target:
+        shared = replace(critic, parameters=size.hidden + 1, layers=0, separate=False)
+        yield Knob("algo/critic=shared_trunk", replace(job, critic_size=shared))
+    if job.samples and plan.prompts % 2 == 0 and (less := other(plan, prompts=plan.prompts // 2)):
+        yield Knob(f"rollout.prompts={less.prompts}", replace(job, plan=less))
+    if job.validation > 2 * plan.processes:
+        fewer = job.validation // 4
+        yield Knob(f"validation.batch_size={fewer}", replace(job, validation=fewer))
+
+
+def other(plan: BatchPlan, **changes: int) -> BatchPlan | None:
+    """The plan with other numbers; None where they do not divide."""
+    try:
+        return replace(plan, **changes)
+    except UserError:
+        return None

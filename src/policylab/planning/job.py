@@ -1,4 +1,4 @@
-"""All that a plan is computed from, as plain numbers. A knob that is turned is a copy with another number."""
+"""All that a plan is summed up from. A knob that is turned is a copy with another number."""
 
 from __future__ import annotations
 
@@ -6,25 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from policylab.data.plan import BatchPlan
 from policylab.models.memory import rows_at_once, tokens_a_pass
-from policylab.planning.shape import Shape
-
-BF16, FP32 = 2, 4
-
-
-@dataclass(frozen=True)
-class Critic:
-    """A critic in numbers.
-
-    Args:
-        parameters: its own, the head included.
-        layers: of its own that a token goes through.
-        separate: whether it is a network of its own, which reads the tokens itself.
-    """
-
-    parameters: int
-    layers: int
-    separate: bool
+from policylab.models.size import BF16, CriticSize, Size
+from policylab.rollouts.memory import Kind, Piece
+from policylab.training.average import average_bytes
+from policylab.training.methods import Cost, Needs
+from policylab.training.optimizer import state_bytes
 
 
 @dataclass(frozen=True)
@@ -35,8 +23,7 @@ class Hardware:
         gpu: whether a process has a GPU to itself; else the processes of a machine share its main memory.
         memory: bytes that a process may fill: the GPU's, or its share of main memory.
         host_memory: of a machine, for what lies in main memory beside GPUs; None where nobody knows.
-        processes: of the whole run.
-        local: of one machine.
+        local: processes of one machine.
         sharded: weights, gradients and moments are spread over the processes (fsdp).
         offload: the shards lie in main memory (fsdp).
     """
@@ -44,7 +31,6 @@ class Hardware:
     gpu: bool
     memory: float
     host_memory: float | None
-    processes: int
     local: int
     sharded: bool
     offload: bool
@@ -53,65 +39,17 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """An iteration.
+class Trained:
+    """Weights that train, and what is kept beside them, in bytes."""
 
-    Args:
-        prompts: distinct ones, over all processes.
-        group: completions of each.
-        minibatch: sequences of an optimizer step, over all processes.
-        updates: optimizer steps.
-        passes: forward and backward passes over each sequence, in all updates.
-        prompt_tokens: of a prompt, mean.
-        longest_prompt: tokens.
-        new_tokens: of a completion, at most; the plan takes all to be as long.
-        limit: tokens a forward pass; None as many as should fit.
-        max_rows: completions sampled at once; None as many as should fit.
-        validation: prompts a validation batch, over all processes.
-        samples: whether training samples; else it learns from what is there.
-    """
+    weights: float  #: their gradients take as much
+    state: float  #: of the optimizer
+    average: float  #: of a network that follows them, beside its weights
 
-    prompts: int
-    group: int
-    minibatch: int
-    updates: int
-    passes: float
-    prompt_tokens: float
-    longest_prompt: int
-    new_tokens: int
-    limit: int | None
-    max_rows: int | None
-    validation: int
-    samples: bool
-
-    @property
-    def sequences(self) -> int:
-        return self.prompts * self.group
-
-
-@dataclass(frozen=True)
-class Method:
-    """What an algorithm holds and does beside the policy and its critic.
-
-    Args:
-        reference: a second copy of what trains.
-        moving: it changes, and so belongs to the saved state.
-        target: a third copy, critic included (Q-learning).
-        forwards: forward passes of a language model over the rollout between sampling and the updates.
-        whole: whole distributions of all tokens are held, not a few figures.
-        compares: two distributions are held beside each other (exact KL).
-        vectors: copies of the trained weights as one vector (trust region).
-        optimizes_policy: the optimizer moves the policy, not the critic alone.
-    """
-
-    reference: bool
-    moving: bool
-    target: bool
-    forwards: float
-    whole: bool
-    compares: bool
-    vectors: int
-    optimizes_policy: bool
+    @classmethod
+    def of(cls, count: int, number: int) -> Trained:
+        """So many weights of ``number`` bytes."""
+        return cls(float(count * number), state_bytes(count, number), average_bytes(count, number))
 
 
 @dataclass(frozen=True)
@@ -119,87 +57,140 @@ class Job:
     """A run in numbers.
 
     Args:
-        engine: that samples: ``cached``, ``generate`` or ``vllm``.
-        sampling_bytes: of a number in its products.
+        prompt_tokens: of a prompt, mean.
+        longest_prompt: tokens.
+        new_tokens: of a completion, at most; the plan takes all to be as long.
+        engine: that samples.
         engine_share: of a GPU's memory that the engine takes for itself (vllm).
+        sampling_bytes: of a number in its products.
+        limit: tokens a forward and backward pass, at most.
+        rows: completions that are sampled at once, at most.
+        validation: prompts a validation batch, over all processes.
         checkpoints: whether states are saved while training goes on.
     """
 
-    shape: Shape
-    critic: Critic | None
+    size: Size
+    critic_size: CriticSize | None
     hardware: Hardware
-    batch: Batch
-    method: Method
-    engine: Literal["cached", "generate", "vllm"]
-    sampling_bytes: int
+    plan: BatchPlan
+    prompt_tokens: float
+    longest_prompt: int
+    new_tokens: int
+    needs: Needs
+    cost: Cost
+    engine: Kind
     engine_share: float
+    sampling_bytes: int
+    micro_batch_tokens: int | None
+    max_rows: int | None
+    validation: int
     checkpoints: bool
+
+    # -- what trains -------------------------------------------------------------------------------------
+
+    @cached_property
+    def policy(self) -> Trained:
+        """What trains of the policy."""
+        return Trained.of(self.size.trained, self.size.trained_bytes)
+
+    @cached_property
+    def critic(self) -> Trained:
+        """The critic's own weights."""
+        return Trained.of(self.critic_size.parameters if self.critic_size else 0, self.size.trained_bytes)
+
+    @property
+    def critic_layers(self) -> int:
+        """That a token goes through for its value alone."""
+        return self.critic_size.layers if self.critic_size else 0
+
+    @property
+    def gradients(self) -> float:
+        """Bytes, of all that the optimizer moves."""
+        return self.critic.weights + self.policy.weights * self.cost.optimizes_policy
+
+    @property
+    def state(self) -> float:
+        """Bytes of the optimizer."""
+        return self.critic.state + self.policy.state * self.cost.optimizes_policy
+
+    @property
+    def spread(self) -> int:
+        """Processes that share weights, gradients and moments."""
+        return self.plan.processes if self.hardware.sharded else 1
 
     @property
     def compute_bytes(self) -> int:
         """Of a number that goes into a product in training."""
-        return BF16 if self.hardware.precision == "bf16-mixed" else self.shape.weight_bytes
+        return BF16 if self.hardware.precision == "bf16-mixed" else self.size.weight_bytes
+
+    # -- what a process samples and passes through ---------------------------------------------------------
 
     @property
-    def casts(self) -> bool:
-        """Whether products take a copy of the weights in another precision."""
-        return self.compute_bytes < self.shape.weight_bytes
+    def samples(self) -> bool:
+        """Whether training samples; else it learns from what is there."""
+        return self.needs.learns_from == "rollouts"
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.longest_prompt + self.new_tokens
 
     @property
     def sequences(self) -> int:
-        """Of an iteration, on one process."""
-        return self.batch.sequences // self.hardware.processes
+        """Of an iteration."""
+        return self.plan.sequences // self.plan.processes
 
     @property
     def prompts(self) -> int:
-        """Distinct ones of an iteration, on one process."""
-        return max(1, self.batch.prompts // self.hardware.processes)
+        """Distinct ones of an iteration."""
+        return self.plan.prompts // self.plan.processes
 
     @property
     def minibatch(self) -> int:
-        """Sequences of an optimizer step, on one process."""
-        return max(1, self.batch.minibatch // self.hardware.processes)
+        """Sequences of an optimizer step."""
+        return max(1, self.plan.minibatch // self.plan.processes)
 
     @cached_property
     def limit(self) -> int:
-        """Tokens a forward and backward pass, at most."""
-        return self.batch.limit or tokens_a_pass(
-            self.shape,
-            whole_distributions=self.method.whole,
+        return self.micro_batch_tokens or tokens_a_pass(
+            self.size,
+            whole_distributions=self.needs.whole_distributions,
             recomputes_layers=self.hardware.gradient_checkpointing,
             gpu_bytes=int(self.hardware.memory) if self.hardware.gpu else None,
         )
 
     @cached_property
     def rows(self) -> int:
-        """Completions that are sampled at once, at most."""
-        return self.batch.max_rows or rows_at_once(
-            self.shape,
-            context=self.batch.longest_prompt + self.batch.new_tokens,
-            number=self.shape.weight_bytes,
-            memory=self.hardware.memory,
-        )
+        number, memory = self.size.weight_bytes, self.hardware.memory
+        return self.max_rows or rows_at_once(self.size, context=self.context, number=number, memory=memory)
 
     @property
     def pieces(self) -> int:
         """Pieces in which an iteration's completions are sampled."""
         return max(1, -(-self.sequences // self.rows))
 
+    def largest_pieces(self) -> list[Piece]:
+        """Of a validation batch and of training."""
+        rows = min(self.rows, max(1, self.validation // self.plan.processes))
+        sizes = [(rows, rows)]
+        if self.samples:
+            rows = min(self.rows, self.sequences)
+            sizes.append((min(self.prompts, -(-rows // self.plan.group_size)), rows))
+        return [Piece(*size, self.prompt_tokens, self.longest_prompt, self.new_tokens) for size in sizes]
+
     def tokens(self, sequences: int) -> float:
         """That a model reads for so many sequences of the rollout: with packing, each distinct prompt once."""
-        batch = self.batch
-        if not self.shape.packs:
-            return sequences * (batch.longest_prompt + batch.new_tokens)
+        if not self.size.packs:
+            return float(sequences * self.context)
         # Of the prompts of this process, those that at least one of the sequences answers.
         share = min(1.0, sequences / self.sequences)
-        distinct = min(sequences, self.prompts * (1 - (1 - share) ** batch.group))
-        return distinct * batch.prompt_tokens + sequences * (batch.new_tokens - 1)
+        distinct = min(sequences, self.prompts * (1 - (1 - share) ** self.plan.group_size))
+        return distinct * self.prompt_tokens + sequences * (self.new_tokens - 1)
 
     @cached_property
     def pass_tokens(self) -> float:
         """Tokens of the largest forward and backward pass."""
-        longest = self.batch.longest_prompt + self.batch.new_tokens
-        return min(self.tokens(self.minibatch), max(self.limit, longest))
+        return min(self.tokens(self.minibatch), max(self.limit, self.context))
 
     @cached_property
     def pass_sequences(self) -> float:

@@ -9,8 +9,9 @@ from policylab.callbacks.tables import console
 from policylab.config.checks import check
 from policylab.distributed.world import world
 from policylab.errors import UserError, demand
+from policylab.models.size import FP32
 from policylab.planning.advice import together
-from policylab.planning.job import FP32, Job
+from policylab.planning.job import Job
 from policylab.planning.memory import GIB, main_memory, peak
 from policylab.planning.probe import probe
 from policylab.planning.read import describe

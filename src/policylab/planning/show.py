@@ -13,7 +13,7 @@ from rich.table import Table
 from policylab.callbacks.tables import duration, rows
 from policylab.planning.advice import Knob, helpful, together
 from policylab.planning.job import Job
-from policylab.planning.memory import GIB, Moment, main_memory, moments, parts_in_order
+from policylab.planning.memory import GIB, Moment, main_memory, moments
 from policylab.planning.read import Described
 from policylab.planning.work import Rates, Work, exchanged, work
 
@@ -45,28 +45,29 @@ def show(out: Console, config: DictConfig, described: Described, rates: Rates) -
 def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]:
     """Model, machine and batch."""
     job = described.job
-    shape, hardware, batch = job.shape, job.hardware, job.batch
-    trained = "" if shape.trained == shape.parameters else f", of which {shape.trained:,} are trained"
-    if shape.adapters:
-        trained = f", and {shape.adapters:,} of adapters, which are trained"
+    size, hardware, plan = job.size, job.hardware, job.plan
+    trained = "" if size.trained == size.parameters else f", of which {size.trained:,} are trained"
+    if size.adapters:
+        trained = f", and {size.adapters:,} of adapters, which are trained"
     if hardware.gpu:
         device = f"GPU of {hardware.memory / GIB:.0f} GiB"
     else:
         device = f"process on the CPU with {hardware.memory / GIB:.1f} GiB of main memory"
-    strategy = "" if hardware.processes == 1 else f", {'fsdp' if hardware.sharded else 'ddp'}"
-    machines = hardware.processes // hardware.local
-    where = f"{hardware.processes} x {device}" + (f" on {machines} machines" if machines > 1 else "")
+    strategy = "" if plan.processes == 1 else f", {'fsdp' if hardware.sharded else 'ddp'}"
+    machines = plan.processes // hardware.local
+    where = f"{plan.processes} x {device}" + (f" on {machines} machines" if machines > 1 else "")
     counted = ", counted by another tokenizer, as the model has none here" if described.stand_in else ""
-    prompt = f"{batch.prompt_tokens:.0f} a prompt (at most {batch.longest_prompt})"
-    cut = f", sampled {job.rows} at a time in {job.pieces} pieces" if job.pieces > 1 and batch.samples else ""
-    critic = [] if job.critic is None else [("critic", f"{job.critic.parameters:,} parameters of its own")]
+    prompt = f"{job.prompt_tokens:.0f} a prompt (at most {job.longest_prompt})"
+    cut = f", sampled {job.rows} at a time in {job.pieces} pieces" if job.pieces > 1 and job.samples else ""
+    critic = job.critic_size
+    own = [("critic", f"{critic.parameters:,} parameters of its own")] if critic else []
     return [
         ("model", f"{config.model.name}: {described.source}"),
-        ("parameters", f"{shape.parameters:,}{trained}"),
-        *critic,
+        ("parameters", f"{size.parameters:,}{trained}"),
+        *own,
         ("hardware", f"{where}, {hardware.precision}{strategy}"),
-        *described.plan.table(),
-        ("tokens", f"{prompt}, {batch.new_tokens} a completion{cut}{counted}"),
+        *plan.table(),
+        ("tokens", f"{prompt}, {job.new_tokens} a completion{cut}{counted}"),
         (
             "passes",
             f"{job.pass_tokens:,.0f} tokens at most, {job.micro_batches} to an update on each process",
@@ -82,7 +83,7 @@ def memory_table(found: Sequence[Moment], job: Job) -> Table:
     table.add_column(f"memory of a process, {name}", footer="in all")
     for moment in found:
         table.add_column(moment.name, justify="right", footer=f"{moment.total / unit:,.{digits}f}")
-    for part in parts_in_order(list(found)):
+    for part in dict.fromkeys(name for moment in found for name in moment.parts):
         sizes = [moment.parts.get(part, 0.0) for moment in found]
         table.add_row(part, *(f"{size / unit:,.{digits}f}" if size else "-" for size in sizes))
     return table
@@ -106,14 +107,14 @@ def length(config: DictConfig, job: Job, needed: Work, rates: Rates) -> list[tup
         iterations = min(iterations, math.ceil(config.max_tokens / needed.tokens))
     prompts = config.validation.prompts * (iterations // config.validation.every + 1)
     without_update = needed.total_seconds - needed.seconds.get("update", 0.0)
-    total = iterations * needed.total_seconds + prompts * without_update / max(1, job.batch.sequences)
+    total = iterations * needed.total_seconds + prompts * without_update / max(1, job.plan.sequences)
     known = "measured here" if config.plan_flops is None else "as given"
     speed = f"{rates.flops:.2g} operations a second and process, {known}"
     sent = exchanged(job) / GIB
     later = f"{sent:,.1f} GiB reach each process an iteration; not in the times: at {LINK} GiB a second, "
     traffic = [("exchange", f"{later}{seconds(sent / LINK)} more")] if sent else []
     return [
-        ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.batch.updates} updates"),
+        ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.plan.updates} updates"),
         ("speed", f"{speed}; {rates.bandwidth / GIB:,.0f} GiB of memory read a second"),
         *traffic,
         ("the run", f"{iterations} iterations and their validations, {duration(total)} at least"),

@@ -117,10 +117,14 @@ def check_context(policy: Policy, needed: int) -> None:
     """Refuses sequences that do not fit.
 
     Raises:
-        UserError: when ``needed`` positions are more than the model has.
+        UserError: when ``needed`` positions are more than the model or its critic has.
     """
-    limit, reader = context(policy)
-    if needed > limit:
+    check_positions(needed, *context(policy))
+
+
+def check_positions(needed: int, limit: float | None, reader: str) -> None:
+    """Raises UserError when ``needed`` positions are more than ``reader`` has; None is no limit."""
+    if limit is not None and needed > limit:
         raise UserError(
             f"prompt and completion need {needed} positions, but {reader} has {limit}; "
             "lower rollout.max_new_tokens or shorten the prompts"

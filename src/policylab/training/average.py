@@ -40,6 +40,11 @@ class Average(nn.Module):
             weight.copy_(average)
 
 
+def average_bytes(count: int, number: int) -> float:
+    """Of the averages that `Average` keeps of ``count`` weights of ``number`` bytes."""
+    return 4.0 * count if number < 4 else 0.0
+
+
 def _pairs(slow: nn.Module, fast: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Weights of the two, which differ, under names that buffers may have."""
     others = dict(fast.named_parameters())

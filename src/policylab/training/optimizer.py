@@ -168,5 +168,10 @@ class MasterAdamW(torch.optim.AdamW):
         return state
 
 
+def state_bytes(count: int, number: int) -> float:
+    """Of the state of ``count`` weights of ``number`` bytes: two moments in fp32 and, of weights below fp32, a copy."""
+    return 4.0 * count * (3 if number < 4 else 2)
+
+
 def _is_low(weight: Tensor) -> bool:
     return weight.dtype.itemsize < torch.float32.itemsize

@@ -1,0 +1,52 @@
+"""One seam for all families of methods: the type of ``algo`` says which `Method` answers for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from policylab.algorithms import Algorithm, QLearning, Supervised, TrustRegion
+from policylab.errors import UserError
+from policylab.training.methods.base import Cost, CriticNeed, Method, Needs
+from policylab.training.methods.policy_gradient import PolicyGradientMethod
+from policylab.training.methods.q_learning import QLearningMethod
+from policylab.training.methods.supervised import SupervisedMethod
+from policylab.training.methods.trust_region import TrustRegionMethod
+
+__all__ = ["Cost", "CriticNeed", "Method", "Needs", "method_of", "register"]
+
+
+def _policy_gradient(algorithm: Algorithm) -> PolicyGradientMethod:
+    """The update axis decides between the two families."""
+    family = TrustRegionMethod if isinstance(algorithm.update, TrustRegion) else PolicyGradientMethod
+    return family(algorithm)
+
+
+#: Type of an algorithm -> what makes its method.
+METHODS: dict[type, Callable[[Any], Method[Any]]] = {
+    Algorithm: _policy_gradient,
+    QLearning: QLearningMethod,
+    Supervised: SupervisedMethod,
+}
+
+
+def register(algorithm: type, method: Callable[[Any], Method[Any]]) -> None:
+    """Enters a family of one's own: from here on ``method`` answers for algorithms of this type."""
+    METHODS[algorithm] = method
+
+
+def method_of(algorithm: object) -> Method[Any]:
+    """Who answers for an algorithm.
+
+    Raises:
+        UserError: when no family is registered for its type.
+    """
+    for kind in type(algorithm).__mro__:
+        if kind in METHODS:
+            return METHODS[kind](algorithm)
+    name = type(algorithm).__name__
+    raise UserError(
+        f"algo._target_ is {type(algorithm).__module__}.{name}, which no family of methods trains (known are "
+        f"{', '.join(kind.__name__ for kind in METHODS)}); for one of your own, call "
+        f"policylab.training.methods.register({name}, METHOD) where it is defined (docs/your_own_family.md)"
+    )

@@ -1,0 +1,41 @@
+"""Q-learning: rollouts go into a replay memory, and updates draw from it."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from policylab.algorithms import QLearning
+from policylab.data.plan import BatchPlan, ReplayPlan
+from policylab.training import QTraining
+from policylab.training.methods.base import Cost, CriticNeed, Method, Needs
+from policylab.training.parts import Parts
+
+
+class QLearningMethod(Method[QLearning]):
+    """Several updates an iteration on sequences drawn from the memory."""
+
+    def plan(self, rollout: DictConfig, processes: int) -> BatchPlan:
+        replay = self.algorithm.replay
+        return ReplayPlan(
+            rollout.prompts, rollout.group_size, 1, 1, processes, replay.batch_size, replay.updates
+        )
+
+    def needs(self) -> Needs:
+        dueling = self.algorithm.dueling
+        return Needs(
+            critic=None if dueling is None else CriticNeed(dueling.own_layers),
+            reference="frozen",
+            target=self.algorithm.target is not None,
+            whole_distributions=True,
+        )
+
+    def check_lengths(self, plan: BatchPlan, longest: int) -> None:
+        self.algorithm.replay.demand_room(plan.sequences, longest)
+
+    def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
+        """The target network adds a forward pass to each pass of an update."""
+        a_pass = 1 if self.algorithm.target is None else 4 / 3
+        return Cost(forwards=1, passes=a_pass * plan.minibatch * plan.updates / plan.sequences)
+
+    def trainer(self, parts: Parts) -> QTraining:
+        return QTraining(self.algorithm, parts)

@@ -1,0 +1,64 @@
+"""Trust region: one step of the policy on each rollout, then updates of the critic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from omegaconf import DictConfig
+
+from policylab.algorithms import Algorithm, TrustRegion
+from policylab.data.plan import BatchPlan
+from policylab.errors import UserError
+from policylab.training import PolicyGradient, TrustRegionUpdater
+from policylab.training.methods.base import Cost, Needs
+from policylab.training.methods.policy_gradient import PolicyGradientMethod
+from policylab.training.parts import Parts
+
+#: Copies of the trained weights as one vector that conjugate gradients and the line search hold.
+VECTORS = 8
+
+
+class TrustRegionMethod(PolicyGradientMethod):
+    """An :class:`~policylab.algorithms.Algorithm` whose update is a :class:`~policylab.algorithms.TrustRegion`."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        super().__init__(algorithm)
+        assert isinstance(algorithm.update, TrustRegion)
+        self.region = algorithm.update
+
+    def plan(self, rollout: DictConfig, processes: int) -> BatchPlan:
+        plan = super().plan(rollout, processes)
+        if self.algorithm.uses_critic:
+            self.region.demand_shares(plan.sequences)
+        return plan
+
+    def needs(self) -> Needs:
+        return replace(super().needs(), whole_distributions=True)
+
+    def check(self, config: DictConfig) -> None:
+        super().check(config)
+        if config.hardware.strategy == "fsdp":
+            raise UserError(
+                "hardware.strategy=fsdp: a trust region works on all weights as one vector, which no process has; take "
+                "hardware=ddp, or algo/update=minibatch_epochs"
+            )
+
+    def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
+        """In forward passes: the gradient 3, each product with the Fisher matrix 5, the step's length 3, the search 4,
+        and an epoch of the critic 1."""
+        region = self.region
+        products = region.fisher_share * 5 * (region.cg_iterations + 1)
+        critic = region.critic_epochs if self.algorithm.uses_critic else 0
+        return replace(
+            super().cost(plan, exact=exact),
+            passes=(3 + products + 3 + 4 + critic) / 3,
+            vectors=VECTORS,
+            optimizes_policy=False,
+        )
+
+    def first_pass_tells(self, plan: BatchPlan) -> bool:
+        """The search comes back to the policy before the step."""
+        return False
+
+    def trainer(self, parts: Parts) -> PolicyGradient:
+        return PolicyGradient(self.algorithm, parts, TrustRegionUpdater)
