@@ -192,7 +192,9 @@ def train(
     trainer.limit_val_batches = 0
     module._checked = True
     module.validator.sampler.engine = engine(module.validator.sampler.engine)
-    module.validator.sampler.reward = module.validator.sampler.reward if reward is None else reward
+    module.validator.sampler.scorer.reward = (
+        module.validator.sampler.scorer.reward if reward is None else reward
+    )
     metrics = list[dict[str, float]]()
     passes = list[None]()
     module.record = lambda new: metrics.append({k: v for k, v in new.items() if not k.startswith("perf/")})

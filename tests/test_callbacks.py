@@ -370,11 +370,11 @@ def test_clipping_is_judged_from_the_second_iteration_on(health, trainer, module
 
 
 def test_health_survives_a_resume(health):
-    health.first, health.told = dict(HEALTHY), {"kl": 3}
+    health.first, health.warned_at = dict(HEALTHY), {"kl": 3}
     state = torch.load(save(health.state_dict()), weights_only=True)
     again = Health(5, 50.0, 0.2, 1e-4, 0.05, 0.4)
     again.load_state_dict(state)
-    assert (again.first, again.told) == (HEALTHY, {"kl": 3})
+    assert (again.first, again.warned_at) == (HEALTHY, {"kl": 3})
 
 
 def save(content: object) -> io.BytesIO:
@@ -509,6 +509,16 @@ def test_wandb_is_offline_and_keeps_its_id(tmp_path, monkeypatch):
     made = [loggers.wandb(str(tmp_path), "p", None, None, "name", ["tag"]) for _ in range(2)]
     assert made[0]._wandb_init["mode"] == "offline"
     assert made[0].version == made[1].version == (tmp_path / "wandb" / "id.txt").read_text()
+
+
+def test_names_given_to_loggers_hold_no_secret(tmp_path, monkeypatch):
+    from policylab.callbacks import loggers
+    from policylab.runs import redaction
+
+    monkeypatch.setattr(redaction, "_known", {"sk-SECRET"})
+    made = loggers.wandb(str(tmp_path), "p", None, "group sk-SECRET", "name", ["tag", "sk-SECRET"])
+    assert made._wandb_init["tags"] == ["tag", redaction.HIDDEN]
+    assert made._wandb_init["group"] == f"group {redaction.HIDDEN}"
 
 
 def test_wandb_online_without_a_key_fails_at_once(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from policylab.data.text import Completion
 from policylab.errors import RunError, UserError
 from policylab.rewards.base import Score, score
 from policylab.rewards.optimality import optimality
-from policylab.rewards.pool import PooledReward, begin, ended_workers, in_this_process, pooled
+from policylab.rewards.scorer import Scorer
 from policylab.rewards.sentiment import sentiment
 from policylab.runs.metrics_file import read_rows
 
@@ -81,15 +81,15 @@ def pool(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def hands() -> Iterator:
     """``hands(reward, workers, pool)``, ended after the test."""
-    made: list[PooledReward] = []
+    made: list[Scorer] = []
 
-    def give(reward, workers: int, pool: str) -> PooledReward:
-        made.append(pooled(reward, workers, pool))
+    def give(reward, workers: int, pool: str) -> Scorer:
+        made.append(Scorer(reward, workers, pool))
         return made[-1]
 
     yield give
-    for reward in made:
-        with ended_workers(reward):
+    for scorer in made:
+        with scorer:
             pass
 
 
@@ -97,24 +97,23 @@ class TestScores:
     @pytest.mark.parametrize("workers", [1, 2, 3, 9])
     def test_the_same_as_without(self, hands, workers):
         reward = hands(sentiment, workers, "thread")
-        assert begin(reward, COMPLETIONS)() == score(sentiment, COMPLETIONS)
-        assert begin(reward, [])() == score(sentiment, [])
+        assert reward.begin(COMPLETIONS)() == score(sentiment, COMPLETIONS)
+        assert reward.begin([])() == score(sentiment, [])
 
     def test_the_same_from_processes_in_order_and_in_even_shares(self, hands):
         reward = hands(partial(place, scale=2.0), 3, "process")
         for _ in range(2):  # the same processes, the same shares
-            scores = begin(reward, COMPLETIONS)()
+            scores = reward.begin(COMPLETIONS)()
             assert scores.total == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
             assert scores.parts["share"] == [2, 2, 2, 2, 3, 3, 3]
             assert len(set(scores.parts["process"])) == 3
             assert os.getpid() not in scores.parts["process"]
-        assert [answer.total for answer in reward(COMPLETIONS[:2])] == [0.0, 2.0]
 
     def test_scoring_is_under_way_while_something_else_is_done(self, hands, pool):
         reward = hands(slow, 2, pool)
-        begin(reward, COMPLETIONS)()  # processes are up
+        reward.begin(COMPLETIONS)()  # processes are up
         start = time.perf_counter()
-        scores = begin(reward, COMPLETIONS)
+        scores = reward.begin(COMPLETIONS)
         begun = time.perf_counter() - start
         scores()
         assert begun < 0.2
@@ -122,19 +121,12 @@ class TestScores:
 
     def test_what_was_never_asked_for_is_passed_over(self, hands):
         reward = hands(partial(place, scale=1.0), 2, "process")
-        begin(reward, COMPLETIONS[:2])
-        assert begin(reward, COMPLETIONS[4:])().total == [4.0, 5.0, 6.0]
+        reward.begin(COMPLETIONS[:2])
+        assert reward.begin(COMPLETIONS[4:])().total == [4.0, 5.0, 6.0]
 
-    def test_no_workers_is_the_reward_itself(self):
-        assert pooled(sentiment, 0, "process") is sentiment
-        assert pooled(sentiment, None, None) is sentiment
-        assert begin(sentiment, COMPLETIONS)() == score(sentiment, COMPLETIONS)
-
-
-def test_a_network_is_moved_where_it_scores_in_this_process(hands):
-    assert in_this_process(sentiment) is sentiment
-    assert in_this_process(hands(sentiment, 2, "thread")) is sentiment
-    assert in_this_process(hands(sentiment, 2, "process")) is None
+    def test_without_workers_the_caller_scores(self):
+        assert Scorer(sentiment).begin(COMPLETIONS)() == score(sentiment, COMPLETIONS)
+        assert Scorer(sentiment).workers is None
 
 
 class TestErrors:
@@ -151,7 +143,7 @@ class TestErrors:
     )
     def test_bad_scores_are_told_in_the_same_line(self, hands, pool, reward, message):
         with pytest.raises(UserError, match=message):
-            begin(hands(reward, 2, pool), COMPLETIONS[1:] if reward is one_too_few else COMPLETIONS)()
+            hands(reward, 2, pool).begin(COMPLETIONS[1:] if reward is one_too_few else COMPLETIONS)()
 
     @pytest.mark.parametrize(
         ("reward", "message"),
@@ -166,7 +158,7 @@ class TestErrors:
         with pytest.raises(
             RunError, match=rf"^reward {reward.__name__} failed at .*test_reward_pool\.py:{line}(?s:.*)"
         ) as caught:
-            begin(hands(reward, 2, pool), COMPLETIONS)()
+            hands(reward, 2, pool).begin(COMPLETIONS)()
         assert str(caught.value).endswith(f": {message}")
         assert reward is not stops or " on the completion ' a dull film' of the prompt 'it is'" in str(
             caught.value
@@ -175,18 +167,18 @@ class TestErrors:
         assert f"in {reward.__name__}" in traceback
 
     def test_a_process_that_dies_is_told(self, hands):
-        with pytest.raises(RunError, match="a process of reward dies ended by itself, with code 7"):
-            begin(hands(dies, 2, "process"), COMPLETIONS)()
+        with pytest.raises(RunError, match="a process of reward dies exited by itself, with code 7"):
+            hands(dies, 2, "process").begin(COMPLETIONS)()
 
     def test_a_reference_that_cannot_be_sent_is_told(self, hands):
         with pytest.raises(RunError, match="completions cannot be sent to a process of reward fails"):
-            begin(hands(fails, 1, "process"), [replace(COMPLETIONS[0], reference=lambda: None)])
+            hands(fails, 1, "process").begin([replace(COMPLETIONS[0], reference=lambda: None)])
 
     def test_a_reward_that_cannot_be_sent_is_refused_at_once(self):
         with pytest.raises(
             UserError, match=r"reward <lambda> cannot be sent to a process .*reward.pool=thread"
         ):
-            pooled(lambda completions: [1.0], 2, "process")
+            Scorer(lambda completions: [1.0], 2, "process")
 
     @pytest.mark.parametrize(
         ("workers", "pool", "message"),
@@ -198,21 +190,21 @@ class TestErrors:
     )
     def test_senseless_settings_are_refused(self, workers, pool, message):
         with pytest.raises(UserError, match=message):
-            pooled(sentiment, workers, pool)
+            Scorer(sentiment, workers, pool)
 
 
 class TestEnd:
     def test_workers_end_with_the_run(self, hands):
         reward = hands(partial(place, scale=1.0), 2, "process")
-        with ended_workers(reward):
-            processes = {int(p) for p in begin(reward, COMPLETIONS)().parts["process"]}
+        with reward:
+            processes = {int(p) for p in reward.begin(COMPLETIONS)().parts["process"]}
         assert len(processes) == 2
         assert gone(processes)
 
     def test_threads_end_with_the_run(self, hands):
         reward = hands(slow, 2, "thread")
-        with ended_workers(reward):
-            begin(reward, COMPLETIONS)()
+        with reward:
+            reward.begin(COMPLETIONS)()
         wait_for(lambda: not any(t.name.startswith("reward-slow") for t in threading.enumerate()))
 
     @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -222,10 +214,10 @@ class TestEnd:
         script.write_text(
             "import sys, time, functools\n"
             "from test_reward_pool import COMPLETIONS, place\n"
-            "from policylab.rewards.pool import begin, pooled\n"
+            "from policylab.rewards.scorer import Scorer\n"
             "if __name__ == '__main__':\n"
-            "    reward = pooled(functools.partial(place, scale=1.0), 2, 'process')\n"
-            "    print(*{int(p) for p in begin(reward, COMPLETIONS)().parts['process']}, flush=True)\n"
+            "    reward = Scorer(functools.partial(place, scale=1.0), 2, 'process')\n"
+            "    print(*{int(p) for p in reward.begin(COMPLETIONS)().parts['process']}, flush=True)\n"
             "    time.sleep(60)\n"
         )
         environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'src'}"}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -14,10 +17,14 @@ import torch
 
 from policylab.data.rollout import Completion
 from policylab.errors import RunError, UserError
-from policylab.rewards.base import Score, Scores, demand_reward, score
+from policylab.rewards.base import Score, Scores, ScoringBatch, check_reward, score
 from policylab.rewards.optimality import optimality
+from policylab.rewards.scorer import Scorer
 from policylab.rewards.sentiment import sentiment
+from policylab.rewards.state import load_state, state_of
+from policylab.rewards.weighted_sum import WeightedSum
 from policylab.tasks.base import measured
+from policylab.user_code import short_path
 
 
 def completion(text: str, prompt: str = "the film is", reference: Any = None) -> Completion:
@@ -77,8 +84,11 @@ class TestScore:
             ([10**400, 1.0], r"gave 10+\.\.\. as the score of completion 0"),
             ([10**5000, 1.0], "gave <int> as the score of completion 0"),
             ([1e39, 1.0], "gave 1e\\+39 as the score of completion 0"),
-            ([Score(1.0, {1: 1.0}), 1.0], r"gave \{1: 1.0\} as the parts of completion 0"),
-            ([Score(1.0, {"a\nb": 1.0}), 1.0], r"gave \{'a\\nb': 1.0\} as the parts of completion 0"),
+            ([Score(1.0, {1: 1.0}), 1.0], "gave 1 as a name in the parts of completion 0"),
+            (
+                [Score(1.0, {"a": 0.0, "b\n": 1.0}), 1.0],
+                r"gave 'b\\n' as a name in the parts of completion 0",
+            ),
             ([Score(1.0, None), 1.0], "gave None as the parts of completion 0"),
             ([1.0, None], r"gave None as the score of completion 1 \('.*'\); it must be a finite number"),
             ([math.nan, 1.0], "gave nan as the score of completion 0"),
@@ -95,6 +105,101 @@ class TestScore:
             score(constant(answer), TWO)
 
 
+class ByBatch:
+    """A reward with ``score(batch)`` that gives these scores."""
+
+    def __init__(self, scores: Any) -> None:
+        self.scores = scores
+
+    def score(self, batch: ScoringBatch) -> Any:
+        return self.scores
+
+
+class Counting:
+    """A reward that counts what it has scored."""
+
+    def __init__(self, state: Any = None) -> None:
+        self.seen = 0
+
+    def __call__(self, completions: Any) -> list[float]:
+        self.seen += len(completions)
+        return [float(self.seen)] * len(completions)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+class TestObjects:
+    def test_a_reward_with_a_method_score(self):
+        reward = ByBatch(Scores(torch.tensor([1.0, 2.0]), {"a": np.array([3, 4])}))
+        check_reward(reward)
+        assert score(reward, TWO) == Scores([1.0, 2.0], {"a": [3.0, 4.0]})
+        assert score(ByBatch(Scores([1, 2])), TWO) == Scores([1.0, 2.0], {})
+
+    @pytest.mark.parametrize(
+        ("scores", "message"),
+        [
+            ([1.0, 2.0], r"reward ByBatch returned \[1.0, 2.0\]; score\(batch\) must return Scores"),
+            (Scores([1.0]), "reward ByBatch returned 1 scores for 2 completions"),
+            (Scores([1.0, 2.0], {"a": [1.0]}), "reward ByBatch: part 'a' returned 1 scores"),
+            (Scores([1.0, 2.0], {"a\nb": [1.0, 1.0]}), r"gave 'a\\nb' as a name in its parts"),
+            (Scores([1.0, 2.0], {"a": [1.0, math.nan]}), "gave nan as the part 'a' of completion 1"),
+        ],
+    )
+    def test_its_scores_are_checked_alike(self, scores: Any, message: str):
+        with pytest.raises(UserError, match=message):
+            score(ByBatch(scores), TWO)
+
+    def test_a_layer_called_score_is_no_method(self):
+        class Classifier(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.score = torch.nn.Linear(1, 1)
+
+            def forward(self, completions: Any) -> list[float]:
+                return [1.0] * len(completions)
+
+        assert score(Classifier(), TWO).total == [1.0, 1.0]
+
+
+class TestWeightedSum:
+    def test_it_adds_and_logs_each_part(self):
+        parts = {
+            "kind": constant([Score(1.0, {"a": 5.0}), Score(2.0, {"a": 6.0})]),
+            "brief": constant([0.5, 1.0]),
+        }
+        found = score(WeightedSum(parts, {"kind": 2.0, "brief": -1.0}), TWO)
+        assert found == Scores([1.5, 3.0], {"kind": [1.0, 2.0], "brief": [0.5, 1.0], "kind/a": [5.0, 6.0]})
+
+    def test_a_part_s_mistake_is_told_by_its_name(self):
+        with pytest.raises(UserError, match="reward stubborn returned 1 scores for 2 completions"):
+            score(WeightedSum({"kind": constant([1.0])}, {"kind": 1.0}), TWO)
+
+    def test_names_and_parts_are_checked(self):
+        with pytest.raises(UserError, match=r"reward\.weights has b, and reward\.parts a; give each part"):
+            WeightedSum({"a": sentiment}, {"b": 1.0})
+        with pytest.raises(UserError, match="reward: 3 cannot be called"):
+            WeightedSum({"a": 3}, {"a": 1.0})
+        with pytest.raises(UserError, match=r"reward\.weights\.a='much' is not a number"):
+            WeightedSum({"a": sentiment}, {"a": "much"})
+
+    def test_its_state_is_that_of_its_parts(self):
+        def build() -> WeightedSum:
+            return WeightedSum({"counting": Counting(), "kind": sentiment}, {"counting": 1.0, "kind": 1.0})
+
+        first, second = build(), build()
+        score(first, TWO)
+        assert state_of(first) == {"counting": {"seen": 2}, "kind": None}
+        load_state(second, state_of(first))
+        assert score(second, TWO) == score(first, TWO)
+        assert state_of(WeightedSum({"kind": sentiment}, {"kind": 1.0})) is None
+        with pytest.raises(UserError, match="reward WeightedSum keeps state"):
+            Scorer(first, workers=1, pool="thread")
+
+
 def changes_its_argument(completions: Any) -> list[float]:
     completions.sort(key=lambda completion: completion.text)
     return [1.0] * len(completions)
@@ -106,6 +211,13 @@ def changes_references(completions: Any) -> list[float]:
 
 def stops(completions: Any) -> list[float]:
     return [next(1.0 for _ in [0] if "bad" not in completion.text) for completion in completions]
+
+
+def raises(error: BaseException) -> Any:
+    def raises(completions: Any) -> list[float]:
+        raise error
+
+    return raises
 
 
 def quits(completions: Any) -> list[float]:
@@ -133,6 +245,39 @@ class TestUserCode:
     def test_leaving_is_no_way_out(self):
         with pytest.raises(RunError, match=r"reward quits failed at .*test_rewards\.py:\d+: SystemExit: 0"):
             score(quits, TWO)
+
+    def test_an_interrupt_of_its_own_is_an_error_with_its_line(self, monkeypatch: pytest.MonkeyPatch):
+        """In a run, Ctrl-C is a signal that a handler of ours turns into a subclass."""
+
+        class Ours(KeyboardInterrupt):
+            pass
+
+        handler = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            with pytest.raises(
+                RunError, match=r"reward raises failed at .*py:\d+.*: KeyboardInterrupt: mine"
+            ):
+                score(raises(KeyboardInterrupt("mine")), TWO)
+            with pytest.raises(Ours):
+                score(raises(Ours()), TWO)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with pytest.raises(KeyboardInterrupt):
+                score(raises(KeyboardInterrupt()), TWO)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def test_a_reward_may_change_the_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        shown = short_path(__file__)
+        assert Path(shown).name == "test_rewards.py"
+
+        def changes_folder(completions: Any) -> list[float]:
+            os.chdir(tmp_path)
+            return [1.0] * len(completions)
+
+        monkeypatch.chdir(Path.cwd())  # comes back afterwards
+        score(changes_folder, TWO)
+        assert Path.cwd() == tmp_path
+        assert short_path(__file__) == shown
 
     def test_an_answer_that_cannot_be_read(self):
         with pytest.raises(RunError, match=r"reward stubborn failed at .*: StopIteration"):
@@ -162,7 +307,7 @@ class TestUserCode:
 
         assert metrics({"words": np.array([1, 2])})() == {"words": [1.0, 2.0]}
         for answer, message in (
-            (None, "task mine: metrics returned None; it must return a dict"),
+            (None, "task mine gave None as its metrics; it must be a dict"),
             ({"words": [1.0]}, "task mine: metric 'words' returned 1 scores for 2 completions"),
             ({"words": "ab"}, "task mine: metric 'words' returned 'ab'"),
             ({"words": [1.0, math.nan]}, "task mine gave nan as the metric 'words' of completion 1"),
@@ -183,7 +328,7 @@ class TestUserCode:
 class TestWhatARewardIs:
     def test_callables_of_one_argument(self):
         for reward in (sentiment, partial(sentiment), torch.nn.Identity(), len):
-            demand_reward(reward)
+            check_reward(reward)
 
     @pytest.mark.parametrize(
         ("reward", "message"),
@@ -200,7 +345,7 @@ class TestWhatARewardIs:
     )
     def test_refuses(self, reward: Any, message: str):
         with pytest.raises(UserError, match=message):
-            demand_reward(reward)
+            check_reward(reward)
 
 
 class TestSentiment:

@@ -12,6 +12,7 @@ from torch import nn
 
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import RunError, UserError
+from policylab.rewards.scorer import Scorer
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, VALIDATION, uniforms
 from policylab.training.micro_batches import cut, split
@@ -274,7 +275,7 @@ def test_the_end_of_a_budget_is_estimated():
 def sampled(llama_policy):
     """A sampler of a small policy and of a frozen copy of it, whose reward counts its calls."""
     parts = SimpleNamespace(
-        policy=llama_policy, engine=CachedEngine(1.0, 6), reward=Counting(), seed=0, max_rows=None,
+        policy=llama_policy, engine=CachedEngine(1.0, 6), scorer=Scorer(Counting()), seed=0, max_rows=None,
         resolved_config="", data="data", task=SimpleNamespace(name="test", metrics=None),
     )  # fmt: skip
 
@@ -306,16 +307,16 @@ class Counting:
 def test_the_state_of_all_parts_is_saved_and_loaded(sampled):
     sampler, state = sampled()
     sampler.progress.iteration, sampler.progress.kl_coef, sampler.row_limit.rows = 2, 0.3, 3
-    sampler.reward.calls = 5
+    sampler.scorer.reward.calls = 5
     saved = state.state()
-    sampler.reward.calls = 0
+    sampler.scorer.reward.calls = 0
     fresh, again = sampled()
     again.load(saved)
     assert (fresh.progress.iteration, fresh.progress.kl_coef, fresh.row_limit.rows) == (2, 0.3, 3)
-    assert fresh.reward.calls == 5
-    fresh.reward.calls = 9
+    assert fresh.scorer.reward.calls == 5
+    fresh.scorer.reward.calls = 9
     again.load(saved)
-    assert fresh.reward.calls == 9, "Lightning loads twice, and the reward has scored in between"
+    assert fresh.scorer.reward.calls == 9, "Lightning loads twice, and the reward has scored in between"
     for name, what in (
         ("weights", "other weights than these"),
         ("data", "other data than task test has now"),
@@ -372,7 +373,7 @@ def test_a_validation_measures_all_prompts_or_fails(sampled):
     assert metrics["val/reward"] == metrics["val/length"] == sum(s.length for s in validator.samples) / 4
     assert metrics["val/odd"] == sum(s.length % 2 for s in validator.samples) / 4
     assert metrics["val/kl"] == pytest.approx(0, abs=1e-4)
-    assert sampler.reward.calls == 2
+    assert sampler.scorer.reward.calls == 2
     assert state.state()["reward"] == [{"calls": 0}], "a run that resumes here validates again"
     sampler.progress.iteration = 1
     assert state.state()["reward"] == [{"calls": 2}]

@@ -1,10 +1,15 @@
-"""Calls code that is not ours; what it raises is told in one line, with its file and line."""
+"""Calls code of the user's own (rewards, tasks): reports what it raises in one line, and checks what it returns."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
+import signal
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +19,11 @@ from policylab.errors import RunError, UserError
 T = TypeVar("T")
 
 PACKAGE = str(Path(__file__).parent)
+#: The folder that the command was started in. A reward may change the current one; paths are shown relative to this.
+STARTED_IN = Path.cwd()
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+#: The largest number of single precision, in which rewards are kept.
+LARGEST = 3.4028234663852886e38
 #: Characters of a value, a text or an error that a message quotes.
 QUOTED = 60
 ERROR_QUOTED = 300
@@ -23,12 +32,12 @@ ERROR_QUOTED = 300
 def call(what: str, function: Callable[..., T], *arguments: Any, among: Sequence[Completion] = ()) -> T:
     """What the user's function returns.
 
-    Whatever it raises becomes a RunError: Lightning takes StopIteration for the end of the data, and ``sys.exit()``
-    would end the run as if it were done.
+    Whatever it raises becomes a RunError: Lightning takes StopIteration for the end of the data, ``sys.exit()`` would
+    end the run as if it were done, and Lightning ends the process without a message on KeyboardInterrupt.
 
     Args:
         what: how messages call the function, such as "reward brevity".
-        among: completions, one of which the function may have been at when it failed.
+        among: completions, one of which the function may have been working on when it failed.
 
     Raises:
         UserError, RunError: those that the function raises.
@@ -38,21 +47,30 @@ def call(what: str, function: Callable[..., T], *arguments: Any, among: Sequence
         return function(*arguments)
     except (UserError, RunError):
         raise
-    except (Exception, SystemExit, GeneratorExit) as error:
+    except (Exception, SystemExit, GeneratorExit, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and from_the_keyboard(error):
+            raise
         raise RunError(f"{what} failed{place(error)}{completion_at(error, among)}: {said(error)}") from error
+
+
+def from_the_keyboard(error: KeyboardInterrupt) -> bool:
+    """Whether a signal handler raised it: Python's own, or that of a run, which raises a subclass."""
+    return (
+        type(error) is not KeyboardInterrupt or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
 
 
 def place(error: BaseException) -> str:
     """`` at my_reward.py:7``: the innermost line outside of installed libraries and, if there is any, outside of this
     package; nothing for an error of a function that is not written in Python."""
     if isinstance(error, SyntaxError) and error.filename:
-        return f" at {short(error.filename)}:{error.lineno}"
+        return f" at {short_path(error.filename)}:{error.lineno}"
     # the first entry is the line that called
     lines = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)][1:]
     written = [entry for entry in lines if not entry[0].startswith((*LIBRARIES, "<"))]
     theirs = [entry for entry in written if not entry[0].startswith(PACKAGE)]
     found = theirs or written
-    return f" at {short(found[-1][0])}:{found[-1][1]}" if found else ""
+    return f" at {short_path(found[-1][0])}:{found[-1][1]}" if found else ""
 
 
 def is_theirs(error: BaseException) -> bool:
@@ -65,8 +83,8 @@ def is_theirs(error: BaseException) -> bool:
 
 
 def completion_at(error: BaseException, completions: Sequence[Completion]) -> str:
-    """`` on the completion ' a film' of the prompt 'it is'``, where one of the functions that were running had a single
-    completion in its variables; the innermost of them tells."""
+    """`` on the completion ' a film' of the prompt 'it is'``: the innermost function that has exactly one of these
+    completions in its local variables tells which; nothing where none has."""
     known = {id(completion): completion for completion in completions}
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         found = {id(value) for value in frame.f_locals.values()} & known.keys()
@@ -94,7 +112,7 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """The text, its end left out where it is longer.
+    """The text, shortened to the limit where it is longer.
 
     >>> cut("a long story", 10)
     'a long ...'
@@ -102,9 +120,103 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def short(file: str) -> str:
-    """A file as one would name it in the current folder."""
+def short_path(path: str | Path) -> str:
+    """A path as one would type it in the folder that the command was started in: relative where it lies below it."""
     try:
-        return str(Path(file).relative_to(Path.cwd()))
-    except (ValueError, OSError):  # elsewhere, or the current folder is gone
-        return file
+        return str((STARTED_IN / path).resolve().relative_to(STARTED_IN.resolve()))
+    except ValueError:
+        return str(path)
+
+
+def handed_over(completions: Sequence[Completion]) -> tuple[Completion, ...]:
+    """Copies of the completions: the user's code may sort the sequence or change a reference.
+
+    A reference that completions share is copied once.
+
+    Raises:
+        RunError: when a reference cannot be copied.
+    """
+    references = call(
+        "copying the references (they must be plain data)",
+        copy.deepcopy,
+        [completion.reference for completion in completions],
+    )
+    pairs = zip(completions, references, strict=True)
+    return tuple(replace(completion, reference=reference) for completion, reference in pairs)
+
+
+def check_names(owner: str, what: str, given: Any) -> None:
+    """Refuses what is no dict, or has a key that cannot be the name of a metric.
+
+    Args:
+        owner, what: how messages call who gave it, and it.
+
+    Raises:
+        UserError: naming the first such key.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(f"{owner} gave {shown(given)} as {what}; it must be a dict from names to numbers")
+    for name in given:
+        if not isinstance(name, str) or not name.isprintable():
+            raise UserError(
+                f"{owner} gave {shown(name)} as a name in {what}; a name is a text without line breaks and other "
+                "control characters"
+            )
+
+
+def one_for_each(owner: str, given: Any, expected: int) -> list[Any]:
+    """What the user's code returned, as a list.
+
+    Args:
+        owner: how messages call it.
+        expected: completions.
+
+    Raises:
+        UserError: when it is no ordered sequence, or of another length.
+        RunError: when reading it raises anything.
+    """
+    dimensions = getattr(given, "ndim", None)  # of an array of any library
+    ordered = isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray)
+    if dimensions != 1 and (dimensions is not None or not ordered):
+        what = f"an array of shape {tuple(given.shape)}" if dimensions is not None else shown(given)
+        raise UserError(
+            f"{owner} returned {what}; it must return a list of {expected} scores, one for each completion"
+        )
+    # tolist: one copy to the CPU for all numbers of an array
+    answers = call(owner, given.tolist if hasattr(given, "tolist") else functools.partial(list, given))
+    if len(answers) != expected:
+        raise UserError(
+            f"{owner} returned {len(answers)} scores for {expected} completions; "
+            f"return one for each, in their order"
+        )
+    return answers
+
+
+def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[Completion]) -> list[float]:
+    """The values as floats.
+
+    Args:
+        owner, what: how messages call who gave them, and them.
+
+    Raises:
+        UserError: naming the completion whose value is no finite number.
+    """
+    numbers = [_number(value) for value in values]
+    for index, number in enumerate(numbers):
+        if not abs(number) <= LARGEST:
+            raise UserError(
+                f"{owner} gave {shown(values[index])} as the {what} of completion {index} "
+                f"({shown(completions[index].text)}); it must be a finite number (of single precision)"
+            )
+    return numbers
+
+
+def _number(value: Any) -> float:
+    """A number of any library as a float; not a number for everything else."""
+    # float() would accept "0.5" and an array of one number; from a reward, either is a mistake
+    if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", None):
+        return math.nan
+    try:
+        return float(value)
+    except Exception:  # whatever an object's __float__ raises; OverflowError for 10**400
+        return math.nan

@@ -1,4 +1,4 @@
-"""Training on the console: a live bar in a terminal, a line now and then elsewhere."""
+"""Shows training on the console: a progress bar in a terminal, single lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Console(Callback):
 
     Args:
         show: metrics beside the bar; those that a run does not have are left out.
-        plain_seconds: where the output is no terminal, at most one line in so many seconds, ...
-        plain_lines: ... and about so many lines a run.
+        plain_seconds: where the output is no terminal, a line after so many seconds, ...
+        plain_lines: ... and about so many lines over the run.
     """
 
     def __init__(self, show: Sequence[str], plain_seconds: float, plain_lines: int) -> None:
@@ -33,12 +33,12 @@ class Console(Callback):
         self.expected_told = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The baseline takes a moment: says what is being waited for."""
+        """Announces the validation before training, which takes a while."""
         if not trainer.sanity_checking and pl_module.iteration == 0 and trainer.is_global_zero:
             console().print("validating before training ...", style="dim")
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """One line a validation."""
+        """Prints one line for each validation."""
         if trainer.is_global_zero:
             when = "before training" if pl_module.iteration == 0 else f"iteration {pl_module.iteration}"
             metrics = pl_module.val_metrics
@@ -69,7 +69,7 @@ class Console(Callback):
         self.progress.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Says how long it is going to take, once that is known."""
+        """Prints the expected time, once it is known."""
         if not self.expected_told and pl_module.expected_seconds is not None and trainer.is_global_zero:
             left = pl_module.progress.last_iteration - pl_module.iteration
             about = "about " if pl_module.progress.last_iteration < pl_module.progress.iterations else ""
@@ -81,7 +81,7 @@ class Console(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar."""
+        """Updates the bar, or prints a line."""
         if not trainer.is_global_zero:
             return
         metrics = "  ".join(
@@ -96,18 +96,20 @@ class Console(Callback):
             self.last_line = time.monotonic()
             # with a budget of tokens, the last iteration is an estimate
             about = "~" if done < last < pl_module.progress.iterations else ""
-            show = console().print if self.progress is None else console().note  # beside the bar, for the log
+            show = (
+                console().print if self.progress is None else console().note
+            )  # under a bar, for the log only
             show(
                 f"iteration {done}/{about}{last}  {metrics}",
                 soft_wrap=True,
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Leaves the terminal as it was."""
+        """Removes the bar."""
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leaves the terminal as it was."""
+        """Removes the bar."""
         self._stop()
 
     def _line_is_due(self, iteration: int, iterations: int) -> bool:

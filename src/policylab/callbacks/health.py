@@ -1,4 +1,4 @@
-"""Early signs that a run goes wrong, each with what usually helps."""
+"""Warns of early signs that a run goes wrong, each with what usually helps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Health(Callback):
     """Warns, on the console and in ``train.log``; it never stops a run.
 
     Args:
-        quiet_iterations: the same warning comes again only after so many iterations.
-        max_kl: nats a sequence to the reference; above, the policy has run away from it.
-        min_entropy_share: of the first iteration's entropy; below, the policy has collapsed.
-        min_reward_std: of the rewards of an iteration; below, there is nothing to learn from.
-        min_ended_share: of the completions; below, the length limit cuts nearly all. Judged against the first
-            iteration, so that a task whose completions never end is left alone.
-        max_clip_fraction: of the tokens; above, most of an update is thrown away. Judged from the second iteration on:
-            Adam's first steps move all weights alike, and clip more than any later one.
+        quiet_iterations: between two warnings of the same kind, at least.
+        max_kl: nats a sequence to the reference; above it, the policy has moved too far.
+        min_entropy_share: of the first iteration's entropy; below it, the policy has collapsed.
+        min_reward_std: of the rewards of an iteration; below it, there is nothing to learn from.
+        min_ended_share: of the completions; below it, the length limit cuts nearly all. Only where the first iteration
+            was above it: there is no warning for a task whose completions never end.
+        max_clip_fraction: of the tokens; above it, most of an update is lost. From the second iteration on, because
+            Adam's first steps have the same size for all weights, and clip more than later ones.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class Health(Callback):
         self.min_ended_share = min_ended_share
         self.max_clip_fraction = max_clip_fraction
         self.first: dict[str, float] = {}
-        self.told: dict[str, int] = {}
+        self.warned_at: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the first iteration looked like; a resumed run still compares with it."""
-        return {"first": dict(self.first), "told": dict(self.told)}
+        """The metrics of the first iteration, and when each warning was given."""
+        return {"first": dict(self.first), "told": dict(self.warned_at)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it up again."""
+        """Restores them."""
         self.first = dict(state_dict["first"])
-        self.told = dict(state_dict["told"])
+        self.warned_at = dict(state_dict["told"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks at the metrics of the iteration."""
+        """Checks the metrics of the iteration."""
         metrics, iteration = pl_module.metrics, pl_module.iteration
         self.first = self.first or dict(metrics)
         if not trainer.is_global_zero:
@@ -64,12 +64,12 @@ class Health(Callback):
         for sign, advice in self.examine(metrics).items():
             if sign == "clip" and iteration == 1:
                 continue
-            if iteration - self.told.get(sign, -self.quiet_iterations) >= self.quiet_iterations:
-                self.told[sign] = iteration
+            if iteration - self.warned_at.get(sign, -self.quiet_iterations) >= self.quiet_iterations:
+                self.warned_at[sign] = iteration
                 log.warning("iteration %d: %s", iteration, advice)
 
     def examine(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The signs that show, each with its advice. Metrics that a run does not have are not judged."""
+        """The signs that are present, each with its advice. Metrics that a run does not have are skipped."""
         found = {}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:

@@ -1,4 +1,4 @@
-"""Every estimator of the KL to the reference, side by side."""
+"""Records every estimator of the KL to the reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from policylab.functional.kl import SAMPLED
 class KLMonitor(Callback):
     """Records ``train/kl_k1``, ``train/kl_k2``, ``train/kl_k3`` and, where it was computed, ``train/kl_exact``.
 
-    Each is a sum over a completion's tokens, averaged over completions: nats a sequence. Far apart, they tell
-    that few samples carry the estimate.
+    Each is a sum over a completion's tokens, averaged over completions: nats a sequence. Where they differ much,
+    few samples dominate the estimates.
 
     Args:
         exact: record ``train/kl_exact`` as well, over the whole vocabulary; two more forward passes.
@@ -24,7 +24,7 @@ class KLMonitor(Callback):
         self.exact = exact
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Asks for the exact KL before the first rollout; it must be taken before the policy moves."""
+        """Turns the exact KL on before the first rollout: it is computed before the policy is updated."""
         pl_module.track_exact_kl = self.exact
 
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""Loggers of other projects, set up so that a run without network or account works and a resumed run goes on."""
+"""Loggers of other projects, so configured that they work without network or account, and a resumed run continues."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.errors import UserError
 from policylab.runs.folder import write_atomically
+from policylab.runs.redaction import redact
 
 log = logging.getLogger(__name__)
 
-#: Name of the mark on a logger that has failed.
+#: Attribute that marks a logger that has failed.
 SWITCHED_OFF = "policylab_switched_off"
 
 
 def wandb(
     run_dir: str, project: str, entity: str | None, group: str | None, name: str, tags: Sequence[str]
 ) -> WandbLogger:
-    """Weights & Biases: offline unless ``WANDB_MODE`` says otherwise.
+    """Weights & Biases, offline unless ``WANDB_MODE`` is set.
 
-    ``wandb sync`` sends an offline run later. A resumed run keeps its id.
+    ``wandb sync`` uploads an offline run later. A resumed run keeps its id.
 
     Raises:
         UserError: when ``WANDB_MODE=online`` and there is no API key.
@@ -39,13 +40,14 @@ def wandb(
     mode = os.environ.get("WANDB_MODE", "offline")
     if mode == "online" and not has_wandb_key():
         raise UserError("WANDB_MODE=online, but there is no API key; run `wandb login`, or unset WANDB_MODE")
+    project, group, name, tags = redact([project, group, name, list(tags)])
     logger = WandbLogger(
         save_dir=run_dir,
         project=project,
         entity=entity,
         group=group,
         name=name,
-        tags=list(tags),
+        tags=tags,
         version=kept_id(Path(run_dir) / "wandb" / "id.txt"),
         resume="allow",
         mode=mode,
@@ -65,6 +67,7 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
         raise UserError("logger=mlflow needs mlflow; install it with: pip install -e '.[mlflow]'")
     id_file = Path(run_dir) / "mlflow" / "id.txt"
     id_file.parent.mkdir(parents=True, exist_ok=True)
+    experiment, name = redact([experiment, name])
     logger = MLFlowLogger(
         experiment_name=experiment,
         run_name=name,
@@ -73,8 +76,8 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
     )
     if not id_file.is_file():
         try:
-            run_id = str(logger.run_id)  # asks the server
-        except Exception as error:  # the library raises what it likes
+            run_id = str(logger.run_id)  # connects to the server
+        except Exception as error:  # the library raises errors of any type
             raise UserError(
                 f"logger=mlflow does not get through to {tracking_uri or 'its database'}: {str(error).splitlines()[0]}"
             ) from error
@@ -83,7 +86,7 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
 
 
 def tolerated(logger: Logger) -> Logger:
-    """The logger, which may fail without ending the run; not the run's own record of its metrics."""
+    """The logger, changed so that its errors do not end the run; but metrics.csv must not fail."""
     if not isinstance(logger, MetricsCSV):
         for name in ("log_hyperparams", "log_metrics", "save", "finalize"):
             setattr(logger, name, partial(_call, logger, getattr(logger, name)))
@@ -91,12 +94,12 @@ def tolerated(logger: Logger) -> Logger:
 
 
 def attempt(logger: Logger, action: Callable[[], object]) -> None:
-    """Does something with a logger. The first time it fails is told, and from then on nothing is done with it."""
+    """Calls a logger. At its first error there is a warning, and the logger is no longer called."""
     if getattr(logger, SWITCHED_OFF, False):
         return
     try:
         action()
-    except Exception as error:  # each library raises what it likes
+    except Exception as error:  # each library raises errors of any type
         setattr(logger, SWITCHED_OFF, True)
         log.warning(
             "%s failed and is switched off for the rest of the run (%s: %s); metrics.csv has all metrics",
@@ -109,7 +112,7 @@ def _call(logger: Logger, method: Callable[..., object], *args: object, **kwargs
 
 
 def has_wandb_key() -> bool:
-    """Whether ``wandb login`` or ``WANDB_API_KEY`` has left a key. wandb itself would ask, or wait for the net."""
+    """Whether ``wandb login`` or ``WANDB_API_KEY`` gave a key. wandb itself would prompt, or wait for the network."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -120,7 +123,7 @@ def has_wandb_key() -> bool:
 
 
 def kept_id(file: Path) -> str:
-    """The id in a file; drawn and written there the first time."""
+    """The id in a file, which is created with a random id if it is missing."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, secrets.token_hex(4))

@@ -15,16 +15,16 @@ from policylab.runs.retry import RetryLater, retry_while_full
 
 
 class MetricsCSV(Logger):
-    """Writes ``metrics.csv``: a row an iteration, in which training and validation metrics of it meet.
+    """Writes ``metrics.csv``: one row for each iteration, with its training and validation metrics.
 
-    Each row goes to the system at once, so that ``kill -9`` loses the current iteration at most. The file is
-    written anew only when a metric appears for the first time, and when rows had to wait for room on the disk.
+    Each row is written at once, so that ``kill -9`` loses at most the current iteration. The whole file is rewritten
+    only when a metric appears for the first time, and when rows had to wait for room on the disk.
 
     Args:
-        run_dir: folder of the run. A file that is there is continued.
+        run_dir: folder of the run. An existing file is continued.
 
     Attributes:
-        unwritten: rows that the file does not have yet.
+        unwritten: rows that are not in the file yet.
     """
 
     def __init__(self, run_dir: str) -> None:
@@ -34,24 +34,24 @@ class MetricsCSV(Logger):
         self.retry_later = RetryLater(
             self.path, "its rows wait in memory, and in the checkpoints, until it can be"
         )
-        self._columns: list[str] = []  # of the file; empty before it was first written
-        self._row: dict[str, float] = {}  # the last one, which may still grow
-        self._row_start = 0  # its place in the file, in bytes
+        self._columns: list[str] = []  # of the file; empty before it is written
+        self._row: dict[str, float] = {}  # the last one, to which metrics may be added
+        self._row_start = 0  # its offset in the file, in bytes
         self._opened = False
 
     @property
     def name(self) -> str:
-        """What Lightning calls it."""
+        """Its name in Lightning."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """There is one a run."""
+        """None: a run has one file."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the config stands in ``config.yaml``."""
+        """Does nothing: the config is in ``config.yaml``."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -72,12 +72,12 @@ class MetricsCSV(Logger):
         self._save()
 
     def rows(self) -> list[dict[str, float]]:
-        """All rows, those that are not on file included."""
+        """All rows, with those that are not in the file yet."""
         first = self.unwritten[0]["iteration"] if self.unwritten else float("inf")
         return [row for row in read_rows(self.path) if row["iteration"] < first] + self.unwritten
 
     def restore(self, unwritten: list[dict[str, float]]) -> None:
-        """Takes up rows that a run before this one could not write."""
+        """Adds rows from a checkpoint that could not be written before."""
         self._open()
         known = {row["iteration"] for row in self.rows()}
         if missing := [row for row in unwritten if row["iteration"] not in known]:
@@ -86,14 +86,14 @@ class MetricsCSV(Logger):
             self._save()
 
     def settle(self) -> None:
-        """Writes the rows that wait; on a full disk, as soon as there is room."""
+        """Writes the waiting rows; on a full disk, waits for room."""
         if self.unwritten:
             with self.retry_later:
                 retry_while_full(self._write_all)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """One more attempt; rows that could not be written to the very end are an error."""
+        """Tries once more; rows that still cannot be written are an error."""
         self.settle()
         if self.unwritten and status == "success":
             raise RunError(
@@ -102,7 +102,7 @@ class MetricsCSV(Logger):
             )
 
     def _open(self) -> None:
-        """Takes over the file of a run that is resumed. It is written anew, without a line that a crash cut short."""
+        """Continues the file of a resumed run. It is rewritten, without a line that a crash left incomplete."""
         if not self._opened:
             self._opened = True
             self._row = (read_rows(self.path) or [{}])[-1]

@@ -1,4 +1,4 @@
-"""The oldest test of a training loop: can it learn a few examples by heart?"""
+"""A test of the training loop: can it overfit a few prompts?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from policylab.errors import UserError
 
 
 class Overfit(Callback):
-    """Trains on the first few prompts alone, again and again.
+    """Trains on the first prompts only.
 
     Args:
         prompts: how many.
@@ -22,6 +22,6 @@ class Overfit(Callback):
         self.prompts = prompts
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Shortens the training data before its loader is made."""
+        """Shortens the training data before its loader is created."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.train = data.train[: self.prompts]

@@ -1,4 +1,4 @@
-"""Where the time goes, by torch's profiler."""
+"""Profiles iterations with torch's profiler."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from policylab.callbacks.tables import console, short_path
+from policylab.callbacks.tables import console
 from policylab.errors import UserError
 from policylab.runs.words import counted
+from policylab.user_code import short_path
 
 
 class Profile(Callback):
@@ -31,7 +32,7 @@ class Profile(Callback):
         self.profiler: torch.profiler.profile | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Refuses a run that would end before there is a profile."""
+        """Refuses a run that is shorter than the profile."""
         if pl_module.progress.iterations < self.skip + self.iterations:
             raise UserError(
                 f"callbacks.profile skips {self.skip} iterations and profiles {self.iterations}, but the run has "
@@ -50,7 +51,7 @@ class Profile(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops, and writes what it found."""
+        """Stops, and writes the profile."""
         if self.profiler is None or batch_idx + 1 < self.skip + self.iterations:
             return
         self.profiler.stop()

@@ -1,4 +1,4 @@
-"""What the policy writes: all of it in a file, a few lines on the console, a growing table in W&B."""
+"""Records samples of the policy: in a file, a few on the console, and in a table in W&B."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Samples(Callback):
 
     Args:
         run_dir: folder of the run.
-        every: iterations between training samples; each validation is written in any case.
-        keep: samples of each, the first ones: at validation always the same prompts.
-        show: of a validation, so many on the console: the best, the worst, and evenly in between.
+        every: iterations between training samples; samples of each validation are always written.
+        keep: how many of each, the first ones; at validation, always the same prompts.
+        show: how many of a validation on the console: the best, the worst, and evenly in between.
     """
 
     def __init__(self, run_dir: str, every: int, keep: int, show: int) -> None:
@@ -43,26 +43,26 @@ class Samples(Callback):
         self.retry_later = RetryLater(self.path, "its lines wait in memory until it can be")
 
     def state_dict(self) -> dict[str, Any]:
-        """Lines that cannot be written to their file go with the state."""
+        """Lines that could not be written to the file."""
         self.settle()
         return {"unwritten": list(self.unwritten)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them up again."""
+        """Restores those that are still missing in the file."""
         there = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         self.unwritten = [line for line in state_dict["unwritten"] if line not in there]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Training samples, now and then; supervised training has none, and its module still holds the last
-        validation's."""
+        """Writes training samples every few iterations. Supervised training has none: there, the module's
+        samples are those of the last validation."""
         if pl_module.iteration % self.every == 0:
             samples = [sample for sample in pl_module.samples if sample.split == "train"]
             self.write(trainer, chain(*pl_module.runtime.gather(samples[: self.keep])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Validation samples."""
+        """Writes validation samples."""
         samples = list(chain(*pl_module.runtime.gather(pl_module.samples)))
         self.write(trainer, samples)
         if trainer.is_global_zero and self.show and samples:
@@ -81,7 +81,7 @@ class Samples(Callback):
                 attempt(logger, partial(self._log_table, logger, kept))
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Lines that could not be written to the very end are an error."""
+        """Lines that still cannot be written are an error."""
         self.settle()
         if self.unwritten:
             raise RunError(
@@ -89,20 +89,20 @@ class Samples(Callback):
             )
 
     def settle(self) -> None:
-        """Writes the lines that wait; on a full disk, as soon as there is room."""
+        """Writes the waiting lines; on a full disk, waits for room."""
         if self.unwritten:
             with self.retry_later:
                 retry_while_full(self.save)
 
     def save(self) -> None:
-        """Appends the lines that wait."""
+        """Appends the waiting lines."""
         append_whole(self.path, "".join(self.unwritten))
         self.unwritten = []
 
     def _log_table(self, logger: WandbLogger, samples: Sequence[Sample]) -> None:
         import wandb
 
-        if self.table is None:  # a plain table is frozen once it is logged
+        if self.table is None:  # a table of the default mode cannot change once it is logged
             self.table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
         for sample in samples:
             fields = asdict(sample)

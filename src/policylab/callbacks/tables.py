@@ -1,4 +1,4 @@
-"""What a person sees of a run, as rich renderables; no torch here, so that it can stand before heavy imports."""
+"""What the console shows of a run, as rich renderables. No torch, so that it can be imported before the libraries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -24,29 +23,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PLAIN_WIDTH = 110
-#: Of rich's consoles, which otherwise read brackets as styles, ``:x:`` as a picture, and colour numbers.
+#: Options of rich's consoles: otherwise brackets are styles, ``:x:`` is an emoji, and numbers are coloured.
 PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 SAMPLE_WIDTH = 160
-#: Groups of the config that say where and how, not what; the tree leaves them to config.yaml.
+#: Groups of the config that the tree leaves out: they do not change what is trained.
 SIDE = ("paths", "callbacks", "logger")
 
 
 class LoggedConsole(Console):
-    """A console whose lines go to ``train.log`` as well, as plain text; also where it is quiet.
+    """A console that writes its lines to ``train.log`` as well, as plain text, even where it is quiet.
 
-    Brackets and ``:names:`` in what it prints are text, such as a path's or a metric's; styles are those of `Text`.
+    It prints brackets and ``:names:`` as they are; styles come from `Text` only.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**PLAIN_TEXT, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Rich's call."""
+        """Prints to the console and to the log."""
         super().print(*objects, **options)
         self.note(*objects, **options)
 
     def note(self, *objects: Any, **options: Any) -> None:
-        """For the log alone."""
+        """Writes to the log only."""
         if not (log.isEnabledFor(logging.INFO) and world().main):
             return
         page = io.StringIO()
@@ -58,19 +57,11 @@ class LoggedConsole(Console):
 
 @cache
 def console() -> LoggedConsole:
-    """The console of this process: one, so that what is printed appears above a live progress bar."""
+    """The console of this process. There is one, so that lines are printed above a progress bar."""
     probe = LoggedConsole()
     if probe.is_terminal:
         return probe
     return LoggedConsole(width=int(os.environ.get("COLUMNS", PLAIN_WIDTH)))
-
-
-def short_path(path: Path) -> str:
-    """A path as one would type it here: relative where it lies below the current folder."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(path)
 
 
 def duration(seconds: float) -> str:
@@ -97,14 +88,14 @@ def number(value: float | None) -> str:
 
 
 def headlines(metrics: Mapping[str, float]) -> list[str]:
-    """Names of the validation metrics for people: reward and KL first, without parts, sums over tokens and counts."""
+    """Names of the main validation metrics, reward and KL first; without parts of the reward and counts."""
     first = ["val/reward", "val/kl", "val/loss"]
     names = [name for name in metrics if name.count("/") == 1 and name not in ("val/kl_token", "val/prompts")]
     return [name for name in first if name in names] + [name for name in names if name not in first]
 
 
 def rows(pairs: Sequence[tuple[str, str]]) -> Table:
-    """Label and value, a row each."""
+    """A table of labels and values."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -114,13 +105,13 @@ def rows(pairs: Sequence[tuple[str, str]]) -> Table:
 
 
 def to_copy(pairs: Sequence[tuple[str, str]]) -> Text:
-    """Label and value, a row each, for paths and commands: printed with ``soft_wrap``, none is broken in two."""
+    """Lines of labels and values, to be printed with ``soft_wrap``, so that no path or command is broken."""
     width = max(len(label) for label, _ in pairs) + 2
     return Text("\n").join(Text.assemble((label.ljust(width), "dim"), value) for label, value in pairs)
 
 
 def config_tree(config: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
-    """The config, a branch for each group; what the command line changed has a star.
+    """The config, a branch for each group; a star marks what the command line changed.
 
     Args:
         config: plain containers.
@@ -148,13 +139,13 @@ def config_tree(config: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
         names = ", ".join(name for name, value in (groups.get(key) or {}).items() if value)
         tree.add(_entry(key, names, any(c == key or c.startswith(f"{key}.") for c in changed)))
     for key, word in changed.items():
-        if key.split(".")[0] not in config:  # debug=..., experiments=...: spread over the rest
+        if key.split(".")[0] not in config:  # debug=..., experiments=...: they change other groups
             tree.add(_entry(*word.partition("=")[::2], True))
     return tree
 
 
 def _values(values: Mapping[str, Any], prefix: str, changed: Mapping[str, str]) -> Text:
-    """Single values, one after the other; those that are off are left out unless the user said so."""
+    """Single values on one line, without null and empty ones that the command line did not set."""
     entries = [
         _entry(key, value, prefix + key in changed)
         for key, value in values.items()
@@ -170,7 +161,7 @@ def _entry(key: str, value: object, changed: bool) -> Text:
 
 
 def _brief(value: Any) -> str:
-    """A value on one line; a part that Hydra builds reads like the call that builds it."""
+    """A value on one line; a node with a ``_target_`` looks like a call."""
     if not isinstance(value, dict):
         return str(value)
     inner = ", ".join(f"{k}={_brief(v)}" for k, v in value.items() if k != "_target_")
@@ -193,13 +184,13 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Tab
 
 
 def one_line(text: str, limit: int = SAMPLE_WIDTH) -> str:
-    """Text on one line, cut at a limit."""
+    """Text on one line, shortened to a limit."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def pick(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The best, the worst, and evenly in between by reward; the best first."""
+    """Samples from the best to the worst, evenly spaced by rank of reward."""
     ranked = sorted(samples, key=lambda sample: sample.reward, reverse=True)
     if count >= len(ranked) or count == 1:
         return ranked[:count]
@@ -207,7 +198,7 @@ def pick(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def samples_table(samples: Sequence[Sample]) -> Table:
-    """Reward, KL, length, and prompt with completion set apart."""
+    """A row for each sample: reward, KL, length, prompt and completion."""
     table = Table.grid(padding=(0, 2))
     for _ in range(3):
         table.add_column(justify="right", no_wrap=True)

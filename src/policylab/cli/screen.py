@@ -9,20 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
 from policylab import __version__
-from policylab.callbacks.tables import (
-    before_after,
-    config_tree,
-    console,
-    duration,
-    number,
-    rows,
-    short_path,
-    to_copy,
-)
+from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, to_copy
 from policylab.distributed.world import world
 from policylab.runs.environment import git_state
 from policylab.runs.saved_config import plain
 from policylab.runs.words import command, counted, override
+from policylab.user_code import short_path
 
 if TYPE_CHECKING:
     from policylab.config.build import Experiment

@@ -28,7 +28,7 @@ from policylab.models.critic import ValueModel, value_model
 from policylab.models.layers import decoder_layers, freeze_below
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
-from policylab.rewards.pool import pooled
+from policylab.rewards.scorer import Scorer
 from policylab.rollouts.engine import Engine
 from policylab.rollouts.fitting import fitting
 from policylab.rollouts.products import choose_products
@@ -75,9 +75,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     plan = method.plan(config.rollout, processes(config))
     optim = instantiate(config.optim)
     engine = instantiate(without(config.rollout, PLANNED))
-    reward = pooled(
-        instantiate(without(config.reward, POOLED)), config.reward.get("workers"), config.reward.get("pool")
-    )
+    scorer = scorer_of(config.reward)
     task = instantiate(without(config.task, TAKEN_OVER))
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     if method.needs().learns_from == "completions":
@@ -99,7 +97,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     parts = Parts(
         policy=policy,
         engine=engine,
-        reward=reward,
+        scorer=scorer,
         task=task,
         optim=optim,
         plan=plan,
@@ -135,6 +133,12 @@ def instantiate(config: DictConfig) -> Any:
                 f"{config._target_} could not be built: it failed{place(cause)}: {said(cause)}"
             ) from cause
         raise
+
+
+def scorer_of(config: DictConfig) -> Scorer:
+    """The reward and its workers; a config may leave their keys out."""
+    workers = {key: config[key] for key in sorted(POOLED) if config.get(key) is not None}
+    return Scorer(instantiate(without(config, POOLED)), **workers)
 
 
 def without(config: DictConfig, keys: frozenset[str]) -> DictConfig:

@@ -54,7 +54,7 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
         p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
     ]
     missing = [name for name in required if name not in given]
-    # Only rewards are partials; `demand_reward` checks how they can be called.
+    # Only rewards are partials; `check_reward` checks how they can be called.
     if missing and not config.get("_partial_"):
         hint = f"; or, if {target.__name__} is the reward itself, give reward._partial_=true"
         its_own = path == "reward" and not inspect.isclass(target)

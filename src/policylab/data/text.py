@@ -1,4 +1,4 @@
-"""Prompts and completions as rewards, metrics and people see them: no tensors, so no torch to wait for."""
+"""Prompts and completions as rewards, metrics and people see them. No tensors: processes that score need no torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Prompt:
     id: int  #: row in its data set
     text: str
     tokens: tuple[int, ...]  #: what the policy reads (special tokens and chat template included), never empty
-    reference: Any  #: ground truth that rewards and metrics may need; plain data
+    reference: Any  #: ground truth for rewards and metrics; plain data
     target: tuple[int, ...]  #: supervised completion with its EOS; empty where there is none
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished sample, as rewards, metrics and people see it."""
+    """A finished sample, as rewards and metrics get it."""
 
     prompt: str
     text: str  #: decoded completion without special tokens

@@ -16,7 +16,6 @@ from policylab.callbacks.tables import (
     pick,
     rows,
     samples_table,
-    short_path,
     to_copy,
 )
 from policylab.cli.logs import logged_to
@@ -30,6 +29,7 @@ from policylab.runs.find import find_checkpoint, find_run
 from policylab.runs.folder import write_json
 from policylab.runs.same_run import check_fits
 from policylab.runs.saved_config import load_usable
+from policylab.user_code import short_path
 
 #: Parts of a run's config that an evaluation works with.
 PARTS = ("algo", "hardware", "model", "optim", "reward", "rollout", "task", "validation")

@@ -30,7 +30,6 @@ from policylab.distributed.world import (
 from policylab.errors import RunError
 from policylab.launch.endings import closed_wandb, log_failure, survive_exit
 from policylab.launch.imports import import_libraries
-from policylab.rewards.pool import ended_workers
 from policylab.runs.checkpoints import checkpoint_iteration
 from policylab.runs.consent import check_consent
 from policylab.runs.environment import record_command, record_environment
@@ -137,7 +136,7 @@ def train(
             callbacks[:0] = [FollowStatus(status), stop]  # before the checkpoint callback
             callbacks.append(BecomeLatest(run_dir, Path(config.paths.logs)))
             screen.plan(experiment)
-            with ended_workers(experiment.module.validator.sampler.reward):
+            with experiment.module.validator.sampler.scorer:
                 run(experiment, run_dir, checkpoint, stop)
         if stop.stopped:
             status.interrupted()

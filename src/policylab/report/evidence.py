@@ -1,4 +1,4 @@
-"""From finished runs to the folder of evidence that is committed beside a recipe."""
+"""Writes the folder of evidence that is committed beside a recipe, from finished runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from policylab.report.tables import kl_table, markdown_table, write_metrics
 
 
 def report_job(config: DictConfig) -> None:
-    """What ``report.py`` does: its config names the arguments of `write_evidence`."""
+    """The Hydra task of ``report.py``; its config has the arguments of `write_evidence`."""
     settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(settings, dict)
     table = write_evidence(
@@ -45,12 +45,12 @@ def write_evidence(
 ) -> str:
     """Write ``metrics.csv``, ``curve.png``, ``table.md`` and ``config.yaml`` to a folder.
 
-    Several groups of runs get a ``ranking.png`` as well, and ``at_kl`` a ``frontier.png`` and a ``frontier.md``.
+    With several groups of runs also ``ranking.png``; with ``at_kl`` also ``frontier.png`` and ``frontier.md``.
 
     Args:
         runs: run folders, patterns that find them, "latest", or folders that this function has written.
-        out: made if need be; files of these names in it are replaced, others stay.
-        metrics: the first one is the table's subject; each is a panel of the curve.
+        out: created if it is missing; files of these names in it are replaced, others stay.
+        metrics: the table shows the first one; each is a panel of the curve.
         title: of the curve.
         labels: names of the groups of runs, in order; empty for ``algo-model-task``.
         x: of the curve: "iteration", or "train/tokens".
@@ -61,7 +61,7 @@ def write_evidence(
         The tables, in Markdown.
 
     Raises:
-        UserError: when the runs are none, not comparable, or lack a metric.
+        UserError: when there are no runs, or they are not comparable or lack a metric.
     """
     if not metrics:
         raise UserError("metrics is empty; name at least one, such as metrics=[val/reward,val/kl]")
@@ -70,7 +70,7 @@ def write_evidence(
     found = read_runs(runs)
     groups = group_runs(found, labels)
     for run in found:
-        curves = [run.curve(metric) for metric in metrics]  # all are looked at before anything is written
+        curves = [run.curve(metric) for metric in metrics]  # raises before anything is written
         if 0 not in curves[0]:
             raise UserError(f"{run.folder} has no {metrics[0]} at iteration 0: no baseline, so no gain")
         for axis in [x, KL] if at_kl else [x]:
@@ -94,7 +94,7 @@ def write_evidence(
 
 
 def left_out(runs: Mapping[Path, str]) -> str:
-    """A paragraph that names the runs which did not finish: a failed seed is not lost unseen."""
+    """A paragraph that names the runs that did not finish, so that no failed seed is overlooked; "" without any."""
     listed = ", ".join(f"{Path(*folder.parts[-2:])} ({status})" for folder, status in runs.items())
     return (
         f"\nLeft out, as not finished: {listed}. Finish them, or name their paths to take them in.\n"
@@ -104,10 +104,10 @@ def left_out(runs: Mapping[Path, str]) -> str:
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without what is true of one machine only.
+    """A resolved config without what holds on one machine only.
 
-    Hydra's own settings and ``paths`` are left out; the run folder reads ``${paths.run}`` again, and what
-    lies in the repository or the home directory is relative to it.
+    Hydra's own settings and ``paths`` are left out; the run folder becomes ``${paths.run}`` again, and paths in the
+    repository or the home directory are relative to it.
     """
     paths = config.get("paths", {})
     renamed = {str(Path.home()): "~"}

@@ -1,4 +1,4 @@
-"""Runs that differ by nothing but the seed belong together; what may be compared is checked here."""
+"""Groups runs that differ only in the seed, and checks that runs may be compared."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from policylab.errors import UserError
 from policylab.report.read import ITERATION, KL, Run
 from policylab.report.statistics import Estimate, estimate
 
-# What a run was called, what watched it and where it lay says nothing about what it did.
+# Keys that do not change what a run does: its name, its loggers, its place.
 NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logger")
 NOT_THE_EXPERIMENT_ANYWHERE = ("seed", "run_dir")
-# Two curves of val/reward are comparable when these agree.
+# Runs are comparable when these agree.
 MEASURED_BY = ("task", "reward", "validation.prompts", "rollout.max_new_tokens")
 
 
@@ -29,11 +29,11 @@ class Group:
     runs: tuple[Run, ...]
 
     def over_seeds(self, metric: str, x: str) -> dict[float, Estimate]:
-        """Statistics along ``x``, as far as every seed goes.
+        """Statistics along ``x``, up to the last point that every seed reaches.
 
         Args:
-            x: "iteration": at the iterations that every seed has. Another column: seeds come to its values in
-                iterations of their own, so each is interpolated linearly at the points of all.
+            x: "iteration": at the iterations that every seed has. Another column has other values for each seed, so
+                each seed is interpolated linearly at the points of all.
         """
         curves = [run.along(metric, x) for run in self.runs]
         if x == ITERATION:
@@ -45,9 +45,9 @@ class Group:
         return {point: estimate(column) for point, column in zip(points, np.transpose(values), strict=True)}
 
     def at_kl(self, metric: str, nats: float) -> list[float]:
-        """The metric of each seed where it first is so far from the reference, linear between its validations.
+        """The metric of each seed where it first reaches this KL, linear between its validations.
 
-        Seeds that never get so far, or start beyond it, are left out.
+        Seeds that never reach it, or start beyond it, are left out.
         """
         curves = [run.along(metric, KL) for run in self.runs]
         return [
@@ -61,22 +61,22 @@ class Group:
         return [list(run.curve(metric).values())[-1] for run in self.runs]
 
     def gains(self, metric: str) -> list[float]:
-        """For each seed the last value less the first."""
+        """For each seed the last value minus the first."""
         starts = [next(iter(run.curve(metric).values())) for run in self.runs]
         return [after - before for after, before in zip(self.ends(metric), starts, strict=True)]
 
 
 def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
-    """Group runs by everything but the seed, in the order of their first run.
+    """Groups runs by everything but the seed, in the order of their first run.
 
     Args:
         runs: at least one.
-        labels: names for the groups, in order; without any, ``algo-model-task`` and the settings that differ,
-            less what all groups have in common. Runs of committed evidence keep the name that they have there.
+        labels: names for the groups, in order. Without any: ``algo-model-task`` without what all groups
+            share, and the settings that differ. Runs of committed evidence keep their name.
 
     Raises:
-        UserError: when the runs were not measured alike, a seed appears twice in a group, two groups have one name,
-            or the labels do not fit the groups.
+        UserError: when the runs were not measured in the same way, a seed appears twice in a group, two groups have
+            one name, or the labels do not fit the groups.
     """
     _check_comparable(runs)
     grouped: dict[str, list[Run]] = {}
@@ -119,26 +119,26 @@ def _check_seeds(group: Sequence[Run]) -> None:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """``algo-model-task`` for each run, without what all have in common, if anything is left.
+    """``algo-model-task`` for each run, without what all share, unless nothing is left.
 
-    Runs that share a name add the settings that tell them apart.
+    Runs of the same name add the settings in which they differ.
     """
     if any(run.label for run in runs):
         fresh = iter(_names([run for run in runs if not run.label]))
         return [run.label or next(fresh) for run in runs]
     parts = [_name_parts(run.config) for run in runs]
-    telling = [values for values in zip(*parts, strict=True) if len(set(values)) > 1] or list(
+    differing_parts = [values for values in zip(*parts, strict=True) if len(set(values)) > 1] or list(
         zip(*parts, strict=True)
     )
-    bases = ["-".join(part for part in name if part) for name in zip(*telling, strict=True)]
+    bases = ["-".join(part for part in name if part) for name in zip(*differing_parts, strict=True)]
     settings = [_settings(run) for run in runs]
     names = []
     for base, setting in zip(bases, settings, strict=True):
-        rivals = [other for other, name in zip(settings, bases, strict=True) if name == base]
+        same_name = [other for other, name in zip(settings, bases, strict=True) if name == base]
         differing = [
             f"{key}={setting.get(key)}"
-            for key in sorted(set().union(*rivals))
-            if len({str(rival.get(key)) for rival in rivals}) > 1
+            for key in sorted(set().union(*same_name))
+            if len({str(other.get(key)) for other in same_name}) > 1
         ]
         names.append(" ".join([base, *differing]))
     return names
@@ -151,9 +151,10 @@ def _name_parts(config: dict[str, Any]) -> list[str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """All that decides what the experiment is, flat: ``{"optim.lr": 1e-5, ...}``.
+    """The settings that define the experiment, flat: ``{"optim.lr": 1e-5, ...}``.
 
-    The seed has followers, such as that of random weights; the task's own seed stands for its data and stays.
+    Other seeds, such as that of random weights, follow the run's seed and are left out; the task's own seed decides its
+    data and stays.
     """
     return {
         key: value

@@ -1,4 +1,4 @@
-"""The learning curves of a report: mean over seeds with its 95 % interval, in one panel or one a group."""
+"""Learning curves: mean over seeds with its 95 % interval, in one panel for each metric or for each group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file is drawn; no screen is needed
+matplotlib.use("Agg")  # draws to files, and needs no screen
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#C8C8C8"
-#: Panels side by side where each group has its own.
+#: Panels in a row, where each group has its own.
 COLUMNS = 4
 AXES = {"val/kl": "val/kl (nats a sequence)", TOKENS: "tokens sampled in training"}
 
@@ -51,10 +51,10 @@ def draw_curves(
     path: Path,
     until: float | None = None,
 ) -> None:
-    """Write a PNG that is readable at the width of a README (about 880 pixels).
+    """Writes a PNG that is readable at the width of a README (about 880 pixels).
 
-    As many groups as there are colours share a panel a metric. More of them get a panel each, for the first
-    metric alone, the others in grey behind it.
+    Up to as many groups as there are colours share one panel for each metric. More groups get a panel each,
+    of the first metric only, with the other groups in grey.
 
     Args:
         groups: a group of one seed has no band.
@@ -62,7 +62,7 @@ def draw_curves(
         x: "iteration", a column that grows with it, or "val/kl".
         title: stands above the panels; may be empty.
         path: of the PNG.
-        until: where the x axis ends; None takes in all there is.
+        until: end of the x axis; None shows everything.
     """
     with plt.rc_context(STYLE):
         draw = _one_panel_a_metric if len(groups) <= len(COLOURS) else _one_panel_a_group
@@ -74,7 +74,7 @@ def draw_curves(
 
 
 def save(figure: Figure, title: str, path: Path) -> None:
-    """Write the figure with its title above it, and forget it."""
+    """Writes the figure with its title above it, and closes it."""
     if title:
         figure.suptitle("\n".join(textwrap.wrap(title, int(9.5 * figure.get_figwidth()))), fontsize=11)
     figure.savefig(path, dpi=150)
@@ -89,7 +89,7 @@ def _one_panel_a_metric(groups: Sequence[Group], metrics: Sequence[str], x: str)
         for index, group in enumerate(groups):
             _draw(axes, group.over_seeds(metric, x), COLOURS[index], group.label)
         if len(groups) == 1:
-            for run in groups[0].runs:  # the seeds themselves: an interval hides the one that went astray
+            for run in groups[0].runs:  # each seed: an interval hides an outlier
                 points = run.along(metric, x)
                 axes.plot(list(points), list(points.values()), color=COLOURS[0], alpha=0.3, linewidth=0.8)
         axes.set_xlabel(AXES.get(x, x))

@@ -1,4 +1,4 @@
-"""Where each group of runs ended, best gain on top: the figure that compares many of them."""
+"""The figure that compares many groups of runs: where each ended, the best gain on top."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def by_gain(groups: Sequence[Group], metric: str) -> list[Group]:
-    """The groups, that of the largest mean gain first."""
+    """The groups, the largest mean gain first."""
     return sorted(groups, key=lambda group: float(np.mean(group.gains(metric))), reverse=True)
 
 
 def draw_ranking(groups: Sequence[Group], metrics: Sequence[str], title: str, path: Path) -> None:
-    """Write a PNG with a row a group and a panel a metric.
+    """Writes a PNG with a row for each group and a panel for each metric.
 
     A grey dot is the last value of a seed, the bar their mean with its 95 % interval; the dashed line is the mean
     of the first metric before training.

@@ -1,4 +1,4 @@
-"""Finished runs, as their folders tell of them."""
+"""Reads run folders, and folders of committed evidence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Run:
     status: str  #: running | done | failed | interrupted
     summary: dict[str, Any]  #: empty for a run that did not finish
     curves: dict[str, dict[int, float]]
-    label: str = ""  #: of its group, where it is read from a folder of evidence
+    label: str = ""  #: name of its group, where it is read from a folder of evidence
 
     @property
     def seed(self) -> int:
@@ -59,11 +59,11 @@ class Run:
         return values
 
     def along(self, metric: str, x: str) -> dict[float, float]:
-        """The values of a metric by another column of the same iterations, in order of iterations.
+        """The values of a metric by the values of another column at the same iterations.
 
         Args:
-            x: "iteration"; a column that grows with it, which before the first iteration is 0; or "val/kl", of which
-                those points are taken that lie further from the reference than all before them.
+            x: "iteration"; a column that grows with it, 0 before the first iteration; or "val/kl", where only points
+                with a higher KL than all before them are kept.
 
         Raises:
             UserError: when the run lacks either.
@@ -82,9 +82,8 @@ class Run:
 def read_runs(runs: str | Sequence[str]) -> list[Run]:
     """The runs that paths, glob patterns and "latest" name, each once, in the order of naming.
 
-    A folder of evidence, as ``report.py`` writes it, stands for the runs in its ``metrics.csv``.
-
-    A run that did not finish is left out when only a pattern names it (`unfinished`); its own path takes it in.
+    A folder of evidence, as ``report.py`` writes it, gives the runs in its ``metrics.csv``. A run that did not
+    finish is left out when only a pattern names it (`unfinished`); its own path includes it.
 
     Raises:
         UserError: when nothing is found, or a path is no run folder.
@@ -102,7 +101,7 @@ def read_runs(runs: str | Sequence[str]) -> list[Run]:
 
 
 def unfinished(runs: str | Sequence[str]) -> dict[Path, str]:
-    """Folders that only a pattern names of runs that did not finish, with their status."""
+    """Folders of runs that did not finish and that only a pattern names, with their status."""
     names = _list(runs)
     named = {find_run(name) for name in names if not glob.has_magic(name) and not is_evidence(Path(name))}
     patterns = [name for name in names if glob.has_magic(name)]
@@ -115,7 +114,7 @@ def _list(runs: str | Sequence[str]) -> list[str]:
 
 
 def _folders(names: Sequence[str]) -> list[Path]:
-    """All run folders that paths and patterns name, each once."""
+    """The run folders that paths and patterns name, each once."""
     return list(dict.fromkeys(chain.from_iterable(map(_expand, names))))
 
 
@@ -154,9 +153,9 @@ def is_evidence(folder: Path) -> bool:
 
 
 def read_evidence(folder: Path) -> list[Run]:
-    """The runs in the ``metrics.csv`` of a folder of evidence, under the names that they have there.
+    """The runs in the ``metrics.csv`` of a folder of evidence, with the names that they have there.
 
-    What is not in that file (seconds, settings of each group) is not known of them.
+    What is not in that file (seconds, settings of each group) is unknown.
     """
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(config, dict)
@@ -183,7 +182,7 @@ def _read_curves(path: Path) -> dict[str, dict[int, float]]:
 
 
 def _curves(rows: Iterable[dict[str, str]]) -> dict[str, dict[int, float]]:
-    """Column by column; a cell left empty (no validation at that iteration) has no value."""
+    """By column; an empty cell (no validation at that iteration) gives no value."""
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
         iteration = int(row["iteration"])

@@ -1,4 +1,4 @@
-"""What may be said about a method from a handful of seeds.
+"""Statistics over a few seeds.
 
 Sources: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice"
 (arXiv 2108.13264) for the interquartile mean and its bootstrap interval; Student, "The Probable Error of a
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
-#: Resamples of a bootstrap: all there are up to this number (6 seeds have 46,656), beyond it so many drawn ones.
+#: A bootstrap takes all resamples up to this number (6 seeds have 46,656); with more, it draws so many of them.
 RESAMPLES = 50_000
 
 
@@ -26,7 +26,7 @@ class Estimate:
 
     count: int
     mean: float
-    iqm: float  #: mean of the middle half: what one lucky or broken seed cannot move
+    iqm: float  #: interquartile mean, that of the middle half: one outlier does not move it
     low: float | None  #: bounds of the 95 % interval of the mean; None for a single seed
     high: float | None
 
@@ -34,9 +34,9 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean, interquartile mean and 95 % interval of the mean over seeds.
 
-    The interval is Student's t, not a bootstrap: of 5 seeds a bootstrap knows 126 distinct resamples, none of
-    which reaches beyond the worst and best seed, and its "95 %" interval covers the true mean in about 83 %
-    of cases. Student's is exact for normally distributed seeds and errs little otherwise.
+    The interval is Student's t, not a bootstrap: 5 seeds have 126 distinct resamples, none with a mean
+    beyond the worst or best seed, and a bootstrap's "95 %" interval covers the true mean in about 83 %
+    of cases. Student's interval is exact for normally distributed seeds, and close otherwise.
 
     Args:
         values: one finite number a seed, at least one.
@@ -62,9 +62,9 @@ def interquartile_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def iqm_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % bootstrap interval of the interquartile mean (arXiv 2108.13264, section 4): percentiles over resamples.
 
-    Seeds are drawn with replacement, within one task, so there is one stratum. Up to 6 seeds all resamples are
-    gone through, so no chance is involved; above, they are drawn with a fixed seed. It is what the field reports,
-    and narrower than it says: of 5 normally distributed seeds it covers the truth in 90 % of cases.
+    Seeds are resampled with replacement, within one task, so there is one stratum. Up to 6 seeds, all resamples are
+    enumerated; with more, resamples are drawn with a fixed seed. The field reports this interval, but it is too narrow:
+    with 5 normally distributed seeds it covers the true value in 90 % of cases.
 
     Args:
         values: one finite number a seed.
@@ -85,7 +85,7 @@ def iqm_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def p_above_zero(values: Sequence[float]) -> float | None:
-    """Chance of such a mean, or a higher one, if the true mean were 0: Student's t-test, one-sided.
+    """p-value: probability of this mean or a higher one if the true mean were 0, by Student's one-sided t-test.
 
     None for a single seed.
     """
@@ -97,13 +97,13 @@ def p_above_zero(values: Sequence[float]) -> float | None:
     return float(stats.t.sf(np.mean(values) / error, len(values) - 1))
 
 
-def holm(chances: Sequence[float | None]) -> list[float | None]:
-    """Holm's correction: p-values of a family, raised so that rejecting below 5 % errs anywhere in 5 % of families.
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values with Holm's correction: if all below 0.05 are rejected, at most 5 % of families have a false rejection.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on, none below the one before it. None stays.
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none is lower than the one before. None stays.
     """
-    known = sorted((p, i) for i, p in enumerate(chances) if p is not None)
-    corrected: list[float | None] = [None] * len(chances)
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for rank, (p, i) in enumerate(known):
         highest = max(highest, min(1.0, p * (len(known) - rank)))

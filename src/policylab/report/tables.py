@@ -1,4 +1,4 @@
-"""The numbers of a report: a Markdown table for people, a tidy CSV for programs."""
+"""The numbers of a report: Markdown tables for people, a tidy CSV for programs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ HEADER = (
 
 
 def markdown_table(groups: Sequence[Group], metric: str) -> str:
-    """One row a group: before, after and gain of a metric, and what they cost.
+    """One row for each group: a metric before and after training, its gain, KL, seconds and tokens.
 
-    ``IQM`` is the interquartile mean of ``after``; ``gain`` is the mean over seeds of after minus before; ``p`` is
-    the chance of such a gain if there were none in truth, corrected for the number of groups.
+    ``IQM`` is the interquartile mean of ``after``; ``gain`` is the mean over seeds of after minus before; ``p`` is the
+    p-value of the gain (`p_above_zero`), corrected for the number of groups.
     """
-    chances = holm([p_above_zero(group.gains(metric)) for group in groups])
-    body = [_row(group, metric, p) for group, p in zip(groups, chances, strict=True)]
+    p_values = holm([p_above_zero(group.gains(metric)) for group in groups])
+    body = [_row(group, metric, p) for group, p in zip(groups, p_values, strict=True)]
     rows = [HEADER, _rule(HEADER), *body]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_legend(groups, metric)}\n"
 
 
 def kl_table(groups: Sequence[Group], metric: str, at_kl: Sequence[float]) -> str:
-    """One row a group: a metric at equal distances from the reference, mean over seeds with its 95 % interval."""
+    """One row for each group: a metric at given KLs to the reference, mean over seeds with its 95 % interval."""
     header = ("run", "seeds", *(f"at {nats:g} nats" for nats in at_kl))
     body = [
         (group.label, str(len(group.runs)), *(_at_kl(group.at_kl(metric, n), len(group.runs)) for n in at_kl))
@@ -52,7 +52,7 @@ def _at_kl(found: Sequence[float], seeds: int) -> str:
 
 
 def _rule(header: Sequence[str]) -> tuple[str, ...]:
-    """Below a header: text to the left, numbers to the right."""
+    """The line below a header: text is left-aligned, numbers are right-aligned."""
     return ("---", *["---:"] * (len(header) - 1))
 
 
@@ -66,7 +66,7 @@ def _row(group: Group, metric: str, p: float | None) -> tuple[str, ...]:
         f"{after.mean:.3f}",
         _with_interval(after.iqm, iqm_interval(group.ends(metric)), "z.3f"),
         _with_interval(gain.mean, _bounds(gain), "+.3f"),
-        _chance(p),
+        _p_value(p),
         _mean_of([list(run.curves[KL].values())[-1] for run in group.runs if run.curves.get(KL)], "z.1f"),
         _cost(group, "wall_seconds"),
         _cost(group, "tokens_sampled"),
@@ -82,7 +82,7 @@ def _with_interval(value: float, bounds: tuple[float, float] | None, form: str) 
     return f"{value:{form}} [{interval}]"
 
 
-def _chance(p: float | None) -> str:
+def _p_value(p: float | None) -> str:
     if p is None:
         return "-"
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"
@@ -114,10 +114,10 @@ def _legend(groups: Sequence[Group], metric: str) -> str:
 
 
 def write_metrics(groups: Sequence[Group], metrics: Sequence[str], x: str, path: Path) -> None:
-    """A tidy CSV: one line for each run and iteration that has any of the metrics; no value, empty cell.
+    """Writes a tidy CSV: a line for each run and iteration with any of the metrics; a missing value is an empty cell.
 
-    Beside each ``val/...`` stands its ``train/...``, and the policy's entropy, where the runs have them. The x axis
-    comes first.
+    Each ``val/...`` comes with its ``train/...``, and all with the policy's entropy, where the runs have them. The
+    column of the x axis comes first.
     """
     runs = [(group.label, run) for group in groups for run in group.runs]
     trained = [name.replace("val/", "train/", 1) for name in metrics if name.startswith("val/")]

@@ -1,26 +1,25 @@
-"""What a reward is, and the one place where its answers are checked.
+"""What a reward is, and the one place where its scores are checked.
 
-A reward is a function from completions to numbers, one each; whatever it needs beside the text (ground
-truth, a graph, a unit test) lies in ``completion.reference``, put there by the task.
+A reward is an object with ``score(batch)``, or a plain function from completions to numbers. Whatever it needs beside
+the text (ground truth, a graph, a unit test) is in ``completion.reference``, put there by the task.
 See ``docs/tasks_and_rewards.md``.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from policylab.data.text import Completion
 from policylab.errors import UserError
-from policylab.user_code import call, shown
+from policylab.user_code import call, check_names, finite, handed_over, one_for_each, shown
 
-#: The largest number of single precision, in which rewards are kept.
-LARGEST = 3.4028234663852886e38
+if TYPE_CHECKING:
+    from torch import Tensor
+
 WHAT_A_REWARD_IS = (
     "a reward is a function of one argument, the completions (each with .prompt, .text, .reference, .tokens and "
     ".ended), that returns a number for each; whatever else it takes is given by keys of `reward` (+reward.words=3)"
@@ -29,34 +28,70 @@ WHAT_A_REWARD_IS = (
 
 @dataclass(frozen=True)
 class Score:
-    """A reward with its breakdown.
+    """What a function may return for a completion in place of a number: the score with its breakdown.
 
     Example: ``Score(total=0.62, parts={"positive": 0.4, "negative": 0.0})``
     """
 
     total: float  #: what is maximised
-    parts: dict[str, float]  #: what is logged beside it; need not add up to the total
+    parts: dict[str, float]  #: logged beside it as ``train/reward/<name>``; need not add up to the total
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The checked scores of a batch, in the order of its completions."""
+    """The scores of a batch, in the order of its completions; lists, or arrays and tensors of one dimension.
 
-    total: list[float]
-    parts: dict[str, list[float]]  #: one list a part, each as long as ``total``
+    Example: ``Scores(total=[0.62, 0.1], parts={"positive": [0.4, 0.1]})``
+    """
+
+    total: Sequence[float]
+    parts: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: as in `Score`, a list for each name
 
 
-Reward = Callable[[Sequence[Completion]], Sequence[float | Score]]
+@dataclass(frozen=True)
+class ScoringBatch:
+    """Completions to score. They are copies: a reward may change what a reference holds."""
+
+    completions: tuple[Completion, ...]
+    device: str = "cpu"  #: where the reward's networks are, such as "cuda:0"
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The completions' ids on the device, ``[B, T]``, padded on the right with 0; and which of them are real."""
+        import torch  # not at the top: processes that score text start without it
+
+        lengths = torch.tensor([len(completion.tokens) for completion in self.completions], dtype=torch.long)
+        mask = torch.arange(int(lengths.max()) if len(lengths) else 0) < lengths[:, None]
+        ids = torch.zeros(mask.shape, dtype=torch.long)
+        real = [token for completion in self.completions for token in completion.tokens]
+        ids[mask] = torch.tensor(real, dtype=torch.long)
+        return ids.to(self.device), mask.to(self.device)
 
 
-def reward_name(reward: Reward) -> str:
+class Reward(Protocol):
+    """Scores completions. ``state_dict()`` and ``load_state_dict(state)``, where it has them, go into checkpoints."""
+
+    def score(self, batch: ScoringBatch) -> Scores:
+        """One number for each completion, and as many in each part."""
+        ...
+
+
+#: The short form of a reward.
+RewardFunction = Callable[[Sequence[Completion]], Sequence[float | Score]]
+
+
+def takes_batch(reward: Any) -> bool:
+    """Whether it has a method ``score``. A layer of that name, as classifiers have it, is none."""
+    return hasattr(type(reward), "score")
+
+
+def reward_name(reward: Reward | RewardFunction) -> str:
     """What messages call a reward: its function's or its class's name."""
     reward = getattr(reward, "func", reward)  # Hydra hands functions over as functools.partial
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def demand_reward(reward: Any) -> None:
-    """Refuses what cannot be called with completions alone.
+def check_reward(reward: Any) -> None:
+    """Refuses what has no ``score`` and cannot be called with completions alone.
 
     Raises:
         UserError: saying what a reward is.
@@ -65,12 +100,13 @@ def demand_reward(reward: Any) -> None:
     if isinstance(reward, functools.partial) and inspect.isclass(reward.func):
         raise UserError(
             f"reward {name} is a class: give reward._partial_=false, and it is built from the keys of `reward` and "
-            "then called with completions"
+            "then scores completions"
         )
-    if not callable(reward):
+    function = reward.score if takes_batch(reward) else reward
+    if not callable(function):
         raise UserError(f"reward: {shown(reward)} cannot be called; {WHAT_A_REWARD_IS}")
     try:
-        signature = inspect.signature(reward)
+        signature = inspect.signature(function)
     except ValueError:  # of a function that is not written in Python
         return
     try:
@@ -81,134 +117,87 @@ def demand_reward(reward: Any) -> None:
         ) from None
 
 
-def score(reward: Reward, completions: Sequence[Completion]) -> Scores:
-    """Calls the reward and checks what it says.
+def score(reward: Reward | RewardFunction, completions: Sequence[Completion], device: str = "cpu") -> Scores:
+    """The reward's checked scores.
 
     Raises:
         UserError: when it gives another number of scores than completions, something that is no finite
             number, or other parts for one completion than for the first.
         RunError: when it raises anything.
     """
-    return checked(reward_name(reward), ask(reward, completions), completions)
+    return checked(reward_name(reward), [ask(reward, ScoringBatch(tuple(completions), device))], completions)
 
 
-def ask(reward: Reward, completions: Sequence[Completion]) -> list[Score]:
-    """The reward's answers, one for each completion, their numbers not yet checked.
+def ask(reward: Any, batch: ScoringBatch) -> Scores:
+    """The reward's scores, as many as completions, their values not yet checked.
 
     Raises:
-        UserError: when it returns no sequence, or one of another length.
+        UserError: when it returns something else, or another number of scores.
         RunError: when it raises anything.
     """
-    owner, given = f"reward {reward_name(reward)}", handed_over(completions)
-    answers = one_for_each(owner, call(owner, reward, given, among=given), len(given))
-    return [answer if isinstance(answer, Score) else Score(answer, {}) for answer in answers]
-
-
-def handed_over(completions: Sequence[Completion]) -> tuple[Completion, ...]:
-    """Completions for the user's code, which may sort the sequence or change what a reference holds: neither is ours.
-
-    A reference that completions share is copied once.
-
-    Raises:
-        RunError: when a reference cannot be copied.
-    """
-    references = call(
-        "copying the references (they must be plain data)",
-        copy.deepcopy,
-        [completion.reference for completion in completions],
-    )
-    pairs = zip(completions, references, strict=True)
-    return tuple(replace(completion, reference=reference) for completion, reference in pairs)
-
-
-def checked(name: str, answers: Sequence[Score], completions: Sequence[Completion]) -> Scores:
-    """The scores that a reward of this name gave, one for each completion.
-
-    Raises:
-        UserError: when one is no finite number, or has other parts than the first.
-    """
-    owner = f"reward {name}"
-    for index, answer in enumerate(answers):
-        if not is_named(answer.parts):
+    owner, count = f"reward {reward_name(reward)}", len(batch.completions)
+    given = handed_over(batch.completions)
+    if takes_batch(reward):
+        scores = call(owner, reward.score, ScoringBatch(given, batch.device), among=given)
+        if not isinstance(scores, Scores):
             raise UserError(
-                f"{owner} gave {shown(answer.parts)} as the parts of completion {index}; they must be a dict from "
-                "names (printable, on one line) to numbers"
+                f"{owner} returned {shown(scores)}; score(batch) must return Scores(total, parts)"
             )
-        if answer.parts.keys() != answers[0].parts.keys():
-            raise UserError(
-                f"{owner} gave the parts {sorted(answer.parts)} for completion {index}, but "
-                f"{sorted(answers[0].parts)} for completion 0; give every completion the same parts"
-            )
-    parts = list(answers[0].parts) if answers else []
+    else:
+        scores = in_columns(owner, one_for_each(owner, call(owner, reward, given, among=given), count))
+    check_names(owner, "its parts", scores.parts)
     return Scores(
-        total=finite(owner, "score", [answer.total for answer in answers], completions),
-        parts={
-            part: finite(owner, f"part {part!r}", [answer.parts[part] for answer in answers], completions)
-            for part in parts
+        one_for_each(owner, scores.total, count),
+        {
+            name: one_for_each(f"{owner}: part {name!r}", values, count)
+            for name, values in scores.parts.items()
         },
     )
 
 
-def is_named(values: Any) -> bool:
-    """Whether it is a dict whose keys can be names of metrics."""
-    return isinstance(values, Mapping) and all(
-        isinstance(name, str) and name.isprintable() for name in values
-    )
-
-
-def one_for_each(owner: str, given: Any, expected: int) -> list[Any]:
-    """What the user's code returned, as a list.
-
-    Args:
-        owner: how messages call it.
-        expected: completions.
+def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:
+    """What a function returned, as scores.
 
     Raises:
-        UserError: when it is no sequence in an order that means something, or of another length.
-        RunError: when going through it raises anything.
+        UserError: when a completion has other parts than the first.
     """
-    dimensions = getattr(given, "ndim", None)  # of an array of any library
-    ordered = isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray)
-    if dimensions != 1 and (dimensions is not None or not ordered):
-        what = f"an array of shape {tuple(given.shape)}" if dimensions is not None else shown(given)
-        raise UserError(
-            f"{owner} returned {what}; it must return a list of {expected} scores, one for each completion"
-        )
-    # an array gives all its numbers at once, be they on another device
-    answers = call(owner, given.tolist if hasattr(given, "tolist") else functools.partial(list, given))
-    if len(answers) != expected:
-        raise UserError(
-            f"{owner} returned {len(answers)} scores for {expected} completions; "
-            f"return one for each, in their order"
-        )
-    return answers
+    rows = [answer if isinstance(answer, Score) else Score(answer, {}) for answer in answers]
+    for index, row in enumerate(rows):
+        check_names(owner, f"the parts of completion {index}", row.parts)
+        check_same_parts(owner, row.parts, rows[0].parts, index)
+    parts = list(rows[0].parts) if rows else []
+    return Scores([row.total for row in rows], {name: [row.parts[name] for row in rows] for name in parts})
 
 
-def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[Completion]) -> list[float]:
-    """The values as floats.
+def checked(name: str, shares: Sequence[Scores], completions: Sequence[Completion]) -> Scores:
+    """The scores of a batch as floats, put together from those of its shares.
 
     Args:
-        owner, what: how messages call who gave them, and them.
+        name: what messages call the reward.
+        shares: what `ask` gave for adjacent completions, in order.
 
     Raises:
-        UserError: naming the completion whose value is no finite number.
+        UserError: when one is no finite number, or a share has other parts than the first.
     """
-    numbers = [_number(value) for value in values]
-    for index, number in enumerate(numbers):
-        if not abs(number) <= LARGEST:
-            raise UserError(
-                f"{owner} gave {shown(values[index])} as the {what} of completion {index} "
-                f"({shown(completions[index].text)}); it must be a finite number (of single precision)"
-            )
-    return numbers
+    owner, total = f"reward {name}", list[Any]()
+    for share in shares:
+        check_same_parts(owner, share.parts, shares[0].parts, len(total))
+        total += share.total
+    parts = {
+        part: finite(owner, f"part {part!r}", [x for share in shares for x in share.parts[part]], completions)
+        for part in (shares[0].parts if shares else ())
+    }
+    return Scores(finite(owner, "score", total, completions), parts)
 
 
-def _number(value: Any) -> float:
-    """A number of any library as a float; not a number for everything else."""
-    # float() would take "0.5" and an array of one number, but a reward that answers so is a mistake
-    if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", None):
-        return math.nan
-    try:
-        return float(value)
-    except Exception:  # whatever an object's __float__ raises; OverflowError for 10**400
-        return math.nan
+def check_same_parts(owner: str, parts: Mapping[str, Any], first: Mapping[str, Any], index: int) -> None:
+    """Refuses parts of a completion that are not those of the first.
+
+    Raises:
+        UserError: naming both.
+    """
+    if parts.keys() != first.keys():
+        raise UserError(
+            f"{owner} gave the parts {sorted(parts)} for completion {index}, but {sorted(first)} for completion 0; "
+            "give every completion the same parts"
+        )

@@ -1,4 +1,4 @@
-"""How short a walk to the goal is, against the shortest one; for ``task=random_walks``."""
+"""How short a walk to the goal is, compared with the shortest one; for ``task=random_walks``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Map(TypedDict):
     edges: dict[str, str]  #: node -> the nodes that it leads to, one letter each
     goal: str
     shortest: int  #: length of the shortest walk from the prompt's node; ``max_length`` if there is none
-    max_length: int  #: a walk that is not at the goal by then never arrives
+    max_length: int  #: a walk that is not at the goal by then does not arrive
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A walk as it was read, up to its first arrival at the goal."""
+    """A parsed walk, up to its first arrival at the goal."""
 
     nodes: str
     valid: bool  #: every step follows an edge
@@ -31,7 +31,7 @@ class Walk:
 
 
 def read_walk(text: str, here: Map) -> Walk:
-    """Reads one letter a node; what stands after the goal does not count.
+    """Parses a walk, one letter for each node; text after the goal is ignored.
 
     >>> here = Map(edges={"a": "a", "b": "ac", "c": "b"}, goal="a", shortest=2, max_length=4)
     >>> read_walk("baccc", here)
@@ -55,7 +55,7 @@ def optimality(completions: Sequence[Completion]) -> list[Score]:
     which its own sampler cannot produce; here they are 0.
 
     Raises:
-        UserError: when a completion carries no map, that is, with another task.
+        UserError: when a completion has no map, as with another task.
     """
     return [_score(completion) for completion in completions]
 

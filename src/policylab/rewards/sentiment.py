@@ -13,7 +13,7 @@ from policylab.rewards.base import Score
 
 @cache
 def _analyzer() -> SentimentIntensityAnalyzer:
-    return SentimentIntensityAnalyzer()  # reads its lexicon: once a process
+    return SentimentIntensityAnalyzer()  # reads its lexicon
 
 
 def sentiment(completions: Sequence[Completion]) -> list[Score]:

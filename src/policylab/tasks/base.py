@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from policylab.data.rollout import Completion, Prompt
 from policylab.errors import UserError
-from policylab.rewards.base import finite, handed_over, is_named, one_for_each
-from policylab.user_code import call, shown
+from policylab.user_code import call, check_names, finite, handed_over, one_for_each, shown
 
 log = logging.getLogger(__name__)
 
-#: Validation metrics that every run has, and no task may call its own.
-OURS = frozenset({"reward", "length", "ended", "kl", "kl_token", "loss", "prompts"})
+#: Names of validation metrics that every run has; a task's metric has another name.
+RESERVED = frozenset({"reward", "length", "ended", "kl", "kl_token", "loss", "prompts"})
 
 
 @dataclass(frozen=True)
@@ -28,26 +27,26 @@ class Example:
     """
 
     text: str  #: the prompt
-    completion: str  #: what supervised training continues it with, leading space included; "" if nothing
+    completion: str  #: what supervised training learns to write after it, leading space included; may be ""
     reference: Any  #: ground truth for rewards and metrics; plain data
-    where: str = field(default="", compare=False)  #: file and line, for messages; may be left out
+    where: str = field(default="", compare=False)  #: file and line, for messages; optional
 
 
 class Task(Protocol):
-    """What ``task=NAME`` builds. Any class with these members will do."""
+    """What ``task=NAME`` builds: any class with these members."""
 
     name: str
-    instruction: str | None  #: how chat models are asked, with ``{text}`` in it; None sends the bare prompt
+    instruction: str | None  #: prompt for chat models, with ``{text}`` in it; None sends the text alone
     train: Sequence[Example]
     val: Sequence[Example]
 
-    def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:
-        """Numbers to watch but never to optimise, one a completion; ``val/<name>`` is their mean."""
+    def metrics(self, completions: Sequence[Completion]) -> Mapping[str, Sequence[float]]:
+        """Numbers to watch but never to optimise, one for each completion; ``val/<name>`` is their mean."""
         ...
 
 
 def measured(task: Task, completions: Sequence[Completion]) -> dict[str, list[float]]:
-    """The task's metrics, checked: a number for each completion.
+    """The task's metrics, checked: a number for each completion in each of them.
 
     Raises:
         UserError: when it returns no dict of metrics, a name that is taken, another number of values than
@@ -56,13 +55,9 @@ def measured(task: Task, completions: Sequence[Completion]) -> dict[str, list[fl
     """
     owner, given = f"task {task.name}", handed_over(completions)
     metrics = call(f"{owner}: metrics", task.metrics, given, among=given)
-    if not is_named(metrics):
-        raise UserError(
-            f"{owner}: metrics returned {shown(metrics)}; it must return a dict from names (printable, on one line) to "
-            "lists of numbers"
-        )
+    check_names(owner, "its metrics", metrics)
     for name in metrics:
-        if name in OURS or name.startswith("reward/"):
+        if name in RESERVED or name.startswith("reward/"):
             raise UserError(
                 f"{owner}: the metric {name!r} has the name of another one, val/{name}; rename it"
             )
@@ -78,7 +73,7 @@ def examples(task: Task, split: Literal["train", "val"]) -> list[Example]:
     """All rows of a split.
 
     Raises:
-        UserError: when the task lacks something that a task has, or a row is no example.
+        UserError: when the task lacks a member, or a row is no example.
         RunError: when reading it raises anything.
     """
     for name in ("name", "instruction", "metrics"):
@@ -102,7 +97,7 @@ def examples(task: Task, split: Literal["train", "val"]) -> list[Example]:
 
 
 def take_validation(task: Task, count: int) -> list[Example]:
-    """The first rows held out, always the same ones; all of them, and it is said, where there are fewer.
+    """The first ``count`` held-out rows, always the same ones; all of them, with a warning, where there are fewer.
 
     Raises:
         UserError: when there is none.
@@ -119,8 +114,8 @@ def take_validation(task: Task, count: int) -> list[Example]:
 
 
 def data_fingerprint(train: Sequence[Prompt], val: Sequence[Example]) -> str:
-    """Tells the data of one run from that of another, by content: what is trained on as the policy reads it, and all
-    that is held out. Of a reference that is no plain data, only the type counts."""
+    """A hash of a run's data: of what is trained on, as the policy reads it, and of all that is held out. Of a
+    reference that is no plain data, it has the type only."""
     digest = hashlib.sha256()
     for prompt in train:
         digest.update(_plain((prompt.text, prompt.tokens, prompt.target, prompt.reference)))

@@ -1,7 +1,7 @@
 """The prompts of each iteration, as a LightningDataModule.
 
-One batch is one iteration. Which prompts it holds depends on the seed and the number of the iteration alone,
-so a resumed run reads on where it stopped, and every process takes its share of the same batch.
+One batch is one iteration. Its prompts depend only on the seed and the number of the iteration, so a resumed run
+continues with the right batch, and every process takes its share of the same one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Share = Callable[[Sequence[int]], list[int]]  # of a batch's rows, those of this
 
 
 class IterationSampler(Sampler[list[int]]):
-    """Rows of each iteration, in a new order every epoch; batches run on across epochs and drop no row.
+    """Rows of each iteration, in a new order every epoch. A batch may span two epochs, so that no row is dropped.
 
     Args:
         rows: in the data set.
         batch_size: rows an iteration, over all processes.
-        iterations: of the whole run, so also the length: Lightning counts those done before a resume.
+        iterations: of the whole run, and the length, because Lightning counts those before a resume too.
         start: the first iteration to yield.
     """
 
@@ -104,7 +104,7 @@ class PromptData(LightningDataModule):
         return DataLoader(self.train, batch_sampler=sampler, collate_fn=_collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out prompts in order, first those of the first process; all have the same number of batches."""
+        """The held-out prompts in order, those of the first process first; all processes have as many batches."""
         rows = self._share(range(len(self.val)))
         fewest = len(self.val) // self.trainer.world_size  # type: ignore[union-attr]
         count = min(math.ceil(len(self.val) / self.val_batch_size), fewest)
@@ -117,7 +117,7 @@ class PromptData(LightningDataModule):
         return {"iteration": module.iteration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on after the iterations completed."""
+        """Continues after the iterations completed."""
         self.start = state_dict["iteration"]
 
     def _share(self, rows: Sequence[int]) -> list[int]:

@@ -11,19 +11,19 @@ from itertools import pairwise
 
 
 def polarity(text: str) -> float:
-    """TextBlob's polarity, -1 to 1: a second opinion on sentiment, by another lexicon than VADER's.
+    """TextBlob's polarity, -1 to 1: sentiment by another lexicon than VADER's.
 
-    A policy that learned sentiment raises both; one that learned VADER's favourite words raises VADER alone.
+    A policy that learned sentiment raises both; one that learned words of VADER's lexicon raises VADER alone.
     """
     return float(_lexicon()(text)[0])
 
 
 @cache
 def _lexicon() -> Callable[[str], tuple[float, float]]:
-    """TextBlob's sentiment alone. The package itself brings nltk and that brings scipy: a second for nothing."""
+    """TextBlob's sentiment without its package, whose ``__init__`` imports nltk and scipy: 1.1 s of every run."""
     spec = None if "textblob" in sys.modules else find_spec("textblob")
     if spec is not None:
-        sys.modules["textblob"] = module_from_spec(spec)  # whose own code is not run
+        sys.modules["textblob"] = module_from_spec(spec)  # its __init__ is not executed
     try:
         return import_module("textblob.en").sentiment
     finally:
@@ -32,7 +32,7 @@ def _lexicon() -> Callable[[str], tuple[float, float]]:
 
 
 def distinct_2(text: str) -> float:
-    """Share of distinct ones among a text's word pairs (Li et al., arXiv:1510.03055); 1 if nothing repeats.
+    """Share of distinct ones among a text's word pairs (Li et al., arXiv:1510.03055); 1 if none is repeated.
 
     >>> distinct_2("so good so good so good")
     0.4

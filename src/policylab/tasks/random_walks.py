@@ -1,15 +1,15 @@
-"""The toy of trlX: walk a random graph to its goal by as few steps as possible.
+"""The random-walks toy of trlX: walk through a random graph to its goal in as few steps as possible.
 
-A directed graph of 21 nodes (letters), 1,000 random walks on it as text, and the question whether a policy
-trained on those walks learns to take the shortest ones. Source: the random-walks example of trlX (Havrilla
+A directed graph of 21 nodes (letters), and 1,000 random walks on it as text: does a policy trained on them learn to
+take the shortest ones? Source: the random-walks example of trlX (Havrilla
 et al., EMNLP 2023), after Chen et al., Decision Transformer, arXiv:2106.01345. The same seed gives the same
-graph, walks and scores as there (if its goal can be reached): numpy's legacy ``RandomState`` is asked for the
-same numbers in the same order.
+graph, walks and scores as there (if its goal can be reached), because numpy's legacy ``RandomState`` draws the same
+numbers in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 
 import numpy as np
@@ -22,7 +22,7 @@ from policylab.rewards.optimality import Map, optimality
 from policylab.tasks.base import Example
 
 GOAL = 0  # the node whose letter is "a"
-DRAWS = 10_000  # of a graph, until every node has a way out and one leads to the goal
+DRAWS = 10_000  # at most, until every node has a way out and one leads to the goal
 
 Neighbours = list[list[int]]  # node -> the nodes that it leads to
 
@@ -33,10 +33,10 @@ class RandomWalks:
     Args:
         name: names the run.
         nodes: of the graph, the goal included; 2 to 26.
-        p_edge: chance that one node leads to another.
+        p_edge: probability that one node leads to another.
         walks: random walks to train on.
-        max_length: nodes of a walk at most, its start included; at 2 all walks that arrive would be as short as can be.
-        held_out: walks for validation, whose starts go round the start nodes in alphabetical order.
+        max_length: nodes of a walk at most, its start included; at 2, every walk that arrives would be a shortest one.
+        held_out: walks for validation; their starts cycle through the start nodes in alphabetical order.
         seed: of graph and walks; not the run's seed, so that all runs solve the same problem.
 
     Raises:
@@ -65,12 +65,12 @@ class RandomWalks:
                 f"goal fewer than task.max_length={max_length} nodes away; raise either, or take another task.seed"
             )
         self.train = [Example(text[0], text[1:], maps[text[0]]) for text in texts]
-        # Held-out walks, for the loss of supervised training; drawn last, so that all else is as it is in trlX.
+        # Held-out walks, for the loss of supervised training; drawn last, so that everything before equals trlX.
         nodes_held_out = [ascii_lowercase.index(start) for start in np.resize(starts, held_out).tolist()]
         held = [_letters(draw_walk_from(node, random, neighbours, max_length)) for node in nodes_held_out]
         self.val = [Example(text[0], text[1:], maps[text[0]]) for text in held]
 
-    def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:
+    def metrics(self, completions: Sequence[Completion]) -> Mapping[str, Sequence[float]]:
         """The score itself, the share of walks that follow the edges, and the share that arrive."""
         scores = score(optimality, completions)
         return {"optimality": scores.total, **scores.parts}
@@ -79,8 +79,8 @@ class RandomWalks:
 def draw_graph(random: RandomState, nodes: int, p_edge: float) -> Neighbours:
     """A random directed graph in which every node leads somewhere, and the goal only to itself.
 
-    Drawn anew until a node leads to the goal: no walk would earn anything otherwise. trlX takes such a graph as it is;
-    all others are those of trlX.
+    It is drawn again until a node leads to the goal, because no walk would have a reward otherwise. trlX keeps such a
+    graph; all other graphs are those of trlX.
     """
     for _ in range(DRAWS):
         edges = random.rand(nodes, nodes) > 1 - p_edge
@@ -95,7 +95,7 @@ def draw_graph(random: RandomState, nodes: int, p_edge: float) -> Neighbours:
 
 
 def draw_walk(random: RandomState, neighbours: Neighbours, max_length: int) -> list[int]:
-    """A walk that starts anywhere but in the goal, goes on at random and stops in the goal."""
+    """A random walk that starts anywhere but at the goal, and stops there."""
     node = GOAL
     while node == GOAL:
         node = random.randint(len(neighbours))
@@ -112,7 +112,7 @@ def draw_walk_from(node: int, random: RandomState, neighbours: Neighbours, max_l
 
 
 def maps_from(neighbours: Neighbours, max_length: int) -> dict[str, Map]:
-    """What the score of a walk depends on, for each start; all share one table of edges."""
+    """What scoring a walk needs, for each start; all share one table of edges."""
     edges = {_letters([node]): _letters(ends) for node, ends in enumerate(neighbours)}
     lengths = shortest_lengths(neighbours, max_length)
     return {

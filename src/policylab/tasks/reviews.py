@@ -1,4 +1,4 @@
-"""Continue the opening of a movie review; with ``reward=sentiment``, kindly."""
+"""Continue the opening of a movie review."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Reviews:
         prompt_words: where a row is a whole text: how many of its words are the prompt; of a shorter text,
             all but the last.
         held_out: where the source has no split of its own: rows held out for validation.
-        instruction: how chat models are asked, with ``{text}`` in it; None sends the bare opening.
+        instruction: prompt for chat models, with ``{text}`` in it; None sends the opening alone.
         data_dir: folder for what is fetched.
         columns: field (``prompt``, ``completion``, ``text``, ``reference``, ``split``) -> its name in a file or a data
             set on the hub; None where it is the same.
-        hub: of a data set on the hub: ``config``, ``revision``, and its splits to ``train`` on and to hold out as
-            ``val``; None takes what there is.
+        hub: of a data set on the hub: ``config``, ``revision``, and the splits to ``train`` on and to hold out as
+            ``val``; None chooses the default (`rows.read_hub`).
 
     Raises:
-        UserError: when the source cannot be had or read, or an argument does not fit.
+        UserError: when the source cannot be loaded, or an argument is out of range.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Reviews:
         held_out: int,
         instruction: str | None,
         data_dir: str,
-        columns: dict[str, str | None] | None = None,  # the two may be missing: old runs are still evaluated
+        columns: dict[str, str | None] | None = None,  # optional, so that older runs can be evaluated
         hub: dict[str, str | None] | None = None,
     ) -> None:
         columns, hub = columns or {}, hub or {}
@@ -59,7 +59,7 @@ class Reviews:
         self.train, self.val = rows.hold_out(found, held_out, source)
 
     def metrics(self, completions: Sequence[Completion]) -> dict[str, list[float]]:
-        """Sentiment by a lexicon that the reward does not use, and how little the text repeats itself."""
+        """Sentiment by a lexicon that the reward does not use, and the share of word pairs that are not repeated."""
         return {
             "polarity": [polarity(completion.text) for completion in completions],
             "distinct_2": [distinct_2(completion.text) for completion in completions],

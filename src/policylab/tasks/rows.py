@@ -15,7 +15,7 @@ from policylab.user_code import said
 
 log = logging.getLogger(__name__)
 
-# Not the run's seed: runs with different seeds are compared on the same held-out rows.
+# Not the run's seed, so that runs with different seeds are compared on the same held-out rows.
 HELD_OUT_KEY = 0
 SPLITS = ("train", "val")
 HUB_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "val"}
@@ -25,7 +25,7 @@ Columns = Mapping[str, str]  # field -> column
 
 
 class Row(NamedTuple):
-    """An example and where it belongs, if its source says so."""
+    """An example, and its split if the source gives one."""
 
     example: Example
     split: str | None
@@ -62,11 +62,11 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
     """The rows of a data set from the hub or its local cache.
 
     Args:
-        hub: its ``config`` and ``revision``, and the splits to take as ``train`` and ``val``; None takes what there is:
-            the one config, the newest revision, the train split, and validation and test as held out.
+        hub: its ``config`` and ``revision``, and the splits to take as ``train`` and ``val``. None: the only config,
+            the newest revision, the train split, and validation and test as held out.
 
     Raises:
-        UserError: when ``datasets`` is not installed, or the data set or a split of it cannot be had.
+        UserError: when ``datasets`` is not installed, or the data set or a split of it cannot be loaded.
     """
     try:
         import datasets
@@ -85,7 +85,7 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
         )
     try:
         found = datasets.load_dataset(name, hub.get("config"), revision=hub.get("revision"))
-    except Exception as error:  # many kinds, of which none is ours to repair
+    except Exception as error:  # of many types; none can be handled here
         chosen = "" if hub.get("config") else "; where it has several configs, name one: task.hub.config=..."
         raise UserError(
             f"task.source={name}: the data set cannot be loaded ({said(error)}){chosen}"
@@ -99,7 +99,7 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
 
 
 def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[tuple[str, str]]:
-    """What a data set's splits are to us, and their own names."""
+    """Pairs of our name of a split, and the data set's name of it."""
     chosen: list[tuple[str, str]] = []
     for ours in SPLITS:
         asked = hub.get(ours)
@@ -117,7 +117,7 @@ def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[
 def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], list[Example]]:
     """Training rows and held-out rows.
 
-    Rows that name a split stay there. Where none is held out so, ``count`` rows are, drawn once and for all.
+    Rows that name a split stay in it. Where none is held out, ``count`` rows are, the same in every run.
 
     Raises:
         UserError: when nothing would be left to train on.
@@ -140,7 +140,7 @@ def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], l
 
 
 def _told(read: list[Row | None], source: str) -> list[Row]:
-    """The rows; how many texts are left out is said."""
+    """The rows without the texts that were left out, which a warning counts."""
     rows = [row for row in read if row is not None]
     if len(rows) < len(read):
         log.warning(

@@ -71,7 +71,7 @@ def fetch(path: Path) -> None:
     if digest != SHA256:
         raise UserError(f"{archive} has sha256 {digest}, not {SHA256}; delete it and run {COMMAND} again")
     (folder / "PROVENANCE.md").write_text(PROVENANCE, encoding="utf-8")
-    # written under another name first, so that a job beside this one never reads half a file
+    # written under another name first, so that another job never reads half a file
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as file:
         for text, rating in dict(_snippets(archive)).items():
@@ -83,10 +83,10 @@ def fetch(path: Path) -> None:
 def _download(folder: Path) -> None:
     """Lets pip fetch the source package, so that the user's index, proxy and certificates apply."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    patience = ["--timeout", "5", "--retries", "1"]
+    limits = ["--timeout", "5", "--retries", "1"]
     what = ["--no-deps", "--no-binary", "vaderSentiment", "--dest", str(folder), PACKAGE]
     try:
-        done = subprocess.run(pip + patience + what, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(pip + limits + what, capture_output=True, text=True, timeout=120)
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     except subprocess.TimeoutExpired:
         reason = "no answer in 120 s"
@@ -112,7 +112,7 @@ def _snippets(archive: Path) -> Iterator[tuple[str, float]]:
 
 
 def repair(text: str) -> str:
-    """Undoes what the data set did: each hyphen had become a blank, each quotation mark two strokes.
+    """Restores what the data set changed: a hyphen had become a blank, and a quotation mark two apostrophes.
 
     >>> repair("A ''small'' film    but R&amp;D")
     'A "small" film -- but R&D'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from policylab.data.plan import BatchPlan
 from policylab.data.rollout import Prompt
 from policylab.models.policy import Policy
-from policylab.rewards.base import Reward
+from policylab.rewards.scorer import Scorer
 from policylab.rollouts.engine import Engine
 from policylab.tasks.base import Task
 from policylab.training.optimizer import AdamW
@@ -20,7 +20,7 @@ class Parts:
 
     policy: Policy
     engine: Engine
-    reward: Reward
+    scorer: Scorer
     task: Task
     optim: AdamW
     plan: BatchPlan

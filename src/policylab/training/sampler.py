@@ -12,9 +12,7 @@ from policylab.data.rollout import Completion, Prompt, Rollout
 from policylab.distributed.sharding import gathered
 from policylab.models.policy import Policy
 from policylab.rewards.base import Scores
-from policylab.rewards.memory import load_state, state_of
-from policylab.rewards.networks import move
-from policylab.rewards.pool import ScoreFuture, begin, in_this_process
+from policylab.rewards.scorer import ScoreFuture
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.noise import PREFLIGHT, VALIDATION, uniforms
 from policylab.rollouts.row_limit import EVERY_ROW, RowLimit
@@ -32,14 +30,14 @@ class Sampler:
 
     Attributes:
         behaviour: distribution that the tokens of a noise stream are drawn from, where it is not the policy itself.
-        reward: not a part of the trained module, even if it is a network.
+        scorer: holds the reward; no module, so that a network in the reward is not part of the trained module.
     """
 
     def __init__(self, parts: Parts, reference: Policy | None, passes: Passes, progress: Progress) -> None:
         self.policy = parts.policy
         self.reference = reference
         self.engine = parts.engine
-        self.reward = parts.reward
+        self.scorer = parts.scorer
         self.seed = parts.seed
         self.passes = passes
         self.runtime = passes.runtime
@@ -85,7 +83,7 @@ class Sampler:
         completions = self.completions(rollout, prompts)
         # in the reward's own precision, as in a worker
         with torch.no_grad(), torch.autocast(self.runtime.device.type, enabled=False):
-            return completions, begin(self.reward, completions)
+            return completions, self.scorer.begin(completions)
 
     def completions(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:
         """As text; one copy from the device for all. ``prompts``: one for each row."""
@@ -153,8 +151,8 @@ class Sampler:
         return self.engine.exact and self.in_full_precision
 
     def move_reward(self) -> None:
-        """Moves a reward that is a network to the policy's device, unless worker processes have it."""
-        move(in_this_process(self.reward), self.runtime.device)
+        """Moves networks of the reward to the policy's device, unless worker processes have them."""
+        self.scorer.move(self.runtime.device)
 
     def agree_on_cuts(self) -> None:
         """From here on no process takes more tokens or rows at once than have been found to fit on each of them."""
@@ -165,14 +163,14 @@ class Sampler:
 
     def begin_validation(self) -> None:
         """A run that resumes here validates again, so a checkpoint needs the reward's state from before this one."""
-        self._reward_before = (self.progress.iteration, state_of(self.reward))
+        self._reward_before = (self.progress.iteration, self.scorer.state())
 
     def state(self) -> dict[str, Any]:
         """The rows that fit at once, and the reward's state on each process."""
         if self._reward_before is not None and self._reward_before[0] == self.progress.iteration:
             reward = self._reward_before[1]
         else:
-            reward = state_of(self.reward)
+            reward = self.scorer.state()
         return {
             "max_rows": (self.row_limit.asked, self.row_limit.rows),
             "reward": self.runtime.gather(reward),
@@ -190,7 +188,7 @@ class Sampler:
         if not self._reward_is_loaded:
             saved = state.get("reward", [None])
             mine = saved[self.runtime.rank if len(saved) == self.runtime.world_size else 0]
-            load_state(self.reward, mine)
+            self.scorer.load_state(mine)
         self._reward_is_loaded = True
 
 

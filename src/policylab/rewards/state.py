@@ -6,29 +6,25 @@ import io
 from typing import Any
 
 from policylab.errors import UserError
-from policylab.rewards.base import Reward, reward_name
+from policylab.rewards.base import reward_name
 from policylab.rewards.networks import is_network
 from policylab.user_code import call
 
 
-def has_state(reward: Reward) -> bool:
-    """Whether it has ``state_dict()`` and ``load_state_dict(state)``. The weights of a network do not count: they are
-    frozen, and loaded from their source."""
-    says_how = all(hasattr(reward, name) for name in ("state_dict", "load_state_dict"))
-    return says_how and not is_network(reward)
-
-
-def state_of(reward: Reward) -> Any:
+def state_of(reward: Any) -> Any:
     """A copy of the reward's state; None for a reward without one.
+
+    The weights of a reward that is a network are no state: they are frozen, and loaded from their source.
 
     Raises:
         UserError: for a state that a checkpoint cannot hold.
     """
-    if not has_state(reward):
+    methods = all(hasattr(reward, name) for name in ("state_dict", "load_state_dict"))
+    if not methods or is_network(reward):
         return None
     import torch
 
-    state = call(f"the state_dict of reward {reward_name(reward)}", reward.state_dict)  # type: ignore[attr-defined]
+    state = call(f"the state_dict of reward {reward_name(reward)}", reward.state_dict)
     file = io.BytesIO()
     try:
         torch.save(state, file)
@@ -41,11 +37,11 @@ def state_of(reward: Reward) -> Any:
         ) from error
 
 
-def load_state(reward: Reward, state: Any) -> None:
+def load_state(reward: Any, state: Any) -> None:
     """Gives the reward a saved state; None leaves it as it is.
 
     Raises:
         RunError: when the reward's own code fails.
     """
-    if state is not None and has_state(reward):
-        call(f"the load_state_dict of reward {reward_name(reward)}", reward.load_state_dict, state)  # type: ignore[attr-defined]
+    if state is not None:
+        call(f"the load_state_dict of reward {reward_name(reward)}", reward.load_state_dict, state)

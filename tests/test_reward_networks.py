@@ -1,0 +1,81 @@
+"""Rewards that hold networks: frozen, on the right device, reading tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from policylab.data.text import Completion
+from policylab.rewards.base import Scores, ScoringBatch
+from policylab.rewards.networks import networks
+from policylab.rewards.scorer import Scorer
+from policylab.rewards.sentiment import sentiment
+from policylab.rewards.weighted_sum import WeightedSum
+
+
+class Reader(torch.nn.Module):
+    """A network that reads tokens: the sum of their squares, by weights that are 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.layer.weight)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.layer((ids * mask).float().square().sum(-1, keepdim=True))[:, 0]
+
+
+class Model:
+    """A reward that holds networks, and asks for tokens and device."""
+
+    def __init__(self) -> None:
+        self.networks = {"reader": Reader(), "other": torch.nn.Dropout()}
+
+    def score(self, batch: ScoringBatch) -> Scores:
+        ids, mask = batch.tokens()
+        return Scores(self.networks["reader"](ids, mask), {"length": mask.sum(-1)})
+
+
+def completion(*tokens: int) -> Completion:
+    return Completion("it is", " good", None, tokens, True)
+
+
+class TestNetworks:
+    @pytest.mark.parametrize(
+        ("workers", "pool"),
+        [(0, "process"), (2, "thread"), pytest.param(2, "process", marks=pytest.mark.slow)],
+    )
+    def test_a_reward_reads_tokens_by_its_own_network(self, workers, pool):
+        with Scorer(Model(), workers, pool) as scorer:
+            scores = scorer.begin([completion(1), completion(1, 1, 1), completion(1, 1)])()
+        assert scores == Scores([1.0, 3.0, 2.0], {"length": [1.0, 3.0, 2.0]})
+        assert not any(network.training for network in scorer.reward.networks.values())
+        assert not scorer.reward.networks["reader"].layer.weight.requires_grad
+
+    def test_tokens_are_padded_on_the_right(self):
+        ids, mask = ScoringBatch((completion(5), completion(7, 0), completion())).tokens()
+        assert ids.tolist() == [[5, 0], [7, 0], [0, 0]]
+        assert mask.tolist() == [[True, False], [True, True], [False, False]]
+        assert ScoringBatch(()).tokens()[0].shape == (0, 0)
+
+    def test_networks_are_moved_where_they_score_in_this_process(self):
+        for pool, device in (("thread", "meta"), ("process", "cpu")):
+            with Scorer(Model(), 2, pool) as scorer:
+                scorer.move(torch.device("meta"))
+            assert scorer.device == device
+            assert scorer.reward.networks["reader"].layer.weight.device.type == device
+
+    def test_those_of_a_weighted_sum_too(self):
+        scorer = Scorer(WeightedSum({"a": Model(), "b": sentiment}, {"a": 1.0, "b": 2.0}))
+        scorer.move("meta")
+        assert scorer.reward.parts["a"].networks["reader"].layer.weight.device.type == "meta"
+
+    def test_a_callable_that_is_not_told_the_device_keeps_its_networks(self):
+        class Callable:
+            def __init__(self):
+                self.network = torch.nn.Dropout()
+
+            def __call__(self, completions):
+                return [1.0] * len(completions)
+
+        assert networks(Callable()) == []
