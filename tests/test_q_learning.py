@@ -142,9 +142,9 @@ def test_double_asks_the_online_network_which_and_the_target_how_much():
         (True, True, 2.0, 3.0),
     ):
         algorithm = dqn(backup=HardBackup(double, corrected), scale=1.0, dueling=None)
-        opinions = [algorithm.judge(z, rollout, None) for z in (target, online)]
-        # Corrected: Q of the token, 5, less what the state is said to be worth, 2.
-        assert [x.tolist() for x in algorithm.backup.bootstrap(*opinions)] == [[value], [path]]
+        estimates = [algorithm.estimate(z, rollout, None) for z in (target, online)]
+        # Corrected: Q of the token, 5, less the estimated value of the state, 2.
+        assert [x.tolist() for x in algorithm.backup.bootstrap(*estimates)] == [[value], [path]]
 
 
 @pytest.mark.parametrize("level", ["max", "mean", "logsumexp"])
@@ -153,10 +153,10 @@ def test_what_the_value_head_says_is_the_level_of_q(level):
     z = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).repeat_interleave(5, 0)
     values = torch.tensor([3.0, -1.0]).repeat_interleave(5)  # two states, all five tokens
     rollout = of_tokens(torch.arange(5).repeat(2)[:, None])
-    judgement = dqn(scale=0.7, dueling=Dueling(level, 1.0, 0)).judge(z, rollout, values)
-    q = judgement.q.reshape(2, 5)
+    estimate = dqn(scale=0.7, dueling=Dueling(level, 1.0, 0)).estimate(z, rollout, values)
+    q = estimate.q.reshape(2, 5)
     torch.testing.assert_close(LEVELS[level](q, 0.7), torch.tensor([3.0, -1.0]))
-    torch.testing.assert_close(judgement.values.reshape(2, 5), q.amax(-1, keepdim=True).expand(2, 5))
+    torch.testing.assert_close(estimate.values.reshape(2, 5), q.amax(-1, keepdim=True).expand(2, 5))
     torch.testing.assert_close((q / 0.7).softmax(-1), z[::5].softmax(-1))  # the LM is the Boltzmann policy
 
 
@@ -164,28 +164,28 @@ def test_soft_value_is_that_of_q():
     z = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).repeat_interleave(5, 0)
     values = torch.tensor([3.0, -1.0]).repeat_interleave(5)
     rollout = of_tokens(torch.arange(5).repeat(2)[:, None])
-    judgement = dqn(backup=SoftBackup("uniform"), scale=0.7).judge(z, rollout, values)
-    torch.testing.assert_close(judgement.values, values)
+    estimate = dqn(backup=SoftBackup("uniform"), scale=0.7).estimate(z, rollout, values)
+    torch.testing.assert_close(estimate.values, values)
     torch.testing.assert_close(
-        0.7 * (judgement.q.reshape(2, 5) / 0.7).logsumexp(-1), torch.tensor([3.0, -1.0])
+        0.7 * (estimate.q.reshape(2, 5) / 0.7).logsumexp(-1), torch.tensor([3.0, -1.0])
     )
-    torch.testing.assert_close(judgement.advantages, 0.7 * taken(z.log_softmax(-1), rollout.tokens[:, 0]))
+    torch.testing.assert_close(estimate.advantages, 0.7 * taken(z.log_softmax(-1), rollout.tokens[:, 0]))
 
 
 def test_without_dueling_the_scores_are_q():
     z = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     rollout = of_tokens(torch.arange(5)[:, None])
     for backup in (HardBackup(True, False), SoftBackup("uniform")):
-        judgement = dqn(backup=backup, dueling=None).judge(z, rollout, None)
-        torch.testing.assert_close(judgement.q, 0.5 * z.diagonal())
+        estimate = dqn(backup=backup, dueling=None).estimate(z, rollout, None)
+        torch.testing.assert_close(estimate.q, 0.5 * z.diagonal())
 
 
 def test_against_the_reference_an_untrained_policy_has_no_advantages():
     z = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     tokens = torch.arange(5)
     rollout = of_tokens(tokens[:, None]).replace(ref_logprobs=z.log_softmax(-1).diagonal()[:, None])
-    judgement = dqn(backup=SoftBackup("reference")).judge(z, rollout, torch.ones(5))
-    torch.testing.assert_close(judgement.q, torch.ones(5))
+    estimate = dqn(backup=SoftBackup("reference")).estimate(z, rollout, torch.ones(5))
+    torch.testing.assert_close(estimate.q, torch.ones(5))
 
 
 @pytest.mark.parametrize("conservative", [0.0, 0.3])
@@ -197,9 +197,9 @@ def test_gradient_of_the_loss_is_that_of_a_policy_gradient_with_a_critic(conserv
         backup=SoftBackup("uniform"), dueling=Dueling("logsumexp", 0.1, 0), conservative=conservative
     )
     rollout = of_tokens(torch.tensor([[2]]))
-    judgement = algorithm.judge(z, rollout, value)
-    error = algorithm.errors(judgement, torch.ones(1, 1), rollout)
-    algorithm.loss(judgement, error, rollout).sum().backward()
+    estimate = algorithm.estimate(z, rollout, value)
+    error = algorithm.errors(estimate, torch.ones(1, 1), rollout)
+    algorithm.loss(estimate, error, rollout).sum().backward()
     torch.testing.assert_close(value.grad, 0.1 * error[0].detach())
     # The conservative term counts as an error of its own weight, for the logits alone.
     weight = error.item() - conservative
@@ -268,12 +268,12 @@ def fitted(algorithm: QLearning, rollout: Rollout, start: Tensor, rounds: int = 
         optimizer = torch.optim.Adam(parameters, lr=0.1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT)
         for _ in range(FIT):
-            judgement = algorithm.judge(z[states], rollout, values(v))
+            estimate = algorithm.estimate(z[states], rollout, values(v))
             with torch.no_grad():
-                target = algorithm.judge(old_z[states], rollout, values(old_v))
-                targets = algorithm.targets(target, judgement, rollout)
+                target = algorithm.estimate(old_z[states], rollout, values(old_v))
+                targets = algorithm.targets(target, estimate, rollout)
             optimizer.zero_grad()
-            algorithm.loss(judgement, algorithm.errors(judgement, targets, rollout), rollout).sum().backward()
+            algorithm.loss(estimate, algorithm.errors(estimate, targets, rollout), rollout).sum().backward()
             optimizer.step()
             schedule.step()
     return z.detach(), v.detach()
@@ -285,7 +285,7 @@ def learned_q(algorithm: QLearning, z: Tensor, v: Tensor) -> Tensor:
     rollout = of_tokens(torch.arange(V).repeat(len(LIVE))[:, None])
     reference = world()[1].log_softmax(-1)[LIVE].reshape(-1, 1)
     values = v[states] if algorithm.dueling else None
-    return algorithm.judge(z[states], rollout.replace(ref_logprobs=reference), values).q.reshape(-1, V)
+    return algorithm.estimate(z[states], rollout.replace(ref_logprobs=reference), values).q.reshape(-1, V)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_soft_q_finds_the_boltzmann_policy(n):
 
 @pytest.mark.parametrize("n", STEPS)
 def test_soft_q_with_the_reference_finds_the_kl_regularised_optimum(n):
-    """Over whole sequences: ``reference * exp(reward / scale) / Z``, and the first state is worth ``scale log Z``."""
+    """Over whole sequences: ``reference * exp(reward / scale) / Z``, and V of the first state is ``scale log Z``."""
     rollout, reference, _ = world()
     algorithm = dqn(backup=SoftBackup("reference"), n_step=n)
     z, v = fitted(algorithm, rollout, reference)

@@ -24,7 +24,7 @@ from policylab.functional.q_learning import (
 
 
 @dataclass(frozen=True)
-class Judgement:
+class QEstimate:
     """A network's estimates for states and the tokens chosen there."""
 
     scores: Float[Tensor, "N V"]  #: Q of every token, up to a term that depends on the state alone
@@ -57,7 +57,7 @@ class HardBackup:
         return best(scores, scale)
 
     def bootstrap(
-        self, target: Judgement, online: Judgement
+        self, target: QEstimate, online: QEstimate
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """V of each state, and Q - V of its action (zero without correction)."""
         values = target.values
@@ -88,7 +88,7 @@ class SoftBackup:
         return soft_best(scores, scale)
 
     def bootstrap(
-        self, target: Judgement, online: Judgement
+        self, target: QEstimate, online: QEstimate
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """V of each state, and Q - V of its action."""
         return target.values, target.advantages
@@ -267,9 +267,9 @@ class QLearning:
                 "never follows that; take algo/exploration=boltzmann or algo/backup=hard"
             )
         if isinstance(self.backup, HardBackup):
-            self.demand_use(self.backup)
+            self.check_use(self.backup)
 
-    def demand_use(self, backup: HardBackup) -> None:
+    def check_use(self, backup: HardBackup) -> None:
         """Refuses a target network that nothing would use, and double Q-learning without one."""
         if self.n_step is None and not backup.corrected:
             if backup.double:
@@ -288,9 +288,9 @@ class QLearning:
                 "algo.backup.double=false"
             )
 
-    def judge(
+    def estimate(
         self, z: Float[Tensor, "N V"], rollout: Rollout, values: Float[Tensor, " N"] | None
-    ) -> Judgement:
+    ) -> QEstimate:
         """A network's estimates for the actions of a rollout, in row-major order.
 
         Args:
@@ -298,8 +298,8 @@ class QLearning:
             values: those of the value head; None without one.
         """
         scores, mask = self.scale * z, rollout.action_mask
-        worth = self.backup.value(scores, self.scale)
-        advantages = taken(scores, rollout.tokens[mask]) - worth
+        state_values = self.backup.value(scores, self.scale)
+        advantages = taken(scores, rollout.tokens[mask]) - state_values
         if self.backup.needs_reference:
             assert rollout.ref_logprobs is not None
             advantages = advantages - self.scale * rollout.ref_logprobs[mask]
@@ -307,10 +307,10 @@ class QLearning:
             assert values is not None
             # The loss is divided by scale: the value's share of the gradient becomes coef x the error.
             values = scale_gradient(values, self.scale * self.dueling.coef)
-            worth = values + (worth - LEVELS[self.dueling.level](scores, self.scale))
-        return Judgement(scores, worth, advantages)
+            state_values = values + (state_values - LEVELS[self.dueling.level](scores, self.scale))
+        return QEstimate(scores, state_values, advantages)
 
-    def targets(self, target: Judgement, online: Judgement, rollout: Rollout) -> Float[Tensor, "B T"]:
+    def targets(self, target: QEstimate, online: QEstimate, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Targets of Q of each action, by the target network (and the online one, if double)."""
         assert rollout.rewards is not None
         mask = rollout.action_mask
@@ -321,13 +321,13 @@ class QLearning:
         )
 
     def errors(
-        self, opinion: Judgement, targets: Float[Tensor, "B T"], rollout: Rollout
+        self, estimate: QEstimate, targets: Float[Tensor, "B T"], rollout: Rollout
     ) -> Float[Tensor, "B T"]:
         """TD errors: Q minus its target."""
-        return rollout.on_grid(opinion.q) - targets
+        return rollout.on_grid(estimate.q) - targets
 
     def loss(
-        self, opinion: Judgement, errors: Float[Tensor, "B T"], rollout: Rollout
+        self, estimate: QEstimate, errors: Float[Tensor, "B T"], rollout: Rollout
     ) -> Float[Tensor, "B T"]:
         """Of TD errors, plus the conservative penalty.
 
@@ -336,7 +336,7 @@ class QLearning:
         """
         loss = td_loss(errors, self.huber) / self.scale
         if self.conservative:
-            chosen = taken(opinion.scores, rollout.tokens[rollout.action_mask])
-            gap = (soft_best(opinion.scores, self.scale) - chosen) / self.scale
+            chosen = taken(estimate.scores, rollout.tokens[rollout.action_mask])
+            gap = (soft_best(estimate.scores, self.scale) - chosen) / self.scale
             loss = loss + self.conservative * rollout.on_grid(gap)
         return loss

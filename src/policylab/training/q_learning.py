@@ -96,19 +96,19 @@ class QTraining(TrainingModule):
         """The rows' share of the minibatch's loss."""
         algorithm, mask, temperature = self.algorithm, rollout.action_mask, self.sampler.engine.temperature
         scores, values = self.policy.scores_of(rollout, temperature)
-        judgement = algorithm.judge(scores, rollout, values)
+        estimate = algorithm.estimate(scores, rollout, values)
         with torch.no_grad():
-            target = judgement
+            target = estimate
             if self.target is not None:
                 target_scores, target_values = self.target.scores_of(rollout, temperature)
-                target = algorithm.judge(target_scores, rollout, target_values)
-            targets = algorithm.targets(target, judgement, rollout)
-        errors = algorithm.errors(judgement, targets, rollout)
-        loss = algorithm.loss(judgement, errors, rollout)
+                target = algorithm.estimate(target_scores, rollout, target_values)
+            targets = algorithm.targets(target, estimate, rollout)
+        errors = algorithm.errors(estimate, targets, rollout)
+        loss = algorithm.loss(estimate, errors, rollout)
         with torch.no_grad():
             self.recorder.add("train/loss", loss, mask)
             self.recorder.add("train/td_error", errors.abs(), mask)
-            self.recorder.add("train/q_mean", judgement.q)
+            self.recorder.add("train/q_mean", estimate.q)
             self.recorder.add("train/target_mean", targets, mask)
             self.recorder.add("train/entropy", entropy(scores.log_softmax(-1)))
         return token_sum(loss, mask, denominator)
