@@ -176,7 +176,7 @@ def test_a_penalty_needs_a_reference():
         KLPenalty("reward", "k1", FixedCoefficient(0.1), None)
 
 
-def test_groups_are_demanded():
+def test_groups_are_required():
     assert reinforce().min_group_size == 1
     assert reinforce(sampling=DynamicSampling(1)).min_group_size == 2
     assert reinforce(advantage=LeaveOneOut()).min_group_size == 2

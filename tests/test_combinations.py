@@ -117,7 +117,7 @@ def test_the_critic_needs_equal_shares(compose):
     method_of(instantiate(uncritical.algo)).plan(uncritical.rollout, 1)
 
 
-def test_groups_are_demanded(compose):
+def test_groups_are_required(compose):
     from policylab.training.methods import method_of
 
     config = compose(["algo=rloo", "rollout.group_size=1"])

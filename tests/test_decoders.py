@@ -100,7 +100,7 @@ def often_ending(logp):
     return (0.8 * logp.exp() + 0.2 * (torch.arange(logp.shape[-1]) == 0)).log()
 
 
-def demand_same(policy, rollout, behaviour=often_ending, *, tokens: bool = True, tolerance: float = 1e-4):
+def check_same(policy, rollout, behaviour=often_ending, *, tokens: bool = True, tolerance: float = 1e-4):
     """One row at a time, without cache, padding or batch."""
     for row in range(len(rollout)):
         prompt, length = PROMPTS[row // GROUP].tokens, int(rollout.lengths[row])
@@ -124,9 +124,9 @@ class TestTokens:
     def test_tokens_logprobs_and_values_are_those_of_the_plain_forward(self, policy, engine):
         rollout = engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)
         assert rollout.lengths.unique().numel() > 4
-        demand_same(policy, rollout)
+        check_same(policy, rollout)
         endless = engine.sample(policy, PROMPTS, GROUP, NOISE)
-        demand_same(policy, endless, behaviour=lambda logp: logp)
+        check_same(policy, endless, behaviour=lambda logp: logp)
 
     @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
     @pytest.mark.parametrize("threshold", [0.01, 2.0])
@@ -134,7 +134,7 @@ class TestTokens:
         """At once, so that prompts leave with their last row; or never."""
         monkeypatch.setattr(cached, "COMPACT_AT", threshold)
         policy = policy_of(name)
-        demand_same(policy, engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending))
+        check_same(policy, engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending))
 
     def test_new_weights_are_read(self, engine):
         policy = policy_of("llama")
@@ -144,7 +144,7 @@ class TestTokens:
                 parameter.mul_(1.05)
         after = engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)
         assert (before.logprobs[:, 0] - after.logprobs[:, 0]).abs().min() > 0
-        demand_same(policy, after)
+        check_same(policy, after)
 
     @pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
     def test_a_prompt_is_read_once(self, name, monkeypatch, engine):
@@ -187,7 +187,7 @@ class TestLowPrecision:
         assert not engine.exact
         policy = policy_of(name)
         rollout = engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)
-        demand_same(policy, rollout, tokens=False, tolerance=0.2)
+        check_same(policy, rollout, tokens=False, tolerance=0.2)
         assert rollout.logprobs.dtype == torch.float32
 
     @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gpt_neox"])
@@ -196,7 +196,7 @@ class TestLowPrecision:
         low = policy.lm.to(torch.bfloat16)
         rollout = engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending)
         low.float()
-        demand_same(policy, rollout, tokens=False, tolerance=0.2)
+        check_same(policy, rollout, tokens=False, tolerance=0.2)
 
     @pytest.mark.parametrize("name", ["gpt2", "llama"])
     def test_float64_takes_the_general_path(self, name):

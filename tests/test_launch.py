@@ -27,7 +27,7 @@ from policylab.config import resolvers
 from policylab.config.settle import settle
 from policylab.config.suggest import nearest
 from policylab.errors import UserError
-from policylab.models.folder import demand_folder
+from policylab.models.folder import check_folder
 from policylab.runs.command import NothingLeft, with_command_of
 from policylab.runs.environment import describe_environment
 from policylab.runs.find import checkpoint_to_resume, find_checkpoint, find_run
@@ -375,7 +375,7 @@ def test_a_model_is_a_folder(tmp_path):
     with pytest.raises(
         UserError, match=r"model.path=.*table\.csv is a file; give the folder that holds config\.json"
     ):
-        demand_folder(tmp_path / "table.csv")
+        check_folder(tmp_path / "table.csv")
 
 
 # -- help -----------------------------------------------------------------------------------------------

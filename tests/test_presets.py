@@ -240,17 +240,17 @@ def test_size_of_micro_batches_changes_nothing(preset, tokens):
     cut = outcome(Specimen(preset), {"optim.micro_batch_tokens": tokens}, None)
     assert isinstance(cut, Trace), cut
     assert cut.passes > whole.passes
-    demand_same(cut, whole)
+    check_same(cut, whole)
 
 
 @pytest.mark.parametrize("preset", quick(PRESETS))
 def test_padding_changes_nothing(preset):
     wide = outcome(Specimen(preset), {}, Padded)
     assert isinstance(wide, Trace), wide
-    demand_same(wide, untouched(preset))
+    check_same(wide, untouched(preset))
 
 
-def demand_same(one: Trace, other: Trace) -> None:
+def check_same(one: Trace, other: Trace) -> None:
     """All weights and the metrics of all iterations, up to rounding."""
     torch.testing.assert_close(one.policy, other.policy, rtol=0, atol=ROUNDING)
     torch.testing.assert_close(one.critic, other.critic, rtol=0, atol=ROUNDING)

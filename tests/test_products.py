@@ -129,7 +129,7 @@ BIASES = {
 }
 
 
-def demand_fast(calls):
+def check_fast(calls):
     """oneDNN was given only what it has kernels for: anything else takes its reference kernel, minutes for a layer."""
     for _, weight, bias in calls:
         assert weight.is_contiguous() or weight.t().is_contiguous()
@@ -152,7 +152,7 @@ def test_any_strides_in_both_directions(seen, operand, lies, n, i, o):
     ):
         torch.testing.assert_close(ours, theirs)
     assert len(seen) == 3
-    demand_fast(seen)
+    check_fast(seen)
 
 
 @pytest.mark.parametrize("lies", BIASES)
@@ -161,7 +161,7 @@ def test_a_bias_of_any_stride(seen, lies):
     x, weight, bias = torch.randn(6, 5), torch.randn(9, 5), BIASES[lies](9)
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
     torch.testing.assert_close(Linear(weight, bias, torch.float32)(x), F.linear(x, weight, bias))
-    demand_fast(seen)
+    check_fast(seen)
 
 
 def test_the_sum_of_a_layer_has_a_gradient_in_no_time(seen):
@@ -172,7 +172,7 @@ def test_the_sum_of_a_layer_has_a_gradient_in_no_time(seen):
     expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
     torch.testing.assert_close(found, expected)
     assert len(seen) == 3
-    demand_fast(seen)
+    check_fast(seen)
 
 
 # -- who multiplies ----------------------------------------------------------------------------------------

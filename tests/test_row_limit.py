@@ -45,7 +45,7 @@ def often_ending(logp):
     return (0.8 * logp.exp() + 0.2 * (torch.arange(logp.shape[-1]) == 0)).log()
 
 
-def demand_same(cut, whole):
+def check_same(cut, whole):
     for field, value in vars(whole).items():
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             assert torch.equal(getattr(cut, field), value), field
@@ -74,18 +74,18 @@ def test_every_cut_gives_the_same_rollout(policy, name, behaviour):
     engine = ENGINES[name](1.3, WIDTH)
     whole = engine.sample(policy, PROMPTS, GROUP, NOISE, behaviour)
     for rows in (1, 2, 7, EVERY_ROW):
-        demand_same(RowLimit(rows).sample(engine, policy, PROMPTS, GROUP, NOISE, behaviour), whole)
+        check_same(RowLimit(rows).sample(engine, policy, PROMPTS, GROUP, NOISE, behaviour), whole)
 
 
 def test_when_memory_runs_out_the_piece_is_halved_and_the_rest_is_kept(policy):
     engine = CachedEngine(1.0, WIDTH)
     whole, limit, tight = engine.sample(policy, PROMPTS, GROUP, NOISE), RowLimit(None), Tight(engine)
     with pytest.warns(UserWarning, match=r"at most 3 completions are sampled at once; rollout.max_rows=3"):
-        demand_same(limit.sample(tight, policy, PROMPTS, GROUP, NOISE), whole)
+        check_same(limit.sample(tight, policy, PROMPTS, GROUP, NOISE), whole)
     assert (limit.asked, limit.rows) == (None, 3)
     tight.room = 2
     with pytest.warns(UserWarning, match="at most 1 completions"):
-        demand_same(limit.sample(tight, policy, PROMPTS, GROUP, NOISE), whole)
+        check_same(limit.sample(tight, policy, PROMPTS, GROUP, NOISE), whole)
 
 
 def test_a_completion_that_does_not_fit_is_told(policy):

@@ -242,7 +242,7 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch, compose, tmp_pa
 
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     config = compose(
-        ["rollout=vllm", "model._target_=policylab.errors.demand"]
+        ["rollout=vllm", "model._target_=policylab.errors.check_range"]
     )  # would fail, if it were built
     monkeypatch.setattr("policylab.config.build.check_parts", lambda config: None)
     with pytest.raises(UserError, match=r"pip install 'policylab\[vllm\]' on a machine with a GPU, or take"):

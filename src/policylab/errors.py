@@ -23,7 +23,7 @@ class RunError(Exception):
     """
 
 
-def demand(
+def check_range(
     name: str, value: float | None, low: float, high: float = math.inf, *, above: bool = False
 ) -> None:
     """Refuses a number outside its bounds; None, where a value may be left out, passes.

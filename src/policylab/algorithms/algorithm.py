@@ -19,7 +19,7 @@ from policylab.algorithms.surrogate import Surrogate
 from policylab.algorithms.truncation import Truncation
 from policylab.algorithms.update import Update
 from policylab.data.rollout import Evaluation, Rollout
-from policylab.errors import demand
+from policylab.errors import check_range
 from policylab.functional.masks import AllSum, last_position
 from policylab.functional.surrogates import value_loss
 
@@ -69,7 +69,7 @@ class Algorithm:
     entropy_coef: float
 
     def __post_init__(self) -> None:
-        demand("algo.entropy_coef", self.entropy_coef, 0)
+        check_range("algo.entropy_coef", self.entropy_coef, 0)
         check_combination(self.advantage, self.surrogate, self.update, self.kl, self.critic, self.importance)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from policylab.algorithms.advantage import Advantage, Estimate
 from policylab.data.rollout import Rollout
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.functional.advantages import discounted_returns, subtract_batch_mean
 from policylab.functional.groups import best_of_group, group_centered, group_normalized, leave_one_out
 from policylab.functional.masks import AllSum, masked_sum, whiten
@@ -36,7 +36,7 @@ class ReturnToGo(Advantage):
     whiten: bool
 
     def __post_init__(self) -> None:
-        demand("algo.advantage.gamma", self.gamma, 0, 1)
+        check_range("algo.advantage.gamma", self.gamma, 0, 1)
         if self.whiten and self.baseline == "mean":
             raise UserError(
                 "algo.advantage.baseline=mean changes nothing beside algo.advantage.whiten=true, which subtracts the "

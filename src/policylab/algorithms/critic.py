@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Critic:
     init: str | None
 
     def __post_init__(self) -> None:
-        demand("algo.critic.coef", self.coef, 0)
-        demand("algo.critic.clip", self.clip, 0, above=True)
+        check_range("algo.critic.coef", self.coef, 0)
+        check_range("algo.critic.clip", self.clip, 0, above=True)
         if self.own_layers != "all":
-            demand("algo.critic.own_layers", self.own_layers, 0)
+            check_range("algo.critic.own_layers", self.own_layers, 0)
             if self.init is not None:
                 raise UserError(
                     f"algo.critic.init={self.init} needs a network of its own, but algo.critic.own_layers is "

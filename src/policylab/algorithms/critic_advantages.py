@@ -11,7 +11,7 @@ from torch import Tensor
 
 from policylab.algorithms.advantage import Advantage, Estimate
 from policylab.data.rollout import Rollout
-from policylab.errors import demand
+from policylab.errors import check_range
 from policylab.functional.advantages import gae, n_step
 from policylab.functional.masks import AllSum, whiten
 from policylab.functional.vtrace import vtrace
@@ -33,8 +33,8 @@ class GAE(Advantage):
     needs_values: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        demand("algo.advantage.gamma", self.gamma, 0, 1)
-        demand("algo.advantage.lam", self.lam, 0, 1)
+        check_range("algo.advantage.gamma", self.gamma, 0, 1)
+        check_range("algo.advantage.lam", self.lam, 0, 1)
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         rewards, values = _inputs(rollout)
@@ -60,8 +60,8 @@ class NStep(Advantage):
     needs_values: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        demand("algo.advantage.gamma", self.gamma, 0, 1)
-        demand("algo.advantage.n", self.n, 1)
+        check_range("algo.advantage.gamma", self.gamma, 0, 1)
+        check_range("algo.advantage.n", self.n, 1)
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         rewards, values = _inputs(rollout)
@@ -91,9 +91,9 @@ class VTrace(Advantage):
     needs_policy_logprobs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        demand("algo.advantage.gamma", self.gamma, 0, 1)
-        demand("algo.advantage.rho_clip", self.rho_clip, 0, above=True)
-        demand("algo.advantage.c_clip", self.c_clip, 0, above=True)
+        check_range("algo.advantage.gamma", self.gamma, 0, 1)
+        check_range("algo.advantage.rho_clip", self.rho_clip, 0, above=True)
+        check_range("algo.advantage.c_clip", self.c_clip, 0, above=True)
 
     def __call__(self, rollout: Rollout, all_sum: AllSum) -> Estimate:
         assert rollout.policy_logprobs is not None

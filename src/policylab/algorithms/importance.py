@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.data.rollout import Rollout
-from policylab.errors import demand
+from policylab.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TruncatedImportance:
     cap: float
 
     def __post_init__(self) -> None:
-        demand("algo.importance.cap", self.cap, 0, above=True)
+        check_range("algo.importance.cap", self.cap, 0, above=True)
 
     def weights(self, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Weights of the actions; zero elsewhere."""

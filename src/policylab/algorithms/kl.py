@@ -11,7 +11,7 @@ from torch import Tensor
 
 from policylab.algorithms.reference import Reference
 from policylab.data.rollout import Evaluation, Rollout
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.functional.kl import SAMPLED, exact_in_reward
 
 
@@ -32,7 +32,7 @@ class FixedCoefficient:
     initial: float
 
     def __post_init__(self) -> None:
-        demand("algo.kl.controller.initial", self.initial, 0)
+        check_range("algo.kl.controller.initial", self.initial, 0)
 
     def next(self, coefficient: float, kl: float, sequences: int) -> float:
         return coefficient
@@ -58,9 +58,9 @@ class AdaptiveCoefficient:
     horizon: int
 
     def __post_init__(self) -> None:
-        demand("algo.kl.controller.initial", self.initial, 0, above=True)
-        demand("algo.kl.controller.target", self.target, 0, above=True)
-        demand("algo.kl.controller.horizon", self.horizon, 1)
+        check_range("algo.kl.controller.initial", self.initial, 0, above=True)
+        check_range("algo.kl.controller.target", self.target, 0, above=True)
+        check_range("algo.kl.controller.horizon", self.horizon, 1)
 
     def next(self, coefficient: float, kl: float, sequences: int) -> float:
         error = min(max(kl / self.target - 1, -0.2), 0.2)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.data.rollout import Rollout
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.functional.masks import last_position
 from policylab.functional.q_learning import (
     LEVELS,
@@ -115,9 +115,9 @@ class EpsilonGreedy:
     decay: int
 
     def __post_init__(self) -> None:
-        demand("algo.exploration.start", self.start, 0, 1)
-        demand("algo.exploration.end", self.end, 0, 1)
-        demand("algo.exploration.decay", self.decay, 1)
+        check_range("algo.exploration.start", self.start, 0, 1)
+        check_range("algo.exploration.end", self.end, 0, 1)
+        check_range("algo.exploration.decay", self.decay, 1)
 
     def epsilon(self, iteration: int) -> float:
         """Of an iteration, counted from 0."""
@@ -148,9 +148,9 @@ class Dueling:
     own_layers: int | Literal["all"]
 
     def __post_init__(self) -> None:
-        demand("algo.dueling.coef", self.coef, 0, above=True)
+        check_range("algo.dueling.coef", self.coef, 0, above=True)
         if self.own_layers != "all":
-            demand("algo.dueling.own_layers", self.own_layers, 0)
+            check_range("algo.dueling.own_layers", self.own_layers, 0)
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class TargetNetwork:
     rate: float
 
     def __post_init__(self) -> None:
-        demand("algo.target.every", self.every, 1)
-        demand("algo.target.rate", self.rate, 0, 1, above=True)
+        check_range("algo.target.every", self.every, 1)
+        check_range("algo.target.rate", self.rate, 0, 1, above=True)
         if self.every == self.rate == 1:
             raise UserError(
                 "algo.target.every=1 and algo.target.rate=1 keep the target network equal to the online one; take "
@@ -193,9 +193,9 @@ class Replay:
 
     def __post_init__(self) -> None:
         for name in ("capacity", "warmup", "updates", "batch_size"):
-            demand(f"algo.replay.{name}", getattr(self, name), 1)
+            check_range(f"algo.replay.{name}", getattr(self, name), 1)
 
-    def demand_room(self, sequences: int, longest: int) -> None:
+    def check_room(self, sequences: int, longest: int) -> None:
         """Refuses a memory that may be too small for an iteration or for ``warmup``.
 
         Args:
@@ -246,11 +246,11 @@ class QLearning:
     replay: Replay
 
     def __post_init__(self) -> None:
-        demand("algo.scale", self.scale, 0, above=True)
-        demand("algo.gamma", self.gamma, 0, 1)
-        demand("algo.n_step", self.n_step, 1)
-        demand("algo.huber", self.huber, 0, above=True)
-        demand("algo.conservative", self.conservative, 0)
+        check_range("algo.scale", self.scale, 0, above=True)
+        check_range("algo.gamma", self.gamma, 0, 1)
+        check_range("algo.n_step", self.n_step, 1)
+        check_range("algo.huber", self.huber, 0, above=True)
+        check_range("algo.conservative", self.conservative, 0)
         if self.backup.needs_reference and self.dueling is None:
             raise UserError(
                 "algo.backup.prior=reference makes Q a ratio of two probabilities, which does not set the level of Q, "

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from policylab.errors import demand
+from policylab.errors import check_range
 from policylab.functional.reduction import sequence_mean_sum, token_sum
 
 PerToken = Float[Tensor, "B T"]
@@ -61,7 +61,7 @@ class SequenceSum:
     constant: float
 
     def __post_init__(self) -> None:
-        demand("algo.reduction.constant", self.constant, 0, above=True)
+        check_range("algo.reduction.constant", self.constant, 0, above=True)
 
     def denominator(self, mask: Mask) -> Scalar:
         return _sequences(mask) * self.constant

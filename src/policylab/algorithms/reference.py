@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policylab.errors import demand
+from policylab.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MovingReference:
     decay: float
 
     def __post_init__(self) -> None:
-        demand("algo.kl.reference.decay", self.decay, 0, 1)
+        check_range("algo.kl.reference.decay", self.decay, 0, 1)
 
 
 Reference = FrozenReference | MovingReference

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from policylab.data.rollout import Rollout
-from policylab.errors import demand
+from policylab.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DynamicSampling:
     rounds: int
 
     def __post_init__(self) -> None:
-        demand("algo.sampling.rounds", self.rounds, 1)
+        check_range("algo.sampling.rounds", self.rounds, 1)
 
     def spread(self, rollout: Rollout) -> Bool[Tensor, " B"]:
         """True for the sequences of groups (rows of equal ``group_ids``) whose rewards are not all equal."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from policylab.errors import demand
+from policylab.errors import check_range
 from policylab.functional.ratios import sequence_log_ratio
 from policylab.functional.surrogates import (
     at_bound,
@@ -86,9 +86,9 @@ class ClippedRatio:
     on_policy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        demand("algo.surrogate.clip_low", self.clip_low, 0, 1)
-        demand("algo.surrogate.clip_high", self.clip_high, 0)
-        demand("algo.surrogate.dual_clip", self.dual_clip, 1 + self.clip_high, above=True)
+        check_range("algo.surrogate.clip_low", self.clip_low, 0, 1)
+        check_range("algo.surrogate.clip_high", self.clip_high, 0)
+        check_range("algo.surrogate.dual_clip", self.dual_clip, 1 + self.clip_high, above=True)
 
     def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
         log_ratio = logprobs - old_logprobs
@@ -119,8 +119,8 @@ class SequenceRatio:
     on_policy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        demand("algo.surrogate.clip_low", self.clip_low, 0, 1)
-        demand("algo.surrogate.clip_high", self.clip_high, 0)
+        check_range("algo.surrogate.clip_low", self.clip_low, 0, 1)
+        check_range("algo.surrogate.clip_high", self.clip_high, 0)
 
     def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
         log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)
@@ -149,8 +149,8 @@ class CISPO:
     on_policy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        demand("algo.surrogate.clip_low", self.clip_low, 0, 1)
-        demand("algo.surrogate.clip_high", self.clip_high, 0)
+        check_range("algo.surrogate.clip_low", self.clip_low, 0, 1)
+        check_range("algo.surrogate.clip_high", self.clip_high, 0)
 
     def loss(self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask) -> PerToken:
         log_ratio = logprobs - old_logprobs

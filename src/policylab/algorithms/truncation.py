@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from policylab.data.rollout import Rollout
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 
 
 @runtime_checkable
@@ -52,8 +52,8 @@ class OverlongPenalty:
     scale: float
 
     def __post_init__(self) -> None:
-        demand("algo.truncation.buffer", self.buffer, 1)
-        demand("algo.truncation.scale", self.scale, 0, above=True)
+        check_range("algo.truncation.buffer", self.buffer, 1)
+        check_range("algo.truncation.scale", self.scale, 0, above=True)
         if self.buffer > self.limit:
             raise UserError(
                 f"algo.truncation.buffer is {self.buffer}, more than the {self.limit} tokens of a completion; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class LineSearch:
     shrink: float
 
     def __post_init__(self) -> None:
-        demand("algo.update.line_search.max_steps", self.max_steps, 1)
-        demand("algo.update.line_search.shrink", self.shrink, 0, 1, above=True)
+        check_range("algo.update.line_search.max_steps", self.max_steps, 1)
+        check_range("algo.update.line_search.shrink", self.shrink, 0, 1, above=True)
         if self.shrink == 1:
             raise UserError(
                 "algo.update.line_search.shrink is 1: every step would be as long as the first; take 0.8"
@@ -69,13 +69,13 @@ class TrustRegion:
     minibatches: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        demand("algo.update.max_kl", self.max_kl, 0, above=True)
-        demand("algo.update.fisher_share", self.fisher_share, 0, 1, above=True)
-        demand("algo.update.cg_iterations", self.cg_iterations, 1)
-        demand("algo.update.cg_tolerance", self.cg_tolerance, 0, 1)
-        demand("algo.update.damping", self.damping, 0)
-        demand("algo.update.critic_epochs", self.critic_epochs, 1)
-        demand("algo.update.critic_minibatches", self.critic_minibatches, 1)
+        check_range("algo.update.max_kl", self.max_kl, 0, above=True)
+        check_range("algo.update.fisher_share", self.fisher_share, 0, 1, above=True)
+        check_range("algo.update.cg_iterations", self.cg_iterations, 1)
+        check_range("algo.update.cg_tolerance", self.cg_tolerance, 0, 1)
+        check_range("algo.update.damping", self.damping, 0)
+        check_range("algo.update.critic_epochs", self.critic_epochs, 1)
+        check_range("algo.update.critic_minibatches", self.critic_minibatches, 1)
         for name, value, known in (
             ("products", self.products, ("gauss_newton", "exact_kl")),
             ("preconditioner", self.preconditioner, ("none", "diagonal")),
@@ -83,7 +83,7 @@ class TrustRegion:
             if value not in known:
                 raise UserError(f"algo.update.{name} is {value!r}; take {' or '.join(known)}")
 
-    def demand_shares(self, sequences: int) -> None:
+    def check_shares(self, sequences: int) -> None:
         """Refuses critic minibatches of unequal size.
 
         Raises:

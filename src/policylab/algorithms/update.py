@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 
 
 @runtime_checkable
@@ -49,9 +49,9 @@ class MinibatchEpochs:
     reestimate: bool
 
     def __post_init__(self) -> None:
-        demand("algo.update.epochs", self.epochs, 1)
-        demand("algo.update.minibatches", self.minibatches, 1)
-        demand("algo.update.kl_stop", self.kl_stop, 0, above=True)
+        check_range("algo.update.epochs", self.epochs, 1)
+        check_range("algo.update.minibatches", self.minibatches, 1)
+        check_range("algo.update.kl_stop", self.kl_stop, 0, above=True)
         if self.kl_stop is not None and self.epochs * self.minibatches == 1:
             raise UserError(
                 f"algo.update.kl_stop={self.kl_stop} ends an iteration after its first update at the earliest, and "

@@ -79,7 +79,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     task = instantiate(without(config.task, TAKEN_OVER))
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     if method.needs().learns_from == "completions":
-        demand_completions(task, train, config.algo.name)
+        check_completions(task, train, config.algo.name)
 
     policy = build_policy(config, method.needs().critic)
     too_long = config.task.get("too_long", "refuse")
@@ -216,7 +216,7 @@ def prompts(
     )
 
 
-def demand_completions(task: Task, train: Sequence[Example], algo: str) -> None:
+def check_completions(task: Task, train: Sequence[Example], algo: str) -> None:
     """What learns from completions needs one in each example.
 
     Raises:

@@ -7,8 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from policylab.config.suggest import nearest
-from policylab.errors import UserError, demand
-from policylab.models.folder import demand_folder
+from policylab.errors import UserError, check_range
+from policylab.models.folder import check_folder
 from policylab.runs.words import leaves
 
 #: All keys at the root of a config.
@@ -51,12 +51,12 @@ def check(config: DictConfig) -> None:
             check_whole(path, value, 1)
     if not isinstance(config.tags, ListConfig):
         raise UserError(f"tags={config.tags!r} is not a list; write tags=[{config.tags}]")
-    demand("seed", config.seed, 0, 2**32 - 1)
+    check_range("seed", config.seed, 0, 2**32 - 1)
     for path in ("hardware.devices", "hardware.num_nodes"):
         if OmegaConf.select(config, path) != "auto":
             check_whole(path, OmegaConf.select(config, path), 1)
     check_whole("hardware.max_restarts", config.hardware.max_restarts, 0)
-    demand("hardware.timeout", config.hardware.timeout, 0, above=True)
+    check_range("hardware.timeout", config.hardware.timeout, 0, above=True)
     if OmegaConf.select(config, "logger.csv") is None:
         raise UserError("logger.csv is off, but summary and resume read metrics.csv; leave it on")
     for path in SWITCHES:
@@ -79,7 +79,7 @@ def check_number(path: str, value: object, above: float) -> None:
     """Refuses a value that is no number, or not above its bound."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a number")
-    demand(path, value, above, above=True)
+    check_range(path, value, above, above=True)
 
 
 def check_switch(path: str, value: object) -> None:
@@ -92,7 +92,7 @@ def check_whole(path: str, value: object, low: int) -> None:
     """Refuses a value that is not a whole number, or below its bound."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a whole number")
-    demand(path, value, low)
+    check_range(path, value, low)
 
 
 def check_model_exists(config: DictConfig) -> None:
@@ -103,12 +103,12 @@ def check_model_exists(config: DictConfig) -> None:
     """
     path = config.model.get("path")
     if path is not None:
-        demand_folder(path)
+        check_folder(path)
     if config.model["_target_"] == "policylab.models.loading.from_hub" and config.model.path is None:
         from policylab.models import hub
 
         if not hub.is_cached(config.model.name):
-            hub.demand_reachable(config.model.name)
+            hub.check_reachable(config.model.name)
 
 
 def tuned_for_others(config: DictConfig, pair: str | None) -> str | None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.models.adapted import NAME, adapted_layers
 from policylab.models.layers import layers_above
 
@@ -52,8 +52,8 @@ class LoRA:
     seed: int
 
     def __post_init__(self) -> None:
-        demand("model.adapter.rank", self.rank, 1)
-        demand("model.adapter.alpha", self.alpha, 0, above=True)
+        check_range("model.adapter.rank", self.rank, 1)
+        check_range("model.adapter.alpha", self.alpha, 0, above=True)
         if self.target_modules is not None and not (
             isinstance(self.target_modules, list) and self.target_modules
         ):

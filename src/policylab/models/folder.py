@@ -7,7 +7,7 @@ from pathlib import Path
 from policylab.errors import UserError
 
 
-def demand_folder(path: str | Path) -> Path:
+def check_folder(path: str | Path) -> Path:
     """The folder that ``model.path`` names.
 
     Raises:

@@ -27,7 +27,7 @@ def is_cached(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def demand_reachable(name: str) -> None:
+def check_reachable(name: str) -> None:
     """Refuses a model that can neither be read from the cache nor downloaded, before heavy imports.
 
     Raises:

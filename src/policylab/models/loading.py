@@ -28,9 +28,9 @@ import policylab
 from policylab.errors import UserError
 from policylab.models import hub
 from policylab.models.encoding import takes_chat
-from policylab.models.folder import demand_folder
+from policylab.models.folder import check_folder
 from policylab.models.readers import Reader
-from policylab.models.refusals import demand_finite, demand_whole, first_line, refusal
+from policylab.models.refusals import check_finite, check_whole, first_line, refusal
 
 #: Files that a tokenizer may be read from, beside those of its class.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
@@ -71,7 +71,7 @@ def from_folder(path: str | Path, options: LoadOptions, source: str) -> LoadedMo
     Raises:
         UserError: when the folder, a file or a weight is missing, or tokenizer and model do not fit.
     """
-    folder = demand_folder(path)
+    folder = check_folder(path)
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{folder}: no config.json, so no model in Hugging Face format; it holds {found}")
@@ -127,7 +127,7 @@ def from_cache(name: str, options: LoadOptions) -> LoadedModel | None:
 
 def download(name: str, options: LoadOptions) -> LoadedModel:
     """The hub's model ``name``, fetched now, if one short probe says that the hub is there."""
-    hub.demand_reachable(name)
+    hub.check_reachable(name)
     try:
         return load(name, options, source=f"{name} from the hub", local_only=False)
     except OSError as error:
@@ -164,7 +164,7 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
     except Exception as error:  # whatever the libraries raise at what they find there
         raise refusal(where, error, options.attn_implementation) from error
     lm, report = loaded
-    demand_whole(where, report)
+    check_whole(where, report)
     return finished(lm, tokenizer, options.chat, source)
 
 
@@ -182,7 +182,7 @@ def finished(
     embedding: Any = lm.get_input_embeddings()
     if len(tokenizer) > (rows := embedding.num_embeddings):
         raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
-    demand_finite(lm, source)
+    check_finite(lm, source)
     # A pad token may be a real one as well, such as EOS: masks come from lengths, and its embedding has a gradient.
     embedding.padding_idx = None
     with_fused_gelu(lm)

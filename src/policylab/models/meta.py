@@ -84,7 +84,7 @@ def _from_hub(settings: Mapping[str, Any]) -> Found:
     name = settings["name"]
     if hub.is_cached(name):
         return _read(name, settings, f"{name} in {hub.cache_folder()}")
-    hub.demand_reachable(name)
+    hub.check_reachable(name)
     return _read(name, settings, f"{name} from the hub", local_only=False)
 
 

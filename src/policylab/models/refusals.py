@@ -55,7 +55,7 @@ def refusal(where: str | Path, error: Exception, attention: str | None = None) -
     return UserError(f"cannot load {where}: {kind}{first_line(error)}")
 
 
-def demand_whole(where: str | Path, report: Mapping[str, Any]) -> None:
+def check_whole(where: str | Path, report: Mapping[str, Any]) -> None:
     """Refuses a checkpoint whose weights are not those of its config.
 
     Args:
@@ -75,7 +75,7 @@ def demand_whole(where: str | Path, report: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def demand_finite(model: torch.nn.Module, source: str) -> None:
+def check_finite(model: torch.nn.Module, source: str) -> None:
     """Refuses weights that are not finite.
 
     Raises:

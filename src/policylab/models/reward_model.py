@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from policylab.errors import UserError
 from policylab.models.loading import quiet_bars, with_fused_gelu, without_dropout
-from policylab.models.refusals import demand_finite, demand_whole, refusal
+from policylab.models.refusals import check_finite, check_whole, refusal
 
 
 def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
@@ -40,11 +40,11 @@ def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any
         raise
     except Exception as error:  # whatever the libraries raise at what they find there
         raise UserError(f"{name} cannot be loaded: {refusal(folder, error, attn_implementation)}") from error
-    demand_whole(name, report)
+    check_whole(name, report)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(
             f"{name} is a {type(model).__name__}, which has no linear score of a causal LM's states"
         )
-    demand_finite(model, name)
+    check_finite(model, name)
     with_fused_gelu(model)
     return model.eval()

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from policylab.callbacks.tables import console
 from policylab.config.checks import check
 from policylab.distributed.world import world
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.models.size import FP32
 from policylab.planning.advice import together
 from policylab.planning.job import Job
@@ -30,7 +30,7 @@ def plan_job(config: DictConfig) -> None:
     for key in ("plan_memory", "plan_flops"):
         if isinstance(config[key], str | bool):
             raise UserError(f"{key}={config[key]} is not a number")
-        demand(key, config[key], 0, above=True)
+        check_range(key, config[key], 0, above=True)
     described = describe(config)
     if world().main:
         console().quiet = False  # a plan is all that was asked for, whoever was to be silent

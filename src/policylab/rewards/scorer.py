@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 from policylab.data.text import Completion
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.rewards.base import (
     Reward,
     RewardFunction,
@@ -49,7 +49,7 @@ class Scorer:
         check_reward(reward)
         if not isinstance(workers, int) or isinstance(workers, bool):
             raise UserError(f"reward.workers={workers!r} is not a whole number")
-        demand("reward.workers", workers, 0, MOST_WORKERS)
+        check_range("reward.workers", workers, 0, MOST_WORKERS)
         if pool not in ("process", "thread"):
             raise UserError(f"reward.pool={pool} is not one of process, thread")
         if workers and state_of(reward) is not None:

@@ -20,7 +20,7 @@ from policylab.models.decoders import Decoder
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
-from policylab.rollouts.sampling import demand_finite, draw
+from policylab.rollouts.sampling import check_finite, draw
 
 #: Finished rows are dropped once they are this share of the batch; about as many rows of the cache are then copied.
 COMPACT_AT = 0.125
@@ -81,7 +81,7 @@ class CachedEngine:
                 tokens, lengths, prompt_of.repeat_interleave(group_size), room=self.max_new_tokens
             )
             tokens, logprobs, values = self._write(decoder, policy, noise.to(device), behaviour)
-        demand_finite(logprobs)
+        check_finite(logprobs)
 
         is_eos = policy.ends(tokens)
         ended = is_eos.any(-1)

@@ -42,11 +42,11 @@ def inverse_cdf(logp: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int
         FloatingPointError: when the log-distribution holds NaN.
     """
     tokens, logprobs = draw(logp, 1.0, uniform)
-    demand_finite(logprobs)
+    check_finite(logprobs)
     return tokens
 
 
-def demand_finite(logprobs: Float[Tensor, "*B"]) -> None:
+def check_finite(logprobs: Float[Tensor, "*B"]) -> None:
     """Raises FloatingPointError when the log-prob of a drawn token is not finite: then the logits were not."""
     if not bool(logprobs.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite; lower optim.lr, or run with debug=nan")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from policylab.data.rollout import Prompt, Rollout
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.models.adapted import whole_weights
 from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour, greedy
@@ -56,8 +56,8 @@ class VllmEngine:
         sleep: bool,
     ) -> None:
         check_settings(temperature, max_new_tokens)
-        demand("rollout.gpu_memory", gpu_memory, 0, 1, above=True)
-        demand("rollout.context", context, 2)
+        check_range("rollout.gpu_memory", gpu_memory, 0, 1, above=True)
+        check_range("rollout.context", context, 2)
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.gpu_memory = gpu_memory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from policylab.errors import UserError, demand
+from policylab.errors import UserError, check_range
 from policylab.models.policy import Policy
 
 
@@ -49,15 +49,15 @@ class AdamW:
     max_skipped: int
 
     def __post_init__(self) -> None:
-        demand("optim.lr", self.lr, 0)
-        demand("optim.critic_lr", self.critic_lr, 0)
-        demand("optim.eps", self.eps, 0, above=True)
-        demand("optim.weight_decay", self.weight_decay, 0)
-        demand("optim.max_grad_norm", self.max_grad_norm, 0, above=True)
-        demand("optim.warmup", self.warmup, 0)
-        demand("optim.frozen_layers", self.frozen_layers, 0)
-        demand("optim.micro_batch_tokens", self.micro_batch_tokens, 1)
-        demand("optim.max_skipped", self.max_skipped, 1)
+        check_range("optim.lr", self.lr, 0)
+        check_range("optim.critic_lr", self.critic_lr, 0)
+        check_range("optim.eps", self.eps, 0, above=True)
+        check_range("optim.weight_decay", self.weight_decay, 0)
+        check_range("optim.max_grad_norm", self.max_grad_norm, 0, above=True)
+        check_range("optim.warmup", self.warmup, 0)
+        check_range("optim.frozen_layers", self.frozen_layers, 0)
+        check_range("optim.micro_batch_tokens", self.micro_batch_tokens, 1)
+        check_range("optim.max_skipped", self.max_skipped, 1)
         if len(self.betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas):
             raise UserError(f"optim.betas is {self.betas}; it must be two numbers from 0 to below 1")
         if self.schedule not in ("constant", "linear", "cosine"):

@@ -30,7 +30,7 @@ class QLearningMethod(Method[QLearning]):
         )
 
     def check_lengths(self, plan: BatchPlan, longest: int) -> None:
-        self.algorithm.replay.demand_room(plan.sequences, longest)
+        self.algorithm.replay.check_room(plan.sequences, longest)
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
         """The target network adds a forward pass to each pass of an update."""

@@ -29,7 +29,7 @@ class TrustRegionMethod(PolicyGradientMethod):
     def plan(self, rollout: DictConfig, processes: int) -> BatchPlan:
         plan = super().plan(rollout, processes)
         if self.algorithm.uses_critic:
-            self.region.demand_shares(plan.sequences)
+            self.region.check_shares(plan.sequences)
         return plan
 
     def needs(self) -> Needs:
