@@ -19,6 +19,8 @@ NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logge
 NOT_THE_EXPERIMENT_ANYWHERE = ("seed", "run_dir")
 # Runs are comparable when these agree.
 MEASURED_BY = ("task", "reward", "validation.prompts", "rollout.max_new_tokens")
+# Except for these: where data lies, and which processes compute the reward.
+NOT_MEASURED = ("reward.workers", "reward.pool", "task.data_dir")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
 def _check_comparable(runs: Sequence[Run]) -> None:
     settings = [_flatten(run.config) for run in runs]
     for key in sorted(set().union(*settings)):
-        if not any(key == part or key.startswith(part + ".") for part in MEASURED_BY):
+        measured = any(key == part or key.startswith(part + ".") for part in MEASURED_BY)
+        if not measured or key in NOT_MEASURED:
             continue
         for run, setting in zip(runs, settings, strict=True):
             if setting.get(key) != settings[0].get(key):

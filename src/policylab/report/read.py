@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from policylab.errors import UserError
 from policylab.runs.find import find_run
+from policylab.runs.saved_config import load_config
 from policylab.runs.status import DONE, read_status
 
 ITERATION, TOKENS, KL = "iteration", "train/tokens", "val/kl"
@@ -134,7 +135,7 @@ def read_run(folder: Path) -> Run:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is no run folder: it has no {' and no '.join(missing)}")
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config = OmegaConf.to_container(load_config(folder))
     assert isinstance(config, dict)
     summary = folder / "summary.json"
     return Run(
@@ -157,7 +158,7 @@ def read_evidence(folder: Path) -> list[Run]:
 
     What is not in that file (seconds, settings of each group) is unknown.
     """
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config = OmegaConf.to_container(load_config(folder))
     assert isinstance(config, dict)
     rows: dict[tuple[str, str], list[dict[str, str]]] = {}
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
