@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import fresh_policy
+from policylab.config.settle import settle
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.layers import decoder_layers, freeze_below
@@ -193,8 +194,9 @@ def test_what_cannot_be_compiled_says_why_and_runs(build_run, monkeypatch):
         (["rollout.max_rows=2.5"], "rollout.max_rows=2.5 is not a whole number"),
     ],
 )
-def test_bad_values_are_refused(build_run, overrides, message):
+def test_bad_values_are_refused(compose, build_run, overrides, message):
     with pytest.raises(UserError, match=message):
+        settle(compose(overrides))
         build_run(*overrides)
 
 
