@@ -195,9 +195,12 @@ def test_what_cannot_be_compiled_says_why_and_runs(build_run, monkeypatch):
     ],
 )
 def test_bad_values_are_refused(compose, build_run, overrides, message):
-    with pytest.raises(UserError, match=message):
+    def start() -> None:
         settle(compose(overrides))
         build_run(*overrides)
+
+    with pytest.raises(UserError, match=message):
+        start()
 
 
 # -- log-probs before the update ---------------------------------------------------------------------------
