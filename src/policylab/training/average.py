@@ -1,4 +1,4 @@
-"""A network that follows another one slowly: a moving reference, a target network."""
+"""An exponential moving average of another network's weights: a moving reference, a target network."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from policylab.distributed.sharding import shard_of
 
 
 class Average(nn.Module):
-    """Moves the weights of a network towards another's. Weights below fp32 are rounded copies of averages in fp32: in
-    bf16 most steps of a hundredth of the difference would be lost.
+    """Moves the weights of a network towards another's.
 
-    The fp32 averages are buffers, so that checkpoints hold them.
+    Weights below fp32 are rounded copies of averages in fp32, because in bf16 most steps of a hundredth of the
+    difference would be lost. The averages are buffers, so that checkpoints hold them.
 
     Args:
         slow: the network that follows.
-        fast: the one it follows. Weights that both share stay as they are.
+        fast: the network it follows. Weights that both share are not changed.
     """
 
     def __init__(self, slow: nn.Module, fast: nn.Module) -> None:
@@ -41,12 +41,12 @@ class Average(nn.Module):
 
 
 def average_bytes(count: int, number: int) -> float:
-    """Of the averages that `Average` keeps of ``count`` weights of ``number`` bytes."""
+    """Bytes of the fp32 averages of ``count`` weights, ``number`` bytes each."""
     return 4.0 * count if number < 4 else 0.0
 
 
 def _pairs(slow: nn.Module, fast: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Weights of the two, which differ, under names that buffers may have."""
+    """Pairs of weights that differ, with names valid for buffers."""
     others = dict(fast.named_parameters())
     for name, weight in slow.named_parameters():
         if weight is not others[name]:

@@ -21,7 +21,7 @@ from policylab.training.sampler import Sampler, rewarded
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout with its prompts, one a slot, its completions as text, one a row, and their scores to come."""
+    """A rollout: one prompt per slot, one completion per row, and the pending scores."""
 
     prompts: tuple[Prompt, ...]
     rollout: Rollout
@@ -29,7 +29,7 @@ class Batch:
     scores: ScoreFuture | None  #: None once the rollout has its rewards
 
     def with_groups(self, slots: Sequence[int], fresh: Batch, size: int) -> Batch:
-        """A copy in which the groups of ``fresh`` stand at ``slots``, ``size`` rows each."""
+        """A copy in which the groups of ``fresh``, ``size`` rows each, replace those at ``slots``."""
         source = {slot: len(self.prompts) + i for i, slot in enumerate(slots)}
         order = [source.get(slot, slot) for slot in range(len(self.prompts))]
         rows = [group * size + i for group in order for i in range(size)]
@@ -47,7 +47,7 @@ class Collector:
     """Collects the rollouts of training.
 
     Args:
-        train: prompts that replace those whose groups have no spread.
+        train: prompts for groups that are replaced.
         dynamic: which groups are replaced; None keeps all.
         greedy_rewards: whether each prompt's likeliest completion is scored as well.
         values: whether the rollout gets the critic's values.
@@ -73,14 +73,13 @@ class Collector:
         self.wants_values = values
 
     def collect(self, prompts: tuple[Prompt, ...], *, exact_kl: bool = False) -> tuple[Rollout, list[Sample]]:
-        """``group_size`` completions of each prompt with all that the algorithm needs to know of them, and the same
-        completions for people.
+        """The rollout the algorithm needs, ``group_size`` completions of each prompt, and samples for display.
 
         Args:
             exact_kl: whether the rollout gets the exact KL to the reference, which costs two forward passes.
         """
         sampler, phase = self.sampler, self.recorder.phase
-        with gathered(sampler.policy):  # once: processes may need different numbers of rounds
+        with gathered(sampler.policy):  # around all rounds: processes may need different numbers of them
             batch = self.sample(prompts, range(len(prompts)), round=0)
             if self.dynamic is not None:
                 batch = self.refill(batch, self.dynamic)
@@ -88,7 +87,7 @@ class Collector:
             rollout = sampler.add_ref_logprobs(batch.rollout)
             rollout = sampler.add_exact_kl(rollout) if exact_kl else rollout
             rollout = sampler.add_values(rollout) if self.wants_values else rollout
-        # not before: workers score while the reference is evaluated
+        # awaited only here, because workers score while the reference is evaluated
         rollout = self.await_rewards(replace(batch, rollout=rollout)).rollout
         with phase("rollout"):
             if self.wants_greedy_rewards:
@@ -99,8 +98,8 @@ class Collector:
         """``group_size`` completions of each prompt; their scoring has begun.
 
         Args:
-            slots: place of each prompt among those of this process. With ``round`` it keys the sampling noise.
-            round: 0, and counting up when a slot is filled anew.
+            slots: position of each prompt among those of this process. With ``round`` it keys the sampling noise.
+            round: 0 at first, then 1, 2, ... each time a slot is filled again.
         """
         size = self.plan.group_size
         first = round * self.plan.sequences + self.runtime.rank * self.plan.sequences // self.plan.processes
@@ -122,10 +121,10 @@ class Collector:
             return replace(batch, rollout=rewarded(batch.rollout, batch.scores()), scores=None)
 
     def refill(self, batch: Batch, dynamic: DynamicSampling) -> Batch:
-        """The rewarded batch with groups without spread replaced by those of fresh prompts, up to ``rounds`` times.
+        """Waits for the rewards, and replaces groups whose rewards are all equal by groups of new prompts, up to
+        ``rounds`` times.
 
-        Each slot has a sequence of prompts of its own, so that the result does not depend on how many processes share
-        the slots.
+        Each slot has its own sequence of new prompts, so the result does not depend on the number of processes.
         """
         size = self.plan.group_size
         batch = self.await_rewards(batch)
@@ -142,7 +141,7 @@ class Collector:
         return batch
 
     def fresh_prompt(self, slot: int, round: int) -> Prompt:
-        """A training prompt that depends on the seed, the iteration, the slot and the round alone."""
+        """A training prompt that depends only on the seed, the iteration, the slot and the round."""
         slot += self.runtime.rank * self.plan.prompts // self.plan.processes
         sampler = self.sampler
         noise = uniforms(sampler.seed, REFILL, sampler.progress.iteration, [slot], round)

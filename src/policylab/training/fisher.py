@@ -1,8 +1,8 @@
-"""The Fisher matrix of a policy, by its products with vectors.
+"""The Fisher matrix of a policy, used only through its products with vectors.
 
 ``F`` is the Hessian of the mean KL(old | new) over actions, at new = old. With ``J`` the Jacobian of the log-probs of
-all words at an action and ``p`` their probabilities, ``F = mean J' diag(p) J``: it needs no second derivative of the
-network, because the first derivative of the KL by its logits is zero there.
+all words at an action and ``p`` their probabilities, ``F = mean J' diag(p) J``. This needs no second derivative of the
+network, because the gradient of the KL with respect to the logits is zero at new = old.
 
 Axes: ``n`` weights, ``N`` actions, ``V`` vocabulary.
 """
@@ -27,7 +27,7 @@ from policylab.functional.logprobs import token_logprobs
 from policylab.functional.masks import AllSum
 from policylab.models.policy import Policy
 
-#: The gradients whose squares estimate the diagonal: its relative error is about sqrt(2 / GROUPS).
+#: Number of gradients whose squares estimate the diagonal; its relative error is about sqrt(2 / GROUPS).
 GROUPS = 16
 
 Product = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
@@ -35,14 +35,14 @@ Product = Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]
 
 @dataclass(frozen=True)
 class Actor:
-    """The policy's trained weights, without the critic's, as one vector."""
+    """The policy's trainable weights, without the critic's, as one vector."""
 
     policy: Policy
-    parameters: tuple[nn.Parameter, ...]  #: those with a gradient, each once, however often it is used
+    parameters: tuple[nn.Parameter, ...]  #: those with a gradient; a shared one is listed once
     temperature: float
 
     def flat(self, tensors: Sequence[Tensor | None]) -> Float[Tensor, " n"]:
-        """One fp32 vector of one tensor a weight; None counts as zeros."""
+        """Concatenates one tensor per weight into one fp32 vector; None counts as zeros."""
         pairs = zip(self.parameters, tensors, strict=True)
         return torch.cat([(torch.zeros_like(p) if x is None else x).detach().flatten() for p, x in pairs])
 
@@ -53,7 +53,7 @@ class Actor:
 
     @contextmanager
     def at(self, weights: Float[Tensor, " n"]) -> Iterator[None]:
-        """While active, the policy has other weights. Nothing is copied, and its own are put back."""
+        """While active, the policy has other weights; its own are restored afterwards. Nothing is copied."""
         own = [p.data for p in self.parameters]
         try:
             for parameter, other in zip(self.parameters, self.split(weights), strict=True):
@@ -76,21 +76,21 @@ class Actor:
     def gradient(
         self, output: Tensor, weight: Tensor | None = None, *, keep: bool = False
     ) -> Float[Tensor, " n"]:
-        """Of ``output`` (times ``weight``, summed) by the weights. Never runs the hooks that average over processes."""
+        """Gradient of ``sum(output * weight)`` by the weights. Never runs the hooks that average over processes."""
         return self.flat(
             torch.autograd.grad(output, self.parameters, weight, retain_graph=keep, allow_unused=True)
         )
 
 
 class FisherProducts:
-    """``v -> F v`` over some sequences of all processes, a micro-batch at a time.
+    """``v -> F v`` over some sequences of all processes, one micro-batch at a time.
 
-    The graph of a single micro-batch is kept from product to product. With several it is built anew for each, so that
-    memory does not grow with the number of sequences.
+    The graph of a single micro-batch is kept between products. With several micro-batches each graph is rebuilt, so
+    that memory does not grow with the number of sequences.
 
     Args:
         pieces: this process's micro-batches.
-        actions: actions in the pieces of all processes.
+        actions: number of actions in the pieces of all processes.
         kind: see :class:`~policylab.algorithms.TrustRegion`.
     """
 
@@ -170,16 +170,16 @@ def exact_kl(actor: Actor, rollout: Rollout) -> Product:
 def fisher_diagonal(
     actor: Actor, groups: Sequence[Sequence[Rollout]], actions: float, all_sum: AllSum
 ) -> Float[Tensor, " n"]:
-    """An estimate of ``F``'s diagonal, at the cost of one gradient: squared scores.
+    """An estimate of ``F``'s diagonal from squared scores, at the cost of one gradient.
 
-    The score of a sampled word has mean zero and covariance ``J' diag(p) J`` given the words before it, so scores of
-    different actions are uncorrelated and the square of a sum of them has the sum of their squares as its mean. Each
+    Given the words before it, the score of a sampled word has mean zero and covariance ``J' diag(p) J``. So scores of
+    different actions are uncorrelated, and the squared sum of scores has the sum of their squares as its mean. Each
     group gives one such sum. "A Natural Policy Gradient", Kakade 2001, section 2; the diagonal as a preconditioner as
     in "Deep learning via Hessian-free optimization", Martens 2010, section 4.7.
 
     Args:
         groups: this process's micro-batches of each group; all processes have the same number of groups.
-        actions: actions in all groups of all processes.
+        actions: number of actions in all groups of all processes.
     """
     like = actor.flat([None] * len(actor.parameters))
     total = like.clone()
@@ -194,7 +194,7 @@ def fisher_diagonal(
 
 @contextmanager
 def twice_differentiable(device: torch.device) -> Iterator[None]:
-    """Attention that has the derivatives which fused kernels lack, in full precision: CG needs a symmetric matrix."""
+    """Attention with the derivatives that fused kernels lack, in full precision: CG needs a symmetric matrix."""
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
         yield
 

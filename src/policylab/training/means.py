@@ -11,20 +11,20 @@ from torch import Tensor
 
 from policylab.functional.masks import AllSum
 
-#: Sums that are not metrics.
+#: Token counters, kept out of the metrics.
 SAMPLED, TRAINED = "tokens sampled", "tokens trained"
 
 
 class Total(NamedTuple):
-    """Of all processes."""
+    """A sum over all processes."""
 
     sum: float
-    values: float  #: how many were counted
+    values: float  #: how many values were summed
 
 
 class Means:
-    """Collects values; gives their means over micro-batches and processes. Collecting never synchronizes with an
-    accelerator, and `reduce` does so once."""
+    """Collects values and gives their means over micro-batches and processes. Adding values never synchronizes with the
+    accelerator; `reduce` does so once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ class Means:
         return self._sums.keys()
 
     def mean(self, name: str, all_sum: AllSum) -> float:
-        """The mean of one name over all processes, some of which may not have added to it; NaN without a value."""
+        """The mean of one metric over all processes; a process need not have added to it. NaN without any value."""
         total, count = all_sum(self._pair(name)).tolist()
         return total / count if count else float("nan")
 
@@ -75,7 +75,7 @@ class Means:
         """Sums and counts by name; a name without a single value is left out.
 
         Args:
-            names: those that any process has added to; the same on all processes.
+            names: all names that some process has added to; must be the same on all processes.
         """
         names = sorted(names)
         if not names:

@@ -32,7 +32,7 @@ def measure(rollout: Rollout, means: Means, split: str) -> None:
 
 
 def describe(rollout: Rollout, completions: Sequence[Completion], split: str, iteration: int) -> list[Sample]:
-    """Completions with their figures, for people. One copy from the device for all."""
+    """Completions with their rewards and lengths, for display. One device-to-host copy for all."""
     assert rollout.rewards is not None
     assert rollout.reward_parts is not None
     columns = [rollout.action_mask.sum(-1)[:, None], rollout.rewards[:, None], rollout.reward_parts]
@@ -58,7 +58,7 @@ def describe(rollout: Rollout, completions: Sequence[Completion], split: str, it
 
 
 def of_iteration(rollout: Rollout, all_sum: AllSum) -> dict[str, Tensor | float]:
-    """Metrics of a rollout that are no means; ``tokens`` were sampled, for the speed."""
+    """Metrics that are not means. ``tokens`` counts the sampled tokens, for the speed."""
     assert rollout.rewards is not None
     every = torch.ones_like(rollout.rewards, dtype=torch.bool)
     _, variance = masked_moments(rollout.rewards[:, None], every[:, None], all_sum)
@@ -71,7 +71,7 @@ def means_of(totals: Mapping[str, Total]) -> dict[str, float]:
 
 
 def on_host(metrics: Numbers) -> dict[str, float]:
-    """All as plain numbers, in one copy."""
+    """All metrics as Python floats, in one device-to-host copy."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
     numbers = torch.stack([value.double() for value in tensors.values()]).tolist() if tensors else []
     return {**metrics, **dict(zip(tensors, numbers, strict=True))}

@@ -1,7 +1,7 @@
-"""How the sequences of a rollout are cut into minibatches and these into forward passes.
+"""Splits a rollout into minibatches, and minibatches into micro-batches, one forward pass each.
 
-Rows that belong together, such as the two sides of a preference pair or the group of a prompt, are a unit: they are
-never cut apart. Each row has the number of its unit.
+Rows that belong together, such as the two sides of a preference pair or the group of a prompt, form a unit, which is
+never split. Each row has the number of its unit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from policylab.functional.ragged import on_device
 from policylab.models.memory import tokens_a_pass
 from policylab.models.policy import Policy
 
-#: Scores of a layer's attention that are masked at a time, in elements (128 MiB of fp32): short sequences beside a long
-#: one would otherwise be padded to its length there.
+#: Limit on attention scores held at once (elements; 128 MiB of fp32). Attention pads short sequences to the length of
+#: the longest one in the micro-batch.
 SCORES = 2**25
 
 
@@ -32,12 +32,12 @@ def cut(
     packs: bool,
     units: Int[Tensor, " B"] | None = None,
 ) -> list[Int[Tensor, " M"]]:
-    """The rows in micro-batches of at most ``tokens`` tokens; a unit with more has one to itself.
+    """The rows in micro-batches of at most ``tokens`` tokens; a larger unit is a micro-batch by itself.
 
     Args:
-        rows: indices into the rollout; each is in one micro-batch.
-        packs: whether a prompt is read once for all its completions, so that these are kept together, and nothing is
-            padded. Otherwise sequences of like length are kept together.
+        rows: indices into the rollout; each is in exactly one micro-batch.
+        packs: whether a prompt is read once for all its completions and nothing is padded. If so, completions of one
+            prompt are kept together; otherwise sequences of similar length are.
         units: number of each row's unit; None: each row is its own.
     """
     columns = [rows, rollout.prompt_ids[rows], rollout.prompt_lengths[rows], rollout.lengths[rows]]
@@ -72,7 +72,7 @@ class _Sequence(NamedTuple):
 
 
 def _place(unit: Sequence[_Sequence]) -> tuple[int, int]:
-    """By prompt, and then by length."""
+    """Sort key: prompt, then length."""
     return min((sequence.prompt, sequence.length) for sequence in unit)
 
 
@@ -87,7 +87,7 @@ def _longest(unit: Sequence[_Sequence]) -> int:
 
 
 def _packed(unit: Sequence[_Sequence], seen: Set[int]) -> int:
-    """Tokens of the completions and of the prompts that are not yet ``seen``."""
+    """Tokens of the completions, and of the prompts that are not yet in ``seen``."""
     prompts = {sequence.prompt: sequence.prompt_length for sequence in unit if sequence.prompt not in seen}
     return sum(sequence.length for sequence in unit) + sum(prompts.values())
 
@@ -95,13 +95,13 @@ def _packed(unit: Sequence[_Sequence], seen: Set[int]) -> int:
 def split(
     noise: Float[Tensor, " S"], size: int, units: Int[Tensor, " S"] | None = None
 ) -> list[Int[Tensor, " M"]]:
-    """Sequences in the order of their noise, in minibatches of ``size``. On the CPU.
+    """Sequences sorted by their noise, in minibatches of ``size``. On the CPU.
 
-    A unit comes where its first row would, and belongs to the minibatch in which it begins. So a minibatch of units of
-    unequal size may hold more or fewer sequences, even none.
+    A unit is placed where its first row would be, and belongs to the minibatch in which it begins. So with units of
+    unequal size, a minibatch may hold more or fewer sequences, even none.
 
     Args:
-        noise: of the sequences of all processes, so that each process finds its rows of the same minibatches.
+        noise: one number per sequence of all processes, so that all processes find the same minibatches.
         units: number of each sequence's unit; None: each sequence is its own.
     """
     count = len(noise)
@@ -116,11 +116,11 @@ def split(
 
 
 def tokens_that_fit(policy: Policy, *, whole_distributions: bool) -> int:
-    """Tokens a forward and backward pass that should fit in memory. Depends on model and machine alone, not on what
-    else is in memory, so that a resumed run is cut as before.
+    """Tokens of a forward and backward pass that should fit in memory. Depends only on model and machine, not on what
+    else is in memory, so that a resumed run has the same micro-batches.
 
     Args:
-        whole_distributions: whether the probabilities of all words are held, not a few figures a token.
+        whole_distributions: whether a pass holds the probabilities of all words, not only a few numbers per token.
     """
     device = policy.device
     cuda = device.type == "cuda"

@@ -48,9 +48,9 @@ class MinibatchUpdater(Updater):
         return rollout.replace(advantages=new.advantages, returns=new.returns)
 
     def step(self, rollout: Rollout, rows: Tensor) -> bool:
-        """One optimizer step on a minibatch. False, without a step, when ``kl_stop`` is exceeded."""
+        """One optimizer step on a minibatch. Returns False, and makes no step, when ``kl_stop`` is exceeded."""
         mask, recorder, device = rollout.loss_mask[rows], self.recorder, self.runtime.device
-        if not self.runtime.on_any(len(rows) > 0):  # a step would follow the optimizer's momentum alone
+        if not self.runtime.on_any(len(rows) > 0):  # a step without gradient would follow the momentum
             return True
         denominator = self.runtime.all_sum(self.algorithm.reduction.denominator(mask))
         ratio_max, limit = self.ratio_max, self.settings.kl_stop
@@ -67,7 +67,7 @@ class MinibatchUpdater(Updater):
         return True
 
     def loss(self, rollout: Rollout, denominator: Tensor) -> Tensor:
-        """The rows' share of the minibatch's loss."""
+        """These rows' share of the minibatch's loss."""
         algorithm, sampler, mask = self.algorithm, self.sampler, rollout.loss_mask
         evaluation = self.policy.evaluate(
             rollout,

@@ -1,4 +1,4 @@
-"""What Lightning calls: its hooks, each handed to the part that it concerns."""
+"""The base LightningModule: each Lightning hook calls the part responsible for it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ class TrainingModule(LightningModule):
     A trainer adds ``training_step``, which ends with `finish_iteration`, and `seconds_per_iteration`.
 
     Args:
-        reference: frozen; the validation measures the KL to it.
-        whole_distributions: whether a pass of training holds the probabilities of all words at each action.
+        reference: frozen policy that validation measures the KL to.
+        whole_distributions: whether a training pass holds the probabilities of all words at each action.
 
     Attributes:
-        compiles_layers: whether torch is to compile the policy's layers before the first pass.
-        sharded: whether each process holds a share of the weights; set by the strategy.
-        reference_moves: whether the reference changes in training, and so belongs to the checkpoints.
-        expected_seconds: of the rest of the run, by the preflight; None before it.
-        metrics: of the last iteration; ``val_metrics``: of the last validation.
-        samples: completions of the last iteration or validation, for people.
-        rollout: the last one that was trained on.
+        compiles_layers: whether torch compiles the policy's layers before the first pass.
+        sharded: whether each process holds a shard of the weights; set by the strategy.
+        reference_moves: whether the reference changes in training, so that checkpoints must hold it.
+        expected_seconds: estimate for the rest of the run, by the preflight; None before it.
+        metrics: metrics of the last iteration.
+        val_metrics: metrics of the last validation.
+        samples: completions of the last iteration or validation, for display.
+        rollout: the last rollout trained on.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class TrainingModule(LightningModule):
         self._checked = False
 
     def seconds_per_iteration(self, pace: Pace) -> float:
-        """Upper bound; a backward pass costs about two forward passes."""
+        """Upper bound on the time of an iteration; a backward pass costs about two forward passes."""
         raise NotImplementedError
 
     @property
@@ -93,21 +94,21 @@ class TrainingModule(LightningModule):
     # -- training --------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """A resumed run may begin without a validation, and may have nothing left to train."""
+        """A resumed run may skip validation, or have no iterations left."""
         self.stepper.reapply_settings()
         self._prepare()
         self._stop_when_budget_is_spent()
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
-        """No random state is carried from one iteration to the next, as checkpoints hold none."""
+        """Seeds each iteration, because checkpoints hold no random state."""
         seed_libraries(self.seed, TRAIN, self.iteration, self.global_rank)
 
     def finish_iteration(self, metrics: Numbers, started: float) -> None:
         """Counts the iteration, records its metrics, and ends the run when its budget is spent.
 
         Args:
-            metrics: those that are no means, and ``tokens`` for the speed.
-            started: by ``time.perf_counter``.
+            metrics: those that are not means, and ``tokens`` for the speed.
+            started: ``time.perf_counter()`` at the start of the iteration.
         """
         totals, seconds = self.recorder.finish()
         numbers = on_host(metrics)
@@ -138,7 +139,7 @@ class TrainingModule(LightningModule):
         self._prepare()
 
     def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same at every validation, as the noise of sampling is."""
+        """Seeds each validation alike, as its sampling noise is the same too."""
         seed_libraries(self.seed, VALIDATION, batch_idx, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
@@ -168,8 +169,8 @@ class TrainingModule(LightningModule):
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
 
     def given_weights(self) -> set[str]:
-        """Names of weights that are loaded with the model and not saved again: a frozen reference's, and those below
-        adapters."""
+        """Names of weights that are loaded with the model and not saved again: a frozen reference's, and the base
+        weights of adapters."""
         base = set(map(id, self.policy.base_parameters()))
         names = {n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in base}
         if not self.reference_moves:
@@ -179,7 +180,7 @@ class TrainingModule(LightningModule):
     # -- before the first pass -------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Once in a run: compares sampling with recomputation, and estimates how long the run may take at most."""
+        """Once per run: compiles, compares sampling with recomputation, and estimates the longest time of the run."""
         sampler = self.validator.sampler
         sampler.move_reward()
         if self._checked:

@@ -21,19 +21,18 @@ class AdamW:
 
     Args:
         lr: learning rate of the policy, after warm-up.
-        critic_lr: learning rate of what is the critic's own (value head, layers); None takes ``lr``.
+        critic_lr: learning rate of the critic's own weights (value head, layers); None takes ``lr``.
         betas: decay of the gradient's first and second moments.
         eps: added to the root of the second moment.
         weight_decay: on matrices only, never on biases, norms and the value head.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them.
-        schedule: what happens after warm-up.
+        max_grad_norm: gradients are clipped to this norm; None does not clip.
+        schedule: course of the rate after warm-up.
         warmup: iterations over which the rate rises linearly.
-        frozen_layers: the embeddings and this many of the lowest layers keep their weights. They cost no gradient, and
-            the reference shares them. 0 trains all.
-        micro_batch_tokens: tokens a forward pass and process; None takes as many as should fit in memory. It
+        frozen_layers: the embeddings and this many of the lowest layers are frozen. They cost no gradient, and the
+            reference shares them. 0 trains all.
+        micro_batch_tokens: tokens per forward pass and process; None takes as many as should fit in memory. It
             changes memory, never results.
-        max_skipped: updates in a row that may be skipped because loss or gradient is not finite; the last of them
-            ends the run.
+        max_skipped: this many updates skipped in a row, because loss or gradient is not finite, end the run.
     """
 
     lr: float
@@ -64,8 +63,7 @@ class AdamW:
             raise UserError(f"optim.schedule is {self.schedule!r}; take constant, linear or cosine")
 
     def build(self, policy: Policy) -> torch.optim.Optimizer:
-        """The optimizer over everything in the policy that has a gradient: `MasterAdamW` where some of it is below
-        fp32."""
+        """The optimizer over all trainable weights of the policy: `MasterAdamW` where some of them are below fp32."""
         critic_lr = self.lr if self.critic_lr is None else self.critic_lr
         head = [] if policy.critic is None else list(policy.critic.head.parameters())
         groups = [
@@ -84,7 +82,7 @@ class AdamW:
     def _groups(
         self, parameters: list[nn.Parameter], lr: float, undecayed: list[nn.Parameter]
     ) -> list[dict[str, Any]]:
-        """Two groups: matrices, which decay, and the rest."""
+        """Two groups: matrices, with weight decay, and the rest, without."""
         spared = set(map(id, undecayed))
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in spared]
         rest = [p for p in parameters if p.ndim < 2 or id(p) in spared]
@@ -94,7 +92,8 @@ class AdamW:
         ]
 
     def factor(self, iteration: int, iterations: int) -> float:
-        """Share of the learning rate in iteration ``iteration`` (0-based) of ``iterations``: no state to save."""
+        """Factor of the learning rate in iteration ``iteration`` (0-based) of ``iterations``; a pure function, so
+        checkpoints hold no scheduler state."""
         if iteration < self.warmup:
             return (iteration + 1) / (self.warmup + 1)
         progress = (iteration - self.warmup) / max(1, iterations - self.warmup)
@@ -106,8 +105,8 @@ class AdamW:
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW that keeps an fp32 copy (``master``) of each weight of lower precision. Steps add up in the copy, and the
-    weight is the copy, rounded. The moments are in fp32 too.
+    """AdamW that keeps an fp32 copy (``master``) of each weight of lower precision. Steps update the copy, and
+    the weight is the rounded copy. The moments are in fp32 too.
 
     "Mixed Precision Training", arXiv:1710.03740, section 3.1. bf16 has 8 bits of precision: added to the weight itself,
     a step below 1/512 of it would be lost.
@@ -115,7 +114,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, a weight at a time, so that the fp32 copy of one gradient at a time is in memory."""
+        """One step. It updates one weight at a time, so that only one gradient at a time is copied to fp32."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -169,7 +168,8 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def state_bytes(count: int, number: int) -> float:
-    """Of the state of ``count`` weights of ``number`` bytes: two moments in fp32 and, of weights below fp32, a copy."""
+    """Bytes of optimizer state for ``count`` weights, ``number`` bytes each: two fp32 moments, and an fp32 copy of
+    weights below fp32."""
     return 4.0 * count * (3 if number < 4 else 2)
 
 

@@ -1,4 +1,4 @@
-"""What every trainer is made of, whatever its algorithm."""
+"""What every trainer is built from, whatever its algorithm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from policylab.training.optimizer import AdamW
 
 @dataclass(frozen=True)
 class Parts:
-    """Built from the config."""
+    """The objects and settings of a trainer, built from the config."""
 
     policy: Policy
     engine: Engine
@@ -28,8 +28,10 @@ class Parts:
     val: Sequence[Prompt]  #: all prompts of a validation
     #: completions sampled at once on each process; None: as many as should fit in memory
     max_rows: int | None
-    seed: int  #: of the sampling noise and the order of minibatches
-    iterations: int  #: of the whole run
-    max_tokens: int | None  #: sampled in training, after which the run ends before its last iteration
-    resolved_config: str  #: YAML; makes a checkpoint loadable without its folder
+    seed: int  #: seed of the sampling noise and the order of minibatches
+    iterations: int  #: length of the whole run
+    max_tokens: (
+        int | None
+    )  #: limit on tokens sampled in training; it may end the run before its last iteration
+    resolved_config: str  #: YAML; with it, a checkpoint can be loaded without the run folder
     data: str  #: fingerprint of the task's examples

@@ -1,4 +1,4 @@
-"""Passes through the policy in micro-batches, cut finer when memory runs out."""
+"""Passes through the policy in micro-batches, which become smaller when memory runs out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Passes:
     """Cuts rollouts into micro-batches, and repeats work in smaller ones when memory runs out.
 
     Args:
-        asked: tokens of a micro-batch by the config; None takes as many as should fit in memory.
+        asked: tokens of a micro-batch as configured; None takes as many as should fit in memory.
         whole_distributions: whether a pass holds the probabilities of all words at each action.
     """
 
@@ -36,12 +36,13 @@ class Passes:
         self.recorder = recorder
         self.runtime: Runtime = recorder.runtime
         self._whole_distributions = whole_distributions
-        self._tokens: int | None = None  # known once the policy is on its device
+        self._tokens: int | None = None  # set once the policy is on its device
         self._last: tuple[list[Tensor], Tensor, Tensor | None] = ([], torch.zeros(0), None)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch on this process, at most: as asked for or, once memory has run out, what fits."""
+        """Most tokens of a micro-batch on this process: the configured number, or the smaller one found after
+        out-of-memory."""
         if self._tokens is None:
             self._tokens = self.asked or tokens_that_fit(
                 self.policy, whole_distributions=self._whole_distributions
@@ -59,8 +60,8 @@ class Passes:
         return parts
 
     def cut_for_all(self, rollout: Rollout, rows: Tensor, units: Tensor | None = None) -> list[Tensor]:
-        """The same, for passes with sharded weights: empty micro-batches at the end, so that all processes make as many
-        passes."""
+        """As `cut`, for passes with sharded weights: empty micro-batches are appended, so that all processes make the
+        same number of passes."""
         parts = self.cut(rollout, rows, units)
         if self.runtime.sharded:
             most = int(self.runtime.all_max(torch.tensor(len(parts))))
@@ -68,12 +69,12 @@ class Passes:
         return parts
 
     def pieces(self, rollout: Rollout, rows: Tensor) -> list[Rollout]:
-        """The micro-batches of the rows as rollouts; none where there are no rows."""
+        """The micro-batches of the rows, as rollouts; empty without rows."""
         return [rollout.select(part) for part in self.cut(rollout, rows)]
 
     @torch.no_grad()
     def per_token(self, rollout: Rollout, evaluate: Callable[[Rollout], Tensor]) -> Tensor:
-        """``evaluate`` over micro-batches, put together again on the rollout's grid, ``[..., B, T]``."""
+        """``evaluate`` over micro-batches, merged to the rollout's shape, ``[..., B, T]``."""
         rows = torch.arange(len(rollout), device=rollout.tokens.device)
 
         def attempt() -> Tensor:
@@ -88,14 +89,14 @@ class Passes:
         return self.retry_on_oom(attempt)
 
     def retry_on_oom(self, attempt: Callable[[], T]) -> T:
-        """The result of ``attempt``, which cuts its work by `cut`.
+        """The result of ``attempt``, which splits its work by `cut`.
 
-        When memory runs out, the attempt is repeated in micro-batches of half the size, and the smaller size stays. Its
-        gradients and means are dropped. The other processes wait meanwhile; so there is no retry once the attempt has
-        taken part in a collective.
+        When memory runs out, the gradients and means of the attempt are dropped, and it is repeated with micro-batches
+        of half the size, which is kept from then on. There is no retry once the attempt has taken part in a
+        collective, because the other processes would not repeat it.
 
         Raises:
-            UserError: when not even one unit fits, or a collective is under way.
+            UserError: when a single unit does not fit, or after a collective.
         """
         try:
             while True:
@@ -114,17 +115,17 @@ class Passes:
                 self.runtime.release_weights()
 
     def state(self) -> dict[str, Any]:
-        """What was asked for, and what was found to fit."""
+        """The configured number of tokens, and the number found to fit."""
         return {"micro_batch_tokens": (self.asked, self.tokens)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Cuts as the saved run did, unless another size is asked for now."""
+        """Takes the saved run's size, unless the config has another one now."""
         asked, found = state.get("micro_batch_tokens", (None, None))
         if asked == self.asked:
             self._tokens = found
 
     def _halve(self, error: RuntimeError) -> None:
-        parts, sizes, units = self._last  # figures of it are computed only here: they wait for the device
+        parts, sizes, units = self._last  # summed only here: reading it waits for the device
         rows = max(map(len, parts), default=0)
         tokens = max((int(sizes[part].sum()) for part in parts), default=0)
         divisible = any(len(part if units is None else units[part].unique()) > 1 for part in parts)

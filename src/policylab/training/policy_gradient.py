@@ -24,7 +24,7 @@ class PolicyGradient(TrainingModule):
     """Trains the policy with an :class:`~policylab.algorithms.Algorithm`.
 
     Attributes:
-        track_exact_kl: whether rollouts get their ``exact_kl``, also where the algorithm does not need it.
+        track_exact_kl: whether rollouts get ``exact_kl`` even where the algorithm does not need it.
     """
 
     def __init__(self, algorithm: Algorithm, parts: Parts, updater: type[Updater] = MinibatchUpdater) -> None:
@@ -69,10 +69,10 @@ class PolicyGradient(TrainingModule):
 
     @property
     def recomputes_logprobs(self) -> bool:
-        """Whether the sampled tokens go through the policy once more before the update.
+        """Whether the policy evaluates the sampled tokens once more before the update.
 
-        In full precision the log-probs recorded by an engine of ours are those of the policy, which the preflight
-        checks. Another engine, or lower precision, differs from the policy that is trained.
+        In full precision, an exact engine records the policy's own log-probs, which the preflight checks. Those of
+        other engines, or of lower precision, differ from those of the policy in training.
         """
         if self.algorithm.needs_policy_logprobs:
             return True
@@ -80,7 +80,7 @@ class PolicyGradient(TrainingModule):
         return not self.sampler.records_exactly and not update_gives_them
 
     def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling, forward passes of the reference and of what is recomputed, and the update."""
+        """Sampling, forward passes of the reference and for recomputed log-probs, and the update."""
         before = 1 + self.recomputes_logprobs + 2 * self.algorithm.kl.exact_in_reward
         passes = before + self.updater.forward_passes
         return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
@@ -110,8 +110,8 @@ class PolicyGradient(TrainingModule):
             self.average.move(self.reference.lm, self.policy.lm, 1 - moving.decay)
 
     def adapt_kl_coefficient(self) -> None:
-        """The next iteration's coefficient, from the KL that this one has measured. One that is not finite is ignored,
-        as the coefficient would never recover from it."""
+        """Sets the next iteration's coefficient from this iteration's KL. A KL that is not finite is ignored: the
+        coefficient would never recover from it."""
         measured = self.metrics.get("train/kl", math.nan)
         if math.isfinite(measured):
             controller, progress = self.algorithm.kl.controller, self.progress

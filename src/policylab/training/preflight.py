@@ -1,5 +1,5 @@
-"""Checks before a run that recorded log-probs are those that will be trained on, and measures how long a sequence
-takes."""
+"""Before a run, checks that log-probs recorded while sampling equal those in training, and measures the time of a
+sequence."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from policylab.functional.masks import masked_sum
 from policylab.rollouts.noise import PREFLIGHT
 from policylab.training.sampler import Sampler
 
-#: Prompts that are sampled for the check.
+#: Number of prompts sampled for the check.
 PROMPTS = 32
-#: Mean difference of two log-probs of the same token, in nats, in fp32 and in lower precision. The mean, since rounding
-#: moves a single token of a confident policy by a nat and more. Measured on the embedded model, logits times 1 to 30:
+#: Limits on the mean difference of two log-probs of the same token, in nats, in fp32 and in lower precision. The mean,
+#: because rounding can move a single token of a confident policy by a nat or more. Measured on the embedded model,
+#: logits times 1 to 30:
 #: at most 0.025 in bf16 and below 5e-5 in fp32. Shifted masks, positions off by one and other weights gave 0.11 and
 #: more, a temperature of 0.8 in place of 1 gave 0.42 and, at logits times 4, 0.10 (tests/test_preflight.py).
 TOLERANCE = 1e-4
@@ -29,18 +30,18 @@ LOW_PRECISION_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Pace:
-    """What a sequence costs, measured on a few. The seconds are upper bounds: larger batches cost less a sequence."""
+    """Measured cost of one sequence; an upper bound, as larger batches are cheaper."""
 
     sample: float  #: seconds
     forward: float  #: seconds
-    tokens: float  #: sampled
+    tokens: float  #: sampled tokens
 
 
 @torch.no_grad()
 def preflight(sampler: Sampler, prompts: list[Prompt]) -> Pace:
-    """Samples a few completions and compares the recorded figures with recomputed ones.
+    """Samples a few completions and compares their recorded log-probs and values with recomputed ones.
 
-    The log-probs of an engine that is not exact are recomputed before training; there a difference is only a warning.
+    If the engine is not exact, log-probs are recomputed before each update, and a difference is only a warning.
 
     Raises:
         UserError: when log-probs or values differ, or when an untrained policy is not at its reference. A run
@@ -48,7 +49,9 @@ def preflight(sampler: Sampler, prompts: list[Prompt]) -> Pace:
     """
     precise = TOLERANCE if sampler.in_full_precision else LOW_PRECISION_TOLERANCE
     limit = precise if sampler.engine.exact else LOW_PRECISION_TOLERANCE
-    sampler.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass through a model is not typical
+    sampler.generate(
+        prompts[:1], 1, PREFLIGHT, [0]
+    )  # the first pass through a model is slower than later ones
     start = time.perf_counter()
     rollout = sampler.add_values(sampler.generate(prompts, 1, PREFLIGHT, range(len(prompts))))
     sampled = time.perf_counter()
@@ -90,9 +93,9 @@ def preflight(sampler: Sampler, prompts: list[Prompt]) -> Pace:
 def difference(
     recorded: Float[Tensor, "B T"], recomputed: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], limit: float
 ) -> str | None:
-    """Mean difference over the actions, in words; None within the limit."""
+    """Mean difference over the actions, as text; None if within the limit."""
     apart = (recorded - recomputed).abs()
     mean = float(masked_sum(apart, mask).sum() / mask.sum())
-    if mean <= limit:  # not so for NaN
+    if mean <= limit:  # false for NaN
         return None
     return f"by {mean:.2g} a token on average (limit {limit:.2g})"

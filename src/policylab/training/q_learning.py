@@ -1,4 +1,4 @@
-"""Q-learning on tokens: rollouts go into a memory, and updates draw from it."""
+"""Q-learning on tokens: rollouts are added to a replay memory, and updates sample from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class QTraining(TrainingModule):
     """Trains the policy's language model as a Q-function, with a :class:`~policylab.algorithms.QLearning`.
 
     Attributes:
-        target: the slower copy that targets are computed with, if there is one.
+        target: the target network; None without one.
     """
 
     def __init__(self, algorithm: QLearning, parts: Parts) -> None:
@@ -46,7 +46,7 @@ class QTraining(TrainingModule):
         self.run_state.stateful.append(self.replay)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """One iteration: prompts -> rollout -> reward -> memory -> updates from memory -> record."""
+        """One iteration: prompts -> rollout -> reward -> replay memory -> updates from it -> record."""
         started = time.perf_counter()
         lr = self.stepper.set_learning_rate()
         rollout, self.samples = self.collector.collect(batch.prompts)
@@ -60,7 +60,7 @@ class QTraining(TrainingModule):
         self.finish_iteration({**metrics, "train/lr": lr}, started)
 
     def behaviour(self, stream: int) -> Behaviour | None:
-        """What tokens are drawn from: the language model itself, or mostly its best token."""
+        """The distribution that tokens are drawn from: the policy itself (None), or epsilon-greedy."""
         exploration = self.algorithm.exploration
         if isinstance(exploration, EpsilonGreedy) and stream == TRAIN:
             epsilon = exploration.epsilon(self.iteration)
@@ -71,8 +71,8 @@ class QTraining(TrainingModule):
 
     @torch.no_grad()
     def start_values(self, rollout: Rollout) -> None:
-        """Before the first update, the value head starts at the mean reward. From zero it would lag behind for a while,
-        and every token that was tried would look better than expected."""
+        """Before the first update, sets the value head to the mean reward. From zero it would be too low for a while,
+        and every token tried would look better than expected."""
         if self.iteration or self.policy.critic is None:
             return
         assert rollout.rewards is not None
@@ -82,7 +82,7 @@ class QTraining(TrainingModule):
                 network.critic.head.bias.fill_(float(mean))
 
     def step(self, batch: Rollout) -> bool:
-        """One optimizer step: Q of the chosen tokens moves towards their targets. False when it was skipped."""
+        """One optimizer step that moves Q of the chosen tokens towards their targets. False if it was skipped."""
         rows = torch.arange(len(batch), device=self.device)
         tokens = self.runtime.all_sum(batch.action_mask.sum()).float()
         self.stepper.accumulate(batch, rows, lambda piece: self.minibatch_loss(piece, tokens))
@@ -93,7 +93,7 @@ class QTraining(TrainingModule):
         return True
 
     def minibatch_loss(self, rollout: Rollout, denominator: Tensor) -> Tensor:
-        """The rows' share of the minibatch's loss."""
+        """These rows' share of the minibatch's loss."""
         algorithm, mask, temperature = self.algorithm, rollout.action_mask, self.sampler.engine.temperature
         scores, values = self.policy.scores_of(rollout, temperature)
         estimate = algorithm.estimate(scores, rollout, values)
@@ -114,14 +114,14 @@ class QTraining(TrainingModule):
         return token_sum(loss, mask, denominator)
 
     def move_target(self) -> None:
-        """The target network's step towards the online one, when it is due."""
+        """Moves the target network towards the online one, when a step is due."""
         settings = self.algorithm.target
         if settings is None or not (self.target and self.average) or self.replay.updates % settings.every:
             return
         self.average.move(self.target, self.policy, settings.rate)
 
     def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling, the reference's forward pass, and a forward and backward pass (and the target's) an update."""
+        """Sampling, the reference's forward pass, and per update a forward and backward pass (and the target's)."""
         passes = 3 if self.target is None else 4
         replayed = self.plan.minibatch * self.plan.updates * passes
         seconds = self.plan.sequences * (pace.sample + pace.forward) + replayed * pace.forward
@@ -139,6 +139,6 @@ class QTraining(TrainingModule):
 
 
 def target_of(policy: Policy) -> Policy:
-    """A frozen copy, value head included; the tokenizer is shared, and so is what never trains."""
+    """A frozen copy, including the value head. The tokenizer and weights that never train are shared."""
     shared = {id(policy.tokenizer): policy.tokenizer} | shared_weights(policy)
     return copy.deepcopy(policy, shared).requires_grad_(False).eval()

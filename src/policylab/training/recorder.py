@@ -1,4 +1,4 @@
-"""What an iteration records while it runs: means over tokens and sequences, and the time of its phases."""
+"""Records an iteration while it runs: means over tokens and sequences, and the time of its phases."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from policylab.training.runtime import Runtime
 
 
 class Recorder:
-    """Collects the means and times of the iteration under way.
+    """Collects the means and times of the current iteration.
 
     Attributes:
-        means: of the iteration so far.
-        added: of the last piece of work that `merge` has added.
-        seconds: of each phase.
+        means: means of the iteration so far.
+        added: means that the last `merge` added.
+        seconds: time of each phase.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -33,7 +33,7 @@ class Recorder:
 
     @contextmanager
     def aside(self) -> Iterator[Means]:
-        """What is added inside goes into means of its own: for work that may fail, or that does not count."""
+        """What is added inside goes into separate means: for work that may fail, or that does not count."""
         outer, self.means = self.means, Means()
         try:
             yield self.means
@@ -46,7 +46,7 @@ class Recorder:
         self.means.merge(added)
 
     def undo(self) -> None:
-        """Drops what the last `merge` has added."""
+        """Removes what the last `merge` added."""
         self.means = self._before
 
     @contextmanager
@@ -59,12 +59,12 @@ class Recorder:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def totals(self, means: Means) -> dict[str, Total]:
-        """Over all processes, also of names that some of them have not added to."""
+        """Totals over all processes, including names that some of them have not added to."""
         names = set().union(*self.runtime.gather(set(means.names)))
         return means.reduce(self.runtime.all_sum, names)
 
     def finish(self) -> tuple[dict[str, Total], dict[str, float]]:
-        """Totals and phases of the iteration, which ends here."""
+        """Ends the iteration: its totals, and the times of its phases."""
         totals, seconds = self.totals(self.means), self.seconds
         self.means, self.seconds = Means(), {}
         return totals, seconds

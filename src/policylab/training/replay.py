@@ -1,4 +1,4 @@
-"""The replay memory of a run, and the minibatches that are drawn from it."""
+"""The replay memory of a run, and the minibatches drawn from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ReplayMemory:
         self.buffer.add(self.runtime.gather(Memory.of(rollout, self.progress.iteration)))
 
     def minibatches(self) -> Iterator[Rollout]:
-        """This process's share of the sequences for each update; none while there are too few."""
+        """This process's share of the sequences of each update; no updates while there are too few sequences."""
         if len(self.buffer) < self.settings.warmup:
             return
         iteration, size = self.progress.iteration, self.plan.minibatch

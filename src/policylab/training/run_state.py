@@ -1,4 +1,4 @@
-"""The state of a run apart from weights and optimizer: what a checkpoint must hold so that a resume is exact."""
+"""The state of a run beside weights and optimizer that a checkpoint must hold for an exact resume."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ SAVED = ("iteration", "kl_coef", "tokens_sampled", "tokens_trained")
 
 
 class Stateful(Protocol):
-    """A part with state of its own. The names in it are its own among all parts of a trainer."""
+    """A part with state. Its names must be unique among all parts of a trainer."""
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors; called on all processes at once."""
         ...
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes its own names out of the state of all parts."""
+        """Loads its own names from the merged state of all parts."""
         ...
 
 
 @dataclass
 class Progress:
-    """How far the run is; one object, which all parts of a trainer read.
+    """How far the run is; all parts of a trainer share one object.
 
     Args:
-        iterations: of the whole run.
-        max_tokens: sampled in training, after which the run ends earlier; None for no such limit.
+        iterations: length of the whole run.
+        max_tokens: limit on tokens sampled in training, which may end the run earlier; None for no limit.
 
     Attributes:
-        iteration: finished iterations.
-        tokens_sampled: in training, over all processes; what validation and preflight sample does not count.
-        tokens_trained: as often as they were trained on.
-        kl_coef: of the penalty, in the next iteration.
-        expected_tokens: an iteration, by the preflight.
+        iteration: number of finished iterations.
+        tokens_sampled: in training, over all processes; validation and preflight do not count.
+        tokens_trained: tokens trained on, counted once per pass.
+        kl_coef: coefficient of the KL penalty in the next iteration.
+        expected_tokens: tokens per iteration, estimated by the preflight.
     """
 
     iterations: int
@@ -55,12 +55,12 @@ class Progress:
 
     @property
     def budget_is_spent(self) -> bool:
-        """Whether ``max_tokens`` were sampled."""
+        """Whether ``max_tokens`` have been sampled."""
         return self.max_tokens is not None and self.tokens_sampled >= self.max_tokens
 
     @property
     def last_iteration(self) -> int:
-        """The iteration after which the run ends: with a limit of tokens, an estimate from the tokens so far."""
+        """The iteration after which the run ends; with a token limit, an estimate from the tokens so far."""
         if self.max_tokens is None:
             return self.iterations
         tokens = self.tokens_sampled / self.iteration if self.iteration else self.expected_tokens
@@ -89,7 +89,7 @@ class RunState:
         self._source, self._task = parts.policy.source, parts.task
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; called on all processes at once."""
+        """The state for a checkpoint; called on all processes at once."""
         state = {"config": self._config, "origin": self.origin, "products": products.chosen().plain()}
         for part in self.stateful:
             state |= part.state()
@@ -99,7 +99,7 @@ class RunState:
         """Continues from a saved state.
 
         Raises:
-            UserError: when it is another run's.
+            UserError: when the state belongs to another run.
         """
         self.check_origin(state)
         for part in self.stateful:
@@ -108,11 +108,11 @@ class RunState:
             products.go_on(state["products"])
 
     def check_origin(self, state: dict[str, Any]) -> None:
-        """Refuses the state of a run that started from other weights or on other data. Those weights are its reference,
-        and what adapters add to.
+        """Refuses the state of a run that started from other weights or on other data. The initial weights are needed
+        as its reference and as the base of its adapters.
 
         Raises:
-            UserError: naming those of this command.
+            UserError: naming the weights or the data of this command.
         """
         origin = state.get("origin")
         if origin is None:

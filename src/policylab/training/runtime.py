@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Runtime:
-    """Where a LightningModule is trained. A test of a part replaces the properties by attributes.
+    """The processes, device and optimizer of a LightningModule. Tests of a part replace the properties by attributes.
 
     Attributes:
         collective: whether this process has taken part in a collective since this was last set to false. Work that
@@ -28,7 +28,7 @@ class Runtime:
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """Rank of this process."""
         return self._module.global_rank
 
     @property
@@ -38,31 +38,31 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """Where the policy is."""
+        """The policy's device."""
         return self._module.device
 
     @property
     def full_precision(self) -> bool:
-        """Whether nothing is cast to lower precision in forward passes."""
+        """Whether forward passes cast nothing to lower precision."""
         return self._module.trainer.precision == "32-true"
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a share of the weights, so that all processes must make the same passes."""
+        """Whether each process holds a shard of the weights, so that all processes must make the same passes."""
         return self._module.sharded
 
     @property
     def optimizer(self) -> Any:
-        """The only one."""
+        """The module's optimizer."""
         return self._module.optimizers()
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The run folder."""
         return Path(self._module.trainer.default_root_dir)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients, and averages them over processes unless inside `no_sync`."""
+        """Accumulates gradients, and averages them over processes unless inside `no_sync`."""
         self._module.manual_backward(loss)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -70,7 +70,7 @@ class Runtime:
         return self._module.trainer.strategy.block_backward_sync() if self.world_size > 1 else nullcontext()
 
     def release_weights(self) -> None:
-        """Frees whole weights that sharded policies still hold after their passes."""
+        """Frees the gathered weights that sharded policies still hold after their passes."""
         for network in self._module.children():
             release(network)
 
@@ -83,11 +83,11 @@ class Runtime:
         return self._reduce(x, "max")
 
     def on_any(self, flag: bool) -> bool:
-        """Whether it is true on some process."""
+        """Whether the flag is true on any process."""
         return flag if self.world_size == 1 else bool(self.all_max(torch.tensor(float(flag))) > 0)
 
     def gather(self, item: T) -> list[T]:
-        """The item of each process in the order of their ranks; anything that can be pickled."""
+        """The item of each process, in rank order; items must be picklable."""
         items = [item] * self.world_size
         if len(items) > 1:
             self.collective = True
@@ -95,11 +95,11 @@ class Runtime:
         return items
 
     def _reduce(self, x: Tensor, operation: str) -> Tensor:
-        """The same on all processes, to the bit, so that all take the same decisions from it."""
+        """An all-reduce. Its result is bitwise the same on all processes, so that all make the same decisions."""
         if self.world_size == 1:
             return x
         self.collective = True
-        # On the policy's device, whose backend sends it. Lightning's `reduce` would add a barrier.
+        # on the policy's device, which the backend requires; Lightning's `reduce` would add a barrier
         whole = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(whole, getattr(torch.distributed.ReduceOp, operation.upper()))
         return whole.to(x.device)

@@ -23,14 +23,14 @@ from policylab.training.run_state import Progress
 
 
 class Sampler:
-    """Samples from the policy, and adds to rollouts what the reference and the critic compute for them.
+    """Samples from the policy, and adds the reference's log-probs and the critic's values to rollouts.
 
     Args:
-        reference: None without one.
+        reference: frozen or moving reference; None without one.
 
     Attributes:
-        behaviour: distribution that the tokens of a noise stream are drawn from, where it is not the policy itself.
-        scorer: holds the reward; no module, so that a network in the reward is not part of the trained module.
+        behaviour: noise stream -> distribution that its tokens are drawn from; None for the policy itself.
+        scorer: holds the reward. It is not an ``nn.Module``, so that a network in the reward is not registered here.
     """
 
     def __init__(self, parts: Parts, reference: Policy | None, passes: Passes, progress: Progress) -> None:
@@ -46,7 +46,7 @@ class Sampler:
         self.row_limit = RowLimit(parts.max_rows)
         self.behaviour: Callable[[int], Behaviour | None] = lambda stream: None
         self._reward_before: tuple[int, Any] | None = (
-            None  # a validation's iteration, the reward's state before it
+            None  # iteration of the last validation, and the reward's state before it
         )
         self._reward_is_loaded = False
 
@@ -61,9 +61,9 @@ class Sampler:
         """Completions of the prompts, ``group_size`` each.
 
         Args:
-            stream: of the noise. That of validations is the same in every iteration.
-            samples: number of each row among all of the iteration, which keys its noise.
-            behaviour: in place of the stream's.
+            stream: noise stream. Validation's noise is the same in every iteration.
+            samples: index of each row among all rows of the iteration, which keys its noise.
+            behaviour: replaces the stream's.
         """
         iteration = self.progress.iteration if stream != VALIDATION else 0
         noise = uniforms(self.seed, stream, iteration, samples, self.engine.max_new_tokens)
@@ -75,18 +75,18 @@ class Sampler:
         return rollout
 
     def score(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[list[Completion], ScoreFuture]:
-        """The rollout's completions as text, and their scores, which workers may still be computing.
+        """The rollout's completions as text, and a future of their scores.
 
         Args:
             prompts: one for each row.
         """
         completions = self.completions(rollout, prompts)
-        # in the reward's own precision, as in a worker
+        # in the reward's own precision, as in a worker process
         with torch.no_grad(), torch.autocast(self.runtime.device.type, enabled=False):
             return completions, self.scorer.begin(completions)
 
     def completions(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:
-        """As text; one copy from the device for all. ``prompts``: one for each row."""
+        """The completions as text, with one device-to-host copy. ``prompts``: one for each row."""
         table = torch.cat([rollout.lengths[:, None], rollout.ended[:, None], rollout.tokens], dim=1).tolist()
         return [
             Completion(
@@ -125,7 +125,7 @@ class Sampler:
         return rollout.replace(exact_kl=self.passes.per_token(rollout, evaluate))
 
     def add_values(self, rollout: Rollout) -> Rollout:
-        """The rollout with the critic's values, if there is a critic and they did not come with sampling."""
+        """The rollout with the critic's values, if there is a critic and sampling did not record them."""
         if self.policy.critic is None or rollout.values is not None:
             return rollout
         return rollout.replace(values=self.passes.per_token(rollout, self.policy.values))
@@ -147,7 +147,7 @@ class Sampler:
 
     @property
     def records_exactly(self) -> bool:
-        """Whether log-probs recorded while sampling are those of the policy's full forward pass, up to rounding."""
+        """Whether log-probs recorded while sampling equal those of a full forward pass, up to rounding."""
         return self.engine.exact and self.in_full_precision
 
     def move_reward(self) -> None:
@@ -155,18 +155,18 @@ class Sampler:
         self.scorer.move(self.runtime.device)
 
     def agree_on_cuts(self) -> None:
-        """From here on no process takes more tokens or rows at once than have been found to fit on each of them."""
+        """All processes adopt the smallest micro-batch and row limit."""
         rows = self.row_limit.rows or EVERY_ROW
         tokens, rows = (-self.runtime.all_max(-torch.tensor([self.passes.tokens, rows]))).tolist()
         self.passes.tokens = tokens
         self.row_limit.rows = None if rows == EVERY_ROW else rows
 
     def begin_validation(self) -> None:
-        """A run that resumes here validates again, so a checkpoint needs the reward's state from before this one."""
+        """Keeps the reward's state from before this validation: a run that resumes here validates again."""
         self._reward_before = (self.progress.iteration, self.scorer.state())
 
     def state(self) -> dict[str, Any]:
-        """The rows that fit at once, and the reward's state on each process."""
+        """The row limit, and the reward's state on each process."""
         if self._reward_before is not None and self._reward_before[0] == self.progress.iteration:
             reward = self._reward_before[1]
         else:
@@ -177,7 +177,7 @@ class Sampler:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """With another number of processes than were saved, each gets the first one's reward state.
+        """If the number of processes has changed, each gets the first saved process's reward state.
 
         The reward's state is loaded once: Lightning loads a checkpoint before the first validation and again before
         training, and the reward has scored in between.

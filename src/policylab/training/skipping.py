@@ -1,6 +1,6 @@
-"""An update whose loss or gradient is not finite is skipped: its cause is reported, and its batch is kept in a file.
+"""Skipped updates: when loss or gradient is not finite, the cause is reported and the batch is saved to a file.
 
-Nothing of it reaches the weights, the optimizer or a checkpoint. Several in a row end the run.
+A skipped update does not change weights, optimizer or checkpoints. Several in a row end the run.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from policylab.data.rollout import Rollout
 
 log = logging.getLogger(__name__)
 
-#: The newest batches in ``dumps/``, of each process; older ones are deleted.
+#: Number of batches that each process keeps in ``dumps/``; older ones are deleted.
 KEPT = 8
-#: Names that a message lists.
+#: Most names in one message.
 NAMED = 3
 
 
 class NotFinite(Exception):
-    """A figure of an update is NaN or infinite."""
+    """A number computed by an update is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """What was not finite; ``depth`` is lower for what comes earlier: weights, batch, update."""
+    """What was not finite. ``depth``: 0 weights, 1 batch, 2 update."""
 
     depth: int
     what: str
@@ -45,7 +45,7 @@ class Cause:
         )[self.depth]
 
 
-#: Depths: the weights, a field of the batch, what the update has computed.
+#: Depths of a cause, the earliest first.
 WEIGHTS, BATCH, UPDATE = range(3)
 
 
@@ -54,7 +54,7 @@ def cause_of(policy: nn.Module, rollout: Rollout | None, computed: Iterable[str]
 
     Args:
         rollout: sequences of the update; None on a process that has none.
-        computed: names of what the update has computed and is not finite.
+        computed: names of results of the update that are not finite.
     """
     if bad := [name for name, weight in policy.named_parameters() if not is_finite(weight)]:
         return Cause(WEIGHTS, f"the weights ({named(bad)})")
@@ -67,13 +67,13 @@ def cause_of(policy: nn.Module, rollout: Rollout | None, computed: Iterable[str]
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all elements are; of a sharded tensor, those of this process."""
+    """Whether all elements are finite; of a sharded tensor, those of this process."""
     local = getattr(x, "to_local", lambda: x)()
     return bool(local.detach().isfinite().all())
 
 
 def not_finite_fields(rollout: Rollout) -> list[str]:
-    """Fields with a value that is not finite; in fields by position, at an action."""
+    """Names of fields with a value that is not finite; in fields by position, only actions count."""
     bad = []
     for field in fields(rollout):
         value = getattr(rollout, field.name)
@@ -85,7 +85,7 @@ def not_finite_fields(rollout: Rollout) -> list[str]:
 
 
 def named(names: list[str]) -> str:
-    """The first few names.
+    """The first few names, as text.
 
     >>> named(["a", "b", "c", "d"])
     'a, b, c and 1 more'
@@ -98,7 +98,7 @@ def dump(folder: Path, name: str, suffix: str, content: dict[str, Any], rollout:
     """Writes a batch to a file, which ``torch.load(..., weights_only=True)`` reads as a dict.
 
     Args:
-        suffix: of the file's name, different for each process.
+        suffix: end of the file's name, different for each process.
         content: other entries of the dict.
     """
     batch = {field.name: getattr(rollout.to("cpu"), field.name) for field in fields(rollout)}

@@ -1,4 +1,4 @@
-"""Gradients and optimizer steps, whatever the loss: the same result however the work is cut."""
+"""Gradients and optimizer steps for any loss. The result does not depend on the micro-batches."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Stepper:
     """One optimizer, gradients accumulated over micro-batches, sums over processes.
 
     Attributes:
-        skipped: updates of the iteration under way that were skipped.
-        skipped_in_a_row: the latest updates of each kind that were skipped, up to the last one that was made.
+        skipped: updates skipped in the current iteration.
+        skipped_in_a_row: consecutive skipped updates, by kind.
     """
 
     def __init__(self, optim: AdamW, passes: Passes, progress: Progress) -> None:
@@ -49,17 +49,16 @@ class Stepper:
         loss_of: Callable[[Rollout], Tensor],
         units: Tensor | None = None,
     ) -> Means:
-        """Adds up the gradient of ``loss_of`` over micro-batches, averaging over processes in the last one only.
+        """Accumulates the gradient of ``loss_of`` over micro-batches; only the last one synchronizes processes.
 
-        ``loss_of`` takes some of the rows and returns their share of the loss, its denominator already counted over
-        all processes. A process without rows takes part with `zero_loss`.
+        ``loss_of`` takes some of the rows and returns their share of the loss, with the denominator of all processes.
+        A process without rows takes part with `zero_loss`.
 
         Args:
-            units: number of each row of the rollout, ``[B]``; ``loss_of`` gets rows of one number together. None: each
-                row by itself.
+            units: unit of each row of the rollout, ``[B]``; rows of one unit stay together. None: each row is its own.
 
         Returns:
-            The means that ``loss_of`` has added; they count in the iteration's.
+            The means that ``loss_of`` added; they are also part of the iteration's.
         """
 
         def attempt() -> Means:
@@ -69,7 +68,7 @@ class Stepper:
                 with nullcontext() if last else self.runtime.no_sync():
                     loss = loss_of(rollout.select(part)) if len(part) else self.zero_loss(rollout, loss_of)
                     self.runtime.collective |= last  # gradients are sent during the last backward pass
-                    # Data-parallel strategies average gradients; the denominators want their sum.
+                    # data-parallel strategies average gradients, but these losses must be summed
                     self.runtime.backward(loss * self.runtime.world_size)
             return self.recorder.means
 
@@ -78,8 +77,8 @@ class Stepper:
     def zero_loss(self, rollout: Rollout, loss_of: Callable[[Rollout], Tensor]) -> Tensor:
         """A zero that depends on every parameter: the loss of a process without rows.
 
-        Where weights are sharded, this process must make the same passes as the others, and makes one with a row that
-        does not count.
+        With sharded weights, this process must make the same passes as the others, so it evaluates one row with zero
+        weight.
         """
         if self.runtime.sharded:
             row = rollout.select(torch.zeros(1, dtype=torch.long, device=rollout.tokens.device))
@@ -94,12 +93,14 @@ class Stepper:
         what: str = "update",
         groups: Mapping[str, list[nn.Parameter]] | None = None,
     ) -> bool:
-        """Clips, steps, and clears. An update whose loss or gradient is not finite is skipped, on all processes.
+        """Clips the gradient, makes a step, and clears the gradient.
+
+        If loss or gradient is not finite on any process, all processes skip the update.
 
         Args:
             rollout, rows: what the gradient was computed from.
-            what: kind of the update, for counting those that are skipped in a row.
-            groups: parameters that are clipped together, by the name of their norm; None takes `clipped_together`.
+            what: kind of the update; consecutive skipped updates are counted by kind.
+            groups: name of the norm -> parameters clipped together; None takes `clipped_together`.
 
         Returns:
             Whether the step was taken.
@@ -129,21 +130,21 @@ class Stepper:
         return True
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
-        """By the name of their norm: all parameters, or the policy apart from a critic that never changes it."""
+        """Name of the norm -> parameters clipped together: all, or policy and critic apart if they share none."""
         policy = self.policy
         if policy.critic is None or policy.critic.trains_trunk:
             return {"grad_norm": policy.actor_parameters() + policy.critic_parameters()}
         return {"grad_norm": policy.actor_parameters(), "critic_grad_norm": policy.critic_parameters()}
 
     def drop_gradients(self) -> None:
-        """Forgets what was accumulated."""
+        """Clears the accumulated gradient."""
         self.runtime.optimizer.zero_grad(set_to_none=True)
 
     def skip_update(self, rollout: Rollout, rows: Tensor, what: str, computed: list[str]) -> None:
-        """Counts an update that is skipped, keeps its batch, and reports the cause.
+        """Skips an update: counts it, saves its batch, and reports the cause.
 
         Args:
-            computed: names of what the update has computed and is not finite.
+            computed: names of results of the update that are not finite.
 
         Raises:
             RunError: after ``optim.max_skipped`` in a row, or at once where the weights are not finite.
@@ -172,7 +173,7 @@ class Stepper:
             )
 
     def take_skipped(self) -> int:
-        """How many updates the iteration has skipped; the next one starts at 0."""
+        """Returns how many updates the iteration has skipped, and resets the number to 0."""
         skipped, self.skipped = self.skipped, 0
         return skipped
 
@@ -182,7 +183,7 @@ class Stepper:
         return self.runtime.folder / "dumps"
 
     def check_weights(self) -> None:
-        """Raises RunError when the weights of some process are not finite."""
+        """Raises RunError when the weights of any process are not finite."""
         bad = [name for name, weight in self.policy.named_parameters() if not is_finite(weight)]
         if any(self.runtime.gather(bool(bad))):
             raise RunError(
@@ -191,7 +192,7 @@ class Stepper:
             )
 
     def reapply_settings(self) -> None:
-        """Sets the config's settings again, as a checkpoint restores older ones with the optimizer's moments."""
+        """Applies the config's settings, because a checkpoint restores the older ones with the optimizer's moments."""
         fresh = self.optim.build(self.policy).param_groups
         for group, settings in zip(self.runtime.optimizer.param_groups, fresh, strict=True):
             group.update({name: value for name, value in settings.items() if name != "params"})
@@ -204,7 +205,7 @@ class Stepper:
         return self.optim.lr * factor
 
     def state(self) -> dict[str, Any]:
-        """A run that has skipped updates in a row may not begin to count anew."""
+        """The counts of consecutive skipped updates, which a resume must not reset."""
         return {"skipped_in_a_row": dict(self.skipped_in_a_row)}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Supervised training on the task's completions, on the same grid, engine and loop as the rest."""
+"""Supervised training on the task's completions, using the same rollout layout and training loop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SupervisedTraining(TrainingModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Adds the loss on the held-out completions, if all prompts have one."""
-        # asked of all prompts, so that all processes make the same passes
+        # checked on all prompts, so that all processes make the same passes
         if all(prompt.target for prompt in self.validator.prompts):
             grid = demonstrations(batch.prompts, self.algorithm.loss_on, self.device)
             negative = self.passes.per_token(grid, self.negative_logprobs)
@@ -55,18 +55,18 @@ class SupervisedTraining(TrainingModule):
         super().validation_step(batch, batch_idx)
 
     def negative_logprobs(self, grid: Rollout) -> Tensor:
-        """The loss a token, ``[B, T]``."""
+        """The loss per token, ``[B, T]``."""
         return -self.policy.logprobs_of(grid, temperature=1.0)
 
     def seconds_per_iteration(self, pace: Pace) -> float:
-        """A forward and a backward pass."""
+        """One forward and one backward pass."""
         return self.plan.sequences / self.plan.processes * 3 * pace.forward
 
 
 def demonstrations(prompts: Sequence[Prompt], loss_on: str, device: torch.device) -> Rollout:
-    """The completions of a data set on the grid of a rollout, every token of them an action.
+    """The completions of a data set in the layout of a rollout, with every token an action.
 
-    With ``loss_on="full"`` the prompt's tokens after the first are actions, too.
+    With ``loss_on="full"`` the prompt's tokens after the first are actions too.
     """
     cut = [1 if loss_on == "full" else len(p.tokens) for p in prompts]
     targets = [(p.tokens[c:] + p.target) for p, c in zip(prompts, cut, strict=True)]

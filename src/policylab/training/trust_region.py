@@ -1,4 +1,4 @@
-"""Trust-region updates: one step a rollout along the natural gradient, as long as the KL allows."""
+"""Trust-region updates: one step per rollout along the natural gradient, with a limit on the KL."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from policylab.training.updater import Updater
 
 @dataclass(frozen=True)
 class Step:
-    """The full step, to the boundary of the trust region in the quadratic model."""
+    """The full step: to the boundary of the trust region, by the quadratic model of the KL."""
 
     vector: Float[Tensor, " n"]
-    kl: float  #: that the quadratic model predicts, nats a token; 0 for no step
-    residual: float  #: of the conjugate gradients, relative
+    kl: float  #: predicted by the quadratic model, in nats per token; 0 for no step
+    residual: float  #: relative residual of the conjugate gradients
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Figures of a policy on the rollout that the old one sampled."""
+    """Loss and KL of a policy on the rollout that the old policy sampled."""
 
     loss: float
-    kl: float  #: KL(old | it) over the vocabulary, nats a token
+    kl: float  #: KL(old | this policy) over the vocabulary, in nats per token
     kl_sampled: float  #: the same by k3 on the sampled tokens
-    clipped: float  #: share of tokens that the surrogate clips
+    clipped: float  #: fraction of tokens that the surrogate clips
     ratio_max: float
 
 
@@ -95,7 +95,7 @@ class TrustRegionUpdater(Updater):
             self.fit_critic(rollout)
 
     def move_policy(self, rollout: Rollout) -> None:
-        """One step of the policy. ``rollout``: its action mask holds the actions that are trained on."""
+        """One step of the policy. The action mask of ``rollout`` holds the actions to train on."""
         actor = Actor(self.policy, tuple(self.policy.actor_parameters()), self.sampler.engine.temperature)
         mask = rollout.action_mask
         actions = int(self.runtime.all_sum(mask.sum()))
@@ -146,7 +146,7 @@ class TrustRegionUpdater(Updater):
     def policy_loss(
         self, rollout: Rollout, logp: Float[Tensor, "N V"], denominator: Tensor
     ) -> tuple[Tensor, LossTerms]:
-        """The rows' share of the loss of a policy with these distributions."""
+        """These rows' share of the loss of a policy with these distributions."""
         algorithm = self.algorithm
         evaluation = self.policy.evaluate_distributions(
             rollout,
@@ -163,8 +163,8 @@ class TrustRegionUpdater(Updater):
     def natural_step(self, actor: Actor, rollout: Rollout, gradient: Float[Tensor, " n"]) -> Step:
         """``sqrt(2 max_kl / s F s) s`` with ``(F + damping) s = -gradient``.
 
-        A share of the sequences suffices for the direction, but not for the length: the step fits the tokens that the
-        gradient was computed from, and the Fisher matrix of a few of them underestimates how far it moves the rest.
+        A subset is enough for the direction, not for the length: the direction fits the tokens of the gradient, so
+        the Fisher matrix of a few of them underestimates the KL on the rest.
         """
         region = self.region
         every, _ = self.fisher_rows(rollout, 1.0)
@@ -206,10 +206,10 @@ class TrustRegionUpdater(Updater):
         return float(self.runtime.all_sum(rollout.action_mask[rows].sum()))
 
     def fisher_rows(self, rollout: Rollout, share: float) -> tuple[Tensor, Tensor]:
-        """This process's part of a share of the sequences that are trained on, and their groups.
+        """This process's part of a subset of the sequences to train on, and the group of each.
 
-        Both are evenly spread over the trained sequences of all processes, so that neither they nor the :data:`GROUPS`
-        groups depend on the number of processes.
+        The subset and its :data:`GROUPS` groups are spread evenly over the sequences of all processes, so they do not
+        depend on the number of processes.
         """
         rows = rollout.action_mask.any(-1).nonzero().squeeze(-1)
         counts = torch.zeros(self.plan.processes, dtype=torch.long, device=rows.device)
@@ -235,10 +235,10 @@ class TrustRegionUpdater(Updater):
     ) -> tuple[float, int, Outcome]:
         """Moves the policy by the first step that lowers the loss within the trust region.
 
-        Without a line search the full step is taken. When every step is refused, the weights stay exactly as they were.
+        Without a line search the full step is taken. When every step is rejected, the weights are restored exactly.
 
         Returns:
-            The share of the full step that was taken (0: none), how many were tried, and the outcome.
+            The fraction of the full step taken (0: none), how many were tried, and the outcome.
         """
         stay = Outcome(loss, 0.0, 0.0, 0.0, 1.0)
         if step.kl == 0:
@@ -265,7 +265,7 @@ class TrustRegionUpdater(Updater):
         denominator: Tensor,
         actions: int,
     ) -> Outcome:
-        """Outcome of other weights, over all processes. Whole distributions are compared a micro-batch at a time."""
+        """Outcome of other weights, over all processes. Distributions are compared one micro-batch at a time."""
         sums = torch.zeros(4, device=self.runtime.device)
         ratio_max = torch.ones((), device=self.runtime.device)
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""How a rollout with advantages becomes steps of the policy: what updates by minibatches and trust regions share."""
+"""From a rollout with advantages to steps of the policy: the base of the minibatch and trust-region updaters."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ class Updater:
 
     @property
     def first_pass_is_old(self) -> bool:
-        """Whether every pass of an update is of the policy that sampled, so that it gives the old log-probs itself."""
+        """Whether the update evaluates only the policy that sampled, so that its own pass gives the old log-probs."""
         return False
 
     @property
     def forward_passes(self) -> float:
-        """What an update costs, in forward passes over the rollout."""
+        """Cost of an update, in forward passes over the rollout."""
         raise NotImplementedError
 
     def update(self, rollout: Rollout) -> None:
-        """Trains on a rollout of this process and those of the others."""
+        """Trains on the rollouts of all processes; ``rollout`` is this process's."""
         raise NotImplementedError
 
     def minibatches(self, rollout: Rollout, epoch: int, size: int) -> list[Tensor]:
-        """This process's rows of each minibatch of ``size`` sequences, without those that are left out of training.
+        """This process's rows of each minibatch of ``size`` sequences, without rows excluded from training.
 
-        The order is drawn over the sequences of all processes, so that a minibatch holds the same sequences however
-        many processes share them.
+        The order is drawn over the sequences of all processes, so that minibatches do not depend on the number of
+        processes.
         """
-        kept = rollout.loss_mask.any(-1).cpu()  # one copy, and one back
+        kept = rollout.loss_mask.any(-1).cpu()  # one copy to the host
         noise = uniforms(self.sampler.seed, SHUFFLE, self.progress.iteration, [epoch], self.plan.sequences)
         first = self.runtime.rank * len(rollout)
         shares = [rows - first for rows in split(noise[0], size)]

@@ -1,4 +1,4 @@
-"""What the policy does on held-out prompts: metrics and samples."""
+"""Validation on held-out prompts: metrics and samples."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Validator:
     """Samples one completion a prompt, with noise that is the same at every validation.
 
     Args:
-        prompts: all that a validation goes through, on all processes together.
+        prompts: all prompts of a validation, over all processes.
 
     Attributes:
-        means: of the validation under way; a trainer may add to them.
-        samples: of the validation under way, on this process.
+        means: means of the current validation; a trainer may add to them.
+        samples: samples of the current validation, on this process.
     """
 
     def __init__(self, sampler: Sampler, task: Task, prompts: Sequence[Prompt]) -> None:
@@ -34,7 +34,7 @@ class Validator:
         self.samples: list[Sample] = []
 
     def begin(self) -> None:
-        """A new validation."""
+        """Begins a new validation."""
         self.sampler.begin_validation()
         self.means, self.samples = Means(), []
 

@@ -1,4 +1,4 @@
-"""One seam for all families of methods: the type of ``algo`` says which `Method` answers for it."""
+"""The registry of method families: type of ``algo`` -> `Method`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Cost", "CriticNeed", "Method", "Needs", "method_of", "register"]
 
 
 def _policy_gradient(algorithm: Algorithm) -> PolicyGradientMethod:
-    """The update axis decides between the two families."""
+    """Chooses between policy gradient and trust region by the update axis."""
     family = TrustRegionMethod if isinstance(algorithm.update, TrustRegion) else PolicyGradientMethod
     return family(algorithm)
 
 
-#: Type of an algorithm -> what makes its method.
+#: Type of an algorithm -> constructor of its method.
 METHODS: dict[type, Callable[[Any], Method[Any]]] = {
     Algorithm: _policy_gradient,
     QLearning: QLearningMethod,
@@ -31,12 +31,12 @@ METHODS: dict[type, Callable[[Any], Method[Any]]] = {
 
 
 def register(algorithm: type, method: Callable[[Any], Method[Any]]) -> None:
-    """Enters a family of one's own: from here on ``method`` answers for algorithms of this type."""
+    """Registers ``method`` as the constructor of the method for algorithms of this type."""
     METHODS[algorithm] = method
 
 
 def method_of(algorithm: object) -> Method[Any]:
-    """Who answers for an algorithm.
+    """The method of an algorithm.
 
     Raises:
         UserError: when no family is registered for its type.

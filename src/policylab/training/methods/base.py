@@ -1,4 +1,4 @@
-"""What a family of methods answers for, so that nothing outside it asks what kind of algorithm it has."""
+"""The interface of a family of methods. Code outside a family never checks the type of its algorithm."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ A = TypeVar("A")
 
 @dataclass(frozen=True)
 class CriticNeed:
-    """A value head, on as many layers of its own.
+    """A critic: value head plus this many own layers.
 
     Args:
-        own_layers: 0 reads the policy's trunk; a number copies the policy's last layers; ``all`` a whole network.
-        init: folder of a reward model that it starts as; None starts from the policy.
+        own_layers: 0 reads the policy's trunk; a number copies that many of the policy's last layers; ``all`` is a
+            whole network.
+        init: folder of a reward model to start from; None starts from the policy.
     """
 
     own_layers: int | Literal["all"]
@@ -30,14 +31,14 @@ class CriticNeed:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run must have for a method.
+    """The networks and data the method requires.
 
     Args:
         learns_from: ``rollouts``, which training samples and a reward scores, or the ``completions`` of the data.
-        critic: that is built beside the policy; None without one.
-        reference: second copy of what trains; ``moving`` follows the policy and is saved with it.
-        target: third copy, critic included, which follows the policy and is saved with it.
-        whole_distributions: updates hold the probabilities of all words, not a few figures a token.
+        critic: the critic to build; None without one.
+        reference: a second copy of the trainable weights; ``moving`` follows the policy and is saved with it.
+        target: whether there is a target network: a copy of policy and critic that follows them and is saved.
+        whole_distributions: updates hold the probabilities of all words, not only a few numbers per token.
     """
 
     learns_from: Literal["rollouts", "completions"] = "rollouts"
@@ -49,15 +50,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an iteration computes and holds for a while, beside sampling and the networks of `Needs`.
+    """Compute and temporary memory of an iteration, without sampling and networks.
 
     Args:
         forwards: forward passes over the rollout between sampling and the updates, without gradient.
-        passes: forward and backward passes over each sequence of the rollout, in all updates together; a forward pass
-            alone counts a third.
-        compares: updates hold two distributions over the vocabulary beside each other (exact KL).
-        vectors: copies of the trained weights, in fp32, that an update holds (trust region).
-        optimizes_policy: the optimizer moves the policy; else the critic alone.
+        passes: forward and backward passes over each sequence of the rollout, in all updates together; a lone forward
+            pass counts a third.
+        compares: updates hold two distributions over the vocabulary at once (exact KL).
+        vectors: fp32 copies of the trainable weights that an update holds (trust region).
+        optimizes_policy: whether the optimizer moves the policy; otherwise it moves only the critic.
     """
 
     forwards: float = 0.0
@@ -68,21 +69,21 @@ class Cost:
 
 
 class Method(ABC, Generic[A]):
-    """A family of methods: everything that a run is built from and planned by that depends on the kind of algorithm.
+    """A family of methods: everything in building and planning a run that depends on the kind of algorithm.
 
-    A family states what differs from the defaults here, which are those of one update on each rollout without
-    reference and critic. `policylab.training.methods.register` enters it for the type of its algorithm.
+    The defaults are one update on each rollout, without reference and critic; a family overrides what differs.
+    `policylab.training.methods.register` registers it for the type of its algorithm.
     """
 
     def __init__(self, algorithm: A) -> None:
         self.algorithm = algorithm
 
     def plan(self, rollout: DictConfig, processes: int) -> BatchPlan:
-        """How the sequences of an iteration are cut into updates.
+        """How the sequences of an iteration are split into updates.
 
         Args:
             rollout: ``config.rollout``.
-            processes: of the whole run.
+            processes: number of processes.
 
         Raises:
             UserError: when something does not divide.
@@ -90,14 +91,14 @@ class Method(ABC, Generic[A]):
         return BatchPlan(rollout.prompts, rollout.group_size, 1, 1, processes)
 
     def needs(self) -> Needs:
-        """What must be there."""
+        """The networks and data the method requires."""
         return Needs()
 
     def check(self, config: DictConfig) -> None:
-        """Refuses hardware, adapters and budgets that the method cannot do with, before a model loads.
+        """Refuses hardware, adapters and budgets that the method does not support, before a model loads.
 
         Raises:
-            UserError: with the reason and what to take instead.
+            UserError: with the reason and an alternative.
         """
 
     def check_lengths(self, plan: BatchPlan, longest: int) -> None:
@@ -111,10 +112,10 @@ class Method(ABC, Generic[A]):
         """
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
-        """What an iteration costs.
+        """Compute and temporary memory of an iteration.
 
         Args:
-            exact: log-probs recorded while sampling are those of the policy in training.
+            exact: whether log-probs recorded while sampling equal those in training.
         """
         return Cost(passes=plan.epochs)
 

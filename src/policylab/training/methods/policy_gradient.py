@@ -38,7 +38,7 @@ class PolicyGradientMethod(Method[Algorithm]):
 
     @property
     def reference(self) -> Literal["none", "frozen", "moving"]:
-        """What the KL is measured to."""
+        """The policy that the KL is measured to."""
         reference = self.algorithm.kl.reference
         if reference is None:
             return "none"
@@ -52,7 +52,7 @@ class PolicyGradientMethod(Method[Algorithm]):
             )
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
-        """The reference, log-probs once more where nothing else gives them, and both distributions of an exact KL."""
+        """Passes of the reference, for log-probs that must be recomputed, and for both distributions of an exact KL."""
         kl, update = self.algorithm.kl, self.algorithm.update
         again = self.algorithm.needs_policy_logprobs or not (exact or self.first_pass_tells(plan))
         estimates = update.epochs - 1 if isinstance(update, MinibatchEpochs) and update.reestimate else 0
@@ -63,7 +63,7 @@ class PolicyGradientMethod(Method[Algorithm]):
         )
 
     def first_pass_tells(self, plan: BatchPlan) -> bool:
-        """Whether the only update's own forward pass gives the log-probs before it, and nothing needs them earlier."""
+        """Whether the forward pass of a single update gives the old log-probs, and nothing needs them earlier."""
         return plan.updates == 1 and self.algorithm.kl.place != "reward"
 
     def trainer(self, parts: Parts) -> PolicyGradient:

@@ -1,4 +1,4 @@
-"""Q-learning: rollouts go into a replay memory, and updates draw from it."""
+"""Q-learning: rollouts are added to a replay memory, and updates sample from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from policylab.training.parts import Parts
 
 
 class QLearningMethod(Method[QLearning]):
-    """Several updates an iteration on sequences drawn from the memory."""
+    """Several updates per iteration, on sequences drawn from the memory."""
 
     def plan(self, rollout: DictConfig, processes: int) -> BatchPlan:
         replay = self.algorithm.replay

@@ -14,7 +14,7 @@ from policylab.training.methods.base import Cost, Needs
 from policylab.training.methods.policy_gradient import PolicyGradientMethod
 from policylab.training.parts import Parts
 
-#: Copies of the trained weights as one vector that conjugate gradients and the line search hold.
+#: Vectors as long as the trainable weights that conjugate gradients and the line search hold.
 VECTORS = 8
 
 
@@ -44,8 +44,8 @@ class TrustRegionMethod(PolicyGradientMethod):
             )
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
-        """In forward passes: the gradient 3, each product with the Fisher matrix 5, the step's length 3, the search 4,
-        and an epoch of the critic 1."""
+        """In forward passes: gradient 3, product with the Fisher matrix 5, step length 3, line search 4, epoch of the
+        critic 1."""
         region = self.region
         products = region.fisher_share * 5 * (region.cg_iterations + 1)
         critic = region.critic_epochs if self.algorithm.uses_critic else 0
@@ -57,7 +57,7 @@ class TrustRegionMethod(PolicyGradientMethod):
         )
 
     def first_pass_tells(self, plan: BatchPlan) -> bool:
-        """The search comes back to the policy before the step."""
+        """The line search needs the old log-probs, so they are recomputed."""
         return False
 
     def trainer(self, parts: Parts) -> PolicyGradient:
