@@ -297,8 +297,8 @@ def test_a_resumed_run_multiplies_as_it_did_before():
     products.use(Choice("this machine", frozenset({"rows/small"})))
     kept = products.chosen().plain()
     products.use(Choice("this machine", frozenset()))  # whatever the cache says by now
-    products.go_on(kept)
+    products.restore(kept)
     assert products.chosen().onednn == {"rows/small"}
     products.use(Choice("another machine", frozenset()))
-    products.go_on(kept)
+    products.restore(kept)
     assert products.chosen().onednn == set()

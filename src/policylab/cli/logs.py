@@ -60,17 +60,17 @@ class Formatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that may meet a full disk: lines that cannot be written are dropped, and the first one is reported."""
+    """A log file that survives a full disk: lines that cannot be written are dropped, and the first one is reported."""
 
-    told = False
+    reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called by logging when a line could not be written."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self.told:
-            self.told = True
+        elif not self.reported:
+            self.reported = True
             cause = error.strerror or error
             print(f"could not write {self.baseFilename}: {cause}; the run goes on", file=sys.stderr)
 

@@ -1,14 +1,14 @@
-"""fp32 products of matrices on a CPU, by the faster of the two libraries that PyTorch carries.
+"""fp32 matrix products on a CPU, by the faster of the two libraries that come with PyTorch.
 
-PyTorch multiplies fp32 matrices with MKL, which is the fastest there is on Intel processors and runs at half speed on
-AMD's. oneDNN, which PyTorch carries for other precisions, is about as fast on both. Which of them is faster for which
-products `policylab.rollouts.products` measures; until `use` is called all products are PyTorch's own. Sums are taken in
-another order, so results differ by rounding.
+PyTorch multiplies fp32 matrices with MKL, which is the fastest library on Intel processors and runs at half speed on
+AMD's. oneDNN, which PyTorch uses for other precisions, is about as fast on both. `policylab.rollouts.products` measures
+which one is faster for each class of products; until `use` is called, PyTorch computes all. The two sum in different
+orders, so their results differ by rounding.
 
 oneDNN's operator is private to PyTorch, so it is tried before it is used. It has fast kernels only for matrices that
-are contiguous, or whose transpose is, and reads a bias as if it were contiguous: others are copied first.
+are contiguous or have a contiguous transpose, and it assumes a contiguous bias; other operands are copied first.
 
-Axes: ``N`` rows, ``I`` and ``O`` what goes in and comes out.
+Axes: ``N`` rows, ``I`` and ``O`` inputs and outputs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: Multiply-adds from which oneDNN, slow to call, can be the faster one, and from which a product is a large one.
+#: Multiply-adds from which oneDNN, which is slow to call, can be faster, and from which a product counts as large.
 WORTH_A_CALL, LARGE = 2**21, 2**27
-#: Rows of which there are too few to be worth a common length.
+#: Below this many rows, lengths are not rounded (`common_length`).
 FEW_ROWS = 2**8
-#: A weight that is to be packed counts as a product with so many rows, however many there are: large is what does not
-#: stay in a core's cache (1 MiB).
+#: A packed weight counts as a product with this many rows, whatever their number: large ones do not stay in a core's
+#: cache (1 MiB).
 PACKED_ROWS = 2**9
 
-#: How the operands of a product lie. ``rows``: the weight ``[O, I]`` is contiguous, as in the forward pass of
-#: ``nn.Linear``. ``columns``: its transpose is, as in the gradient by that layer's input. ``outer``: ``a^T b``, the
-#: gradient by weights. ``packed`` and ``activated``: for decoding, a weight in oneDNN's own layout, without and with an
-#: activation that oneDNN computes on the way.
+#: Memory layouts of a product's operands. ``rows``: the weight ``[O, I]`` is contiguous, as in the forward pass of
+#: ``nn.Linear``. ``columns``: its transpose is contiguous, as in the gradient by that layer's input. ``outer``:
+#: ``a^T b``, the gradient by weights. ``packed`` and ``activated``: for decoding, a weight in oneDNN's own layout,
+#: without and with a fused activation.
 TRAINING = ("rows", "columns", "outer")
 LAYOUTS = (*TRAINING, "packed", "activated")
 SIZES = ("small", "large")
@@ -46,27 +46,27 @@ CLASSES = frozenset(map("/".join, itertools.product(LAYOUTS, SIZES)))
 
 @dataclass(frozen=True)
 class Choice:
-    """Which products oneDNN takes; the others are PyTorch's own."""
+    """Which products oneDNN computes; PyTorch computes the others."""
 
-    reason: str  #: what the choice is from: a machine that was measured, or a setting
+    reason: str  #: origin of the choice: a measured machine, or a setting
     onednn: frozenset[str]  #: some of `CLASSES`
 
     def plain(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """As plain data, for a checkpoint."""
         return {"reason": self.reason, "onednn": sorted(self.onednn)}
 
 
-#: The two choices that need no measuring.
+#: The two choices that need no measurement.
 PYTORCH, ONEDNN = Choice("pytorch", frozenset()), Choice("onednn", CLASSES)
 
 _choice = PYTORCH
 
 
 def use(choice: Choice) -> None:
-    """Takes the choice for all products of this process from now on.
+    """Applies the choice to all products of this process from now on.
 
     Raises:
-        ValueError: when it names no class of products.
+        ValueError: when it names an unknown class of products.
     """
     global _choice
     if unknown := choice.onednn - CLASSES:
@@ -79,25 +79,25 @@ def chosen() -> Choice:
     return _choice
 
 
-def go_on(with_choice: dict[str, Any]) -> None:
-    """Takes the choice that a checkpoint carries, if it was made on this machine, or by this setting.
+def restore(saved: dict[str, Any]) -> None:
+    """Applies the choice in a checkpoint, if it was made on this machine or by the same setting.
 
-    The bits are those of a run that was never interrupted then, whatever the machine would choose today.
+    A resumed run then gives the bits of an uninterrupted one, whatever the machine would choose today.
     """
-    if with_choice["reason"] == _choice.reason:
-        use(Choice(with_choice["reason"], frozenset(with_choice["onednn"])))
+    if saved["reason"] == _choice.reason:
+        use(Choice(saved["reason"], frozenset(saved["onednn"])))
 
 
 def replaces_layers() -> bool:
-    """Whether oneDNN takes any product of training."""
+    """Whether oneDNN computes any product of training."""
     return any(_choice.onednn & {f"{layout}/{size}" for layout in TRAINING} for size in SIZES)
 
 
 def common_length(rows: int, device: torch.device) -> int:
-    """So many rows or a few more: one of 16 lengths between a power of two and the next, where oneDNN trains.
+    """The number of rows rounded up to one of 16 lengths between two powers of two, if oneDNN is used in training.
 
-    oneDNN makes kernels for each number of rows, half a megabyte for a layer, and never forgets them: with rows of
-    every length memory would grow for the whole run. Less than 256 rows stay as they are.
+    oneDNN creates kernels for each number of rows, half a megabyte per layer, and never frees them, so with all
+    lengths memory would grow for the whole run. Less than 256 rows are not rounded.
     """
     if rows < FEW_ROWS or device.type != "cpu" or not replaces_layers():
         return rows
@@ -106,18 +106,18 @@ def common_length(rows: int, device: torch.device) -> int:
 
 
 def packs(weight_numbers: int, activated: bool) -> bool:
-    """Whether decoding has oneDNN pack a weight of so many numbers."""
+    """Whether oneDNN packs a weight of this many numbers for decoding."""
     return _takes("activated" if activated else "packed", PACKED_ROWS * weight_numbers)
 
 
 def size_of(multiply_adds: int) -> str:
-    """One of `SIZES`."""
+    """The size class of a product, one of `SIZES`."""
     return "large" if multiply_adds >= LARGE else "small"
 
 
 @functools.cache
 def onednn_multiplies() -> bool:
-    """Whether this build and processor have the operator, and it gives the product, transposed operands included."""
+    """Whether this build and processor have the operator, and it is right, also for transposed operands."""
     x, weight = torch.linspace(-1, 1, 96).view(6, 16), torch.linspace(-1, 1, 128).view(16, 8).t()
     try:
         found = _onednn(x, weight, None)
@@ -129,7 +129,7 @@ def onednn_multiplies() -> bool:
 def linear(
     x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None
 ) -> Float[Tensor, "*N O"]:
-    """``x weight^T + bias``, differentiable as often as one likes, in both modes."""
+    """``x weight^T + bias``, differentiable any number of times, in forward and reverse mode."""
     rows = x.reshape(-1, x.shape[-1])
     if not suits(rows, weight):
         return F.linear(x, weight, bias)
@@ -137,7 +137,7 @@ def linear(
 
 
 def outer(a: Float[Tensor, "N O"], b: Float[Tensor, "N I"]) -> Float[Tensor, "O I"]:
-    """``a^T b``. oneDNN reads its second operand as it lies, and had better do so with the wider one."""
+    """``a^T b``. oneDNN does not copy its second operand, so the wider one is second."""
     if not suits(a.t(), b.t()) or not _takes("outer", a.shape[1] * b.numel()):
         return a.t() @ b
     if a.shape[1] <= b.shape[1]:
@@ -146,7 +146,7 @@ def outer(a: Float[Tensor, "N O"], b: Float[Tensor, "N I"]) -> Float[Tensor, "O 
 
 
 def suits(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> bool:
-    """Whether the product, or one of its gradients, is one for oneDNN."""
+    """Whether oneDNN may compute the product or one of its gradients."""
     multiply_adds = len(x) * weight.numel()
     return (
         x.device.type == "cpu"
@@ -159,7 +159,7 @@ def suits(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> bool:
 
 
 class FastProducts(TorchFunctionMode):
-    """While active, `linear` takes the place of the linear layers of any model, GPT-2's ``Conv1D`` included."""
+    """While active, `linear` replaces the linear layers of any model, GPT-2's ``Conv1D`` included."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -182,7 +182,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _dense(matrix: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
-    """The matrix, or a copy of it, such that it or its transpose is contiguous."""
+    """The matrix if it or its transpose is contiguous, else a contiguous copy."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 

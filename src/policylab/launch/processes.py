@@ -97,7 +97,7 @@ def launch(
         outcome = outcomes[0]
         if outcome.signum is not None:
             raise Interrupted(forwarder.signum or outcome.signum)
-        if outcome.useless and (error_before := read_error(Path(errors))) is not None:
+        if outcome.cannot_recover and (error_before := read_error(Path(errors))) is not None:
             raise error_before
         return outcome.value
 

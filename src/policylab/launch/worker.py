@@ -45,7 +45,7 @@ class Outcome:
 
     value: float | None = None  #: what ``train`` returned
     signum: int | None = None  #: the signal that ended it
-    useless: bool = False  #: restarted after an error that a restart cannot help
+    cannot_recover: bool = False  #: restarted after an error that a restart cannot fix
 
 
 def work(job: Job) -> Outcome:
@@ -62,7 +62,7 @@ def work(job: Job) -> Outcome:
         if (Path(job.errors) / STOP).exists():  # the signal came before the handler was set
             raise Interrupted(PASSED_ON)
         if isinstance(read_error(Path(job.errors)), UserError | RunError):
-            return Outcome(useless=True)
+            return Outcome(cannot_recover=True)
         configure_log(from_yaml(job.logging))
         config = from_yaml(job.config)
         learn_secrets(config)

@@ -1,8 +1,8 @@
-"""A model with adapters of ours (`policylab.models.adapter`): turning them off, merging and saving them.
+"""Turns off, merges and saves the adapters that `policylab.models.adapter` adds.
 
-Adapted layers are recognized by their attributes, so that nothing here imports PEFT.
+Adapted layers are recognized by their attributes, so this module does not import PEFT.
 
-Axes: ``I`` and ``O`` what goes into a layer and comes out, ``R`` the rank.
+Axes: ``I`` and ``O`` inputs and outputs of a layer, ``R`` the rank.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-#: What PEFT calls our adapters. Adapters that a checkpoint brings along have other names.
+#: PEFT's name for our adapters. Adapters that come with a checkpoint have other names.
 NAME = "policylab"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers with an adapter of ours, by name."""
+    """The layers with one of our adapters, by name."""
     return {name: module for name, module in model.named_modules() if _is_adapted(module)}
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """While active, the model is the one without its adapters."""
+    """While active, the model computes without its adapters."""
     layers = list(adapted_layers(model).values())
     try:
         for layer in layers:
@@ -60,7 +60,7 @@ def whole_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tup
     """A state of the model with its adapters merged in, under the names of a model without adapters.
 
     Args:
-        state: weights by name, not necessarily the present ones.
+        state: weights by name, not necessarily the model's current ones.
     """
     owners = {
         f"{plain_name(path)}.{_adapted_name(layer)}": path for path, layer in adapted_layers(model).items()
@@ -76,7 +76,7 @@ def whole_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tup
 
 
 def plain_name(name: str) -> str:
-    """The name that a module or weight had before PEFT wrapped it."""
+    """The name of a module or weight before PEFT wrapped it."""
     return name.replace(".base_layer", "")
 
 
@@ -86,7 +86,7 @@ def _adapted_name(layer: Any) -> str:
 
 
 def save_adapters(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes the adapters alone, in a state of the model, in PEFT's format."""
+    """Writes the adapters in a state of the model, without its other weights, in PEFT's format."""
     tensors = {}
     for path in adapted_layers(model):
         for letter, factor in zip("AB", _factors(path, state), strict=True):

@@ -1,10 +1,10 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) by PEFT: the language model's weights are frozen, and products of two
-small matrices beside its linear layers train. Without them the model is the one that training started from, so the
-reference needs no weights of its own.
+small matrices beside its linear layers train. Without its adapters, the model is the one that training started from, so
+the reference needs no weights of its own.
 
-PEFT takes seconds to import; it is imported where adapters are made, and nowhere else.
+PEFT takes seconds to import, so it is imported only where adapters are created.
 
-Axes: ``I`` and ``O`` what goes into a layer and comes out, ``R`` the rank.
+Axes: ``I`` and ``O`` inputs and outputs of a layer, ``R`` the rank.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from policylab.models.layers import layers_above
 
 log = logging.getLogger(__name__)
 
-#: Names by which PEFT recognizes parts of fused experts, anywhere in a model that has some: shared experts and dense
-#: layers of these names get no adapter there.
+#: Names by which PEFT recognizes parts of fused experts. In a model with fused experts, shared experts and dense layers
+#: with these names get no adapter.
 FUSED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -37,7 +37,7 @@ class LoRA:
 
     Args:
         rank: columns of ``B`` and rows of ``A``: ``rank * (I + O)`` weights beside a layer's ``I * O``.
-        alpha: over the rank, what the product is multiplied by.
+        alpha: ``alpha / rank`` scales the product.
         target_modules: names of layers, such as ``q_proj`` or ``mlp.c_proj``, or of the weights of fused experts, such
             as ``experts.down_proj``; None takes all linear layers and experts between embeddings and head.
         seed: draws ``A``; ``B`` is zero at the start.
@@ -70,10 +70,10 @@ class LoRA:
     def adapt(self, model: Any, frozen_layers: int = 0) -> None:
         """Adds adapters to a Hugging Face model and freezes all else; its outputs do not change.
 
-        Adapters are in fp32 whatever the model is in: small steps would be rounded away in bf16.
+        Adapters are in fp32 whatever the model's dtype, because bf16 would round small steps to nothing.
 
         Args:
-            frozen_layers: number of lowest layers, which get none.
+            frozen_layers: this many of the lowest layers get no adapter.
 
         Raises:
             UserError: when the model has no such layers.
@@ -146,7 +146,7 @@ def experts_within(model: Any, frozen_layers: int) -> list[str]:
 
 
 def warn_of_frozen(model: Any, frozen_layers: int, adapted: set[str]) -> None:
-    """Warns of matrices in the layers that get no adapter."""
+    """Warns of matrices inside the layers that get no adapter."""
     within = {id(p) for layer in layers_above(model, frozen_layers) for p in layer.parameters()}
     frozen = [
         (re.sub(r"^.*?\.\d+\.", "", name), weight.numel())
@@ -162,8 +162,8 @@ def warn_of_frozen(model: Any, frozen_layers: int, adapted: set[str]) -> None:
 
 
 def _read_directly(model: nn.Module, name: str) -> bool:
-    """Whether a model multiplies by the weight of a layer without calling the layer, so that an adapter around it would
-    have no effect: all but the first layer of a state-space mixer (Mamba), at least in its fused kernels."""
+    """Whether a model multiplies by a layer's weight without calling the layer, so that an adapter around it would have
+    no effect. Fused kernels of state-space mixers (Mamba) do so for all but the mixer's first layer."""
     path, _, own = name.rpartition(".")
     mixer = model.get_submodule(path)
     return hasattr(mixer, "A_log") and hasattr(mixer, "ssm_state_size") and own != "in_proj"

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from policylab.models.layers import decoder_layers
 
-#: Variants of a function that torch compiles before it runs it uncompiled. Its default of 8 is reached in a few passes,
-#: as every kind of product goes through one function (`policylab.functional.products.FastProducts`).
+#: How often torch recompiles a function before it runs it uncompiled. The default of 8 is reached in a few passes,
+#: because all products go through one function (`policylab.functional.products.FastProducts`).
 RECOMPILE_LIMIT = 64
 
 
 def compile_layers(lm: nn.Module, trial: Callable[[], Tensor]) -> str | None:
-    """Makes torch compile each decoder layer, and tries it.
+    """Compiles each decoder layer with torch, and tries it.
 
     Args:
-        trial: computes a scalar by the layers as in training, on the device where they will run.
+        trial: computes a scalar with the layers as in training, on the device where they will run.
 
     Returns:
-        None, or in one line why it failed; the model is then unchanged.
+        None, or one line that says why it failed; the model is then unchanged.
     """
     layers = list[nn.Module]()
     try:
@@ -31,7 +31,7 @@ def compile_layers(lm: nn.Module, trial: Callable[[], Tensor]) -> str | None:
             layer.compile(dynamic=True)
         with torch.enable_grad():
             trial().backward()
-    except Exception as error:  # whatever a compiler that is missing, or does not like the model, raises
+    except Exception as error:  # any exception of a missing compiler, or of one that cannot compile the model
         for layer in layers:
             layer._compiled_call_impl = None
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,7 +1,7 @@
-"""Critics: a value head on the policy's trunk, on layers of its own, or on a network of its own.
+"""Critics: a value head on the policy's trunk, on own layers, or on an own network.
 
-Axes: ``N`` actions, ``H`` hidden size. A value belongs to the state before an action, so each is read from the
-same position as the logits that chose it.
+Axes: ``N`` actions, ``H`` hidden size. A value belongs to the state before an action, so it is read at the same
+position as the logits that chose the action.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ValueModel(nn.Module):
 
     Attributes:
         reads_trunk: whether it needs the policy's forward pass.
-        trains_trunk: whether the values have a gradient in the policy. Such a critic reads the policy's last hidden
-            state only, so that sampling records its values.
+        trains_trunk: whether the values have a gradient in the policy's weights. Such a critic reads only the policy's
+            last hidden state, so sampling can record its values.
     """
 
     reads_trunk: ClassVar[bool]
@@ -43,17 +43,16 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def watched(self, lm: nn.Module) -> Sequence[nn.Module]:
-        """The policy's layers whose calls it needs."""
+        """The policy's layers whose calls must be recorded for the critic."""
         return ()
 
     @property
     def context(self) -> int | None:
-        """Positions of the longest sequence that it can read, where it is another model than the policy; None without a
-        limit."""
+        """Most positions of a sequence, if the critic is a model apart from the policy; None without a limit."""
         return None
 
     def hidden(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, "N H"]:
-        """What the head reads for each action. ``trunk`` is None where ``reads_trunk`` is false."""
+        """The head's input at each action. ``trunk`` is None if ``reads_trunk`` is false."""
         raise NotImplementedError
 
     def forward(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, " N"]:
@@ -67,7 +66,7 @@ class ValueModel(nn.Module):
 
 
 class SharedTrunk(ValueModel):
-    """Reads the policy's last hidden state; the values have a gradient in the trunk as well."""
+    """Reads the policy's last hidden state; the value loss also trains the trunk."""
 
     reads_trunk = True
     trains_trunk = True
@@ -78,11 +77,11 @@ class SharedTrunk(ValueModel):
 
 
 class OwnLayers(ValueModel):
-    """Copies of the policy's last layers and final norm, on the trunk below, which gets no gradient.
+    """Copies of the policy's last layers and final norm. The trunk below them gets no gradient.
 
     Args:
         lm: the policy's language model.
-        count: layers of its own.
+        count: number of copied layers.
 
     Raises:
         UserError: when the model has fewer layers, or its layers cannot be reused.
@@ -99,7 +98,7 @@ class OwnLayers(ValueModel):
                 f"algo.critic.own_layers is {count}, but the policy has {len(layers)} layers; take at most "
                 f"{len(layers)}, or all for a network of its own"
             )
-        # The copies share the policy's config, in which a packed pass sets the attention.
+        # the copies share the policy's config, because a packed pass sets the attention there
         shared = {id(lm.config): lm.config} | shared_weights(lm)
         self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in layers[len(layers) - count :])
         self.norm = nn.Sequential(*(copy.deepcopy(module, shared) for module in after_layers(lm)))
@@ -122,21 +121,21 @@ class OwnLayers(ValueModel):
 
     @torch.no_grad()
     def _check(self, lm: nn.Module) -> None:
-        """Copies and originals must give the same."""
+        """Checks that copies and originals give the same result."""
         hidden, calls = probe(lm, self.watched(lm))
         try:
             own = self._run(calls)[0]
-        except Exception as error:  # whatever the layer of an unknown architecture raises
+        except Exception as error:  # any exception of a layer of an unknown architecture
             raise cannot_take_apart(lm, f"{type(error).__name__}: {error}") from error
         _check_same(lm, own, hidden)
 
 
 class SeparateNetwork(ValueModel):
-    """A network of its own, from the tokens on.
+    """A separate network, which reads the tokens itself.
 
     Args:
         backbone: a Hugging Face model without a head.
-        hidden_size: of its last hidden state.
+        hidden_size: size of its last hidden state.
     """
 
     reads_trunk = False
@@ -162,7 +161,7 @@ def value_model(lm: Any, own_layers: int | Literal["all"], init: str | None) -> 
         lm: the policy's language model, with the weights that the critic starts from.
 
     Raises:
-        UserError: when model and critic do not fit.
+        UserError: when the model does not allow this critic.
     """
     if own_layers == 0:
         return SharedTrunk(head_width(lm))
@@ -175,7 +174,7 @@ def copy_of(lm: Any) -> SeparateNetwork:
     """A separate critic with the policy's weights, without the LM head.
 
     Raises:
-        UserError: when the base model's output is not what the LM head reads.
+        UserError: when the base model's output is not the LM head's input.
     """
     if lm.base_model is lm:
         raise cannot_take_apart(lm, "its LM head is not apart from the rest")
@@ -188,12 +187,12 @@ def copy_of(lm: Any) -> SeparateNetwork:
 
 
 def from_reward_model(path: str, lm: Any) -> SeparateNetwork:
-    """A separate critic that starts as a reward model, whose score of each prefix is its first value.
+    """A separate critic that starts from a reward model: its first values are the model's scores of each prefix.
 
     "Fine-Tuning Language Models from Human Preferences", arXiv:1909.08593; InstructGPT, arXiv:2203.02155.
 
     Raises:
-        UserError: when there is none at ``path``, or its vocabulary is not the policy's.
+        UserError: when ``path`` has no reward model, or its vocabulary differs from the policy's.
     """
     model = reward_model(path, lm.dtype, attention_of(lm))
     own, expected = (m.get_input_embeddings().num_embeddings for m in (model, lm))
@@ -216,6 +215,6 @@ def head_width(lm: Any) -> int:
 
 
 def _check_same(lm: nn.Module, own: Tensor, expected: Tensor) -> None:
-    """Refuses a critic whose hidden states differ at the start from those that the LM head reads."""
+    """Refuses a critic whose initial hidden states differ from the LM head's input."""
     if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-3, atol=1e-3):
         raise cannot_take_apart(lm, "its parts, put together again, do not give what its LM head reads")

@@ -1,7 +1,7 @@
-"""Text to tokens: prompts, through a chat template where there is one, and completions.
+"""Text to tokens: completions, and prompts, through a chat template if there is one.
 
-Control tokens (EOS, the marks of a chat's turns) come only from the tokenizer and its chat template. Text that spells
-one, such as ``film<|endoftext|>x``, is read as plain characters.
+Control tokens (EOS, start and end of a chat turn) come only from the tokenizer and its chat template. Text that spells
+one, such as ``film<|endoftext|>x``, is encoded as plain characters.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PRIVATE = 0xE000
 
 
 def takes_chat(tokenizer: Any, chat: bool | None, source: str) -> bool:
-    """Whether prompts go through the tokenizer's chat template, which is tried.
+    """Whether prompts go through the tokenizer's chat template. Tries the template.
 
     Args:
-        chat: as configured; None: if there is a template.
+        chat: the setting; None: true if there is a template.
         source: where the tokenizer comes from, for messages.
 
     Raises:
-        UserError: when a template that was asked for is missing or empty, or one that is there cannot be used.
+        UserError: when a required template is missing or empty, or an existing one cannot be used.
     """
     template = tokenizer.chat_template
     if not template or (isinstance(template, str) and not template.strip()):
@@ -62,7 +62,7 @@ def eos_ids(tokenizer: Any, lm: Any) -> tuple[int, ...]:
 
 
 def end_of_answer(tokenizer: Any, ids: Sequence[int]) -> int:
-    """The token of ``ids`` with which the chat template ends an answer; the tokenizer's EOS where it has none."""
+    """The token of ``ids`` that ends an answer in the chat template; the tokenizer's EOS if there is none."""
     mark = "answer"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
@@ -74,10 +74,10 @@ def end_of_answer(tokenizer: Any, ids: Sequence[int]) -> int:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    """Texts whose control tokens are plain characters.
+    """Encodes texts, with control tokens in them as plain characters.
 
     Args:
-        special: add the tokens that the tokenizer puts around every text.
+        special: whether to add the tokens that the tokenizer puts around every text.
 
     Raises:
         UserError: naming the text that the tokenizer cannot read.
@@ -95,10 +95,10 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[
 
 
 def encode_chats(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
-    """A user's messages, each in the chat template, with the mark after which the answer begins.
+    """Encodes user messages, each in the chat template, up to where the answer begins.
 
     Raises:
-        UserError: naming the message that template or tokenizer cannot take.
+        UserError: naming the message that template or tokenizer cannot encode.
     """
     controls = control_tokens(tokenizer)
     read = _call(tokenizer, render(tokenizer, messages), add_special_tokens=False)
@@ -109,7 +109,7 @@ def encode_chats(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
 
 
 def render(tokenizer: Any, messages: Sequence[str]) -> list[str]:
-    """A user's messages, each in the chat template.
+    """The text of user messages, each in the chat template.
 
     Raises:
         UserError: naming the message at which the template raises.
@@ -117,7 +117,7 @@ def render(tokenizer: Any, messages: Sequence[str]) -> list[str]:
     chats = [[{"role": "user", "content": message}] for message in messages]
     try:
         return list(tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # whatever the template raises, and Jinja about it
+    except Exception as error:  # any exception of the template or of Jinja
         if len(messages) > 1:
             return [text for message in messages for text in render(tokenizer, [message])]
         raise UserError(
@@ -127,20 +127,20 @@ def render(tokenizer: Any, messages: Sequence[str]) -> list[str]:
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Id of each control token, by how it is written; a longer one comes before one that it contains."""
+    """Spelling -> id of each control token; a longer spelling comes before one that it contains."""
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(sorted(added.items(), key=lambda item: -len(item[0])))
 
 
 def _spelled(tokenizer: Any, message: str, controls: dict[str, int]) -> list[int]:
-    """A message with control tokens in its text, in the chat template.
+    """Encodes a message whose text contains control tokens, in the chat template.
 
-    Control tokens in the text are replaced by private characters while the template is applied, so that the control
-    tokens found afterwards are the template's own. A tokenizer reads the text between two of them independently, so
-    each part is encoded alone, with the text's spelling restored.
+    While the template is applied, control tokens in the text are replaced by private characters, so all control tokens
+    found afterwards come from the template. A tokenizer encodes the parts between control tokens independently, so each
+    part is encoded alone, with the original text restored.
 
     Raises:
-        UserError: when this tokenizer reads a part differently depending on its surroundings.
+        UserError: when this tokenizer encodes a part differently depending on the text around it.
     """
     free = (chr(code) for code in range(PRIVATE, PRIVATE + 0x1900) if chr(code) not in message)
     marks = dict(zip(controls, free, strict=False))

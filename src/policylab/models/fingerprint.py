@@ -1,4 +1,4 @@
-"""Tells the weights of one model from those of another."""
+"""A fingerprint that identifies a model's weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def fingerprint(weights: Iterable[Tensor]) -> str:
-    """Tells the weights of one model from those of another, by shape, dtype and CRC-32 of each."""
+    """Identifies weights by the shape, dtype and CRC-32 of each."""
     digest = hashlib.sha256()
     for weight in weights:
         content = weight.detach().cpu().flatten().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""The folder that a model is read from. No torch here, so that a wrong one is refused before heavy imports."""
+"""The folder of a model. Does not import torch, so that a wrong folder is refused before slow imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_folder(path: str | Path) -> Path:
     """The folder that ``model.path`` names.
 
     Raises:
-        UserError: when it is not there, or a file.
+        UserError: when it does not exist, or is a file.
     """
     folder = Path(path).expanduser()
     if folder.is_file():

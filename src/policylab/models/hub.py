@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached: a short probe before anything that would wait for it."""
+"""Whether the model hub can be reached: a short probe, before any call that would wait for it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ OFFLINE_CHOICES = (
 
 
 def cache_folder() -> str:
-    """Where downloads are kept (``HF_HUB_CACHE``, ``HF_HOME``)."""
+    """The folder of downloads (``HF_HUB_CACHE``, ``HF_HOME``)."""
     return constants.HF_HUB_CACHE
 
 
 def is_cached(name: str) -> bool:
-    """Whether the local cache has a config of a model. Only loading shows whether it has all of it."""
+    """Whether the local cache has a model's config. Whether it has all other files, only loading shows."""
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def check_reachable(name: str) -> None:
-    """Refuses a model that can neither be read from the cache nor downloaded, before heavy imports.
+    """Refuses a model that is neither in the cache nor can be downloaded, before slow imports.
 
     Raises:
-        UserError: saying what was looked for, where, and what works offline.
+        UserError: with the model, the cache folder, and what works offline.
     """
     if (reason := why_unreachable()) is not None:
         raise UserError(
@@ -42,7 +42,7 @@ def check_reachable(name: str) -> None:
 def why_unreachable() -> str | None:
     """Why the hub (``HF_ENDPOINT``) cannot be reached, or None when it answers; takes at most three seconds.
 
-    The probe runs in a thread of its own, because looking up a host's name has no time limit.
+    The probe runs in a thread, because a DNS lookup has no timeout.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, so the hub was not asked"
@@ -51,7 +51,7 @@ def why_unreachable() -> str | None:
     def probe() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-        except Exception as error:  # whatever the HTTP client raises, there is no hub
+        except Exception as error:  # any exception of the HTTP client means that there is no hub
             answers.put(f"the hub at {constants.ENDPOINT} cannot be reached ({error})")
         else:
             answers.put(None)

@@ -1,6 +1,6 @@
-"""The layers of a Hugging Face causal LM, and what follows the last of them.
+"""The layers of a Hugging Face causal LM, and the modules after the last layer.
 
-Nothing here knows an architecture: layers are found by their number, what follows them by watching a forward pass.
+Works for any architecture: layers are found by their number, later modules by watching a forward pass.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from policylab.models.watch import probe
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The list of the model's layers: the outermost one with as many entries as its config says.
+    """The model's list of layers: the outermost list with as many entries as the config has layers.
 
     Raises:
-        UserError: when there is none, or more than one such list.
+        UserError: when there is no such list, or more than one.
     """
     count = layer_count(lm)
     lists = {
@@ -59,7 +59,7 @@ def layers_above(lm: nn.Module, count: int) -> list[nn.Module]:
     """The model's layers above the ``count`` lowest.
 
     Raises:
-        UserError: when there are not so many, or they cannot be found.
+        UserError: when there are fewer layers, or they cannot be found.
     """
     layers = decoder_layers(lm)
     if count >= len(layers):
@@ -70,10 +70,10 @@ def layers_above(lm: nn.Module, count: int) -> list[nn.Module]:
 
 
 def freeze_below(lm: nn.Module, count: int) -> None:
-    """Freezes the embeddings and the ``count`` lowest layers, and with the embeddings a head that is tied to them.
+    """Freezes the embeddings, a head tied to them, and the ``count`` lowest layers.
 
     Raises:
-        UserError: when there are not so many layers, or they cannot be found.
+        UserError: when there are fewer layers, or they cannot be found.
     """
     upper = layers_above(lm, count)
     head = lm.get_output_embeddings()  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """Pretrained policies: a folder, the package's own models, or the Hugging Face hub.
 
 Each public function is a ``_target_`` of ``configs/model/*.yaml`` and gives a `LoadedModel`. None of them
-falls back to random weights: a weight that the checkpoint lacks is an error that names it.
+falls back to random weights: if a weight is missing from the checkpoint, an error names it.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ ASSETS = Path(policylab.__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in eval mode without dropout, and how to talk to it."""
+    """A causal language model in eval mode without dropout, its tokenizer, and where it came from."""
 
     lm: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase  #: has an EOS; a pad token is neither needed nor assumed
+    tokenizer: PreTrainedTokenizerBase  #: has an EOS token; need not have a pad token
     chat: bool  #: prompts go through the tokenizer's chat template
-    source: str  #: where the weights came from, for people and for the run's record
-    reader: Callable[[Any], Reader] | None = None  #: of its own; None takes one of `policylab.models.readers`
+    source: str  #: where the weights came from, for display and for the run's record
+    reader: Callable[[Any], Reader] | None = None  #: its own; None takes one of `policylab.models.readers`
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load, from any place.
+    """How to load a model, from a folder or the hub.
 
     Args:
         dtype: name of a torch dtype for the weights, such as ``float32``.
-        attn_implementation: ``sdpa``, ``eager``, or another that transformers knows.
-        trust_remote_code: run Python code that comes with the checkpoint.
-        chat: use the chat template; None: if the tokenizer has one.
+        attn_implementation: ``sdpa``, ``eager``, or another of transformers' names.
+        trust_remote_code: whether to run Python code that comes with the checkpoint.
+        chat: whether to use the chat template; None: if the tokenizer has one.
     """
 
     dtype: str
@@ -66,7 +66,7 @@ class LoadOptions:
 
 
 def from_folder(path: str | Path, options: LoadOptions, source: str) -> LoadedModel:
-    """Load a folder in Hugging Face format.
+    """Loads a folder in Hugging Face format.
 
     Raises:
         UserError: when the folder, a file or a weight is missing, or tokenizer and model do not fit.
@@ -90,7 +90,7 @@ def embedded(
     trust_remote_code: bool,
     chat: bool | None,
 ) -> LoadedModel:
-    """A model that comes with the package (``policylab/assets/<name>``), or the folder ``path`` instead."""
+    """A model that comes with the package (``policylab/assets/<name>``); ``path`` replaces it by another folder."""
     options = LoadOptions(dtype, attn_implementation, trust_remote_code, chat)
     if path is not None:
         return from_folder(path, options, source=f"folder {path}")
@@ -106,10 +106,10 @@ def from_hub(
     trust_remote_code: bool,
     chat: bool | None,
 ) -> LoadedModel:
-    """The hub's model ``name``: the folder ``path`` if given, else the local cache, else a download.
+    """The hub's model ``name``: from the folder ``path`` if given, else from the local cache, else downloaded.
 
     Raises:
-        UserError: when it is in neither place, or the hub does not answer a three-second probe.
+        UserError: when it is in none of these places, or the hub does not answer a three-second probe.
     """
     options = LoadOptions(dtype, attn_implementation, trust_remote_code, chat)
     if path is not None:
@@ -118,7 +118,7 @@ def from_hub(
 
 
 def from_cache(name: str, options: LoadOptions) -> LoadedModel | None:
-    """The hub's model ``name`` from the local cache, or None when it is not (wholly) there."""
+    """The hub's model ``name`` from the local cache; None when it, or a file of it, is not there."""
     try:
         return load(name, options, source=f"{name} in {hub.cache_folder()}", local_only=True)
     except OSError:
@@ -126,7 +126,7 @@ def from_cache(name: str, options: LoadOptions) -> LoadedModel | None:
 
 
 def download(name: str, options: LoadOptions) -> LoadedModel:
-    """The hub's model ``name``, fetched now, if one short probe says that the hub is there."""
+    """Downloads the hub's model ``name``, if a short probe reaches the hub."""
     hub.check_reachable(name)
     try:
         return load(name, options, source=f"{name} from the hub", local_only=False)
@@ -138,11 +138,11 @@ def download(name: str, options: LoadOptions) -> LoadedModel:
 
 
 def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> LoadedModel:
-    """Load tokenizer and weights from a folder or hub id and check them.
+    """Loads tokenizer and weights from a folder or hub id, and checks them.
 
     Raises:
-        OSError: when there is nothing (whole) at that place.
-        UserError: when what is there cannot be used.
+        OSError: when the model or a file of it is not there.
+        UserError: when the model cannot be used.
     """
     common = {"trust_remote_code": options.trust_remote_code, "local_files_only": local_only}
     dtype = torch_dtype(options.dtype)
@@ -161,7 +161,7 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
             )
     except OSError:
         raise
-    except Exception as error:  # whatever the libraries raise at what they find there
+    except Exception as error:  # any exception while loading
         raise refusal(where, error, options.attn_implementation) from error
     lm, report = loaded
     check_whole(where, report)
@@ -171,10 +171,10 @@ def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> 
 def finished(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool | None, source: str
 ) -> LoadedModel:
-    """Check that model and tokenizer fit, and bundle them.
+    """Checks that model and tokenizer fit, and combines them.
 
     Raises:
-        UserError: when a weight is not finite, the tokenizer has no EOS or knows more ids than the model, or its chat
+        UserError: when a weight is not finite, the tokenizer has no EOS or more ids than the model, or its chat
             template cannot be used.
     """
     if tokenizer.eos_token_id is None:
@@ -183,14 +183,14 @@ def finished(
     if len(tokenizer) > (rows := embedding.num_embeddings):
         raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
     check_finite(lm, source)
-    # A pad token may be a real one as well, such as EOS: masks come from lengths, and its embedding has a gradient.
+    # the pad token may also be a real one, such as EOS: masks come from lengths, so its embedding needs a gradient
     embedding.padding_idx = None
     with_fused_gelu(lm)
     return LoadedModel(lm.eval(), tokenizer, takes_chat(tokenizer, chat, source), source)
 
 
 def with_fused_gelu(model: torch.nn.Module) -> None:
-    """Replaces transformers' ``gelu_new``, of eight kernels and as many kept tensors, by torch's own of one."""
+    """Replaces transformers' ``gelu_new`` (eight kernels and saved tensors) by torch's (one)."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
@@ -200,24 +200,26 @@ def with_fused_gelu(model: torch.nn.Module) -> None:
 def read_tokenizer(
     where: str | Path, *, local_files_only: bool, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. Saving it gives the same files again.
+    """The tokenizer of a folder or hub id. Saving it writes the same files again.
 
     Raises:
-        OSError: when there is none at that place.
+        OSError: when there is none.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         where, local_files_only=local_files_only, trust_remote_code=trust_remote_code
     )
     files = sorted({*VOCABULARIES, *tokenizer.vocab_files_names.values()})
     if Path(where).is_dir() and not any((Path(where) / file).is_file() for file in files):
-        raise OSError(f"no tokenizer there: none of {', '.join(files)}")  # transformers makes up an empty one
+        raise OSError(
+            f"no tokenizer there: none of {', '.join(files)}"
+        )  # else transformers would create an empty one
     for how_it_was_loaded in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     return tokenizer
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The floating-point torch dtype of that name.
+    """The floating-point torch dtype with this name.
 
     Raises:
         UserError: when there is none.
@@ -229,7 +231,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Set every dropout probability to zero, in place.
+    """Sets every dropout probability to zero, in place.
 
     Log-probs recorded while sampling must equal those recomputed in training. GPT-2's default is 0.1.
     """
@@ -241,7 +243,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 @contextmanager
 def quiet_bars(quiet: bool) -> Iterator[None]:
-    """Hide transformers' progress bars: one for a download is welcome, one for reading a file is noise."""
+    """Hides transformers' progress bars, which are useful for downloads only."""
     if not quiet or not transformers_logging.is_progress_bar_enabled():
         yield
         return

@@ -1,19 +1,20 @@
-"""How many tokens and rows fit in memory, from a model's shape. The same for a run and for a plan of it."""
+"""How many tokens and rows fit in memory, from a model's shape. Runs and plans share these numbers."""
 
 from __future__ import annotations
 
 from policylab.models.shape import Shape
 
-#: Floats that a layer keeps for the backward pass, in hidden sizes a token (GPT-2's, with a fused GELU: 25).
+#: Floats per token that a layer keeps for the backward pass, in hidden sizes (GPT-2 with a fused GELU: 25).
 KEPT_PER_LAYER = 30
-#: Tables over the vocabulary that are held where whole distributions are compared.
+#: ``[N, V]`` tables that are held when whole distributions are compared.
 TABLES = 3
-#: Memory for these: on a CPU, where larger passes are no faster; on a GPU, this share of all that it has.
+#: Memory budget for activations and tables: a fixed size on a CPU, where larger passes are no faster; on a GPU, this
+#: fraction of its memory.
 CPU_BYTES = 2**30
 GPU_SHARE = 0.25
-#: Share of a process's memory for what sampling holds beside the weights. There are no activations and gradients then.
+#: Fraction of a process's memory for sampling, beside the weights; sampling holds no activations and gradients.
 ROLLOUT_SHARE = 0.5
-#: Attention scores and what is made of them, in numbers a head and token of context.
+#: Attention scores and their temporary copies, in numbers per head and token of context.
 SCORES = 4
 FLOAT = 4  # bytes
 
@@ -24,8 +25,8 @@ def tokens_a_pass(
     """Tokens of a forward and backward pass whose activations should fit in memory.
 
     Args:
-        whole_distributions: whether the probabilities of all words are held, not a few figures a token.
-        recomputes_layers: layers that run again keep only their input, and one of them at a time the rest.
+        whole_distributions: whether a pass holds the probabilities of all words, not only a few numbers per token.
+        recomputes_layers: whether layers keep only their input, and one layer at a time is recomputed.
         gpu_bytes: memory of the GPU; None on a CPU.
     """
     layers = shape.layers
@@ -39,8 +40,8 @@ def rows_at_once(shape: Shape, *, context: int, number: int, memory: float) -> i
     """Completions whose keys, values, attention scores and logits should fit in memory while they are sampled.
 
     Args:
-        context: tokens of prompt and completion, at most.
-        number: bytes of a number of keys and values.
+        context: most tokens of prompt and completion.
+        number: bytes of one number of keys and values.
         memory: bytes of the GPU, or of main memory for each process.
     """
     keys = number * 2 * shape.layers * shape.kv_heads * shape.head_dim * context

@@ -1,7 +1,7 @@
-"""Models without weights: the architecture that a model's config describes, on torch's meta device.
+"""Models without weights: the architecture of a model's config, on torch's meta device.
 
-Nothing here reads a weight file or needs much memory. A folder with ``config.json`` alone is enough, so a model can
-be planned for before it is downloaded.
+No weight file is read, and little memory is used. A folder with only ``config.json`` is enough, so a run can be
+planned before its model is downloaded.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Outline:
     """A model as its config describes it."""
 
     lm: Any  #: a causal language model on the meta device
-    tokenizer: PreTrainedTokenizerBase | None  #: None where there is none beside the config
+    tokenizer: PreTrainedTokenizerBase | None  #: None if the folder has none
     chat: bool  #: prompts go through the tokenizer's chat template
-    source: str  #: for people
+    source: str  #: where the config came from, for display
 
 
 def outline(settings: Mapping[str, Any]) -> Outline:
     """The model of ``config.model``, as plain data.
 
     Raises:
-        UserError: when its config cannot be read, or its kind of model is unknown.
+        UserError: when the config cannot be read, or the kind of model is unknown.
     """
     target = settings["_target_"]
     if target not in PLACES:
@@ -58,7 +58,7 @@ def outline(settings: Mapping[str, Any]) -> Outline:
             )
     except UserError:
         raise
-    except Exception as error:  # whatever the architecture says to its config
+    except Exception as error:  # any exception while the architecture is built
         raise refusal(source, error, settings["attn_implementation"]) from error
     with_fused_gelu(lm)
     chat = tokenizer is not None and takes_chat(tokenizer, settings.get("chat"), source)
@@ -69,7 +69,7 @@ Found = tuple[PretrainedConfig, PreTrainedTokenizerBase | None, str]
 
 
 def _in_folder(path: Path, settings: Mapping[str, Any]) -> Found:
-    """The config of a folder, and its tokenizer where it has one."""
+    """The config of a folder, and its tokenizer if it has one."""
     folder = path.expanduser()
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json there (looked in {Path.cwd()})")
@@ -121,10 +121,10 @@ def _read(
     common = {"local_files_only": local_only, "trust_remote_code": settings["trust_remote_code"]}
     try:
         config = AutoConfig.from_pretrained(where, **common, **extra)
-    except Exception as error:  # whatever the libraries raise at what they find there
+    except Exception as error:  # any exception while loading
         raise UserError(f"no model config in {where}: {first_line(error)}") from error
     try:
         tokenizer = None if extra else read_tokenizer(where, **common)
-    except Exception:  # a config alone is enough
+    except Exception:  # a tokenizer is optional
         tokenizer = None
     return config, tokenizer, source

@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 
 class Policy(nn.Module):
-    """A language model as policy: log-probs, entropy and values of the actions of a rollout.
+    """A language model as a policy: log-probs, entropy and values of the actions of a rollout.
 
     Args:
-        loaded: language model and tokenizer, as a function in ``models`` returns them.
-        critic: as `policylab.models.critic.value_model` makes it; None for a policy without values.
+        loaded: language model and tokenizer, from a loading function in ``models``.
+        critic: from `policylab.models.critic.value_model`; None for a policy without values.
 
     Attributes:
         recomputes_layers: whether layers keep only their inputs for the backward pass.
-        runs_on: the device that it computes on, where it is not that of its weights.
-        adapted: whether adapters train in place of the language model's own weights.
-        without_adapters: whether it computes without its adapters, as the language model before it was adapted.
+        runs_on: the device to compute on, if it is not the device of the weights.
+        adapted: whether adapters train, and not the language model's own weights.
+        without_adapters: whether the policy computes without its adapters, as the original language model.
         reader: how the language model reads a rollout.
-        eos_ids: each of these tokens ends a completion.
-        eos_id: of these, the one that supervised training appends to a completion.
+        eos_ids: tokens that end a completion.
+        eos_id: the one of these that supervised training appends to a completion.
     """
 
     def __init__(self, loaded: LoadedModel, critic: ValueModel | None) -> None:
@@ -66,12 +66,12 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that it computes on."""
+        """The device to compute on."""
         return self.runs_on or next(self.lm.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the language model's weights."""
+        """The dtype of the language model's weights."""
         return next(self.lm.parameters()).dtype
 
     def ends(self, tokens: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
@@ -85,28 +85,28 @@ class Policy(nn.Module):
         """A reference: the same weights, without gradient and critic."""
         reference = copy.copy(self)
         reference._modules = {**self._modules, "critic": None}
-        if self.adapted:  # the same modules, also where their weights are moved
+        if self.adapted:  # shares the modules, so that moving their weights moves both
             reference.without_adapters = True
             return reference
-        # Frozen weights are shared with the reference.
+        # frozen weights are shared with the reference
         lm, reference.reader = copy.deepcopy((self.lm, self.reader), shared_weights(self.lm))
         reference._modules["lm"] = lm
         return reference.requires_grad_(False).eval()
 
     def compile_layers(self) -> str | None:
-        """Makes torch compile the layers for the device that they are on.
+        """Compiles the layers with torch, for the device that they are on.
 
         Returns:
-            None, or in one line why it failed.
+            None, or one line that says why it failed.
         """
         return compile_layers(self.lm, lambda: self.logprobs_of(trial_rollout(self.lm), 1.0).sum())
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Trained parameters of the critic: its head, and layers of its own. Empty without a critic."""
+        """Trainable parameters of the critic: its head and own layers. Empty without a critic."""
         return [] if self.critic is None else [p for p in self.critic.parameters() if p.requires_grad]
 
     def base_parameters(self) -> list[nn.Parameter]:
-        """The weights that adapters leave frozen, the critic's among them; empty without adapters."""
+        """The weights that adapters leave frozen, including the critic's; empty without adapters."""
         return [p for p in self.parameters() if not p.requires_grad] if self.adapted else []
 
     def loaded_parameters(self) -> list[nn.Parameter]:
@@ -114,12 +114,12 @@ class Policy(nn.Module):
         return self.base_parameters() if self.adapted else list(self.lm.parameters())
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """Trained parameters of the language model."""
+        """Trainable parameters of the language model."""
         own = set(map(id, self.critic_parameters()))
         return [p for p in self.parameters() if p.requires_grad and id(p) not in own]
 
     def prompts(self, examples: Sequence[tuple[str, str, Any]], instruction: str | None) -> list[Prompt]:
-        """Tokenizes examples, numbered in order; a chat model reads them through its template.
+        """Tokenizes examples, numbered in order; for chat models, in the chat template.
 
         Args:
             examples: the text, its completion for supervised training ("" if none) and its reference.
@@ -149,7 +149,7 @@ class Policy(nn.Module):
         ]
 
     def decode(self, tokens: list[int]) -> str:
-        """Text for rewards and people, without the token that ends it. It is never tokenized again."""
+        """Text for rewards and display, without the EOS. It is never tokenized again."""
         if tokens and tokens[-1] in self.eos_ids:
             tokens = tokens[:-1]
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -202,14 +202,14 @@ class Policy(nn.Module):
         entropy_gradient: bool,
         reference: Self | None,
     ) -> Evaluation:
-        """As `evaluate`, from distributions that are known already."""
+        """As `evaluate`, from given distributions."""
         figures = self._figures_of(rollout, logp, temperature, entropy_gradient, reference)
         return _evaluation(rollout, figures, values)
 
     def _figures(
         self, rollout: Rollout, temperature: float, entropy_gradient: bool, reference: Self | None
     ) -> tuple[HeadFigures, Pass]:
-        """Figures of the actions, and the forward pass that they come from."""
+        """Log-probs, entropy and KL of the actions, and the forward pass that gave them."""
         linear = all(policy.reader.head() is not None for policy in (self, reference) if policy is not None)
         trunk = self._read(rollout, logits=not linear)
         if not linear:
@@ -218,7 +218,7 @@ class Policy(nn.Module):
         other = None
         if reference is not None:
             with torch.no_grad():
-                # The pass comes first: sharded weights are gathered after it.
+                # the pass must run before the head is read: it gathers sharded weights
                 hidden = reference._read(rollout, logits=False).hidden
                 other = (reference.head(temperature), hidden)
         figures = head_figures(
@@ -249,13 +249,13 @@ class Policy(nn.Module):
         return HeadFigures(token_logprobs(logp, rollout.tokens[rollout.action_mask]), entropies, exact)
 
     def head(self, temperature: float) -> Head:
-        """The LM head, where it is linear."""
+        """The LM head, which must be linear."""
         layer = self.reader.head()
         assert layer is not None
         return Head(layer.weight, layer.bias, temperature)
 
     def _read(self, rollout: Rollout, *, logits: bool) -> Pass:
-        """A forward pass, with the calls of layers that the critic needs."""
+        """A forward pass that records the layer calls the critic needs."""
         with adapters_off(self.lm) if self.without_adapters else nullcontext():
             return self.reader.read(
                 rollout,
@@ -266,7 +266,7 @@ class Policy(nn.Module):
 
 
 def _evaluation(rollout: Rollout, figures: HeadFigures, values: Float[Tensor, "B T"] | None) -> Evaluation:
-    """Figures of the actions on the rollout's grid."""
+    """Log-probs, entropy, KL and values in the rollout's layout, ``[B, T]``."""
     return Evaluation(
         logprobs=rollout.on_grid(figures.logprobs),
         entropy=rollout.on_grid(figures.entropy),

@@ -15,13 +15,13 @@ from policylab.models.layers import decoder_layers
 
 @contextmanager
 def recomputed_layers(lm: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """While active, each layer keeps only its input for the backward pass, and runs again there.
+    """While active, each layer keeps only its input, and is recomputed in the backward pass.
 
-    "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174: about a third more arithmetic, and a layer's
-    memory instead of all layers'.
+    "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174: about a third more arithmetic, for the memory of
+    one layer instead of all.
 
     Args:
-        context: makes the context in which a layer runs again.
+        context: creates the context in which a layer is recomputed.
 
     Raises:
         UserError: when the model's layers cannot be found.
@@ -42,7 +42,7 @@ def recomputed_layers(lm: nn.Module, context: Callable[[], AbstractContextManage
 
 
 class _Reentrant(AbstractContextManager[None]):
-    """A context that can be entered many times: a layer runs again in each backward pass over a retained graph."""
+    """A context that can be entered many times: each backward pass over a retained graph recomputes the layer."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
         self._make = make

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from policylab.errors import UserError
 
-#: What each Git LFS pointer begins with.
+#: First bytes of every Git LFS pointer.
 LFS = b"version https://git-lfs"
 
 
@@ -22,7 +22,7 @@ def refusal(where: str | Path, error: Exception, attention: str | None = None) -
     Args:
         where: a folder or hub id.
         error: raised by the libraries.
-        attention: the implementation that was asked for.
+        attention: the configured implementation.
     """
     folder, words = Path(where), str(error)
     files = sorted(file for file in folder.glob("*") if file.is_file())
@@ -59,10 +59,10 @@ def check_whole(where: str | Path, report: Mapping[str, Any]) -> None:
     """Refuses a checkpoint whose weights are not those of its config.
 
     Args:
-        report: of loading, by transformers.
+        report: transformers' report of loading.
 
     Raises:
-        UserError: naming weights that are missing or of another size.
+        UserError: naming weights that are missing or have another size.
     """
     if report["missing_keys"]:
         raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; take a whole checkpoint")
@@ -90,13 +90,13 @@ def check_finite(model: torch.nn.Module, source: str) -> None:
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is the pointer that Git LFS leaves in place of a file that was not fetched."""
+    """Whether a file is a Git LFS pointer: a placeholder for a file that was not downloaded."""
     with file.open("rb") as content:
         return content.read(len(LFS)) == LFS
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, with the second where the first is a heading."""
+    """The first line of an exception's message; with the second if the first is a heading."""
     first, _, rest = str(error).strip().partition("\n")
     if first.endswith(":"):
         first = f"{first} {rest.strip().partition(chr(10))[0]}"
@@ -104,7 +104,7 @@ def first_line(error: Exception) -> str:
 
 
 def _some(names: set[str]) -> str:
-    """The first few of many names."""
+    """The first few names, as text."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
     return ", ".join(ordered[:4]) + more

@@ -1,4 +1,4 @@
-"""Reward models: a causal LM whose last hidden state a linear layer turns into one score."""
+"""Reward models: a causal LM with a linear layer that maps its last hidden state to a score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any
     """A model for sequence classification with one output, a linear ``score`` of its last hidden state.
 
     Raises:
-        UserError: when the folder holds no such model, or not all of its weights.
+        UserError: when the folder has no such model, or lacks some of its weights.
     """
     name, folder = f"algo.critic.init={path}", Path(path).expanduser()
     if not (folder / "config.json").is_file():
@@ -38,7 +38,7 @@ def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any
             )
     except UserError:
         raise
-    except Exception as error:  # whatever the libraries raise at what they find there
+    except Exception as error:  # any exception while loading
         raise UserError(f"{name} cannot be loaded: {refusal(folder, error, attn_implementation)}") from error
     check_whole(name, report)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):

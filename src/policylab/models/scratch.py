@@ -1,4 +1,4 @@
-"""Policies with random weights, only under a name that says so (``model=gpt2_scratch``)."""
+"""Policies with random weights, for configs that say so by name (``model=gpt2_scratch``)."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def from_scratch(
     dtype: str,
     attn_implementation: str,
 ) -> LoadedModel:
-    """A model with random weights, drawn from ``seed`` alone, so the same in every process.
+    """A model with random weights that depend only on ``seed``, so they are the same in every process.
 
     Args:
-        name: names the run folder.
+        name: part of the run folder's name.
         tokenizer: an embedded one (``tiny``, ``walker``), a local folder, or a hub id.
         architecture: ``model_type`` as transformers calls it (``gpt2``, ``llama``) and fields of its config.
-        vocab_size: None follows the tokenizer.
-        seed: of the random weights.
+        vocab_size: None takes the tokenizer's.
+        seed: seed of the random weights.
         dtype: name of a torch dtype.
         attn_implementation: as transformers calls it.
 
     Raises:
-        UserError: for a tokenizer not found, an unknown field, or fewer ids than the tokenizer has.
+        UserError: when the tokenizer is not found, a field is unknown, or ``vocab_size`` is below the tokenizer's.
     """
     config, text = architecture_of(tokenizer, architecture, vocab_size)
     with torch.random.fork_rng(devices=[]):
@@ -109,7 +109,7 @@ def find_tokenizer(where: str) -> PreTrainedTokenizerBase:
 
 
 def _fields(config_class: Any) -> set[str]:
-    """Names that a config takes; some are written only where they are set."""
+    """Names of a config's fields; some are written only if they are set."""
     taken = config_class().to_dict().keys() | config_class.attribute_map.keys()
     return {*taken, *inspect.signature(config_class).parameters}
 

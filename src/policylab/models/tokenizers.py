@@ -1,10 +1,10 @@
-"""The tokenizers of the embedded models, made from text by one command each.
+"""The tokenizers of the embedded models, each built by one command.
 
     python -m policylab.models.tokenizers reviews data/vader/movie_reviews.jsonl src/policylab/assets/tiny
     python -m policylab.models.tokenizers walks src/policylab/assets/walker
 
-Both put ``<|endoftext|>`` (id 0, for both beginning and end) in front of a text, so that a model predicts the first
-word as well and an empty prompt is one token. The same input gives the same files, byte for byte.
+Both prepend ``<|endoftext|>`` (id 0, both beginning and end) to a text, so that a model also predicts the first word,
+and an empty prompt has one token. The same input gives the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     short texts are too few to learn both ``The`` and ``the`` well.
 
     Args:
-        texts: what the merges are counted on.
-        vocab_size: ids in all, ``<|endoftext|>`` and the 256 bytes included.
+        texts: training texts.
+        vocab_size: number of ids, including ``<|endoftext|>`` and the 256 bytes.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -51,7 +51,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def letters(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token a letter, written without spaces: ``"abc"`` is three tokens and decodes to ``"abc"``.
+    """One token per letter, without spaces: ``"abc"`` is three tokens and decodes to ``"abc"``.
 
     Raises (when encoding): an error of the tokenizers library for a character outside the alphabet.
     """

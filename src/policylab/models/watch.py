@@ -1,6 +1,6 @@
-"""What goes into the LM head and the layers of a Hugging Face model during its own forward pass, by hooks.
+"""Records the inputs of the LM head and the layers of a Hugging Face model, by hooks on its own forward pass.
 
-Nothing here knows an architecture, and whatever the model does to its logits after the head still happens.
+Works for any architecture; operations on the logits after the head still happen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass
 class HeadInput:
-    """The hidden states that went into the LM head: ``[1, N, H]`` when narrowed, else ``[B, S, H]``."""
+    """The input of the LM head: ``[1, N, H]`` when narrowed, else ``[B, S, H]``."""
 
     hidden: Tensor | None = None
 
@@ -26,13 +26,13 @@ class HeadInput:
 def watch_head(
     lm: nn.Module, narrow: Callable[[Tensor], Tensor] | None = None, *, run: bool = True
 ) -> Iterator[HeadInput]:
-    """While active, records the head's input and may run the head on a part of it alone.
+    """While active, records the head's input, and can run the head on a part of it only.
 
     Args:
         lm: a causal LM with ``get_output_embeddings()``.
-        narrow: picks from hidden states ``[B, S, H]`` those ``[N, H]`` for which logits are wanted; the model then
-            returns logits ``[1, N, V]``.
-        run: False runs the head on no positions, where only the hidden states are wanted.
+        narrow: selects from hidden states ``[B, S, H]`` those ``[N, H]`` that need logits; the model then returns
+            logits ``[1, N, V]``.
+        run: False skips the head, when only the hidden states are needed.
     """
     seen = HeadInput()
 
@@ -50,7 +50,7 @@ def watch_head(
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments with which a model called one of its layers; the first is the hidden state."""
+    """The arguments of a model's call to one of its layers; the first is the hidden state."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -89,7 +89,7 @@ def watch_layers(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
 def probe(
     lm: nn.Module, layers: Sequence[nn.Module] = ()
 ) -> tuple[Float[Tensor, "S H"], Sequence[LayerCall]]:
-    """A forward pass over a few tokens: the hidden states that the LM head reads, and calls of the given layers."""
+    """A forward pass over a few tokens: the LM head's input, and the calls of the given layers."""
     device = next(lm.parameters()).device
     tokens = torch.arange(4, device=device)[None] % lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
     with watch_head(lm) as seen, watch_layers(layers) as calls:
@@ -100,7 +100,7 @@ def probe(
 
 @torch.no_grad()
 def is_linear(lm: Any) -> bool:
-    """Whether the logits are a linear map of the hidden states: a linear head, and nothing done to its output."""
+    """Whether the logits are a linear map of the hidden states: a linear head, and no operation on its output."""
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear:  # or none, in a model without a head
         return False

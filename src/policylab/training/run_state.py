@@ -105,7 +105,7 @@ class RunState:
         for part in self.stateful:
             part.load(state)
         if "products" in state:
-            products.go_on(state["products"])
+            products.restore(state["products"])
 
     def check_origin(self, state: dict[str, Any]) -> None:
         """Refuses the state of a run that started from other weights or on other data. The initial weights are needed

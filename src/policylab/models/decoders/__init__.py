@@ -1,4 +1,4 @@
-"""Decoders: how causal LMs write many rows at once."""
+"""Decoders: sampling many rows at once from causal LMs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from policylab.models.decoders.transformer import TransformerDecoder
 
 
 def decoder_for(lm: nn.Module, dtype: torch.dtype) -> Decoder:
-    """The fastest decoder for this model. Variants that are not known take the general one.
+    """The fastest decoder for this model; unknown variants use the general one.
 
     Args:
-        dtype: of the products. Other weights are cast to it once, in the decoder.
+        dtype: dtype of the products. The decoder casts weights to it once.
     """
     for network in (GPT2, Llama):
         if network.reads(lm):

@@ -1,11 +1,11 @@
-"""Keys and values of a rollout: those of a prompt are kept once for all rows that continue it.
+"""Keys and values of a rollout: those of a prompt are stored once for all rows that continue it.
 
-Axes: ``N`` distinct prompts, ``P`` prompt length, ``B`` rows, ``S`` rows of the prompt that has most, ``K``
-heads of keys and values, ``Q`` queries to each of them, ``D`` width of a head.
+Axes: ``N`` distinct prompts, ``P`` prompt length, ``B`` rows, ``S`` most rows of any prompt, ``K``
+heads of keys and values, ``Q`` queries per such head, ``D`` width of a head.
 
-With one query a row, the cost of attention is that of reading the keys. The queries of a group read those of their
-prompt together, in one product, and the softmax is over the tokens of prompt and row together. All rows have
-written the same number of tokens, so only prompts of unequal lengths need a mask.
+With one query per row, attention costs as much as reading the keys. All queries of a group read their prompt's keys
+in one product, and the softmax is over the tokens of prompt and row together. All rows have the same number of new
+tokens, so only prompts of unequal lengths need a mask.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from policylab.functional.masks import length_mask
 
 
 class SharedPromptCache:
-    """Preallocated; one object serves one rollout.
+    """A preallocated cache for one rollout.
 
     Args:
-        layers: of the model.
-        heads: of the queries; a multiple of those of keys and values.
-        scale: of the scores.
-        dtype: of what is kept. On a CPU it is fp32 whatever the weights: attention in bf16 is twice as slow.
+        layers: number of layers.
+        heads: number of query heads; a multiple of those of keys and values.
+        scale: factor of the attention scores.
+        dtype: dtype of the cache. On a CPU it is always fp32, because attention in bf16 is twice as slow.
     """
 
     def __init__(
@@ -33,14 +33,16 @@ class SharedPromptCache:
     ) -> None:
         self.layers, self.scale, self.dtype = layers, scale, dtype
         self.kv_heads, self.queries, self.head_dim = kv_heads, heads // kv_heads, head_dim
-        self.prompts: list[tuple[Tensor, Tensor]] = []  #: of each layer, keys and values, [N * K, P, D]
-        self.written = 0  #: tokens that each row has appended
+        self.prompts: list[tuple[Tensor, Tensor]] = []  #: keys and values of each layer, [N * K, P, D]
+        self.written = 0  #: number of tokens that each row has appended
 
     def open(self, lengths: Int[Tensor, " N"], prompt_of: Int[Tensor, " B"], room: int) -> None:
         """Allocates room for rows of the prompts that `read_prompt` reads next."""
         self.width = int(lengths.max())
         self.mask = length_mask(lengths, self.width)
-        self.place = self.mask.flatten().nonzero().squeeze(-1)  #: of each real token on the right-padded grid
+        self.place = (
+            self.mask.flatten().nonzero().squeeze(-1)
+        )  #: index of each real token in the right-padded layout
         self.prompt_of = prompt_of
         shape = (self.layers, 2, len(prompt_of), self.kv_heads, room, self.head_dim)
         self.own = torch.empty(shape, dtype=self.dtype, device=lengths.device)
@@ -49,10 +51,10 @@ class SharedPromptCache:
     def read_prompt(
         self, layer: int, q: Float[Tensor, "R KQ D"], kv: Float[Tensor, "R 2 K D"]
     ) -> Float[Tensor, "R H"]:
-        """Causal attention of the prompts' tokens, without padding and in order; their keys and values are kept."""
-        del layer  # layers come in order
+        """Causal attention over the prompts' tokens, unpadded and in order; stores their keys and values."""
+        del layer  # layers are read in order
         n, p = self.mask.shape
-        # Padding is on the right, which causal attention never reads.
+        # padding is on the right, where causal attention never reads it
         queries = self._on_grid(q).transpose(1, 2)
         keys, values = (self._on_grid(x).transpose(1, 2) for x in kv.unbind(1))
         out = F.scaled_dot_product_attention(
@@ -80,7 +82,7 @@ class SharedPromptCache:
         return torch.baddbmm(out, weights[..., self.width :], own_values).view(b, -1)
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
-        """Drops all other rows, and prompts that no row continues."""
+        """Keeps only these rows, and the prompts that they continue."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
         self.own[:, :, moved, :, : self.written] = self.own[:, :, rows[moved], :, : self.written]
         alive, self.prompt_of = self.prompt_of[rows].unique(return_inverse=True)
@@ -93,7 +95,7 @@ class SharedPromptCache:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Gives each row its place on the grid of prompts and their rows."""
+        """Assigns each row its index in the padded table of prompts and their rows."""
         b, n = len(self.prompt_of), len(self.mask)
         order = self.prompt_of.argsort(stable=True)
         counts = self.prompt_of.bincount(minlength=n)
@@ -108,7 +110,7 @@ class SharedPromptCache:
         self.prompt_bias = padding.repeat_interleave(self.kv_heads, 0)[:, None]
 
     def _on_grid(self, x: Float[Tensor, "R K D"]) -> Float[Tensor, "N P K D"]:
-        """Real tokens among zeros for the padding."""
+        """Adds zeros for the padding."""
         n, p = self.mask.shape
         x = x.to(self.dtype)
         if len(x) < n * p:
@@ -116,7 +118,7 @@ class SharedPromptCache:
         return x.reshape(n, p, *x.shape[1:])
 
     def _by_prompt(self, x: Float[Tensor, "*BKQ X"]) -> Float[Tensor, "NK SQ X"]:
-        """Rows, ``B K Q X`` however flattened, grouped by the prompts that they continue."""
+        """Groups rows, any flattening of ``B K Q X``, by their prompts."""
         n, width = len(self.mask), x.shape[-1]
         x = x.reshape(-1, self.kv_heads, self.queries, width)
         if self.slots is not None:

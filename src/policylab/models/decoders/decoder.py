@@ -1,7 +1,7 @@
-"""What the decode loop asks of a model.
+"""The interface between a model and the decode loop.
 
-Axes: ``N`` distinct prompts, ``P`` prompt length, ``B`` rows that are being written, ``V`` vocabulary, ``H`` the
-width that the LM head reads.
+Axes: ``N`` distinct prompts, ``P`` prompt length, ``B`` unfinished rows, ``V`` vocabulary, ``H`` size of the LM head's
+input.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from torch import Tensor
 
 
 class Decoder(Protocol):
-    """A model that continues many rows, a token each at a time. One object serves one rollout.
+    """A model that continues many rows, one token per row and step. One object serves one rollout.
 
-    What it keeps between tokens (keys and values, or a recurrent state) is internal to it.
+    Its state between tokens (keys and values, or a recurrent state) is internal.
     """
 
     @property
     def logits(self) -> Float[Tensor, "B V"]:
-        """Of each row's next token."""
+        """Logits of each row's next token."""
         ...
 
     @property
     def hidden(self) -> Float[Tensor, "B H"]:
-        """What the LM head made the logits from: a critic on the policy's trunk reads it."""
+        """The LM head's input for these logits, which a critic on the policy's trunk reads too."""
         ...
 
     def prefill(
         self, tokens: Int[Tensor, "N P"], lengths: Int[Tensor, " N"], prompt_of: Int[Tensor, " B"], room: int
     ) -> None:
-        """Reads each prompt once, with the weights as they are now. Row ``b`` will continue ``prompt_of[b]``.
+        """Reads each prompt once, with the current weights. Row ``b`` will continue ``prompt_of[b]``.
 
         Args:
             tokens: left-padded.
-            room: tokens that may follow at most.
+            room: most new tokens per row.
         """
         ...
 
@@ -44,5 +44,5 @@ class Decoder(Protocol):
         ...
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
-        """Drops all other rows: what was row ``rows[k]`` is now row ``k``. Logits and hidden state are not updated."""
+        """Keeps only these rows: row ``rows[k]`` becomes row ``k``. Logits and hidden state are not updated."""
         ...

@@ -1,4 +1,4 @@
-"""Decoding of any causal LM of transformers, through its own forward pass and cache."""
+"""Decoding with any causal LM of transformers, through its own forward pass and cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from policylab.models.watch import watch_head
 
 
 class GeneralDecoder:
-    """The slower path, for any architecture: it needs attention masks, and Python between the kernels at each step."""
+    """The slower path, for any architecture: it needs attention masks, and much Python code per step."""
 
     logits: Float[Tensor, "B V"]
     hidden: Float[Tensor, "B H"]
@@ -51,7 +51,7 @@ class GeneralDecoder:
     def step(self, tokens: Int[Tensor, " B"]) -> None:
         positions = self.attention.sum(-1, keepdim=True)
         self.attention = torch.cat([self.attention, torch.ones_like(self.attention[:, :1])], dim=1)
-        # A recurrent model would apply the mask to the one token.
+        # a recurrent model would apply the mask to the single token
         self._forward(tokens[:, None], self.attention if self.attends else None, positions)
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
@@ -77,12 +77,12 @@ class GeneralDecoder:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Turns the error of a model that cannot be decoded into one that says what to take."""
+        """Turns the error of a model that cannot be decoded into one that names an alternative."""
         try:
             yield
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever an architecture says to a cache that is not its own
+        except Exception as error:  # any exception of an architecture that does not support this cache
             raise UserError(
                 f"rollout=cached cannot decode {type(self.lm).__name__} with transformers' cache "
                 f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); take rollout=generate"

@@ -15,7 +15,7 @@ from policylab.models.decoders.linear import Activation, Linear
 from policylab.models.decoders.plain import is_plain
 from policylab.models.decoders.transformer import Attend
 
-#: Every class of module that the code below implements.
+#: All module classes that this file implements.
 KNOWN = {
     *("GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention", "GPT2MLP", "Conv1D"),
     *("LayerNorm", "Embedding", "Linear", "GELU", "GELUTanh", "NewGELUActivation", "Dropout", "ModuleList"),
@@ -23,7 +23,7 @@ KNOWN = {
 
 
 class GPT2:
-    """The weights as they are now; see `policylab.models.decoders.transformer.Network`."""
+    """A snapshot of the weights; see `policylab.models.decoders.transformer.Network`."""
 
     def __init__(self, lm: Any, dtype: torch.dtype) -> None:
         body, self.config, self.dtype = lm.transformer, lm.config, dtype
@@ -34,7 +34,7 @@ class GPT2:
 
     @staticmethod
     def reads(lm: nn.Module) -> bool:
-        """Whether a model is exactly this, and no variant of it."""
+        """Whether a model is an unchanged GPT-2, and not a variant."""
         if not is_plain(lm, KNOWN) or type(lm).__name__ != "GPT2LMHeadModel":
             return False
         config: Any = lm.config
@@ -75,12 +75,12 @@ class _Block:
 
 
 def _linear(conv: Any, dtype: torch.dtype, then: Activation | None = None) -> Linear:
-    """GPT-2's layers hold ``[in, out]``."""
+    """GPT-2's layers store weights as ``[in, out]``."""
     return Linear(whole_weight(conv).t(), conv.bias, dtype, then)
 
 
 class _Norm:
-    """In fp32, as the residual stream is."""
+    """LayerNorm in fp32, like the residual stream."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         self.weight, self.bias, self.eps = norm.weight.float(), norm.bias.float(), norm.eps

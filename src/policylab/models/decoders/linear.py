@@ -1,9 +1,9 @@
 """Linear layers for decoding, by the fastest kernel available.
 
-On a CPU oneDNN has its own layout of weights, into which they are packed once a rollout, and fuses the activation or
-residual that follows a product. Its operators are private to PyTorch, so they are tried once, and where they fail the
-plain product is used. In fp32 they are used for the classes of products that `policylab.functional.products` gives to
-oneDNN.
+On a CPU, oneDNN has its own layout of weights, to which they are packed once per rollout, and it fuses a product with
+the activation or residual after it. Its operators are private to PyTorch, so they are tried once; if they fail, the
+plain product is used. In fp32 they are used for the classes of products that `policylab.functional.products` assigns
+to oneDNN.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Activation = Literal["gelu", "swish"]
 
 
 class Linear:
-    """``x @ weight.T + bias`` and the activation or residual that may follow it.
+    """``x @ weight.T + bias``, with an optional activation or residual.
 
     Args:
         weight: ``[out, in]``, with any strides.
-        dtype: of the product; weights in another dtype are cast once, here.
-        then: the activation of the product: GELU by tanh ("gelu"), or SiLU ("swish").
+        dtype: dtype of the product; other weights are cast once, here.
+        then: activation of the product: tanh GELU ("gelu"), or SiLU ("swish").
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Linear:
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous())
         elif on_cpu and fp32:
-            self.weight = self.weight.t().contiguous().t()  # with few rows, MKL is faster at this layout
+            self.weight = self.weight.t().contiguous().t()  # with few rows, MKL is faster in this layout
 
     def __call__(self, x: Float[Tensor, "B I"]) -> Float[Tensor, "B O"]:
-        """The product, and the activation of it."""
+        """The product with its activation."""
         x = x.to(self.weight.dtype)
         if self.packed:
             algorithm = "tanh" if self.then == "gelu" else ""
@@ -85,7 +85,7 @@ def onednn_works(dtype: torch.dtype) -> bool:
             fused(x, packed, bias, "swish", [], ""),
             fused.binary(x, residual, packed, bias, "add"),
         ]
-    except (AttributeError, NotImplementedError, RuntimeError):  # not built in, or not on this processor
+    except (AttributeError, NotImplementedError, RuntimeError):  # not in this build, or not on this processor
         return False
     plain = [product, _activated(product, "gelu"), _activated(product, "swish"), residual + product]
     close = 1e-5 if dtype == torch.float32 else 0.05

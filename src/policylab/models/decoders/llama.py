@@ -1,4 +1,4 @@
-"""Llama and those built like it: Qwen2, with biases before attention, and Qwen3, with norms of queries and keys.
+"""Llama and similar models: Qwen2, with biases of queries, keys and values, and Qwen3, with norms of queries and keys.
 
 "LLaMA: open and efficient foundation language models", arXiv:2302.13971; "Qwen2 technical report",
 arXiv:2407.10671; "Qwen3 technical report", arXiv:2505.09388. SmolLM2 is a Llama.
@@ -19,20 +19,20 @@ from policylab.models.decoders.plain import is_plain
 from policylab.models.decoders.transformer import Attend
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
-#: Every class of module that the code below implements.
+#: All module classes that this file implements.
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 KNOWN = {
     *(family + part for family in FAMILIES for part in PARTS),
     *("Embedding", "Linear", "SiLU", "SiLUActivation", "ModuleList"),
 }
-#: Kinds of rotary positions whose angles depend on the position alone.
+#: Kinds of rotary embeddings whose angles depend only on the position.
 ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Llama:
-    """The weights as they are now; see `policylab.models.decoders.transformer.Network`.
+    """A snapshot of the weights; see `policylab.models.decoders.transformer.Network`.
 
-    Queries, keys and values are one product, for which their weights are copied side by side.
+    Queries, keys and values are computed by one product with concatenated weights.
     """
 
     def __init__(self, lm: Any, dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class Llama:
 
     @staticmethod
     def reads(lm: nn.Module) -> bool:
-        """Whether a model is exactly one of these, and no variant of them."""
+        """Whether a model is an unchanged one of these, and not a variant."""
         if not is_plain(lm, KNOWN) or type(lm).__name__.removesuffix("ForCausalLM") not in FAMILIES:
             return False
         config: Any = lm.config
@@ -69,7 +69,7 @@ class Llama:
         x = self.words[tokens].float()
         cos, sin = self.rotary(x, positions[None])
         half = self.head_dim // 2
-        # Rotating by halves: (a, b) becomes (a cos - b sin, b cos + a sin).
+        # rotation of halves: (a, b) -> (a cos - b sin, b cos + a sin)
         cos, sin = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
         turned = self.heads + self.kv_heads
         for layer, block in enumerate(self.blocks):
@@ -108,7 +108,7 @@ class _Block:
             self.head_eps = attention.q_norm.variance_epsilon
 
     def normalized(self, qk: Float[Tensor, "R K D"]) -> Float[Tensor, "R K D"]:
-        """Queries and keys with the norm of each head, where the model has one."""
+        """Queries and keys with each head's norm, if the model has one."""
         return qk if self.head_norm is None else _rms(qk, self.head_eps) * self.head_norm
 
 

@@ -14,11 +14,11 @@ def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
     """True when every module is of a known class, none has hooks or a changed forward, none applies dropout, and no
     weight is in float64.
 
-    Sharding, quantization and other adapters than ours add classes or hooks to a model, so they are noticed. Ours are
-    allowed: decoders read weights by `policylab.models.adapted.whole_weight`, which adds the adapter.
+    Sharding, quantization and adapters of others are detected by the classes or hooks that they add. Our own adapters
+    are allowed: decoders read weights by `policylab.models.adapted.whole_weight`, which adds the adapter.
 
     Args:
-        known: names of classes. Another class of the same name is not torch's or transformers'.
+        known: names of classes, which must be torch's or transformers'.
     """
     return all(
         type(module).__name__ in known
@@ -32,6 +32,6 @@ def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
 
 
 def _changes(hook: object) -> bool:
-    """True unless it is one of transformers' own hooks, which only record, and stay in a model once it was asked for
-    its hidden states."""
+    """Whether a hook may change results. transformers' own hooks only record hidden states; they stay in a model after
+    it has returned them once."""
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"

@@ -1,7 +1,7 @@
-"""Fast decoding of transformers that are reimplemented in this package.
+"""Fast decoding with transformers that are reimplemented in this package.
 
-An architecture is a `Network`: the weights of a Hugging Face model, and the model as a function of tokens in
-rows. The cache does attention, so prompts and single tokens take the same path through the network.
+An architecture is a `Network`: the weights of a Hugging Face model, and its forward pass over tokens in rows.
+Attention is in the cache, so prompts and single tokens use the same code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from policylab.models.decoders.cache import SharedPromptCache
 
 
 class Attend(Protocol):
-    """Attention of one layer: takes queries, keys and values of ``R`` tokens, and gives its output."""
+    """Attention of one layer: from queries, keys and values of ``R`` tokens to its output."""
 
     def __call__(
         self, layer: int, q: Float[Tensor, "R KQ D"], kv: Float[Tensor, "R 2 K D"], /
@@ -25,7 +25,7 @@ class Attend(Protocol):
 
 
 class Network(Protocol):
-    """A snapshot of a transformer's weights, and what it computes."""
+    """A snapshot of a transformer's weights, and its forward pass."""
 
     def cache(self) -> SharedPromptCache:
         """An empty cache of the right shape."""
@@ -34,7 +34,7 @@ class Network(Protocol):
     def hidden(
         self, tokens: Int[Tensor, " R"], positions: Int[Tensor, " R"], attend: Attend
     ) -> Float[Tensor, "R H"]:
-        """The hidden states that the head reads."""
+        """The LM head's input."""
         ...
 
     def logits(self, hidden: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
@@ -78,5 +78,5 @@ class TransformerDecoder:
 
 
 def _as_written(x: Tensor) -> torch.autocast:
-    """No autocast: the network has its own dtypes, and casts weights once, not at each step."""
+    """Disables autocast: the network has its own dtypes, and casts weights once, not at each step."""
     return torch.autocast(x.device.type, enabled=False)

@@ -1,7 +1,7 @@
-"""Readers: how language models read a rollout. The choice is made once, where a policy is built.
+"""Readers: how language models read a rollout. The reader is chosen once, when the policy is built.
 
-A new kind is a file with a class that has a `Reader`'s members and says by ``reads`` which models it is for, and an
-entry in `READERS`. A model may also bring its own (`policylab.models.loading.LoadedModel`).
+A new kind is a file with a class that implements `Reader`, with a ``reads`` that says which models it supports, and an
+entry in `READERS`. A model may also have its own reader (`policylab.models.loading.LoadedModel`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from policylab.models.readers.packed import PackedCausal
 from policylab.models.readers.padded import PaddedCausal
 from policylab.models.readers.reader import Pass, Reader
 
-#: The first that reads a model is taken.
+#: In order of preference: the first that supports a model is used.
 READERS = (PackedCausal, PaddedCausal)
 
 

@@ -16,18 +16,18 @@ from policylab.models.readers.padded import Layout, PaddedCausal
 
 
 class PackedCausal(PaddedCausal):
-    """Only attention sees which tokens belong together (`policylab.models.readers.packing`)."""
+    """Only attention needs to know which tokens belong together (`policylab.models.readers.packing`)."""
 
     packs = True
 
     @staticmethod
     @torch.no_grad()
     def reads(model: Any) -> bool:
-        """Whether a model gives the same for a packed row as for rows of their own; it is tried.
+        """Tries whether a model gives the same result for a packed row as for separate rows.
 
-        False for attention that transformers cannot replace (recurrent models, or a fused kernel that was asked for) or
-        that does more than `policylab.models.readers.packing` knows of (a sliding window), and for convolutions over
-        tokens.
+        False for attention that transformers cannot replace (recurrent models, or a configured fused kernel), for
+        attention that `policylab.models.readers.packing` does not support (a sliding window), and for convolutions
+        over tokens.
         """
         if not replaces_attention(model):
             return False
@@ -45,10 +45,10 @@ class PackedCausal(PaddedCausal):
 
     @staticmethod
     def lay_out(rollout: Rollout) -> Layout:
-        """Each distinct prompt, then each completion but for its last token, which chooses nothing.
+        """Each distinct prompt, then each completion without its last token, whose logits are not needed.
 
-        Places are worked out on the CPU, with one copy to it and two back: each read of a value from a GPU waits for
-        all work under way.
+        Positions are computed on the CPU, with one copy from the device and two back, because each read from a GPU
+        waits for all queued work.
         """
         width, device = rollout.tokens.shape[1], rollout.tokens.device
         fields = (rollout.lengths[:, None], rollout.tokens, rollout.action_mask)
@@ -64,7 +64,7 @@ class PackedCausal(PaddedCausal):
         is_input = length_mask(lengths, packing.completions.width)
         prompt_places = torch.arange(prompts.shape[1]).expand_as(is_prompt)
         places = torch.arange(is_input.shape[1]) + prompt_lengths[prompt_of][:, None]
-        # The first action follows the prompt's last token, each other one the token before it.
+        # the first action's logits are at the prompt's last token, those of each other action at the token before it
         before_first = (prompt_lengths.cumsum(0) - 1)[prompt_of]
         first_input = packing.prompts.count + lengths.cumsum(0) - lengths
         steps = torch.arange(width)

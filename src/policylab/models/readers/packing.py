@@ -1,8 +1,8 @@
 """Attention over a packed row: sequences one after another without padding, each distinct prompt once.
 
-All that a transformer does to each token alone (embeddings, norms, projections, MLP) is done on one long row of real
-tokens; only attention needs to know which tokens belong together. transformers has a registry of attention functions,
-so this works for every architecture that uses it, with the model's own code around it.
+Operations on single tokens (embeddings, norms, projections, MLP) run on one long row of real tokens; only attention
+needs to know which tokens belong together. transformers has a registry of attention functions, so this works for every
+architecture that uses it, with the model's own code.
 
 Axes: ``U`` distinct prompts, ``P`` tokens of the longest, ``B`` completions, ``T`` tokens of the longest,
 ``N`` tokens in all, ``A`` heads, ``D`` size of a head.
@@ -28,9 +28,9 @@ from policylab.functional.products import common_length
 from policylab.functional.ragged import Ragged, on_device
 from policylab.models.shape import attention_of
 
-#: The name under which transformers knows `_attend`.
+#: Name of `_attend` in transformers' registry.
 ATTENTION = "policylab_packed"
-#: Implementations that `_attend` replaces: it gives their numbers, up to rounding.
+#: Implementations that `_attend` replaces; its results equal theirs up to rounding.
 REPLACED = ("sdpa", "eager")
 #: Arguments of attention that `_attend` does not support.
 BEYOND = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
@@ -47,7 +47,7 @@ class Packing:
     prompts: Ragged  #: on ``[U, P]``
     completions: Ragged  #: on ``[B, T]``
     prompt_of: Int[Tensor, " B"]  #: the prompt that each completion answers
-    bias: Float[Tensor, "B 1 T S"]  #: 0 where a completion's token may look, -inf elsewhere; ``S = P + T``
+    bias: Float[Tensor, "B 1 T S"]  #: 0 where a completion's token may attend, -inf elsewhere; ``S = P + T``
     filler: int  #: tokens at the end that no other attends to (`policylab.functional.products.common_length`)
 
     @classmethod
@@ -58,11 +58,11 @@ class Packing:
         lengths: Int[Tensor, " B"],
         device: torch.device,
     ) -> Self:
-        """Prompts of these lengths, and completions of those, each after its prompt.
+        """The packing of prompts and completions with these lengths.
 
         Args:
             prompt_lengths, prompt_of, lengths: on the CPU, where all but the bias is computed.
-            device: of the packed row.
+            device: device of the packed row.
         """
         prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
         prompts, completions = Ragged.of(prompt_lengths, prompt_width), Ragged.of(lengths, width)
@@ -104,9 +104,10 @@ def rows_of(x: Tensor, index: Int[Tensor, " R"]) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
-    """``[R, W, A, D]`` in and out. Without a bias it is causal, and padding behind a row is never attended to."""
+    """Attention from ``[R, W, A, D]`` to the same shape. Without a bias it is causal, so padding at the end of a row is
+    never attended to."""
     groups = q.shape[2] // k.shape[2]
-    if groups > 1 and bias is not None and q.is_cuda:  # no fused kernel there takes both groups and a mask
+    if groups > 1 and bias is not None and q.is_cuda:  # no fused CUDA kernel supports both groups and a mask
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -122,10 +123,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tenso
 
 @dataclass(frozen=True)
 class _Active:
-    """What `_attend` uses while a packed row goes through a model."""
+    """State of `_attend` during a packed forward pass."""
 
     packing: Packing
-    eager: bool  #: whether the model wants attention without fused kernels
+    eager: bool  #: whether the model is configured for attention without fused kernels
 
 
 _active: ContextVar[_Active] = ContextVar("packing")
@@ -144,7 +145,7 @@ def _attend(
     """Attention with transformers' signature.
 
     Raises:
-        CannotPackError: when asked for something that would change the numbers, such as a sliding window.
+        CannotPackError: for an unsupported argument that would change the result, such as a sliding window.
     """
     asked = [name for name in BEYOND if others.get(name) is not None]
     if asked or dropout or attention_mask is not None:
@@ -165,7 +166,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 @contextmanager
 def packed(config: Any, packing: Packing) -> Iterator[None]:
-    """While active, models with this config object attend as in this packing."""
+    """While active, models with this config object use the attention of this packing."""
     own = config._attn_implementation
     eager = own == "eager" or (own == ATTENTION and _active.get().eager)
     token = _active.set(_Active(packing, eager))

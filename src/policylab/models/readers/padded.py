@@ -1,6 +1,6 @@
 """Causal LMs of transformers, through their own forward pass.
 
-Axes: ``R`` rows and ``S`` positions of what the model reads, ``N`` actions, ``H`` hidden size.
+Axes: ``R`` rows and ``S`` positions of the model's input, ``N`` actions, ``H`` hidden size.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class Layout:
     tokens: Int[Tensor, "R S"]
     positions: Int[Tensor, "R S"]
     attention: Bool[Tensor, "R S"] | None  #: false at padding; None without any
-    packing: Packing | None  #: how the one row is packed; None for a row each
-    chosen_at: Int[Tensor, " N"]  #: flat position of the token before each action, in order of the mask
+    packing: Packing | None  #: layout of a packed row; None for separate rows
+    chosen_at: Int[
+        Tensor, " N"
+    ]  #: flat position of the token before each action, in order of the action mask
     actions: Int[Tensor, " N"]  #: the tokens chosen there
 
     def through(self, model: nn.Module) -> Any:
@@ -51,7 +53,7 @@ class Layout:
 
     @contextmanager
     def reading(self, config: Any) -> Iterator[None]:
-        """While active, layers with this config attend as the tokens are packed, and use the fast products."""
+        """While active, layers with this config use the packing's attention and the fast products."""
         with (
             nullcontext() if self.packing is None else packed(config, self.packing),
             FastProducts() if self.tokens.device.type == "cpu" and replaces_layers() else nullcontext(),
@@ -59,15 +61,15 @@ class Layout:
             yield
 
     def at_actions(self, x: Float[Tensor, "R S H"]) -> Float[Tensor, "N H"]:
-        """The states that chose each action."""
+        """The hidden state before each action."""
         return rows_of(x.flatten(0, 1), self.chosen_at)
 
 
 class PaddedCausal:
-    """A `policylab.models.readers.Reader` with prompt and completion in a row of their own, the prompt padded in front.
+    """A `policylab.models.readers.Reader` with one row per sequence: the left-padded prompt, then the completion.
 
     Args:
-        lm: with an LM head, or without one (a critic's).
+        lm: a causal LM, with or without an LM head (a critic has none).
     """
 
     packs: ClassVar[bool] = False
@@ -131,7 +133,7 @@ class PaddedCausal:
         return decoder_for(self.lm, dtype)
 
     def make_differentiable(self) -> None:
-        if self.lm._can_set_experts_implementation():  # grouped products have no forward-mode derivative
+        if self.lm._can_set_experts_implementation():  # grouped products lack a forward-mode derivative
             self.lm.set_experts_implementation("eager")
         attention = attention_of(self.lm)
         if attention not in REPLACED:

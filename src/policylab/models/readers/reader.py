@@ -1,4 +1,4 @@
-"""What a policy asks of a language model, whatever its architecture.
+"""The interface between a policy and a language model of any architecture.
 
 Axes: ``N`` actions of a rollout, in row-major order of its action mask; ``H`` hidden size, ``V`` vocabulary; ``R`` rows
 and ``S`` positions as the model reads them.
@@ -23,39 +23,39 @@ from policylab.models.watch import LayerCall
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward pass over a rollout gives."""
+    """The result of a forward pass over a rollout."""
 
-    hidden: Float[Tensor, "N H"]  #: that the LM head reads to choose each action
-    logits: Float[Tensor, "N V"]  #: without rows where they were not asked for
-    actions: Int[Tensor, " N"]  #: the tokens that were chosen
-    calls: Sequence[LayerCall]  #: of the layers that were watched, in order
+    hidden: Float[Tensor, "N H"]  #: input of the LM head at each action
+    logits: Float[Tensor, "N V"]  #: no rows if logits were not requested
+    actions: Int[Tensor, " N"]  #: the chosen tokens
+    calls: Sequence[LayerCall]  #: calls of the watched layers, in order
     again: Callable[
         [], AbstractContextManager[None]
-    ]  #: what layers need around them to run on the same input again
+    ]  #: creates the context in which layers can run on the same input again
     at_actions: Callable[
         [Float[Tensor, "R S H"]], Float[Tensor, "N H"]
-    ]  #: of a layer's output, what chose the actions
+    ]  #: selects a layer's output at the actions
 
 
 class Reader(Protocol):
-    """A language model as a policy or a critic uses it. It holds the model, but owns no weights."""
+    """A language model as a policy or a critic uses it. It refers to the model, but registers no weights."""
 
     @property
     def packs(self) -> bool:
-        """Whether a prompt is read once for all its completions, and nothing is padded. Micro-batches are cut so."""
+        """Whether a prompt is read once for all its completions and nothing is padded; micro-batches depend on it."""
         ...
 
     @property
     def context(self) -> int | None:
-        """Positions that prompt and completion may take together; None without a limit."""
+        """Most positions of prompt and completion together; None without a limit."""
         ...
 
     def shape(self) -> Shape:
-        """The model in numbers: micro-batches and pieces of a rollout are sized by it."""
+        """The model's sizes, which limit micro-batches and pieces of a rollout."""
         ...
 
     def head(self) -> nn.Linear | None:
-        """The layer that makes logits of hidden states; None where anything else is done to them."""
+        """The linear layer from hidden states to logits; None if the logits are computed in another way."""
         ...
 
     def read(
@@ -64,24 +64,24 @@ class Reader(Protocol):
         """A forward pass over prompts and completions.
 
         Args:
-            logits: whether they are wanted. With a linear head, figures of actions come from hidden states alone.
-            watch: layers whose calls are wanted.
-            recompute: layers keep only their input for the backward pass, and run again there.
+            logits: whether to return them. With a linear head, hidden states are enough.
+            watch: layers whose calls to record.
+            recompute: whether layers keep only their input, and are recomputed in the backward pass.
         """
         ...
 
     def hidden_at_actions(self, rollout: Rollout) -> Float[Tensor, "N H"]:
-        """The last hidden states that chose the actions, of a model without an LM head (a critic's)."""
+        """The last hidden state before each action, of a model without an LM head (a critic)."""
         ...
 
     def decoder(self, dtype: torch.dtype) -> Decoder:
-        """What ``rollout=cached`` samples with: the weights as they are now, with products in ``dtype``."""
+        """The decoder of ``rollout=cached``: the current weights, with products in ``dtype``."""
         ...
 
     def make_differentiable(self) -> None:
-        """Takes kernels with forward-mode and second derivatives, which a trust region needs.
+        """Switches to kernels with forward-mode and second derivatives, which a trust region needs.
 
         Raises:
-            UserError: where there are none.
+            UserError: if there are none.
         """
         ...
