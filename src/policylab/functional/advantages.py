@@ -1,8 +1,7 @@
 """Returns and advantages on the ``[B, T]`` grid.
 
-The mask is true where the policy acted. Other positions (padding, an environment's words) are skipped:
-the next action is
-the next true position, however many positions lie between.
+The mask is true where the policy acted. Other positions (padding, an environment's words) are skipped: the next action
+is the next true position.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def n_step(
     arXiv:1602.01783, section 4. ``n = 1`` is the TD residual; ``n`` of the longest sequence or more gives
     return minus value.
     """
-    # Actions are moved to the front of each row, so that a step is a column.
+    # actions are moved to the front of each row, so that each step is a column
     order = (~mask).int().argsort(dim=-1, stable=True)
     packed = mask.gather(-1, order)
     rewards = token_rewards.gather(-1, order).masked_fill(~packed, 0.0)
@@ -87,8 +86,8 @@ def subtract_batch_mean(
 ) -> Float[Tensor, "B T"]:
     """Return-to-go minus the mean, over the sequences of all processes, of their whole return.
 
-    The mean includes the sequence itself. With ``gamma = 1`` and a sum over tokens this shrinks the expected
-    gradient by ``(B - 1) / B`` and changes nothing else; otherwise it biases it a little. A sequence without
+    The mean includes the sequence itself. With ``gamma = 1`` and a sum over tokens this only scales the expected
+    gradient by ``(B - 1) / B``; otherwise there is a small bias. A sequence without
     actions is not counted. Zero outside the mask.
     """
     first = mask & (mask.cumsum(-1) == 1)
@@ -102,7 +101,7 @@ def explained_variance(
 ) -> Float[Tensor, ""]:
     """``1 - Var(returns - values) / Var(returns)`` over the true positions of all processes.
 
-    1 is a perfect critic, 0 no better than a constant. Returns without variance give zero.
+    1 is a perfect critic; 0 is no better than a constant. Returns without variance give zero.
     """
     _, residual = masked_moments(returns - values, mask, all_sum)
     _, spread = masked_moments(returns, mask, all_sum)

@@ -18,7 +18,7 @@ class Solution:
     """The result."""
 
     x: Float[Tensor, " n"]
-    product: Float[Tensor, " n"]  #: ``F x``, without damping; the iteration computes it anyway
+    product: Float[Tensor, " n"]  #: ``F x``, without damping; a by-product of the iteration
     damping: float  #: what was added to the diagonal
     residual: float  #: ``|(F + damping) x - b| / |b|``; 0 when ``b`` is zero
     iterations: int
@@ -44,7 +44,7 @@ def conjugate_gradient(
         product: ``v -> F v``; called once an iteration, and once more with a preconditioner.
         diagonal: an estimate of ``F``'s diagonal, never negative; ``(diagonal + lambda)^0.75`` preconditions. It
             changes how fast the iteration converges, not the solution. None: no preconditioner.
-        iterations: at most.
+        iterations: most iterations.
         tolerance: relative residual at which it stops.
     """
     x, fx = torch.zeros_like(b), torch.zeros_like(b)
@@ -85,5 +85,5 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _tiny(diagonal: Tensor) -> float:
-    """A lower bound, so that weights without curvature (tokens that never occur) get finite steps."""
+    """A lower bound of the diagonal, so that weights without curvature (tokens that never occur) get finite steps."""
     return max(1e-6 * float(diagonal.mean()), torch.finfo(diagonal.dtype).tiny)

@@ -2,7 +2,7 @@
 
 A row that is not ``present`` is ignored and gets zero. Rows are compared in pairs, which needs ``B x B`` of
 memory (4 MB of booleans for 2,048 rows), and gives the same sum in the same order on every device. Values are
-taken relative to the group's smallest, so that equal ones give exactly zero and never a rounding error.
+taken relative to the group's smallest, so that equal ones give exactly zero, without rounding errors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 #: Added to a group's standard deviation. Far below any standard deviation that matters.
 STD_EPS = 1e-6
-#: Rewards that differ by less count as equal: the KL of a policy that has not moved yet is zero only up to rounding,
-#: which must not decide what is selected.
+#: Rewards that differ by less count as equal: the KL of an unchanged policy is zero only up to rounding, which must not
+#: decide what is selected.
 TIE = 1e-4
 
 

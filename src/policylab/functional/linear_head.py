@@ -1,8 +1,8 @@
 """Log-probs, entropy and KL of sampled tokens under a linear LM head, without holding the logits of all positions.
 
-Positions go through the head in chunks: the forward pass keeps a few numbers a position of a chunk's logits ``z``, and
-the backward pass computes them again. If there is only one chunk, its probabilities are kept. The gradients are written
-out, because autograd would go through a chunk's ``[N, V]`` numbers several times more: with ``p = softmax(z)``, ``H``
+The head is applied to chunks of positions. The forward pass keeps only a few numbers per position, and the backward
+pass recomputes a chunk's logits ``z``; if there is only one chunk, its probabilities are kept. The gradients are written
+out, because autograd would make several more passes over a chunk's ``[N, V]`` numbers: with ``p = softmax(z)``, ``H``
 the entropy and ``K = KL(p | q)``,
 
     d log p_a / dz = 1[a] - p,    dH / dz = -p (log p + H),    dK / dz = p (log p - log q - K).
@@ -23,16 +23,16 @@ from torch.autograd.function import once_differentiable
 
 from policylab.functional.products import common_length, linear, outer
 
-#: Logits that are held at a time, in elements (256 MiB of fp32).
+#: Limit on logits held at once (elements; 256 MiB of fp32).
 CHUNK = 2**26
 
 
 def tables_at_once(elements: float, *, compares: bool) -> float:
-    """Bytes of logits, and of what is made of them, that a pass over so many holds.
+    """Bytes of logits, and of tables computed from them, that a pass holds at once.
 
     Args:
         elements: positions times vocabulary.
-        compares: whether another head's are held beside them.
+        compares: whether another head's logits are held too.
     """
     if elements <= CHUNK:
         return (2 + compares) * elements * 4
@@ -48,18 +48,18 @@ class Head:
     temperature: float
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """In fp32, over the temperature; new memory that the caller may write to."""
+        """fp32 logits divided by the temperature, in new memory that the caller may overwrite."""
         z = linear(hidden, self.weight, self.bias).float()
         return z if self.temperature == 1 else z.div_(self.temperature)
 
 
 @dataclass(frozen=True)
 class HeadFigures:
-    """Figures of each position."""
+    """Results for each position."""
 
-    logprobs: Float[Tensor, " N"]  #: of its token
+    logprobs: Float[Tensor, " N"]  #: log-prob of the position's token
     entropy: Float[Tensor, " N"]  #: nats
-    exact_kl: Float[Tensor, " N"] | None  #: KL to the other head's distribution; None without one
+    exact_kl: Float[Tensor, " N"] | None  #: KL to the other head's distribution; None without another head
 
 
 def head_figures(
@@ -76,7 +76,7 @@ def head_figures(
     Args:
         entropy_gradient: whether the entropy has a gradient.
         other: the other head with its hidden states; it gets no gradient.
-        chunk: elements of logits that are held at a time.
+        chunk: elements of logits that are held at once.
     """
     n = len(tokens)
     filler = common_length(n, hidden.device) - n
@@ -103,7 +103,7 @@ class _HeadFigures(torch.autograd.Function):
         other: tuple[Head, Tensor] | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Under autocast the products are in its precision; sums and exponentials never are.
+        # autocast applies to the products, never to sums and exponentials
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -122,7 +122,7 @@ class _HeadFigures(torch.autograd.Function):
                 part = slice(start, start + rows)
                 z = head.logits(hidden[part])
                 top = z.amax(-1)
-                z.sub_(top[:, None])  # large logits would leave too few digits for differences
+                z.sub_(top[:, None])  # otherwise large logits would leave too few digits for differences
                 p = z.softmax(-1)
                 lse = -p.amax(-1).log()
                 logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - lse
@@ -130,7 +130,7 @@ class _HeadFigures(torch.autograd.Function):
                 normalizer[part] = top + lse
                 if other is not None:
                     q = other[0].logits(other[1][part]).log_softmax(-1)
-                    # The difference first: where both are the same it is exactly zero.
+                    # the difference first: it is exactly zero where both are equal
                     exact_kl[part] = _dot(p, z.sub_(lse[:, None]).sub_(q))
                 if rows >= len(hidden) and other is None and not entropy_gradient:
                     kept = p
@@ -157,7 +157,7 @@ class _HeadFigures(torch.autograd.Function):
             slope = -of_logprob[part, None]
             if ctx.kept is not None:
                 dz = ctx.kept.mul_(slope)
-                ctx.kept = None  # overwritten: a second backward pass computes it again
+                ctx.kept = None  # overwritten below; a second backward pass recomputes it
             else:
                 logp = ctx.head.logits(hidden[part]).sub_(normalizer[part, None])
                 if ctx.entropy_gradient:
@@ -190,5 +190,5 @@ def _add_outer(
 
 
 def _dot(a: Float[Tensor, "N V"], b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """``sum_v a_v b_v``, without the table of products."""
+    """``sum_v a_v b_v``, without storing the products."""
     return torch.bmm(a[:, None, :], b[:, :, None]).flatten()

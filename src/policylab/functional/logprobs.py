@@ -1,6 +1,6 @@
 """From logits to log-probs and entropies of sampled tokens.
 
-``logp`` is a whole log-distribution, ``log_softmax`` of the logits; it is computed once for all figures.
+``logp`` is a whole log-distribution, ``log_softmax`` of the logits; it is computed once for all quantities.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 def completion_slice(prompt_width: int, width: int) -> slice:
-    """The shift by one. Nothing else does it.
-
+    """The shift by one position; all code uses this function for it.
     In ``[prompt | completion]`` the logits that chose completion token ``t`` are at position
     ``prompt_width + t - 1``: those of the token before it.
     """

@@ -1,4 +1,4 @@
-"""Masks, and sums and moments under them. The mask is a required argument, so that no mean is unmasked by accident."""
+"""Masks, masked sums and moments. The mask is a required argument, so that it cannot be forgotten."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def length_mask(lengths: Int[Tensor, " B"], width: int) -> Bool[Tensor, "B T"]:
 
 
 def masked_sum(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-    """Sum over the positions of each sequence where ``mask`` is true. Other values are ignored, NaN included."""
+    """Sum over the positions of each sequence where ``mask`` is true. Other values, even NaN, are ignored."""
     return x.masked_fill(~mask, 0.0).sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""Rows of unequal length, one after another without padding, and on a padded grid.
+"""Rows of unequal length: packed one after another without padding, or padded to a grid.
 
 Axes: ``N`` items of all rows, ``R`` rows, ``W`` positions of the longest row.
 """
@@ -20,13 +20,13 @@ from policylab.functional.masks import length_mask
 class Ragged:
     """Places of packed items on a padded grid. `pad` and `pack` can be differentiated any number of times."""
 
-    slots: Int[Tensor, " N"]  #: place of each item on the flattened grid
+    slots: Int[Tensor, " N"]  #: index of each item in the flattened grid
     rows: int
     width: int
 
     @classmethod
     def of(cls, lengths: Int[Tensor, " R"], width: int) -> Self:
-        """Rows of these lengths, the first ``lengths[r]`` of ``width`` positions each."""
+        """Rows of these lengths: the first ``lengths[r]`` of ``width`` positions of each."""
         slots = length_mask(lengths, width).flatten().nonzero().squeeze(-1)
         return cls(slots, len(lengths), width)
 
@@ -52,7 +52,7 @@ class Ragged:
 
 
 def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of one dtype from the CPU, in one copy."""
+    """Moves tensors of one dtype from the CPU in one copy."""
     if device.type == "cpu" or not tensors:
         return list(tensors)
     flat = torch.cat([x.flatten() for x in tensors]).to(device)

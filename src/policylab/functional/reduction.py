@@ -1,7 +1,7 @@
 """From per-token losses to one number.
 
-Each reduction is a sum divided by a denominator that is counted over the whole minibatch and all
-processes first. So the result does not depend on how the sequences are cut into micro-batches.
+Each reduction is a sum divided by a denominator, which is first computed over the whole minibatch and all processes.
+So the result does not depend on micro-batches.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Plan before you pay: what a run takes in memory, work and time, said before a weight is loaded."""
+"""Plans: memory, compute and time of a run, estimated before any weights are loaded."""

@@ -1,4 +1,4 @@
-"""Which knob to turn when a run does not fit: each is turned in the numbers, and the peak is computed again."""
+"""Which settings make a run fit: changes each one in the plan, and computes the peak again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from policylab.models.size import BF16, FP32
 from policylab.planning.job import Job
 from policylab.planning.memory import peak
 
-#: A knob that saves less than this share of the peak is not worth naming.
+#: Settings that save less than this fraction of the peak are not listed.
 WORTH = 0.03
 
 
@@ -20,7 +20,7 @@ class Knob:
     """A change of the command line."""
 
     words: str
-    job: Job  #: with it
+    job: Job  #: the run with the change
 
     @property
     def peak(self) -> float:
@@ -32,13 +32,13 @@ class Knob:
 
 
 def helpful(job: Job) -> list[Knob]:
-    """Knobs that lower the peak, the best first."""
+    """Changes that lower the peak, the best first."""
     now = peak(job).total
     return sorted((k for k in knobs(job) if k.peak < (1 - WORTH) * now), key=lambda knob: knob.peak)
 
 
 def together(job: Job) -> Knob | None:
-    """Several knobs, the best one first and then the next best, until it fits; None when it never does."""
+    """Combines changes, always the best next one, until the run fits; None if it never does."""
     words = list[str]()
     while peak(job).total > job.hardware.memory:
         found = helpful(job)
@@ -50,12 +50,14 @@ def together(job: Job) -> Knob | None:
 
 
 def knobs(job: Job) -> Iterator[Knob]:
-    """Everything that could be turned, with what it makes of the run."""
+    """All changes that are possible, each with the resulting run."""
     size, hardware, plan, needs = job.size, job.hardware, job.plan, job.needs
     moving, critic = needs.reference == "moving", job.critic_size
     if not hardware.gradient_checkpointing:
         words, on = "hardware.gradient_checkpointing=true", replace(hardware, gradient_checkpointing=True)
-        if not job.micro_batch_tokens:  # automatic micro-batches would grow and take the memory again
+        if (
+            not job.micro_batch_tokens
+        ):  # otherwise automatic micro-batches would grow and use the memory again
             words += f" optim.micro_batch_tokens={job.limit}"
         yield Knob(words, replace(job, hardware=on, micro_batch_tokens=job.limit))
     if (fewer := max(job.context, int(job.pass_tokens) // 4)) < job.pass_tokens:
@@ -88,7 +90,7 @@ def knobs(job: Job) -> Iterator[Knob]:
 
 
 def other(plan: BatchPlan, **changes: int) -> BatchPlan | None:
-    """The plan with other numbers; None where they do not divide."""
+    """The batch plan with other numbers; None if they do not divide."""
     try:
         return replace(plan, **changes)
     except UserError:

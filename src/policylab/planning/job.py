@@ -1,4 +1,4 @@
-"""All that a plan is summed up from. A knob that is turned is a copy with another number."""
+"""The numbers that a plan is computed from. A changed setting is a copy with another number."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from policylab.training.optimizer import state_bytes
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where it runs.
+    """The hardware of a run.
 
     Args:
-        gpu: whether a process has a GPU to itself; else the processes of a machine share its main memory.
-        memory: bytes that a process may fill: the GPU's, or its share of main memory.
-        host_memory: of a machine, for what lies in main memory beside GPUs; None where nobody knows.
-        local: processes of one machine.
-        sharded: weights, gradients and moments are spread over the processes (fsdp).
-        offload: the shards lie in main memory (fsdp).
+        gpu: whether each process has its own GPU; otherwise the processes of a machine share its main memory.
+        memory: bytes available to a process: the GPU's, or its share of main memory.
+        host_memory: main memory of a machine with GPUs, in bytes; None if unknown.
+        local: processes per machine.
+        sharded: whether weights, gradients and moments are sharded over the processes (fsdp).
+        offload: whether the shards are in main memory (fsdp).
     """
 
     gpu: bool
@@ -40,15 +40,15 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights that train, and what is kept beside them, in bytes."""
+    """Bytes of trainable weights, and of what is kept with them."""
 
-    weights: float  #: their gradients take as much
-    state: float  #: of the optimizer
-    average: float  #: of a network that follows them, beside its weights
+    weights: float  #: and as many of their gradients
+    state: float  #: optimizer state
+    average: float  #: fp32 averages of a network that follows them
 
     @classmethod
     def of(cls, count: int, number: int) -> Trained:
-        """So many weights of ``number`` bytes."""
+        """``count`` weights of ``number`` bytes each."""
         return cls(float(count * number), state_bytes(count, number), average_bytes(count, number))
 
 
@@ -57,16 +57,16 @@ class Job:
     """A run in numbers.
 
     Args:
-        prompt_tokens: of a prompt, mean.
-        longest_prompt: tokens.
-        new_tokens: of a completion, at most; the plan takes all to be as long.
-        engine: that samples.
-        engine_share: of a GPU's memory that the engine takes for itself (vllm).
-        sampling_bytes: of a number in its products.
-        limit: tokens a forward and backward pass, at most.
-        rows: completions that are sampled at once, at most.
-        validation: prompts a validation batch, over all processes.
-        checkpoints: whether states are saved while training goes on.
+        prompt_tokens: mean tokens of a prompt.
+        longest_prompt: tokens of the longest prompt.
+        new_tokens: most tokens of a completion; the plan assumes this length for all.
+        engine: rollout engine.
+        engine_share: fraction of a GPU's memory that the engine reserves (vllm).
+        sampling_bytes: bytes of one number in the engine's products.
+        limit: most tokens of a forward and backward pass.
+        rows: most completions sampled at once.
+        validation: prompts of a validation batch, over all processes.
+        checkpoints: whether states are saved during training.
     """
 
     size: Size
@@ -90,7 +90,7 @@ class Job:
 
     @cached_property
     def policy(self) -> Trained:
-        """What trains of the policy."""
+        """The policy's trainable weights."""
         return Trained.of(self.size.trained, self.size.trained_bytes)
 
     @cached_property
@@ -100,34 +100,34 @@ class Job:
 
     @property
     def critic_layers(self) -> int:
-        """That a token goes through for its value alone."""
+        """Layers that compute only values."""
         return self.critic_size.layers if self.critic_size else 0
 
     @property
     def gradients(self) -> float:
-        """Bytes, of all that the optimizer moves."""
+        """Bytes of the gradients of all weights that the optimizer moves."""
         return self.critic.weights + self.policy.weights * self.cost.optimizes_policy
 
     @property
     def state(self) -> float:
-        """Bytes of the optimizer."""
+        """Bytes of optimizer state."""
         return self.critic.state + self.policy.state * self.cost.optimizes_policy
 
     @property
     def spread(self) -> int:
-        """Processes that share weights, gradients and moments."""
+        """Number of processes that weights, gradients and moments are sharded over."""
         return self.plan.processes if self.hardware.sharded else 1
 
     @property
     def compute_bytes(self) -> int:
-        """Of a number that goes into a product in training."""
+        """Bytes of one number in the matrix products of training."""
         return BF16 if self.hardware.precision == "bf16-mixed" else self.size.weight_bytes
 
     # -- what a process samples and passes through ---------------------------------------------------------
 
     @property
     def samples(self) -> bool:
-        """Whether training samples; else it learns from what is there."""
+        """Whether training samples; otherwise it learns from given completions."""
         return self.needs.learns_from == "rollouts"
 
     @property
@@ -137,12 +137,12 @@ class Job:
 
     @property
     def sequences(self) -> int:
-        """Of an iteration."""
+        """Sequences of an iteration."""
         return self.plan.sequences // self.plan.processes
 
     @property
     def prompts(self) -> int:
-        """Distinct ones of an iteration."""
+        """Distinct prompts of an iteration."""
         return self.plan.prompts // self.plan.processes
 
     @property
@@ -170,7 +170,7 @@ class Job:
         return max(1, -(-self.sequences // self.rows))
 
     def largest_pieces(self) -> list[Piece]:
-        """Of a validation batch and of training."""
+        """The largest piece of training and of a validation batch."""
         rows = min(self.rows, max(1, self.validation // self.plan.processes))
         sizes = [(rows, rows)]
         if self.samples:
@@ -179,10 +179,10 @@ class Job:
         return [Piece(*size, self.prompt_tokens, self.longest_prompt, self.new_tokens) for size in sizes]
 
     def tokens(self, sequences: int) -> float:
-        """That a model reads for so many sequences of the rollout: with packing, each distinct prompt once."""
+        """Tokens that a model reads for this many sequences of the rollout; with packing, each distinct prompt once."""
         if not self.size.packs:
             return float(sequences * self.context)
-        # Of the prompts of this process, those that at least one of the sequences answers.
+        # expected number of this process's prompts that at least one of the sequences answers
         share = min(1.0, sequences / self.sequences)
         distinct = min(sequences, self.prompts * (1 - (1 - share) ** self.plan.group_size))
         return distinct * self.prompt_tokens + sequences * (self.new_tokens - 1)
@@ -194,7 +194,7 @@ class Job:
 
     @cached_property
     def pass_sequences(self) -> float:
-        """Sequences of that pass."""
+        """Sequences of the largest forward and backward pass."""
         return self.minibatch * min(1.0, self.pass_tokens / self.tokens(self.minibatch))
 
     @property

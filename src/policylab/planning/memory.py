@@ -1,6 +1,6 @@
-"""What a process holds at the four moments of an iteration that take most, in bytes: what its parts say, summed up.
+"""Memory of a process, in bytes, at the four moments of an iteration that need most. Adds up the memory of its parts.
 
-docs/plan.md holds the sums against measured peaks.
+docs/plan.md compares the sums with measured peaks.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from policylab.planning.job import Job
 from policylab.rollouts.memory import sampling_memory
 
 GIB = 2**30
-#: What Python, torch, Lightning and transformers take before there is a model, measured: resident memory on a CPU; the
-#: driver's context and the libraries' handles on a GPU, which is an assumption.
+#: Memory of Python, torch, Lightning and transformers before a model is loaded: measured resident memory on a CPU; on a
+#: GPU, an assumed size of the driver's context and the libraries' handles.
 LIBRARIES = 0.42 * GIB
 CONTEXT = 0.75 * GIB
-#: Freed memory that the C library keeps for the next tensors, measured after some tens of iterations: most of what
-#: distributed/allocator.py allows, and holes between what is in use, as a share of that.
+#: Freed memory that the C library keeps for later tensors, measured after some tens of iterations: most of what
+#: distributed/allocator.py allows, and fragmentation, as a fraction of the memory in use.
 FREED = 0.7 * KEPT
 HOLES = 0.1
-#: Tables over tokens and vocabulary that are held at once where whole distributions are compared.
+#: ``[N, V]`` tables that are held at once when whole distributions are compared.
 WHOLE_TABLES = 6
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is held at once."""
+    """The memory held at one moment of an iteration."""
 
     name: str
-    parts: dict[str, float]  #: bytes, by what they are for
+    parts: dict[str, float]  #: bytes by purpose
 
     @property
     def total(self) -> float:
@@ -39,7 +39,7 @@ class Moment:
 
 
 def moments(job: Job) -> list[Moment]:
-    """The moments of an iteration, in its order; those without work are left out."""
+    """The moments of an iteration, in order, without those that do nothing."""
     found = {"rollout": rollout(job)}
     if job.cost.forwards or job.critic_layers:
         found["evaluation"] = evaluation(job)
@@ -55,12 +55,12 @@ def moments(job: Job) -> list[Moment]:
 
 
 def peak(job: Job) -> Moment:
-    """The moment that takes most."""
+    """The moment that needs most memory."""
     return max(moments(job), key=lambda moment: moment.total)
 
 
 def held_throughout(job: Job) -> dict[str, float]:
-    """What stays in memory from one iteration to the next."""
+    """Memory that is held during the whole iteration."""
     size, hardware, policy, critic = job.size, job.hardware, job.policy, job.critic
     on_device = 0.0 if hardware.offload else 1.0 / job.spread
     networks = {"weights": size.weights, "reference": 0.0, "critic": critic.weights, "target network": 0.0}
@@ -72,19 +72,19 @@ def held_throughout(job: Job) -> dict[str, float]:
     if buckets(job):
         parts["gradients"] = job.gradients
     if job.engine == "vllm":
-        # Its own copy of the weights, whole, and its cache in what is left of its share.
+        # the engine's own whole copy of the weights, and its cache in the rest of its share
         own = size.parameters * job.sampling_bytes
         parts["vLLM"] = max(job.engine_share * hardware.memory, own)
     return parts | {"libraries": CONTEXT if hardware.gpu else LIBRARIES}
 
 
 def buckets(job: Job) -> bool:
-    """Whether gradients lie in the buckets that are sent, which stay."""
+    """Whether gradients are views of DDP's buckets, which are never freed."""
     return job.plan.processes > 1 and not job.hardware.sharded
 
 
 def rollout(job: Job) -> dict[str, float]:
-    """The largest piece of a rollout: of training, or of a validation batch."""
+    """The largest piece of a rollout, in training or in a validation batch."""
     found = [
         sampling_memory(
             job.engine,
@@ -100,14 +100,14 @@ def rollout(job: Job) -> dict[str, float]:
 
 
 def evaluation(job: Job) -> dict[str, float]:
-    """A forward pass without gradient: the reference's, or the policy's log-probs once more."""
+    """A forward pass without gradient: the reference's, or the policy's, for recomputed log-probs."""
     whole = job.tokens(job.sequences)
     tokens = min(whole, max(job.limit, job.context))
     return a_pass(job, tokens, job.sequences * tokens / whole)
 
 
 def backward(job: Job) -> dict[str, float]:
-    """The end of a forward pass, when its activations are all there and the head's gradient is made."""
+    """The end of a forward pass, when it holds all activations and computes the head's gradient."""
     several, head = job.micro_batches > 1, head_gradient(job)
     parts = a_pass(job, job.pass_tokens, job.pass_sequences, gradients=True)
     parts["activations"] = job.pass_tokens * job.size.keeps(
@@ -123,26 +123,26 @@ def backward(job: Job) -> dict[str, float]:
 
 
 def step(job: Job) -> dict[str, float]:
-    """The end of a backward pass and the optimizer's step: gradients whole, activations gone."""
+    """The end of a backward pass and the optimizer's step: all gradients, no activations."""
     embeddings = head_gradient(job)
     waiting = embeddings * (2 if job.micro_batches > 1 and job.size.tied else 1)
     space = {"weights for products": cast_weights(job), "work space": waiting + vectors(job)}
     return gradients(job, job.gradients / job.spread) | gathered(job, gradients=True) | space
 
 
-# -- what they are made of -----------------------------------------------------------------------------------
+# -- parts of the moments ------------------------------------------------------------------------------------
 
 
 def a_pass(job: Job, tokens: float, rows: float, *, gradients: bool = False) -> dict[str, float]:
-    """A forward pass but for its activations."""
+    """A forward pass without its activations."""
     size, actions = job.size, rows * job.new_tokens
     if job.needs.whole_distributions:
         logits = WHOLE_TABLES * actions * size.vocab * FP32
     else:
         logits = tables_at_once(actions * size.vocab, compares=job.cost.compares)
-    # Who may look at whom: a number and two bits of truth a pair.
+    # attention mask: one fp32 number and two booleans per pair
     mask = actions * job.context * (FP32 + 2)
-    # A CPU's kernel copies the weight that it multiplies by; the head's is the largest.
+    # a CPU kernel copies the weight it multiplies by; the head's is the largest
     plain = not (job.hardware.gpu or cast_weights(job))
     reordered = size.head * size.weight_bytes if plain else 0
     transient = size.transient(max(job.compute_bytes, job.sampling_bytes))
@@ -154,28 +154,28 @@ def a_pass(job: Job, tokens: float, rows: float, *, gradients: bool = False) -> 
 
 
 def gradients(job: Job, size: float) -> dict[str, float]:
-    """Gradients that do not lie in buckets."""
+    """Gradients outside DDP's buckets."""
     return {} if buckets(job) else {"gradients": 0.0 if job.hardware.offload else size}
 
 
 def gathered(job: Job, *, whole: bool = False, gradients: bool = False) -> dict[str, float]:
-    """Sharded weights, while they are whole."""
+    """Sharded weights while they are gathered."""
     used = job.size.gathered(whole=whole, gradients=gradients) if job.hardware.sharded else 0.0
     return {"gathered weights": used}
 
 
 def head_gradient(job: Job) -> float:
-    """The gradient of the head's weights, where they train."""
+    """The gradient of the head's weights, if they train."""
     return job.size.head * job.size.weight_bytes if job.size.trained > job.size.linear else 0
 
 
 def vectors(job: Job) -> float:
-    """A trust region's."""
+    """Vectors of a trust region."""
     return job.cost.vectors * job.size.trained * FP32
 
 
 def cast_weights(job: Job) -> float:
-    """Weights in the precision of the products, which autocast makes once an iteration."""
+    """Copies of the weights in the precision of the products, which autocast makes once per iteration."""
     casts = job.compute_bytes < job.size.weight_bytes
     return (job.size.linear + job.size.head) * job.compute_bytes if casts else 0.0
 
@@ -184,7 +184,7 @@ def cast_weights(job: Job) -> float:
 
 
 def checkpoint_copy(job: Job) -> float:
-    """The state in main memory while it is written beside the training (see runs/writing.py)."""
+    """The copy of the state in main memory while it is written in the background (see runs/writing.py)."""
     size, policy, critic = job.size, job.policy, job.critic
     state = job.state + critic.weights + (policy.weights if size.adapters else size.weights)
     if job.needs.reference == "moving":
@@ -195,7 +195,7 @@ def checkpoint_copy(job: Job) -> float:
 
 
 def main_memory(job: Job) -> float:
-    """Of a machine with GPUs: the libraries of its processes, a checkpoint's copy, and shards that were put there."""
+    """Main memory of a machine with GPUs: its processes' libraries, a checkpoint's copy, and offloaded shards."""
     hardware, size = job.hardware, job.size
     total = hardware.local * 4 * LIBRARIES + (checkpoint_copy(job) if job.checkpoints else 0.0)
     if hardware.offload:

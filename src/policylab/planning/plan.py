@@ -1,4 +1,4 @@
-"""``plan=true``: what a run would take, said in place of the run."""
+"""``plan=true``: prints memory, compute and time of a run, and does not run it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan_job(config: DictConfig) -> None:
     """Prints the plan of a run. No weights are loaded and no file is written.
 
     Raises:
-        UserError: when the config is wrong, or the run would not fit, saying what does not and what to turn.
+        UserError: when the config is wrong, or the run would not fit, with the reason and settings that help.
     """
     check(config)
     for key in ("plan_memory", "plan_flops"):
@@ -33,14 +33,14 @@ def plan_job(config: DictConfig) -> None:
         check_range(key, config[key], 0, above=True)
     described = describe(config)
     if world().main:
-        console().quiet = False  # a plan is all that was asked for, whoever was to be silent
+        console().quiet = False  # the plan is this command's only output, so it is printed in any case
         show(console(), config, described, rates_for(config, described.job))
     if problem := problem_of(described.job):
         raise UserError(problem)
 
 
 def problem_of(job: Job) -> str | None:
-    """What does not fit and what to turn, in one line; None when all fits."""
+    """What does not fit and which settings help, in one line; None if all fits."""
     most, memory = peak(job), job.hardware.memory
     if most.total <= memory:
         host = job.hardware.host_memory
@@ -68,7 +68,7 @@ def problem_of(job: Job) -> str | None:
 
 
 def rates_for(config: DictConfig, job: Job) -> Rates:
-    """How fast a process is: as given, else measured here. Processes on a CPU share its cores."""
+    """The speed of a process: as configured, else measured here. Processes on a CPU share its cores."""
     if config.plan_flops is not None:
         return Rates.of(float(config.plan_flops))
     gpu = job.hardware.gpu

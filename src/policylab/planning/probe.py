@@ -1,4 +1,4 @@
-"""How fast this machine is, by a second of measuring."""
+"""Measures the speed of this machine, in a second."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from policylab.functional.products import linear
 from policylab.planning.work import Rates
 
 SECONDS = 0.5
-#: A matrix of this many rows and columns is one product; far larger ones are no faster.
+#: Rows and columns of the matrices that are multiplied; much larger ones are not faster.
 SIDE = 1024
 GPU_SIDE = 8192
-#: Bytes that are copied at a time, more than any cache holds.
+#: Bytes per copy, more than any cache holds.
 COPIED = 2**28
 
 
@@ -25,14 +25,14 @@ def probe(gpu: bool, dtype: torch.dtype) -> Rates:
     a = torch.ones(side, side, dtype=dtype, device=device)
     block = torch.ones(COPIED, dtype=torch.uint8, device=device)
     other = torch.empty_like(block)
-    product = repeated(lambda: linear(a, a, None), device)  # by the library that training takes
+    product = repeated(lambda: linear(a, a, None), device)  # by the library that training uses
     copy = repeated(lambda: other.copy_(block), device)
     return Rates(flops=2 * side**3 / product, bandwidth=2 * COPIED / copy)
 
 
 def repeated(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call: the fastest of as many as fit into half a second, so that a busy machine shows less."""
-    call()  # the first is not typical
+    """Seconds of a call: the minimum over half a second, so that other load on the machine matters less."""
+    call()  # the first call is slower
     fastest, end = float("inf"), time.perf_counter() + SECONDS
     while fastest == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()

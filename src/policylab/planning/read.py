@@ -1,4 +1,4 @@
-"""From a composed config to the numbers of a `Job`."""
+"""Computes the numbers of a `Job` from a composed config."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.tasks.base import Example, Task, examples, take_validation
 from policylab.training.methods import method_of
 
-#: Texts whose tokens are counted, evenly spread over the task's.
+#: Number of texts whose tokens are counted, evenly spread over the task's.
 READ = 512
-#: Engines by their classes; another one than ours is taken for Hugging Face's generate.
+#: Engine by class; any other engine is planned like Hugging Face's generate.
 ENGINES: dict[str, Kind] = {"CachedEngine": "cached", "VllmEngine": "vllm"}
 
 
 @dataclass(frozen=True)
 class Described:
-    """A run in numbers, and what people want to read of it."""
+    """A run in numbers, and labels for the printed plan."""
 
     job: Job
-    source: str  #: of the model
-    stand_in: bool  #: prompts were counted with another tokenizer than the model's
+    source: str  #: where the model comes from
+    stand_in: bool  #: whether prompts were counted with a tokenizer that is not the model's
 
 
 def describe(config: DictConfig) -> Described:
     """The numbers of a run, from its config alone.
 
     Raises:
-        UserError: as the run itself would, as far as can be told without weights.
+        UserError: as the run would, as far as this can be checked without weights.
     """
     check_parts(config)
     method, (hardware, processes) = method_of(instantiate(config.algo)), hardware_of(config)
@@ -99,10 +99,10 @@ def describe(config: DictConfig) -> Described:
 
 
 def hardware_of(config: DictConfig) -> tuple[Hardware, int]:
-    """What the config asks for, whether or not it is here, and the number of processes.
+    """The configured hardware, whether or not this machine has it, and the number of processes.
 
     Raises:
-        UserError: when a number is neither given nor to be seen here.
+        UserError: when a number is neither configured nor known from this machine.
     """
     hardware = config.hardware
     gpu = hardware.accelerator == "gpu" or (hardware.accelerator == AUTO and gpus() > 0)
@@ -143,10 +143,10 @@ def hardware_of(config: DictConfig) -> tuple[Hardware, int]:
 
 
 def lengths(model: Outline, task: Task, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-    """Tokens of some of the prompts, and of their completions where they have any."""
+    """Token counts of a sample of the prompts, and of their completions if they have any."""
     some = examples[:: max(1, len(examples) // READ)]
     tokenizer: Any = model.tokenizer
-    if tokenizer is None:  # English in about as many tokens as another would need, or some more
+    if tokenizer is None:  # for English, about as many tokens as with other tokenizers, or slightly more
         tokenizer = read_tokenizer(ASSETS / "tiny", local_files_only=True, trust_remote_code=False)
     texts = [example.text for example in some]
     if model.chat:

@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Prints a plan."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from policylab.planning.memory import GIB, Moment, main_memory, moments
 from policylab.planning.read import Described
 from policylab.planning.work import Rates, Work, exchanged, work
 
-#: Planned and measured peaks have differed by up to a quarter: from this share of the memory on, a fit is narrow.
+#: Planned and measured peaks have differed by up to a quarter, so a plan above this fraction of the memory fits
+#: narrowly.
 NARROW = 0.8
-#: GiB that a process receives a second, to give an example of what the exchange with others adds.
+#: Example bandwidth between processes, in GiB per second, for the time of communication.
 LINK = 100
 
 
 def show(out: Console, config: DictConfig, described: Described, rates: Rates) -> None:
-    """The whole plan: what runs, memory by moment, work and time, and knobs."""
+    """The whole plan: the run, memory by moment, compute and time, and settings that help."""
     job = described.job
     found = moments(job)
     needed = work(job, rates)
@@ -76,7 +77,7 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
 
 
 def memory_table(found: Sequence[Moment], job: Job) -> Table:
-    """A row a part, a column a moment."""
+    """One row per part, one column per moment."""
     large = max(moment.total for moment in found) >= 10 * GIB
     unit, name, digits = (GIB, "GiB", 1) if large else (2**20, "MiB", 0)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
@@ -133,7 +134,7 @@ def verdict(most: Moment, job: Job) -> str:
 
 
 def knob_lines(job: Job) -> list[str]:
-    """What each knob alone would make of the peak; and several, where no single one is enough."""
+    """The peak with each change alone; and with several, if no single one is enough."""
     found = helpful(job)
     lines = [effect(knob) for knob in found]
     if found and not found[0].fits and (several := together(job)) is not None:
@@ -142,10 +143,10 @@ def knob_lines(job: Job) -> list[str]:
 
 
 def effect(knob: Knob) -> str:
-    """A knob and what it leads to."""
+    """A change and the resulting peak."""
     return f"{knob.words}: {knob.peak / GIB:.1f} GiB" + (", fits" if knob.fits else "")
 
 
 def seconds(value: float) -> str:
-    """Short times with their fractions."""
+    """A duration; short ones with decimals."""
     return f"{value:.2g} s" if value < 10 else duration(value)

@@ -1,4 +1,4 @@
-"""What an iteration costs in arithmetic, and how long that takes at given rates."""
+"""FLOPs and time of an iteration at given speeds."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from dataclasses import dataclass
 
 from policylab.planning.job import Job
 
-#: Floating-point operations that an accelerator does in the time in which it reads a byte: 150 to 300 for today's. It
-#: says how fast memory is where only ``plan_flops`` is given.
+#: FLOPs that an accelerator does per byte of memory traffic: 150 to 300 today. Gives the memory bandwidth if only
+#: ``plan_flops`` is set.
 INTENSITY = 200
-#: Seconds of Python and kernel launches that a layer costs a forward pass at least.
+#: Least seconds of Python and kernel launches per layer and forward pass.
 CALL = 2e-4
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a process is."""
+    """The speed of a process."""
 
-    flops: float  #: floating-point operations a second, in large products
-    bandwidth: float  #: bytes a second that it reads from memory
+    flops: float  #: FLOPs per second in large products
+    bandwidth: float  #: bytes per second read from memory
 
     @classmethod
     def of(cls, flops: float) -> Rates:
-        """An accelerator of which only this is known."""
+        """An accelerator of which only the FLOPs per second are known."""
         return cls(flops, flops / INTENSITY)
 
 
 @dataclass(frozen=True)
 class Work:
-    """An iteration, all processes together; seconds are of the slowest, that is of each."""
+    """Work of one iteration: tokens and FLOPs over all processes, seconds per process, which all take the same time."""
 
-    tokens: int  #: sampled, at most
+    tokens: int  #: most tokens sampled
     flops: dict[str, float]
     seconds: dict[str, float]
 
@@ -44,7 +44,7 @@ class Work:
 
 
 def work(job: Job, rates: Rates) -> Work:
-    """Operations and seconds of an iteration, by phase."""
+    """FLOPs and seconds of an iteration, by phase."""
     plan, processes = job.plan, job.plan.processes
     flops = {name: value for name, value in operations(job).items() if value}
     seconds = {name: value / processes / rates.flops for name, value in flops.items()}
@@ -55,18 +55,18 @@ def work(job: Job, rates: Rates) -> Work:
     }
     for name in seconds:
         seconds[name] += calls[name] * job.size.layers * CALL
-    if job.samples:  # each step reads all weights, however few rows there are
+    if job.samples:  # each decoding step reads all weights, for any number of rows
         weights = (job.size.linear + job.size.head) * job.sampling_bytes
         read = job.new_tokens * job.pieces * weights / rates.bandwidth
         seconds["rollout"] = max(seconds["rollout"], read)
-    # Weights, gradients and the optimizer's state are read, all but the gradients written.
+    # reads weights, gradients and optimizer state; writes all but the gradients
     moved = 3 * job.gradients + 2 * job.state
     seconds["update"] += plan.updates * moved / job.spread / rates.bandwidth
     return Work(plan.sequences * job.new_tokens * job.samples, flops, seconds)
 
 
 def operations(job: Job) -> dict[str, float]:
-    """Of each phase, over all processes."""
+    """FLOPs of each phase, over all processes."""
     plan, size, cost = job.plan, job.size, job.cost
     context = job.prompt_tokens + job.new_tokens / 2
     actions = plan.sequences * job.new_tokens
@@ -75,10 +75,10 @@ def operations(job: Job) -> dict[str, float]:
     )  # tokens of an iteration's sequences, as a model reads them
     forward = size.operations(read, size.layers, context) + 2 * size.head * actions
     values = size.operations(read, job.critic_layers, context)
-    # A backward pass is one for inputs and one for the weights that train.
+    # a backward pass costs a forward pass for the inputs, and one for the trainable weights
     weights = 0.0 if size.adapters else size.trained / size.parameters
     passes = 2 + weights + job.hardware.gradient_checkpointing
-    # Prompts are read once (a group's share them), and each token is written once.
+    # each distinct prompt is read once, and each token is decoded once
     sampled = size.operations(plan.prompts * job.prompt_tokens + actions, size.layers, context)
     return {
         "rollout": (sampled + 2 * size.head * actions) * job.samples,
@@ -88,8 +88,8 @@ def operations(job: Job) -> dict[str, float]:
 
 
 def exchanged(job: Job) -> float:
-    """Bytes that a process receives an iteration from the others: gradients of each update or, where weights are
-    sharded, these for each pass and the weights for each pass, forward and back."""
+    """Bytes that a process receives per iteration: gradients once per update; with sharded weights, gradients once per
+    pass and weights twice per pass, forward and backward."""
     if job.plan.processes == 1:
         return 0.0
     gradients = job.plan.updates * job.gradients

@@ -1,7 +1,7 @@
-"""The default engine: our own decode loop, over the decoder that the policy's reader gives.
+"""The default engine: our own decode loop, with the decoder of the policy's reader.
 
-A prompt is read once for all completions of it. Finished rows are dropped from the batch. Log-probs and values
-are recorded while sampling, so no second forward pass is needed for them.
+A prompt is read once for all its completions. Finished rows are removed from the batch. Log-probs and values are
+recorded while sampling, so they need no second forward pass.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
 from policylab.rollouts.sampling import check_finite, draw
 
-#: Finished rows are dropped once they are this share of the batch; about as many rows of the cache are then copied.
+#: Finished rows are removed once they are this fraction of the batch; about as many rows of the cache are then copied.
 COMPACT_AT = 0.125
 #: With MANY_ROWS or more, the number of rows left is a multiple of ROW_STEP.
 MANY_ROWS, ROW_STEP = 32, 8
-#: Steps between two checks of how many rows have ended, on an accelerator: reading the number waits for all work that
-#: is queued there.
+#: On an accelerator, steps between two checks of how many rows have ended: reading the number waits for all queued
+#: work.
 STEPS_BETWEEN_CHECKS = 8
 
 
@@ -36,9 +36,10 @@ class CachedEngine:
     """Samples completions.
 
     Args:
-        temperature: divides the logits, above 0. Training divides by the same number.
-        max_new_tokens: completions are cut here.
-        dtype: of the products while sampling: None is the training precision, ``bfloat16`` is faster and drifts.
+        temperature: divides the logits, above 0; the same in training.
+        max_new_tokens: length limit of completions.
+        dtype: dtype of the products while sampling. None: the training precision; ``bfloat16`` is faster, but
+            log-probs then differ from training's.
     """
 
     temperature: float
@@ -76,7 +77,9 @@ class CachedEngine:
         check_context(policy, tokens.shape[1] + self.max_new_tokens)
         dtype = self._dtype(policy)
         decoder = policy.reader.decoder(dtype)
-        with torch.autocast(device.type, dtype, enabled=dtype != policy.dtype):  # for decoders that need it
+        with torch.autocast(
+            device.type, dtype, enabled=dtype != policy.dtype
+        ):  # for decoders that use autocast
             decoder.prefill(
                 tokens, lengths, prompt_of.repeat_interleave(group_size), room=self.max_new_tokens
             )
@@ -95,14 +98,14 @@ class CachedEngine:
     def _write(
         self, decoder: Decoder, policy: Policy, noise: Float[Tensor, "B T"], behaviour: Behaviour | None
     ) -> tuple[Int[Tensor, "B S"], Float[Tensor, "B S"], Float[Tensor, "B S"] | None]:
-        """Tokens, log-probs and values of the steps that were needed. Those after a row's EOS are meaningless."""
+        """Tokens, log-probs and values of all steps. Entries after a row's EOS are meaningless."""
         device, size = policy.device, len(noise)
         critic = policy.critic if policy.critic is not None and policy.critic.trains_trunk else None
         tokens = torch.zeros(self.max_new_tokens, size, dtype=torch.long, device=device)
         logprobs = torch.zeros(self.max_new_tokens, size, device=device)
         values = None if critic is None else torch.zeros_like(logprobs)
-        rows = torch.arange(size, device=device)  #: of the rollout, that the decoder still writes
-        ended = torch.zeros_like(rows, dtype=torch.bool)  #: of these rows
+        rows = torch.arange(size, device=device)  #: rows of the rollout that are still in the decoder
+        ended = torch.zeros_like(rows, dtype=torch.bool)  #: whether each of these rows has ended
         uniform = noise.T.contiguous()
         interval = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS
 
@@ -141,7 +144,7 @@ class CachedEngine:
         return draw(behaviour(log_distribution(logits, self.temperature)), 1.0, uniform)
 
     def _dtype(self, policy: Policy) -> torch.dtype:
-        """Of the products: the configured one, else what training computes in."""
+        """The dtype of the products: the configured one, else that of training."""
         if self.dtype is not None:
             return getattr(torch, self.dtype)
         kind = policy.device.type
@@ -149,10 +152,10 @@ class CachedEngine:
 
 
 def unfinished_first(ended: Bool[Tensor, " B"]) -> Int[Tensor, " K"]:
-    """The rows to keep: unfinished rows from the end take the places of finished ones, the others stay in place.
+    """The rows to keep: unfinished rows from the end replace finished ones, and the others stay in place.
 
-    With many rows some finished ones are kept, so that few different numbers of rows occur: libraries keep kernels
-    for each number.
+    With many rows, some finished ones are kept, so that few different numbers of rows occur, because libraries cache
+    kernels for each number.
     """
     count = int((~ended).sum())
     stay = count if count < MANY_ROWS else min(-(-count // ROW_STEP) * ROW_STEP, len(ended))

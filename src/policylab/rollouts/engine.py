@@ -1,4 +1,4 @@
-"""What a rollout engine is, and what all of them need. ``rollout=`` chooses one."""
+"""The interface of rollout engines, and shared functions. ``rollout=`` chooses an engine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from policylab.rollouts.behaviour import Behaviour
 
 
 class Engine(Protocol):
-    """Samples completions. Any class with these members will do."""
+    """Samples completions. Any class with these members is an engine."""
 
     @property
     def temperature(self) -> float:
-        """Divides the logits. Training divides by the same number."""
+        """Divides the logits, in sampling and in training."""
         ...
 
     @property
     def max_new_tokens(self) -> int:
-        """Completions are cut here."""
+        """Length limit of completions."""
         ...
 
     @property
     def exact(self) -> bool:
-        """Whether the recorded log-probs are, up to rounding, those of a full forward pass in the precision of
-        training. Those of another engine are computed again before they are trained on."""
+        """Whether recorded log-probs equal, up to rounding, those of a full forward pass in training precision. If not,
+        they are recomputed before training."""
         ...
 
     def sample(
@@ -46,11 +46,11 @@ class Engine(Protocol):
     ) -> Rollout:
         """``group_size`` completions of each prompt, those of one prompt in adjacent rows.
 
-        ``values`` of the rollout are None where the engine does not see what the critic reads.
+        ``values`` of the rollout are None if the engine does not have the critic's input.
 
         Args:
-            noise: uniform numbers, a row for each completion and ``max_new_tokens`` columns.
-            behaviour: what is sampled from; None is the policy itself.
+            noise: uniform numbers, one row per completion and ``max_new_tokens`` columns.
+            behaviour: distribution to sample from; None is the policy itself.
 
         Raises:
             UserError: when prompt and completion do not fit the model's context.
@@ -66,7 +66,7 @@ def assemble(
     ended: Bool[Tensor, " B"],
     logprobs: Float[Tensor, "B T"],
 ) -> Rollout:
-    """The rollout of an engine, from what it records. Tokens after a row's end are dropped."""
+    """Builds a rollout from an engine's records. Tokens after a row's end are dropped."""
     width, device = int(lengths.max()), tokens.device
     mask = length_mask(lengths, width)
     prompt_tokens, prompt_lengths = pad_left([prompt.tokens for prompt in prompts], device)
@@ -85,10 +85,10 @@ def assemble(
 
 
 def check_settings(temperature: float, max_new_tokens: int) -> None:
-    """Refuses what no engine can do.
+    """Refuses settings that no engine supports.
 
     Raises:
-        UserError: when the temperature is not above 0, or there is nothing to sample.
+        UserError: when the temperature is not above 0, or ``max_new_tokens`` is below 1.
     """
     if not 0 < temperature < float("inf"):
         raise UserError(f"rollout.temperature is {temperature}; it must be above 0")
@@ -99,14 +99,14 @@ def check_settings(temperature: float, max_new_tokens: int) -> None:
 def pad_left(
     sequences: Sequence[Sequence[int]], device: torch.device | str
 ) -> tuple[Int[Tensor, "B P"], Int[Tensor, " B"]]:
-    """Token ids with padding in front, and how many are real. The padding id is 0."""
+    """Token ids left-padded with 0, and the number of real ones in each row."""
     width = max(len(s) for s in sequences)
     tokens = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences], device=device)
     return tokens, torch.tensor([len(s) for s in sequences], device=device)
 
 
 def context(policy: Policy) -> tuple[float, str]:
-    """Positions that a sequence may take, and whether the model or its critic sets that limit; infinity without one."""
+    """Most positions of a sequence, infinity without a limit; and whether the model or its critic sets it."""
     critics = None if policy.critic is None else policy.critic.context
     limits = [(policy.reader.context, "the model"), (critics, "the critic")]
     known = ((limit, reader) for limit, reader in limits if limit is not None)
@@ -114,16 +114,16 @@ def context(policy: Policy) -> tuple[float, str]:
 
 
 def check_context(policy: Policy, needed: int) -> None:
-    """Refuses sequences that do not fit.
+    """Refuses sequences that do not fit the context.
 
     Raises:
-        UserError: when ``needed`` positions are more than the model or its critic has.
+        UserError: when the model or its critic has less than ``needed`` positions.
     """
     check_positions(needed, *context(policy))
 
 
 def check_positions(needed: int, limit: float | None, reader: str) -> None:
-    """Raises UserError when ``needed`` positions are more than ``reader`` has; None is no limit."""
+    """Raises UserError if ``reader`` has less than ``needed`` positions; None is no limit."""
     if limit is not None and needed > limit:
         raise UserError(
             f"prompt and completion need {needed} positions, but {reader} has {limit}; "

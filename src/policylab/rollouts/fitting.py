@@ -1,4 +1,4 @@
-"""Rows of a data set that are too long for the model: ``task.too_long`` says how they are treated."""
+"""Handles rows of a data set that are too long for the model, as set by ``task.too_long``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOO_LONG = ("drop", "truncate", "refuse")
 
 
 class Placed(Protocol):
-    """A row that may know its place in a file."""
+    """A row that may know its position in a file."""
 
     @property
     def where(self) -> str: ...
@@ -35,18 +35,17 @@ def fitting(
     split: str,
     too_long: str,
 ) -> list[Prompt]:
-    """The prompts that fit the model, each with ``new_tokens`` or its own completion; a warning says how many do not.
+    """The prompts that fit the model together with ``new_tokens`` or their completion. Warns how many do not fit.
 
     Args:
-        rows: the task's rows that the prompts were made of.
-        instruction: the template that the prompts were made with.
+        rows: the task's rows, from which the prompts were made.
+        instruction: the template of the prompts.
         split: name of the rows in messages.
-        too_long: ``drop`` leaves prompts out, so that the ids of the others stay; ``truncate`` cuts a prompt at its
-            beginning and a completion at its end (which then has no EOS); ``refuse`` raises.
+        too_long: ``drop`` removes prompts, and the others keep their ids; ``truncate`` cuts the beginning of a prompt
+            and the end of a completion (which then has no EOS); ``refuse`` raises.
 
     Raises:
-        UserError: naming the first row that does not fit, when it is to be refused or cannot be cut; and when none is
-            left.
+        UserError: naming the first row that does not fit, if it is refused or cannot be cut; and if no row is left.
     """
     if too_long not in TOO_LONG:
         raise UserError(f"task.too_long={too_long} is not one of {', '.join(TOO_LONG)}")
@@ -83,20 +82,20 @@ def fitting(
 
 
 def needed(prompt: Prompt, new_tokens: int) -> int:
-    """Positions that the longest sequence with this prompt takes."""
+    """Positions of the longest sequence with this prompt."""
     return len(prompt.tokens) + max(new_tokens, len(prompt.target))
 
 
 def truncated(policy: Policy, prompt: Prompt, room: int, new_tokens: int, instruction: str | None) -> Prompt:
-    """The prompt with the beginning of its text cut so that ``new_tokens`` fit, and its completion cut to what is left.
+    """The prompt, with the beginning of its text cut so that ``new_tokens`` fit, and its completion cut to the rest.
 
     Raises:
-        UserError: when the instruction and template alone take all the room.
+        UserError: when the instruction and the chat template alone do not fit.
     """
     words = policy.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
     shorter, kept = prompt, len(words)
     while (excess := len(shorter.tokens) + new_tokens - room) > 0:
-        kept -= excess  # once more where a shorter text has more tokens than it had as a part
+        kept -= excess  # again, as a shorter text can have more tokens than it had inside the longer one
         if kept < 1:
             raise UserError(
                 f"task.too_long=truncate: {shown(prompt.text)} leaves nothing of its text beside the instruction and "

@@ -1,7 +1,7 @@
-"""The reference engine: Hugging Face ``generate``, which draws the same tokens as ours.
+"""The reference engine: Hugging Face ``generate``, which draws the same tokens as our engine.
 
-Caches, positions and batches are the library's own, so it runs every causal LM, and other engines are tested against
-it. It is the slowest.
+It uses the library's own caches, positions and batches, so it runs every causal LM, and other engines are tested
+against it. It is the slowest engine.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class GenerateEngine:
     """Samples completions (see `policylab.rollouts.engine.Engine`).
 
     Args:
-        temperature: divides the logits, above 0. Training divides by the same number.
-        max_new_tokens: completions are cut here.
+        temperature: divides the logits, above 0; the same in training.
+        max_new_tokens: length limit of completions.
     """
 
     temperature: float
@@ -58,7 +58,7 @@ class GenerateEngine:
         draw = KeyedDraw(self.temperature, noise.to(policy.device), behaviour, width)
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            do_sample=False,  # KeyedDraw leaves one token
+            do_sample=False,  # KeyedDraw leaves only one token possible
             eos_token_id=list(policy.eos_ids),
             pad_token_id=policy.eos_id,
         )
@@ -82,10 +82,11 @@ class GenerateEngine:
 
 
 class KeyedDraw(LogitsProcessor):
-    """Leaves ``generate`` the one token that our noise draws at this step, and records its log-prob.
+    """Draws the token of this step by our noise, makes it the only possible one for ``generate``, and records its
+    log-prob.
 
     Args:
-        noise: of the completions, a column a step.
+        noise: noise of the completions, one column per step.
         prompt_width: columns before the first step.
     """
 
@@ -112,8 +113,8 @@ class KeyedDraw(LogitsProcessor):
 
 
 def with_settings(lm: Any, settings: GenerationConfig) -> Any:
-    """A shallow copy of the model without the checkpoint's own defaults, such as top-k and penalties, which
-    ``generate`` would apply. The model itself keeps them, as it may be saved at the same time.
+    """A shallow copy of the model without the checkpoint's generation defaults, such as top-k and penalties, which
+    ``generate`` would apply. The model itself is not changed, as it may be saved at the same time.
     """
     view = copy.copy(lm)
     view.generation_config = settings

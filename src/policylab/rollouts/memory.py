@@ -1,4 +1,4 @@
-"""What an engine holds while it samples, in bytes. A plan adds it up before a run."""
+"""Memory of an engine while it samples, in bytes, for plans."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Piece:
     """Completions that are sampled at once.
 
     Args:
-        prompts: distinct ones among them.
-        rows: completions.
-        prompt: tokens of a prompt, mean.
+        prompts: number of distinct prompts.
+        rows: number of completions.
+        prompt: mean tokens of a prompt.
         longest: tokens of the longest prompt.
         new: tokens of a completion.
     """
@@ -32,23 +32,23 @@ class Piece:
 def sampling_memory(
     kind: Kind, size: Size, piece: Piece, *, number: int, compute: int, gpu: bool
 ) -> dict[str, float]:
-    """What the engine allocates for a piece, by what it is for. vLLM's share is its own all the time.
+    """Bytes that the engine allocates for a piece, by purpose. Without vLLM, which reserves its memory all the time.
 
     Args:
-        number: bytes of a number in the products of sampling.
-        compute: bytes of a number in those of training.
+        number: bytes of one number in the products of sampling.
+        compute: bytes of one number in the products of training.
     """
     if kind == "vllm":
         return {}
     rows, context = piece.rows, piece.longest + piece.new
     per_token = 2 * size.layers * size.kv_heads * size.head_dim
     ours = kind == "cached" and size.decoder != "general"
-    if ours:  # a CPU keeps them in fp32 whatever the products are in (see models/decoders)
+    if ours:  # on a CPU they are always in fp32 (see models/decoders)
         kept = rows * piece.new + piece.prompts * piece.longest
         cache = per_token * (number if gpu else FP32) * kept
     else:
         cache = per_token * number * rows * context
-    # The logits of this step and of the one before, or beside them the weights that a token is drawn by.
+    # logits of this step, and those of the step before or the weights for drawing a token
     tables = 2 * FP32 + (number if number < FP32 else 0)
     reads = max(piece.prompts * piece.prompt, rows)
     scores = 4 * rows * size.heads * context * FP32
@@ -61,13 +61,13 @@ def sampling_memory(
 
 
 def copied_weights(size: Size, *, ours: bool, number: int, gpu: bool) -> float:
-    """The copy of the weights that a decoder makes for a rollout.
+    """Bytes of the weights that a decoder copies for a rollout.
 
     Args:
         ours: whether one of our decoders samples.
     """
     casts = number != size.weight_bytes
-    if casts or (ours and not gpu):  # a CPU's fastest kernel wants a layout of its own
+    if casts or (ours and not gpu):  # the fastest CPU kernel has its own weight layout
         return float((size.linear + size.head) * number)
     if not ours:
         return 0.0

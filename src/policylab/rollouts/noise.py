@@ -1,7 +1,7 @@
 """Sampling noise as data: a uniform number for each (seed, stream, iteration, sample, position).
 
-So a rollout is a function of weights, prompts and seed alone: the same on one process or eight, in any
-batch size and after a resume.
+So a rollout depends only on weights, prompts and seed. It is the same on one process or eight, with any batch size,
+and after a resume.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: Independent streams of one seed. The numbers are fixed: with others, finished runs could not be reproduced.
+#: Independent streams of one seed. Do not change the numbers: older runs could not be reproduced.
 TRAIN, VALIDATION, PREFLIGHT, GENERATE, SHUFFLE, REFILL, REPLAY = range(7)
 
 
 def seed_libraries(*key: int) -> None:
-    """Seeds the generators of Python, numpy and torch by numbers.
+    """Seeds the generators of Python, numpy and torch.
 
-    PolicyLab does not use them. A user's reward may, and then draws the same after a resume.
+    PolicyLab does not use them, but a user's reward may; it then draws the same numbers after a resume.
     """
     number = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(number)
@@ -34,9 +34,9 @@ def uniforms(
 ) -> Float[Tensor, "B T"]:
     """Uniform numbers in [0, 1), float64, on the CPU.
 
-    Row ``i`` depends on (seed, stream, iteration, samples[i]) alone, and its first ``t`` numbers do not
+    Row ``i`` depends only on (seed, stream, iteration, samples[i]), and its first ``t`` numbers do not
     depend on ``width``. The generator is counter-based (Philox: "Parallel random numbers: as easy as 1, 2, 3",
-    Salmon et al., SC 2011), so nothing is carried from one call to the next.
+    Salmon et al., SC 2011), so it has no state between calls.
 
     Args:
         samples: index of each row's sample within the whole iteration, over all processes.

@@ -1,7 +1,7 @@
-"""Which of the two libraries multiplies fp32 matrices on this machine: measured once, and kept for the machine.
+"""Chooses the library for fp32 matrix products on this machine: measured once, and cached.
 
-Bits depend on the choice, so a machine must not choose anew: what was measured first stands in the user's cache folder
-under the names of processor and torch, and a checkpoint carries its run's choice as well.
+Results depend on the choice to the bit, so a machine keeps its first one: in the user's cache folder, by the names of
+processor and torch version. Checkpoints also store the choice of their run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 #: Values of ``hardware.products``.
 SETTINGS = ("measured", "pytorch", "onednn")
-#: (N, I, O) of the products that stand for a class: layers of the tiny model, and a quarter of one of GPT-2's. Decoding
-#: has few rows.
+#: (N, I, O) of the products that represent a class: layers of the tiny model, and a quarter of a layer of GPT-2.
+#: Decoding has few rows.
 SHAPES = {"small": (512, 128, 512), "large": (256, 768, 1024)}
 DECODING = {"small": (64, 128, 512), "large": (64, 768, 1024)}
-#: Calls that are timed; the fastest counts. oneDNN must be faster by the factor.
+#: Number of timed calls, of which the fastest counts; and the speed-up from which oneDNN is chosen.
 CALLS, FASTER = 7, 1.1
 
 
@@ -46,27 +46,27 @@ def choose_products(setting: str) -> None:
 
 
 def cache_folder() -> Path:
-    """PolicyLab's folder in the user's cache, which need not be there yet."""
+    """PolicyLab's folder in the user's cache, which need not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "policylab"
 
 
 def machine() -> str:
-    """What the speed of products depends on, as a name for a file."""
+    """A file name for this machine, from all that the speed of products depends on."""
     words = cpu_name(), torch.backends.cpu.get_cpu_capability(), "torch", torch.__version__
     return re.sub(r"[^\w.+]+", "-", " ".join(words)).strip("-")
 
 
 def choice_of_machine(folder: Path) -> Choice:
-    """The choice that is kept in the folder for this machine; without one it is measured now and kept.
+    """The choice that the folder has for this machine; without one, measures and saves it.
 
-    Where it cannot be kept, the next process might measure otherwise, so all products are PyTorch's own then.
+    If it cannot be saved, all products are PyTorch's own, because the next process might choose differently.
     """
     name = machine()
     file = folder / f"products-{name}.json"
     try:
         if (kept := read(file)) is None:
             keep(file, record(measured()))
-            kept = read(file)  # that of whoever was first
+            kept = read(file)  # written by the first process
     except OSError as error:
         log.warning(
             "cannot keep which matrix products are faster here (%s), so all are PyTorch's own; "
@@ -79,10 +79,10 @@ def choice_of_machine(folder: Path) -> Choice:
 
 
 def read(file: Path) -> frozenset[str] | None:
-    """The classes that oneDNN takes, from a file that `keep` wrote; None where there is none. A damaged one is removed.
+    """The classes of products for oneDNN, from a file of `keep`; None if there is none. A damaged file is deleted.
 
     Raises:
-        OSError: when it is there and cannot be read.
+        OSError: when the file exists and cannot be read.
     """
     try:
         onednn = frozenset(json.loads(file.read_text())["onednn"])
@@ -98,7 +98,7 @@ def read(file: Path) -> frozenset[str] | None:
 
 
 def keep(file: Path, content: dict[str, Any]) -> None:
-    """Writes the file as a whole, unless another process was first.
+    """Writes the file atomically, unless another process has written it.
 
     Raises:
         OSError: when it cannot be written.
@@ -112,7 +112,7 @@ def keep(file: Path, content: dict[str, Any]) -> None:
 
 
 def record(rates: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """What is kept: the classes for oneDNN, and GF/s of PyTorch and oneDNN, of one core."""
+    """Content of the file: the classes for oneDNN, and GFLOP/s of PyTorch and oneDNN on one core."""
     onednn = sorted(name for name, (own, other) in rates.items() if other > FASTER * own)
     return {
         "onednn": onednn,
@@ -121,9 +121,9 @@ def record(rates: dict[str, tuple[float, float]]) -> dict[str, Any]:
 
 
 def measured() -> dict[str, tuple[float, float]]:
-    """GF/s of each class of products by PyTorch and by oneDNN, in a third of a second; empty without oneDNN.
+    """GFLOP/s of each class of products by PyTorch and by oneDNN, in a third of a second; empty without oneDNN.
 
-    One thread, and its own time rather than the clock's, so that a busy machine measures the same.
+    Uses one thread and its CPU time, so that other load on the machine does not change the result.
     """
     if not products.onednn_multiplies():
         return {}
@@ -144,13 +144,13 @@ def measured() -> dict[str, tuple[float, float]]:
 
 
 def rates(layout: str, n: int, i: int, o: int) -> tuple[float, float]:
-    """GF/s of one product by PyTorch and by oneDNN."""
+    """GFLOP/s of one product by PyTorch and by oneDNN."""
     x, weight, slope = torch.ones(n, i), torch.ones(o, i), torch.ones(n, o)
     fastest = []
     for choice in (PYTORCH, ONEDNN):
         products.use(choice)
         run = product(layout, x, weight, slope)
-        run()  # the first is not typical
+        run()  # the first call is slower
         seconds = []
         for _ in range(CALLS):
             started = time.thread_time()
@@ -161,7 +161,7 @@ def rates(layout: str, n: int, i: int, o: int) -> tuple[float, float]:
 
 
 def product(layout: str, x: Tensor, weight: Tensor, slope: Tensor) -> Callable[[], Tensor]:
-    """The product as training or decoding makes it, by the library in use."""
+    """The product as in training or decoding, by the library in use."""
     if layout == "rows":
         return lambda: products.linear(x, weight, None)
     if layout == "columns":

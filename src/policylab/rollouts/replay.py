@@ -1,7 +1,7 @@
-"""The memory of finished sequences that off-policy methods learn from.
+"""The replay memory of finished sequences, for off-policy methods.
 
-Flat arrays, one entry a token or a sequence and no padding, so that the capacity bounds memory: a token (of a prompt or
-completion) takes 13 bytes, a sequence 37 on top. They stay in main memory whatever the accelerator.
+Flat arrays with one entry per token or sequence and no padding, so that the capacity limits memory: 13 bytes per token
+(of a prompt or completion), and 37 per sequence. They are always in main memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Memory:
     prompt_lengths: Int[Tensor, " S"]
     lengths: Int[Tensor, " S"]
     prompt_ids: Int[Tensor, " S"]
-    iterations: Int[Tensor, " S"]  #: in which each was sampled
+    iterations: Int[Tensor, " S"]  #: iteration in which each was sampled
     rewards: Float[Tensor, " S"]
     ended: Bool[Tensor, " S"]
 
@@ -76,28 +76,28 @@ class Memory:
         return len(self.lengths)
 
     def join(self, later: Self) -> Self:
-        """These sequences, then the later ones."""
+        """These sequences followed by the later ones."""
         return type(self)(*[torch.cat([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)])
 
     def newest(self, capacity: int) -> Self:
-        """The latest sequences that fit into ``capacity`` tokens together."""
+        """The latest sequences with at most ``capacity`` tokens together."""
         sizes = self.prompt_lengths + self.lengths
         from_here_on = sizes.flip(0).cumsum(0).flip(0)
         gone = int((from_here_on > capacity).sum())
         gone_tokens = int(sizes[:gone].sum())
         firsts = [gone_tokens if f.name in PER_TOKEN else gone for f in fields(self)]
-        # Cloned: a view would keep the whole tensor in memory.
+        # cloned, because a view would keep the whole tensor in memory
         return type(self)(
             *[getattr(self, f.name)[k:].clone() for f, k in zip(fields(self), firsts, strict=True)]
         )
 
     def rollout(self, rows: Int[Tensor, " N"]) -> Rollout:
-        """The given sequences, padded to the longest of them. Their group is their prompt."""
+        """The given sequences, padded to the longest. Sequences of one prompt form a group."""
         prompt_lengths, lengths = self.prompt_lengths[rows], self.lengths[rows]
         sizes = self.prompt_lengths + self.lengths
         starts = (sizes.cumsum(0) - sizes)[rows]
         prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
-        # Position in the flat arrays; what lies before a prompt or after a completion is masked.
+        # positions in the flat arrays; those before a prompt or after a completion are masked
         at_prompt = (starts + prompt_lengths - prompt_width)[:, None] + torch.arange(prompt_width)
         at = (starts + prompt_lengths)[:, None] + torch.arange(width)
         prompt, completion = length_mask(prompt_lengths, prompt_width).flip(-1), length_mask(lengths, width)
@@ -136,11 +136,11 @@ class ReplayBuffer:
 
     @property
     def tokens(self) -> int:
-        """In the memory."""
+        """Tokens in the memory."""
         return len(self.memory.tokens)
 
     def add(self, parts: Iterable[Memory]) -> None:
-        """Adds an iteration's sequences, which are those of its parts in order."""
+        """Adds the sequences of an iteration: those of its parts, in order."""
         for part in parts:
             self.memory = self.memory.join(part)
         self.memory = self.memory.newest(self.capacity)
@@ -154,5 +154,5 @@ class ReplayBuffer:
         return {f.name: getattr(self.memory, f.name) for f in fields(self.memory)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads a memory, cut to this buffer's own capacity."""
+        """Loads a memory, of which the newest sequences are kept within this buffer's capacity."""
         self.memory = Memory(**{name: value.cpu() for name, value in state.items()}).newest(self.capacity)

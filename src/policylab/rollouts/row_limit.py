@@ -1,6 +1,6 @@
 """Rollouts in pieces: no more completions are sampled at once than fit in memory.
 
-A completion depends on the weights, its prompt and its own noise alone, so the cut changes no token.
+A completion depends only on the weights, its prompt and its own noise, so the pieces do not change any token.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from policylab.models.policy import Policy
 from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 
-#: Limit for engines that schedule their rows themselves.
+#: Limit for engines that schedule their own rows.
 EVERY_ROW = sys.maxsize
 
 
 class RowLimit:
-    """How many completions are sampled at once.
+    """The number of completions sampled at once.
 
     Args:
-        rows: at most so many, from 1; None takes as many as should fit in memory.
+        rows: the limit, at least 1; None takes as many as should fit in memory.
 
     Attributes:
-        asked: ``rows`` as given.
-        rows: ``asked`` or, once memory has run out, the number that was found to fit.
+        asked: the configured limit.
+        rows: the configured limit, or the smaller one found after out-of-memory.
     """
 
     def __init__(self, rows: int | None) -> None:
@@ -49,12 +49,12 @@ class RowLimit:
         noise: Float[Tensor, "B T"],
         behaviour: Behaviour | None = None,
     ) -> Rollout:
-        """As ``engine.sample``, in pieces of whole groups or, where not even one fits, of one prompt's completions.
+        """As ``engine.sample``, in pieces of whole groups or, if a group does not fit, of some completions of a prompt.
 
-        When memory runs out, the piece is sampled again in halves, and the smaller limit stays.
+        When memory runs out, the piece is sampled again in halves, and the smaller limit is kept.
 
         Raises:
-            UserError: when not even one completion fits.
+            UserError: when a single completion does not fit.
         """
         limit = self.rows or rows_that_fit(policy, prompts, engine.max_new_tokens)
         pieces: list[Rollout] = []
@@ -76,7 +76,7 @@ class RowLimit:
                         f"out of memory while one completion of at most {engine.max_new_tokens} tokens is sampled; "
                         "take a smaller model, or lower rollout.max_new_tokens"
                     ) from error
-            # Outside the handler: the error holds what the failed attempt has allocated.
+            # outside the handler, because the error keeps the failed attempt's tensors alive
             if policy.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.rows = limit = rows // 2
@@ -93,7 +93,7 @@ class RowLimit:
 
 
 def piece(prompts: Sequence[Prompt], group_size: int, first: int, limit: int) -> tuple[Sequence[Prompt], int]:
-    """What is sampled next, from row ``first`` on: some prompts, and how many completions of each.
+    """The next piece, from row ``first`` on: some prompts, and the number of completions of each.
 
     >>> piece("abc", 4, 0, 9), piece("abc", 4, 8, 9), piece("abc", 4, 0, 3), piece("abc", 4, 3, 3)
     (('ab', 4), ('c', 4), ('a', 3), ('a', 1))
@@ -105,8 +105,8 @@ def piece(prompts: Sequence[Prompt], group_size: int, first: int, limit: int) ->
 
 
 def rows_that_fit(policy: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-    """Completions of these prompts that should fit in memory at once. Depends on model, prompts and machine alone, not
-    on what else is in memory, so that a resumed run is cut as before."""
+    """Number of completions of these prompts that should fit in memory. Depends only on model, prompts and machine, not
+    on what else is in memory, so that a resumed run has the same pieces."""
     device = policy.device
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -121,5 +121,5 @@ def rows_that_fit(policy: Policy, prompts: Sequence[Prompt], max_new_tokens: int
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory has run out, or the C library refuses a block of main memory."""
+    """Whether a GPU or main memory has run out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,7 +1,7 @@
 """Inverse-CDF sampling: a token from a distribution and a uniform number.
 
-The cumulative sum is taken in two steps, over blocks of the vocabulary and then within one block: for 50,000
-tokens that is one pass over the table in place of several, and only the sums are held in float64.
+The cumulative sum is computed in two steps, over blocks of the vocabulary and then within one block. For 50,000
+tokens that is one pass over the table instead of several, and only the sums are in float64.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ BLOCK = 256
 def draw(
     logits: Float[Tensor, "B V"], temperature: float, uniform: Float[Tensor, " B"]
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """A token of each row from ``softmax(logits / temperature)``, and its log-prob.
+    """Draws a token for each row from ``softmax(logits / temperature)``, with its log-prob.
 
     It is the first token at which the cumulative probability exceeds the uniform number in [0, 1). A token of
-    probability zero is never drawn. Where logits are not finite, the log-prob is NaN.
+    probability zero is never drawn. If logits are not finite, the log-prob is NaN.
     """
     logits = logits.float()
     logits = logits if temperature == 1 else logits / temperature  # no copy at 1
@@ -30,7 +30,7 @@ def draw(
     weights[:, size:] = 0
     torch.sub(logits, top, out=weights[:, :size]).exp_()
     tokens, total = _first_above(weights.view(rows, -1, BLOCK), uniform.to(logits.device))
-    tokens.clamp_(max=size - 1)  # a row of NaN would point past the table
+    tokens.clamp_(max=size - 1)  # a row of NaN would give an index beyond the vocabulary
     chosen = logits.gather(-1, tokens[:, None]) - top
     return tokens, chosen.squeeze(-1) - total.log().float()
 
@@ -47,7 +47,7 @@ def inverse_cdf(logp: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int
 
 
 def check_finite(logprobs: Float[Tensor, "*B"]) -> None:
-    """Raises FloatingPointError when the log-prob of a drawn token is not finite: then the logits were not."""
+    """Raises FloatingPointError if the log-prob of a drawn token is not finite, because the logits were not."""
     if not bool(logprobs.isfinite().all()):
         raise FloatingPointError("the policy's logits are not finite; lower optim.lr, or run with debug=nan")
 
@@ -63,7 +63,7 @@ def _first_above(
     block = _search(cdf, threshold)
     within = weights.gather(1, block[..., None].expand(-1, 1, weights.shape[-1])).squeeze(1)
     own = _running_sums(within)
-    # The block's own sum may differ from the one above by rounding.
+    # the block's own sum may differ from the cumulative one by rounding
     rest = threshold - (cdf.gather(-1, block) - sums.gather(-1, block)).squeeze(-1)
     return (block * weights.shape[-1] + _search(own, _below(rest.clamp(min=0), own[:, -1]))).squeeze(
         -1
@@ -71,9 +71,9 @@ def _first_above(
 
 
 def _running_sums(x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-    """Running sums of a row, in float64.
+    """Running sums of each row, in float64.
 
-    CUDA's scan has no deterministic form. Where one is asked for, this is a product with a triangle of ones.
+    CUDA's scan is not deterministic. If deterministic algorithms are required, uses a product with a triangle of ones.
     """
     if x.is_cuda and torch.are_deterministic_algorithms_enabled():
         return by_triangle(x)
@@ -92,6 +92,6 @@ def _below(x: Float[Tensor, " B"], bound: Float[Tensor, " B"]) -> Float[Tensor, 
 
 
 def _search(cdf: Float[Tensor, "B N"], threshold: Float[Tensor, " B"]) -> Int[Tensor, "B 1"]:
-    """The first place at which the cumulative sum exceeds a threshold below its end; any place if that is NaN."""
+    """The first index at which the cumulative sum exceeds a threshold below its end; any index if it is NaN."""
     found = torch.searchsorted(cdf, threshold[:, None], right=True)
     return found.clamp_(max=cdf.shape[1] - 1)

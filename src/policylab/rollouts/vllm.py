@@ -1,9 +1,9 @@
-"""vLLM in the training process (extra ``[vllm]``), for rollouts where a GPU has room for a second copy of the weights.
+"""vLLM in the training process (extra ``[vllm]``), if the GPU has room for a second copy of the weights.
 
-It samples with kernels and noise of its own: its tokens are not those of our engines, though a run repeats on the same
-machine, and its log-probs are close to the policy's but not equal (``exact`` is False), so training corrects for them.
+vLLM has its own kernels and noise. Its tokens differ from those of our engines, but a run is repeatable on the same
+machine. Its log-probs are close to the policy's but not equal (``exact`` is False), so training corrects for them.
 
-Written against vLLM 0.30 to 0.33. The tests hold it against a small stand-in for vLLM: it has not run on a GPU.
+Written for vLLM 0.30 to 0.33. It is tested only with a small stub of vLLM, and has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from policylab.rollouts.engine import assemble, check_context, check_settings
 class VllmEngine:
     """Samples completions (see `policylab.rollouts.engine.Engine`).
 
-    vLLM starts with the first rollout, from the policy's architecture alone; its weights are overwritten in place with
-    the policy's before each rollout, which costs a copy within the GPU.
+    vLLM starts at the first rollout, with the policy's architecture and dummy weights. Before each rollout its weights
+    are overwritten in place with the policy's, by a copy within the GPU.
 
     Args:
-        temperature: divides the logits, above 0. Training divides by the same number.
-        max_new_tokens: completions are cut here.
-        gpu_memory: share of the GPU's memory for vLLM's weights and KV cache, above 0 and at most 1.
-        dtype: of vLLM's weights, such as ``bfloat16``; None takes the policy's.
-        context: positions of the longest sequence that vLLM keeps room for; None takes the model's own.
-        sleep: give most of that memory back while the policy trains.
+        temperature: divides the logits, above 0; the same in training.
+        max_new_tokens: length limit of completions.
+        gpu_memory: fraction of the GPU's memory for vLLM's weights and KV cache, above 0 and at most 1.
+        dtype: dtype of vLLM's weights, such as ``bfloat16``; None takes the policy's.
+        context: positions of the longest sequence that vLLM reserves memory for; None takes the model's own.
+        sleep: whether vLLM releases most of that memory while the policy trains.
 
     Raises:
         UserError: when vLLM is not installed, or a setting is out of its bounds.
@@ -78,11 +78,11 @@ class VllmEngine:
     ) -> Rollout:
         """As `policylab.rollouts.engine.Engine.sample`. Values are computed afterwards.
 
-        The noise seeds vLLM's own: the same row of noise draws the same row again.
+        Each row's noise seeds vLLM's own generator, so the same noise gives the same row.
 
         Raises:
             UserError: when the sequences do not fit the context, or the behaviour is neither the policy's own nor
-                greedy: vLLM knows no other.
+                greedy (vLLM supports no other).
         """
         if behaviour not in (None, greedy):
             raise UserError(
@@ -95,7 +95,7 @@ class VllmEngine:
             raise UserError(
                 f"prompt and completion need {longest} positions, but rollout.context={self.context}; raise it"
             )
-        with torch.autocast(policy.device.type, enabled=False):  # vLLM has a precision of its own
+        with torch.autocast(policy.device.type, enabled=False):  # vLLM has its own precision
             llm = self.awake(policy)
             outputs = llm.generate(
                 [{"prompt_token_ids": list(p.tokens)} for p in prompts for _ in range(group_size)],
@@ -107,7 +107,7 @@ class VllmEngine:
         return self.rollout(policy, prompts, group_size, outputs, behaviour)
 
     def awake(self, policy: Policy) -> Any:
-        """vLLM with the policy's present weights, and an empty cache."""
+        """vLLM with the policy's current weights, and an empty cache."""
         if self.llm is None:
             self.llm = self.start(policy)
         elif self.sleep:
@@ -124,7 +124,7 @@ class VllmEngine:
                 model=folder,
                 load_format="dummy",
                 skip_tokenizer_init=True,  # token ids in, token ids out
-                generation_config="vllm",  # no sampling defaults of the checkpoint
+                generation_config="vllm",  # ignores the checkpoint's sampling defaults
                 logprobs_mode="processed_logprobs",  # after the temperature, as tokens are drawn
                 dtype=self.dtype or str(policy.dtype).removeprefix("torch."),
                 max_model_len=self.context,
@@ -140,9 +140,9 @@ class VllmEngine:
             top_k=0,
             seed=int(float(noise[0]) * 2**53),
             max_tokens=self.max_new_tokens,
-            logprobs=0,  # that of the drawn token
+            logprobs=0,  # of the drawn token only
             detokenize=False,
-            ignore_eos=True,  # without a tokenizer it knows none; the policy's are below
+            ignore_eos=True,  # without a tokenizer vLLM has no EOS; the policy's are below
             stop_token_ids=list(policy.eos_ids),
         )
 
@@ -174,7 +174,7 @@ def hand_over(policy: Policy, model: Any) -> None:
     """Overwrites the weights of vLLM's model with the policy's.
 
     Raises:
-        UserError: when vLLM's model has weights that the policy does not give it: they would stay dummies.
+        UserError: when vLLM's model has weights that the policy lacks, because they would stay dummies.
     """
     own = {name: weight.detach() for name, weight in policy.lm.named_parameters()}
     taken = model.load_weights(whole_weights(policy.lm, own))
@@ -187,7 +187,7 @@ def hand_over(policy: Policy, model: Any) -> None:
 
 
 def import_vllm() -> Any:
-    """vLLM, set up to run in this process, where the weights can be handed over.
+    """Imports vLLM, set up to run in this process, so that weights can be copied to it.
 
     Raises:
         UserError: when it cannot be imported.
