@@ -1,9 +1,9 @@
 """Log-probs, entropy and KL of sampled tokens under a linear LM head, without holding the logits of all positions.
 
 The head is applied to chunks of positions. The forward pass keeps only a few numbers per position, and the backward
-pass recomputes a chunk's logits ``z``; if there is only one chunk, its probabilities are kept. The gradients are written
-out, because autograd would make several more passes over a chunk's ``[N, V]`` numbers: with ``p = softmax(z)``, ``H``
-the entropy and ``K = KL(p | q)``,
+pass recomputes a chunk's logits ``z``; if there is only one chunk, its probabilities are kept. The gradients are
+written out, because autograd would make several more passes over a chunk's ``[N, V]`` numbers: with
+``p = softmax(z)``, ``H`` the entropy and ``K = KL(p | q)``,
 
     d log p_a / dz = 1[a] - p,    dH / dz = -p (log p + H),    dK / dz = p (log p - log q - K).
 
