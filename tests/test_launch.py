@@ -418,6 +418,14 @@ def test_a_resumed_run_repeats_its_command(tmp_path):
     assert with_command_of(["algo=ppo"]) == ["algo=ppo"]
 
 
+def test_a_group_that_a_resume_chooses_replaces_what_was_set_in_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    before = ["hardware.devices=2", "reward._target_=my.r", "algo/kl=none", "algo.kl.x=1", "seed=3"]
+    (run / "env.json").write_text(json.dumps({"overrides": before}))
+    now = ["hardware=cpu", "reward=sentiment", "algo/kl=in_loss", f"resume={run}"]
+    assert with_command_of(now) == ["seed=3", *now]
+
+
 def test_places_are_those_that_the_run_was_started_with(tmp_path):
     """Not what a link or a relative path means now; a run folder of any name is reached."""
     reward = {"path": "/judge", "key": "${oc.env:A_KEY}"}

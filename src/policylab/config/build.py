@@ -111,6 +111,11 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         data=data_fingerprint(train_prompts, examples(task, "val")),
     )
     module = method.trainer(parts)
+    if not isinstance(module, TrainingModule):
+        raise UserError(
+            f"{type(method).__name__}.trainer returned {type(module).__name__}; it must return a TrainingModule "
+            "(docs/your_own_family.md)"
+        )
     module.compiles_layers = config.hardware.compile
     return Experiment(module, data, trainer(config, run_dir), config)
 

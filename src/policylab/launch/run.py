@@ -209,7 +209,8 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
         if module.iteration < module.progress.iterations and not trainer.should_stop:
             raise RunError(
                 f"training ended after {module.iteration} of {module.progress.iterations} iterations: something raised "
-                "StopIteration, which ends Lightning's loops; look at your callbacks"
+                "StopIteration, which ends Lightning's loops (look at your callbacks), or your own trainer did not "
+                "call finish_iteration"
             )
         if stop.stopped or broadcast("validation", is_validated(run_dir / "metrics.csv", module.iteration)):
             return

@@ -53,7 +53,13 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     found = absolute_places(load_config(folder))
     places = [f"++{override(key, path)}" for key, path in found if key not in given]
     replaced = given.union(map(override_key, places))
-    before = [word for word in recorded if override_key(word) not in replaced]
+    # A choice of a group, such as reward=sentiment, replaces the whole group.
+    groups = tuple(f"{key.replace('/', '.')}." for key in given)
+    before = [
+        word
+        for word in recorded
+        if (key := override_key(word)) not in replaced and not key.replace("/", ".").startswith(groups)
+    ]
     if hidden := [override_key(word) for word in before if HIDDEN in word]:
         raise UserError(
             f"{hidden[0]} was given in clear and is not kept; give it again beside resume, best as "

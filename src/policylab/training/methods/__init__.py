@@ -31,8 +31,13 @@ METHODS: dict[type, Callable[[Any], Method[Any]]] = {
 
 
 def register(algorithm: type, method: Callable[[Any], Method[Any]]) -> None:
-    """Registers ``method`` as the constructor of the method for algorithms of this type."""
-    METHODS[algorithm] = method
+    """Registers ``method`` as the constructor of the method for algorithms of this type.
+
+    Raises:
+        UserError: when the type has another one.
+    """
+    if METHODS.setdefault(algorithm, method) is not method:
+        raise UserError(f"{algorithm.__name__} is registered with another method already; register it once")
 
 
 def method_of(algorithm: object) -> Method[Any]:
