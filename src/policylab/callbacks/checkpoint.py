@@ -69,7 +69,7 @@ class Checkpoint(Callback):
         trainer.strategy.checkpoint_io = self.writer
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """A resumed run may have been killed before its best was kept."""
+        """Catches up on work that a kill has prevented in a resumed run."""
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             self.writer.submit(self.best, partial(self.catch_up, trainer, pl_module))
 
@@ -101,11 +101,11 @@ class Checkpoint(Callback):
             self.export_policy(pl_module, "final", self.last)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Raises what could not be written to the very end."""
+        """Raises an error for files that still could not be written."""
         self.writer.check_written()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Allows a finished run to be prolonged: the resuming command decides which batch is the last.
+        """Allows a finished run to be extended: the resuming command decides which batch is the last.
 
         Metrics that could not be written to their file are saved with the state.
         """
@@ -192,7 +192,7 @@ def metrics_files(trainer: Trainer) -> list[MetricsCSV]:
 
 
 def iteration_of(checkpoint: Path) -> int | None:
-    """Of a checkpoint; None where there is no whole one."""
+    """The iteration of a checkpoint; None if it is missing or damaged."""
     try:
         return checkpoint_iteration(checkpoint)
     except UserError:
@@ -224,7 +224,7 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
     """
     check_iteration(checkpoint, iteration)
     saved = read(checkpoint)["state_dict"]
-    weights = {  # those that never change are not in checkpoints
+    weights = {  # checkpoints lack frozen weights
         name: saved[key] if (key := f"policy.lm.{name}") in saved else value.cpu()
         for name, value in policy.lm.state_dict().items()
     }
@@ -233,7 +233,9 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        if policy.lm.generation_config is not None:  # what is read back ends where it ended here
+        if (
+            policy.lm.generation_config is not None
+        ):  # so that the exported policy ends completions at the same tokens
             ids = list(policy.eos_ids)
             policy.lm.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
         with quiet_bars(True):
@@ -250,7 +252,7 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
             if old.exists():
                 old.rename(target)
             raise
-    except SafetensorError as error:  # it tells the system's error in words alone
+    except SafetensorError as error:  # it has the system's error only as text
         full = os.strerror(errno.ENOSPC) in str(error)
         raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(str(error))) from error
     finally:

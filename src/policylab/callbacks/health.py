@@ -1,4 +1,4 @@
-"""Warns of early signs that a run goes wrong, each with what usually helps."""
+"""Warns of early signs of trouble, each with advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loggers of other projects, so configured that they work without network or account, and a resumed run continues."""
+"""External loggers, configured to work without network or account, and to continue in a resumed run."""
 
 from __future__ import annotations
 

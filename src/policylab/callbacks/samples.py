@@ -81,7 +81,7 @@ class Samples(Callback):
                 attempt(logger, partial(self._log_table, logger, kept))
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Lines that still cannot be written are an error."""
+        """Raises an error for lines that still cannot be written."""
         self.settle()
         if self.unwritten:
             raise RunError(

@@ -1,1 +1,1 @@
-"""What a person types and reads: entry, help, messages, screen, logs."""
+"""The command line: entry, help, messages, screen, logs."""

@@ -1,4 +1,4 @@
-"""Logging: warnings go to the console, known noise does not, and ``train.log`` gets the rest."""
+"""Logging: warnings on the console, without known noise, and all other messages in ``train.log``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TextIO
 from policylab.distributed.world import world
 from policylab.runs.redaction import redact_text
 
-#: Parts of messages that Lightning and torch log in every run and that are of no use. All others are shown.
+#: Parts of useless messages that Lightning and torch log in every run. All other messages are shown.
 NOISE = (
     "litlogger",
     "litmodels",
@@ -25,7 +25,7 @@ NOISE = (
     "log_every_n_steps",
     "your dataloader is not resumable",  # the data module is: it knows the iteration
     "in eval mode at the start of training",  # dropout is off on purpose
-    r"FSDPPolicy\) returned a view",  # that nobody writes to
+    r"FSDPPolicy\) returned a view",  # the view is never written to
 )
 
 

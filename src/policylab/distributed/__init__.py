@@ -1,1 +1,1 @@
-"""Processes: who they are, how they talk, how a model is shared among them."""
+"""Processes: ranks, communication, and sharding of a model."""

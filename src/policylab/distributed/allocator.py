@@ -7,17 +7,17 @@ import os
 import sys
 from pathlib import Path
 
-#: Parameters of glibc's mallopt, by their numbers in malloc.h.
+#: Parameter numbers of glibc's mallopt, from malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 #: Blocks up to this size come from the heap (glibc allows no more), and this many free bytes stay in it.
 LARGEST_ON_HEAP, KEPT = 2**25, 2**30
 
 
 def keep_freed_memory() -> None:
-    """Keeps freed blocks for the next tensor of that size; does nothing without glibc.
+    """Makes malloc keep freed blocks for later tensors; does nothing without glibc.
 
-    By default malloc asks the kernel for new memory for each tensor of a few megabytes, and the kernel zeroes it page
-    by page.
+    By default malloc requests new memory from the kernel for each tensor of a few megabytes, and the kernel zeroes it
+    page by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -8,10 +8,10 @@ from policylab.distributed.world import main_address, world
 
 
 class Cluster(ClusterEnvironment):
-    """The processes of `policylab.distributed.world`, whoever has started them.
+    """Tells Lightning the processes of `policylab.distributed.world`, whatever started them.
 
-    Lightning's own class for SLURM requeues jobs by itself, needs variables that not every step has, and mistakes a
-    single process in a job of several tasks for one of them.
+    Lightning's own class for SLURM requeues jobs itself, needs variables that not every step has, and treats a single
+    process in a job of several tasks as one of the tasks.
     """
 
     @property

@@ -20,9 +20,9 @@ from policylab.models.policy import Policy
 class ShardedStrategy(DDPStrategy):
     """Data-parallel processes as with DDP, each with a shard of weights, gradients and moments.
 
-    What it saves is gathered on rank 0, as one process would save it, so a run can be resumed with any number of
-    processes, sharded or not. Lightning's own ``ModelParallelStrategy`` would save the frozen reference as well, and
-    needs the weights sharded before they are loaded.
+    Checkpoints are gathered on rank 0 and equal those of a single process, so a run can be resumed with any number of
+    processes, sharded or not. Lightning's own ``ModelParallelStrategy`` would also save the frozen reference, and
+    requires sharding before weights are loaded.
 
     Args:
         cpu_offload: whether the shards are in main memory.
@@ -52,7 +52,7 @@ class ShardedStrategy(DDPStrategy):
 
     @property
     def policies(self) -> list[Policy]:
-        """The policy that is trained, and the frozen ones beside it."""
+        """The policy in training, and the frozen ones."""
         assert self.lightning_module is not None
         return [module for module in self.lightning_module.children() if isinstance(module, Policy)]
 
@@ -85,7 +85,7 @@ class ShardedStrategy(DDPStrategy):
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each process takes its shard; values of other shapes than their weight (Adam's step) go to all."""
+        """Each process takes its shard; values without their weight's shape (Adam's step) are copied to all."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             shards = {
@@ -100,7 +100,7 @@ class ShardedStrategy(DDPStrategy):
             optimizer.load_state_dict({**state, "state": shards})
 
     def teardown(self) -> None:
-        """Leaves the weights on their devices: one device may not hold them all."""
+        """Leaves the weights on their devices, because one device may be too small for all."""
         assert self.accelerator is not None
         assert self.cluster_environment is not None
         self.cluster_environment.teardown()

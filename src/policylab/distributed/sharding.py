@@ -1,10 +1,10 @@
 """FSDP2: each process holds a shard of every weight, of its gradient and of its moments.
 
-Layers are gathered one by one as a pass reaches them, and freed again. What is in no layer (embeddings, norms, heads)
-stays gathered from the start of a forward pass to the end of the backward pass, because the head's weight is read after
-it. Gathering is a collective: all processes make the same passes in the same order. A rollout cannot do so, as each
-process decodes as many steps as its own completions need. So it runs on an unsharded copy of the policy, filled with
-gathered weights; without FSDP's hooks, which our fast decoders would refuse.
+A pass gathers one layer at a time, and frees it again. Weights outside the layers (embeddings, norms, heads) stay
+gathered from the start of a forward pass to the end of the backward pass, because the head's weight is read after the
+forward pass. Gathering is a collective, so all processes must make the same passes in the same order. In a rollout they
+cannot: each process decodes as many steps as its own completions need. So rollouts use an unsharded copy of the policy,
+filled with gathered weights. It has no FSDP hooks, which our fast decoders would refuse.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ def shard(policies: Sequence[Policy], mesh: DeviceMesh, *, offload: bool) -> Non
     """Shards the weights over the processes, on the mesh's device or, with ``offload``, in main memory.
 
     Args:
-        policies: the one that acts, then those beside it that never train.
+        policies: the policy in training, then the frozen ones.
 
     Raises:
         UserError: when a model's layers cannot be found.
     """
     acting, *others = policies
-    vars(acting)["unsharded"] = _without_weights(acting)  # not a submodule: it has no weights of its own
+    vars(acting)["unsharded"] = _without_weights(
+        acting
+    )  # not registered as a submodule: it has no own weights
     _shard_layers(acting, mesh, offload)
     vars(acting)["within"] = _call
     _declare_forward_methods(acting, FORWARD_METHODS)
@@ -61,8 +63,7 @@ def shard(policies: Sequence[Policy], mesh: DeviceMesh, *, offload: bool) -> Non
 def gathered(policy: Policy) -> Iterator[Policy]:
     """While active, an unsharded copy of the policy with all weights that a rollout needs.
 
-    All processes must enter it together, as it gathers the weights. Nothing inside is a collective. Entered again
-    inside, it gives the same copy.
+    Entering is a collective, because it gathers the weights; nothing inside is one. Nested calls give the same copy.
     """
     unsharded: Policy | None = vars(policy).get("unsharded")
     if unsharded is None or not next(unsharded.lm.parameters()).is_meta:
@@ -90,14 +91,14 @@ def gathered(policy: Policy) -> Iterator[Policy]:
 
 
 def release(network: nn.Module) -> None:
-    """Frees the weights that forward passes without a backward pass have left gathered. Not a collective."""
+    """Frees weights that are still gathered after forward passes without backward passes. Not a collective."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def whole_state(state: Any, *, keep: bool) -> Any:
-    """Nested dicts and lists with the shards in them gathered, in main memory; a collective.
+    """Nested dicts and lists with all shards gathered to main memory; a collective.
 
     Args:
         keep: whether this process wants the result; on others, sharded tensors are None in it.
@@ -126,15 +127,15 @@ def whole(value: Tensor) -> Tensor:
 
 
 def shard_of(value: Tensor, like: Tensor) -> Tensor:
-    """This process's shard of a whole tensor, cut as ``like`` is; the tensor itself where ``like`` is not sharded."""
+    """This process's shard of a whole tensor, sharded like ``like``; the tensor itself if ``like`` is not sharded."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
-    # No communication: each process has read the whole tensor.
+    # no communication: each process has the whole tensor
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
 
 
 def _shard_layers(policy: Policy, mesh: DeviceMesh, offload: bool) -> None:
-    """Makes each layer an FSDP unit, and all the rest another."""
+    """Makes each layer an FSDP unit, and all other weights one more."""
     unit = partial(fully_shard, mesh=mesh, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
     critic = policy.critic
     if critic is not None:
@@ -148,7 +149,7 @@ def _shard_layers(policy: Policy, mesh: DeviceMesh, offload: bool) -> None:
         unit(critic.head, reshard_after_forward=False)  # fp32, whatever the rest is in
     unit(policy)
     root: Any = policy  # an FSDPModule now
-    # A process without rows takes part as well; gloo has sums, but no averages.
+    # sums, because gloo has no averages
     root.set_reduce_scatter_unused_params(True)
     root.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")
     if mesh.device_type == "cuda":
@@ -170,7 +171,7 @@ def _within_forward(acting: Any, read: Callable[..., Any], *args: Any, **kwargs:
 
 
 def _unshare(critic: nn.Module, lm: nn.Module) -> None:
-    """Gives a critic parameters of its own for frozen weights of the policy: FSDP takes each only once."""
+    """Gives a critic its own parameters for the policy's frozen weights, because FSDP manages each only once."""
     held = set(map(id, lm.parameters()))
     for module in critic.modules():
         for name, weight in module._parameters.items():

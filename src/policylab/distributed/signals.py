@@ -9,10 +9,10 @@ from types import FrameType
 #: Signals that ask a process to stop after its iteration. SLURM sends one of the last two before the time limit if the
 #: job asks for it (submitit asks for SIGUSR2).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-#: The one that a launcher sends to its processes. They ignore the others, which a terminal, SLURM or systemd sends to
-#: all processes at once. By default it does nothing, so a process without a handler yet survives it.
+#: The signal that a launcher sends to its processes. They ignore the others, which a terminal, SLURM or systemd sends
+#: to all processes at once. Its default action is to do nothing, so it does not end a process without a handler.
 PASSED_ON = signal.SIGURG
-#: Seconds within which a second signal counts as the first one: torchrun, for one, forwards it.
+#: Seconds within which a second signal counts as the first one, because torchrun, for example, forwards signals.
 ECHO = 1.0
 #: Exit codes. 75 is EX_TEMPFAIL of sysexits.h: nothing is lost, run the same command again.
 INTERRUPTED, AGAIN = 130, 75
@@ -22,8 +22,8 @@ class Interrupted(KeyboardInterrupt):
     """A run was asked to stop and has stopped; its checkpoints are whole.
 
     Args:
-        signum: the signal that asked.
-        together: whether all processes stopped after the same iteration, rather than this one at once.
+        signum: the signal.
+        together: whether all processes stopped after the same iteration; otherwise this one stopped at once.
     """
 
     def __init__(self, signum: int, *, together: bool = False) -> None:
@@ -39,7 +39,7 @@ def can_listen() -> bool:
 
 
 def stop_on_signals() -> None:
-    """In the first seconds, before a run sets its own handlers, a signal ends the process with the same exit codes."""
+    """Sets handlers for the first seconds, before a run sets its own: a signal ends the process with the same codes."""
     if can_listen():
         for number in SIGNALS:
             signal.signal(number, stop_at_once)

@@ -1,5 +1,5 @@
-"""The processes of a run: who they are, as the environment says (torchrun, SLURM, our own launch), and what they
-exchange beside Lightning."""
+"""The processes of a run: their ranks, from the environment (torchrun, SLURM, our own launcher), and communication
+outside Lightning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Timeout of the start: processes that have not come by then are missing.
+#: Timeout of the start: processes that have not connected by then are missing.
 START_TIMEOUT = timedelta(minutes=10)
 #: Under SLURM rank 0 listens on one of the ten thousand ports from here on.
 SLURM_PORTS = 15_000
@@ -51,10 +51,10 @@ class World:
 
 
 def world(environment: Mapping[str, str] = os.environ) -> World:
-    """This process among those of the run.
+    """The rank of this process, and the number of processes.
 
     Raises:
-        UserError: when nodes have different numbers of them.
+        UserError: when nodes have different numbers of processes.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         return World(
@@ -106,7 +106,7 @@ def first_host(nodes: str) -> str:
 
 
 def made_once(name: str, make: Callable[[], str]) -> str:
-    """What rank 0 makes, on all processes. After a restart of the group it is the same, not made again."""
+    """Broadcasts a value that rank 0 makes. After a restart of the group the value is the same, not made again."""
     here = world()
     if here.size == 1 and not here.elastic:
         return make()
@@ -122,7 +122,7 @@ def has_flag(name: str) -> bool:
 
 
 def set_flag(name: str) -> None:
-    """Sets a flag that lasts over restarts of the group."""
+    """Sets a flag that is kept over restarts of the group."""
     if world().elastic:
         _store().set(name, "")
 
@@ -144,11 +144,11 @@ def _store() -> TCPStore:
 def attempt() -> int:
     """Number of this group of processes, counted from 1 over the restarts of a launcher.
 
-    Torch's launcher keeps one store for all groups, and each node counts its restarts for itself. So rank 0 counts,
-    and each other rank asks it with a fresh id: the question of a process of an earlier group gets no answer.
+    Torch's launcher keeps one store for all groups, and each node counts its own restarts. So rank 0 counts, and each
+    other rank asks it with a fresh id, so that a process of an earlier group cannot take the answer.
 
     Raises:
-        ProcessFailed: when not all have come in ten minutes.
+        ProcessFailed: when a process has not connected within ten minutes.
     """
     here = world()
     if here.size == 1:
@@ -182,7 +182,7 @@ _groups: dict[str, Any] = {}
 
 
 def connect(backend: str, seconds: float) -> None:
-    """Makes torch's process group if there are several processes. Lightning finds it and uses it.
+    """Creates torch's process group if there are several processes. Lightning uses it.
 
     Args:
         backend: gloo or nccl, or both by device.
@@ -196,17 +196,17 @@ def connect(backend: str, seconds: float) -> None:
     store = dist.PrefixStore(f"group/{attempt()}", _store())
     timeout = timedelta(seconds=seconds)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=here.rank, world_size=here.size)
-    if "nccl" in backend:  # it warns otherwise
+    if "nccl" in backend:  # otherwise torch warns at the exit
         atexit.register(dist.destroy_process_group)
     _groups["cpu"] = dist.new_group(backend="gloo", timeout=timeout)
 
 
 def broadcast(name: str, value: T | None) -> T:
-    """Rank 0's value, on all processes: plain data. All must call it.
+    """Broadcasts plain data from rank 0; a collective.
 
     Args:
-        name: what it is, for messages.
-        value: on rank 0; the others' is ignored.
+        name: name of the value, for messages.
+        value: rank 0's value; those of other ranks are ignored.
 
     Raises:
         ProcessFailed: when rank 0 does not answer within the timeout, or has exited.
@@ -225,7 +225,7 @@ def broadcast(name: str, value: T | None) -> T:
 
 
 def check_same(name: str, text: str) -> None:
-    """Refuses to go on when the processes hold different texts.
+    """Checks that all processes have the same text; a collective.
 
     Raises:
         UserError: on every process, naming the ranks that differ from rank 0.
@@ -249,11 +249,10 @@ def check_same(name: str, text: str) -> None:
 
 
 def barrier() -> None:
-    """Returns when all processes have come here. At the end of a run: torchrun and SLURM may end the others when the
-    first one exits.
+    """Waits for all processes. Needed at the end of a run: torchrun and SLURM may end the others when one exits.
 
     Raises:
-        RuntimeError: when one has not come within the timeout, naming its rank.
+        RuntimeError: when a process does not arrive within the timeout, naming its rank.
     """
     if world().size > 1:
         import torch.distributed as dist
@@ -262,6 +261,6 @@ def barrier() -> None:
 
 
 def in_environment() -> dict[str, Any]:
-    """For ``env.json``."""
+    """Numbers of processes, nodes and restarts, for ``env.json``."""
     here = world()
     return {"processes": here.size, "nodes": here.nodes, "restarts": here.restarts}

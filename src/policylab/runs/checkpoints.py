@@ -45,11 +45,10 @@ def newest_whole_checkpoint(run_folder: Path) -> Path | None:
 
 
 def become_newest(run_folder: Path, checkpoint: Path) -> None:
-    """Makes the checkpoint that a run resumes from its last one, so that a kill before the next save resumes from it
-    again.
+    """Makes the resumed checkpoint the newest one, so that a run killed before the next save resumes from it again.
 
-    Call it before the records are cut to the checkpoint: a newer ``last.ckpt`` would leave a gap in them.
-    ``previous.ckpt`` stays when the run resumes from ``last.ckpt``; a damaged ``last.ckpt`` is kept beside it.
+    Call this before the records are cut to the checkpoint: with a newer ``last.ckpt`` they would have a gap.
+    ``previous.ckpt`` is kept when the run resumes from ``last.ckpt``; a damaged ``last.ckpt`` is renamed and kept.
     """
     last, previous = (run_folder / "checkpoints" / name for name in (LAST, PREVIOUS))
     if checkpoint.resolve() == last.resolve():
@@ -62,9 +61,9 @@ def become_newest(run_folder: Path, checkpoint: Path) -> None:
 
 
 def link_atomically(source: Path, path: Path) -> None:
-    """Makes a hard link by one rename; a later rename onto ``source`` leaves it alone.
+    """Creates a hard link atomically, by a rename. A later rename onto ``source`` does not change it.
 
-    Where the file system has no hard links, it is a copy.
+    Without hard links in the file system, makes a copy.
     """
     if path.exists() and path.samefile(source):  # renaming one hard link onto another does nothing
         return

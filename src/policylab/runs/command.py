@@ -1,4 +1,4 @@
-"""The command line of a resumed run: the one that started it, with the present one on top."""
+"""The command line of a resumed run: the original one, overridden by the current one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class NothingLeft(Exception):
 
 
 def with_command_of(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command; with ``resume=RUN`` among them, on top of those that RUN was started with.
+    """The arguments of a command; with ``resume=RUN``, they override those that RUN was started with.
 
     So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
 
     Raises:
-        UserError: when it is not known, or not in full, what RUN was started with.
+        UserError: when RUN's arguments are not known completely.
     """
     resume, logs = last_value(arguments, "resume"), last_value(arguments, "paths.logs")
     if resume == AUTO:
@@ -78,7 +78,7 @@ def absolute_places(config: DictConfig) -> list[tuple[str, str]]:
 def resume_or_start(arguments: Sequence[str]) -> list[str]:
     """The arguments with ``resume=auto hydra.run.dir=DIR`` replaced: by ``resume=DIR`` where there is a run in DIR.
 
-    So a job can be submitted once and started as often as need be.
+    So the same job can be started any number of times.
 
     Raises:
         UserError: without a folder.

@@ -1,4 +1,4 @@
-"""Which checkpoint files are whole."""
+"""Detects damaged checkpoint files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from policylab.errors import UserError
 
 #: Bytes that are checked at a time.
 CHUNK = 2**22
-#: What reading a damaged file, or one that is no checkpoint, may raise.
+#: Exceptions of reading a damaged file, or one that is not a checkpoint.
 UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
     *(RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError),
@@ -46,12 +46,12 @@ def check_undamaged(checkpoint: Path) -> Path:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint file; None when it is whole.
+    """What is wrong with a checkpoint file; None if it is undamaged.
 
     It is a zip archive with a CRC-32 of each tensor. Torch does not check them; this does, at about 1 GB/s.
 
     Raises:
-        UserError: when it cannot be read because of the machine.
+        UserError: when an error of the machine prevents reading.
     """
     try:
         with zipfile.ZipFile(checkpoint) as archive:

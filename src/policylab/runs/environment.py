@@ -1,4 +1,4 @@
-"""``env.json``: what a run ran on (versions, machine, commit) and its command line."""
+"""``env.json``: versions, machine, commit and command line of a run."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def describe_environment(repository: Path) -> dict[str, Any]:
 
 
 def record_command(overrides: list[str], run_folder: Path) -> None:
-    """The command line alone, before there is a ``status.json``: a run that has one can be resumed."""
+    """Writes only the command line, before ``status.json``: a run with a ``status.json`` can be resumed."""
     write_json(run_folder / "env.json", {"overrides": redact_words(overrides)})
 
 

@@ -10,7 +10,7 @@ LATEST = "latest"
 
 
 def logs_folder() -> Path:
-    """Where runs are kept unless told otherwise: ``logs/`` under the repository that holds the scripts."""
+    """The default folder of runs: ``logs/`` in the repository of the scripts."""
     from omegaconf import OmegaConf
 
     return Path(str(OmegaConf.create({"logs": "${repo:}/logs"}).logs))

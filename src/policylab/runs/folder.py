@@ -79,7 +79,7 @@ def removed_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all: to a temporary file, flushed to disk, renamed onto it."""
+    """Writes a text file atomically: to a temporary file, which is flushed to disk and renamed."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -94,7 +94,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flushes a folder's entries to disk, so that a rename in it outlives a power cut."""
+    """Flushes a folder's entries to disk, so that a rename in it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,7 +103,7 @@ def sync_folder(path: Path) -> None:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Appends to a text file, or leaves it unchanged.
+    """Appends to a text file; if that fails, the file is unchanged.
 
     Raises:
         OSError: when there is no room.

@@ -1,6 +1,6 @@
-"""Hides secrets in the files and the log of a run, and in what loggers get.
+"""Hides secrets in the files and the log of a run, and from loggers.
 
-``${oc.env:NAME}`` is kept: it is no secret. A secret is recognised by its name, and from then on by its value.
+``${oc.env:NAME}`` is not a secret, and is kept. A secret is recognized by its name, and afterwards also by its value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from policylab.runs.words import UNREAD, read
 
 #: Replaces a secret.
 HIDDEN = "<secret>"
-#: A shorter value is hidden under its own name only: replacing it everywhere would spoil other text.
+#: A shorter value is hidden only under its own name: replacing it everywhere would damage other text.
 SHORTEST = 6
 
 #: Names of secrets, in snake_case.

@@ -1,4 +1,4 @@
-"""The way of a checkpoint on resume: found, held against the command and against what is built, records rewound.
+"""Resuming from a checkpoint: finds it, checks that it fits the command and the built model, and rewinds the records.
 
 Lightning loads it afterwards, when it validates or fits.
 """
@@ -46,9 +46,9 @@ def find_start(config: DictConfig, run_folder: Path, resume: str) -> Path | None
 
 
 def rewind_to(checkpoint: Path | None, config: DictConfig, run_folder: Path) -> None:
-    """Makes the records of a run those of its checkpoint; None is the beginning.
+    """Cuts the records of a run to its checkpoint; None is the beginning.
 
-    Call it when everything is built: a command that is refused must leave the records as they are.
+    Call this after everything is built, because a refused command must not change the records.
     """
     if checkpoint:
         become_newest(run_folder, checkpoint)

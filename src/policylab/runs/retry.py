@@ -1,4 +1,4 @@
-"""Training goes on while a file cannot be written: writes are retried."""
+"""Retries writing files, so that training continues while a disk is full."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Self
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which a write to a full disk is retried, and between two attempts.
+#: Seconds for which a write to a full disk is retried, and seconds between two attempts.
 TIMEOUT, PAUSE = 30.0, 0.1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def retry_while_full(write: Callable[[], None]) -> None:
-    """Calls ``write`` until it works; a full disk is retried for ``TIMEOUT`` seconds.
+    """Calls ``write`` until it succeeds; a full disk is retried for ``TIMEOUT`` seconds.
 
     Raises:
         OSError: when the disk is still full; any other error at once.
@@ -34,7 +34,7 @@ def retry_while_full(write: Callable[[], None]) -> None:
 
 
 class RetryLater:
-    """A context for each attempt to write a file that can be written later: an OSError is logged, not raised.
+    """A context for attempts to write a file that may be retried later: an OSError is logged, not raised.
 
     Only the first failure is logged, and the first success after it.
 

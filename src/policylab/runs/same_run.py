@@ -20,17 +20,16 @@ from policylab.runs.saved_config import ADDED
 from policylab.runs.status import DONE, read_status, running_process
 from policylab.runs.words import counted, leaves
 
-#: What may differ from the command that started the run: how long it is, where and how fast it runs, what watches it,
-#: the optimizer's settings, and the places of files (their contents are compared once they are read). Any other
-#: difference makes another run of it.
+#: Keys that a resuming command may change: length, hardware and speed, callbacks and loggers, the optimizer's settings,
+#: and paths of files (their contents are compared once they are read). With any other change it would be another run.
 MAY_CHANGE = (
     "iterations", "max_tokens", "resume", "plan", "plan_memory", "plan_flops", "name", "tags", "detect_anomaly",
     "hardware", "callbacks", "logger", "validation", "paths", "optim", *PLACES,
     "model.cache_dir", "model.attn_implementation", "model.trust_remote_code", "task.data_dir",
     "reward.workers", "reward.pool", "rollout.max_rows", "rollout.gpu_memory", "rollout.sleep", "rollout.context",
 )  # fmt: skip
-#: Exceptions below these: the precision is part of every number, before and after are measured on the same prompts,
-#: and what is best is decided by one metric from the start to the end.
+#: Exceptions to these: precision changes every number, all validations use the same prompts, and one metric decides
+#: what is best.
 MAY_NOT_CHANGE = (
     "hardware.precision", "validation.prompts", "callbacks.checkpoint.monitor", "callbacks.checkpoint.mode",
 )  # fmt: skip
@@ -51,7 +50,7 @@ def check_own_folder(run_folder: Path, checkpoint: Path | None, resume: str) -> 
 
 
 def check_same_values(before: Any, now: Any) -> None:
-    """Refuses values that make another run of it. A callback may be switched off.
+    """Refuses changed values that would make it another run. A callback may be turned off.
 
     Args:
         before: the saved config of the run, as plain data.

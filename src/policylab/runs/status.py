@@ -47,7 +47,7 @@ def running_process(run_folder: Path) -> int | None:
 
 
 def began_after(process: int, moment: str | None) -> bool:
-    """Whether a process started after a moment, and so is another one with the same number: systems reuse them.
+    """Whether a process started after a moment, so that it is another process with a reused id.
 
     Also true for a zombie process. False where there is no /proc.
     """

@@ -1,4 +1,4 @@
-"""Large files are written in the background, by one thread, one after another."""
+"""Writes large files in the background, one after another, in one thread."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundWriter(TorchCheckpointIO):
-    """Writes Lightning's checkpoints, and other files that training need not wait for.
+    """Writes Lightning's checkpoints, and other files that training does not wait for.
 
-    A state is first copied to main memory, one copy at a time, and training goes on. Lightning waits for the last file
-    when it ends, also after an error. A full disk is retried for a while; a file that cannot be written is logged, and
-    training goes on. (Lightning's ``AsyncCheckpointIO`` raises at the next save instead, copies tied weights twice,
+    A state is first copied to main memory, one copy at a time, and training continues. Lightning waits for the last
+    file when it ends, also after an error. A full disk is retried for a while; a file that cannot be written is logged,
+    and training goes on. (Lightning's ``AsyncCheckpointIO`` raises at the next save instead, copies tied weights twice,
     keeps any number of copies, and writes checkpoints only.)
 
     Attributes:
