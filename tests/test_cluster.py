@@ -234,7 +234,8 @@ def look():
     }
 
 sys.argv = sys.argv[1:]
-os.environ.update({"HYDRA_FULL_ERROR": "1", "GOMP_SPINCOUNT": "3000"})  # train.py sets them for itself
+from policylab.cli.entry import ENVIRONMENT
+os.environ.update({"HYDRA_FULL_ERROR": "1", **ENVIRONMENT})  # train.py sets them for itself
 before = look()
 runpy.run_path(sys.argv[0], run_name="__main__")
 Path("look.json").write_text(json.dumps([before, look()]))
