@@ -126,7 +126,7 @@ def look(work: Work) -> Look:
         seed_everything(0, verbose=False)
         experiment = build(ours.config(work, folder, prompts), folder)
         module: Any = experiment.module
-        sampler = module.validator.sampler
+        sampler = module.sampler
         sampler.engine = ours.Scheduled(sampler.engine, Clockless(), work.schedule())  # type: ignore[arg-type]
         seen = Look(sampler.engine)
         experiment.trainer.callbacks.append(seen)  # type: ignore[attr-defined]

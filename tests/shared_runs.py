@@ -102,7 +102,7 @@ def run(case: Case, folder: Path, processes: int, checkpoint: Path | None = None
     with quiet():
         experiment = build(small(algo(case.preset, *case.options), changes), folder)
     module, trainer = experiment.module, experiment.trainer
-    module.validator.sampler.scorer.reward = levels
+    module.sampler.scorer.reward = levels
     if case.validates:
         trainer.callbacks.append(Samples(str(folder), every=1, keep=20, show=0))
     else:

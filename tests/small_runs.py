@@ -191,10 +191,8 @@ def train(
     module, trainer = experiment.module, experiment.trainer
     trainer.limit_val_batches = 0
     module._checked = True
-    module.validator.sampler.engine = engine(module.validator.sampler.engine)
-    module.validator.sampler.scorer.reward = (
-        module.validator.sampler.scorer.reward if reward is None else reward
-    )
+    module.sampler.engine = engine(module.sampler.engine)
+    module.sampler.scorer.reward = module.sampler.scorer.reward if reward is None else reward
     metrics = list[dict[str, float]]()
     passes = list[None]()
     module.record = lambda new: metrics.append({k: v for k, v in new.items() if not k.startswith("perf/")})

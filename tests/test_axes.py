@@ -221,7 +221,7 @@ def module_of(compose, tmp_path, overrides):
 def test_flat_groups_are_replaced(compose, tmp_path):
     experiment = module_of(compose, tmp_path, ["algo=rloo", "algo/sampling=dynamic", "iterations=1"])
     module = experiment.module
-    module.validator.sampler.scorer.reward = Flat()
+    module.sampler.scorer.reward = Flat()
     seen = []
     original = module.collector.sample
 
@@ -246,7 +246,7 @@ def test_what_stays_flat_is_left_out_and_nothing_to_learn_is_no_step(compose, tm
 
     experiment = module_of(compose, tmp_path, ["algo=dapo"])
     module = experiment.module
-    module.validator.sampler.scorer.reward = lambda completions: [Score(1.0, {}) for _ in completions]
+    module.sampler.scorer.reward = lambda completions: [Score(1.0, {}) for _ in completions]
     before = [p.detach().clone() for p in module.policy.parameters()]
     module._checked = True
     experiment.trainer.fit(module, datamodule=experiment.data)

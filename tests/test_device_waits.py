@@ -85,10 +85,10 @@ def iteration(preset, waits, prompts):
         module = experiment.module
         experiment.trainer.limit_val_batches = 0
         module._checked = True
-        train, sample = module.training_step, module.validator.sampler.engine.sample
+        train, sample = module.training_step, module.sampler.engine.sample
 
         class Sampler:
-            temperature, max_new_tokens, exact = 1.0, module.validator.sampler.engine.max_new_tokens, True
+            temperature, max_new_tokens, exact = 1.0, module.sampler.engine.max_new_tokens, True
 
             def sample(self, policy, prompts, group_size, noise, behaviour=None):
                 before = waits.copy()
@@ -102,7 +102,7 @@ def iteration(preset, waits, prompts):
             waits.clear()
             return train(batch, batch_idx)
 
-        module.validator.sampler.engine, module.training_step = Sampler(), step
+        module.sampler.engine, module.training_step = Sampler(), step
         experiment.trainer.fit(module, datamodule=experiment.data)
     assert module.iteration == 2
     return Counter(waits), module
@@ -149,7 +149,7 @@ def test_a_samples_length_counts_the_policys_tokens_alone(tmp_path):
     with quiet():
         module = build(small(algo("ppo"), {}), tmp_path).module
     prompt = module.policy.prompts([("a", "", None)], None)
-    rollout = module.validator.sampler.generate(prompt, 2, TRAIN, range(2))
+    rollout = module.sampler.generate(prompt, 2, TRAIN, range(2))
     mask = rollout.action_mask.clone()
     mask[:, 0] = False
     rollout = rewarded(rollout.replace(action_mask=mask), Scores([0.5, 1.0], {"part": [0.25, 0.0]}))

@@ -77,7 +77,7 @@ def experiment(folder: Path, algorithm: DictConfig, **changes: Any) -> Any:
     built.trainer.limit_val_batches = 0
     built.module._checked = True
     if algorithm.name != "sft":
-        built.module.validator.sampler.scorer.reward = levels
+        built.module.sampler.scorer.reward = levels
     return built
 
 
@@ -440,13 +440,13 @@ class Moody:
 def test_rewards_that_draw_and_remember_are_resumed_exactly(tmp_path):
     def run(folder: str, iterations: int, checkpoint: Path | None = None) -> Any:
         built = experiment(tmp_path / folder, algo("reinforce"), iterations=iterations)
-        built.module.validator.sampler.scorer.reward = Moody()
+        built.module.sampler.scorer.reward = Moody()
         return fit(built, checkpoint)
 
     whole = run("whole", 4)
     run("cut", 2)
     resumed = run("cut", 4, newest_whole_checkpoint(tmp_path / "cut"))
-    assert resumed.validator.sampler.scorer.reward.asked == whole.validator.sampler.scorer.reward.asked == 48
+    assert resumed.sampler.scorer.reward.asked == whole.sampler.scorer.reward.asked == 48
     assert torch.equal(weights(resumed), weights(whole))
 
 
@@ -457,7 +457,7 @@ def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
         built = experiment(tmp_path, algo("reinforce"), iterations=2, **{"callbacks.checkpoint.every": 100})
         built.trainer.limit_val_batches = built.trainer.val_check_interval = 1
         module = built.module
-        module.validator.sampler.scorer.reward = Moody()
+        module.sampler.scorer.reward = Moody()
         validated(module, lambda: float(module.iteration == 1))
         with quiet():
             built.trainer.validate(module, datamodule=built.data, ckpt_path=checkpoint, weights_only=True)
@@ -470,14 +470,14 @@ def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
         assert checkpoint_iteration(checkpoint) == iteration
         rewind(tmp_path, iteration, validates=True)
         resumed = session(checkpoint)
-        assert resumed.validator.sampler.scorer.reward.asked == whole.validator.sampler.scorer.reward.asked
+        assert resumed.sampler.scorer.reward.asked == whole.sampler.scorer.reward.asked
         assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_a_memory_that_cannot_be_kept_is_told_at_the_start(tmp_path):
     built = experiment(tmp_path, algo("reinforce"))
-    built.module.validator.sampler.scorer.reward = Moody()
-    built.module.validator.sampler.scorer.reward.asked = np.zeros(2)
+    built.module.sampler.scorer.reward = Moody()
+    built.module.sampler.scorer.reward.asked = np.zeros(2)
     with pytest.raises(
         UserError, match="the state_dict of reward Moody holds more than plain values and tensors"
     ):

@@ -52,10 +52,10 @@ def gain(config, shuffled: bool) -> float:
     metric = "val/optimality" if config.task.name == "random_walks" else "val/reward"
     trainer.validate(module, datamodule=experiment.data, verbose=False)
     before = module.val_metrics[metric]
-    real = module.validator.sampler.scorer.reward
-    module.validator.sampler.scorer.reward = Shuffled(real) if shuffled else real
+    real = module.sampler.scorer.reward
+    module.sampler.scorer.reward = Shuffled(real) if shuffled else real
     trainer.fit(module, datamodule=experiment.data)
-    module.validator.sampler.scorer.reward = real
+    module.sampler.scorer.reward = real
     trainer.validate(module, datamodule=experiment.data, verbose=False)
     return module.val_metrics[metric] - before
 

@@ -358,7 +358,7 @@ def built(preset: str, *overrides: str, **changes: object):
     config = small(algo(preset, *overrides), {"model.adapter": RUN, **changes})
     with quiet():
         experiment = build(config, Path("nowhere"))
-    experiment.module.validator.sampler.scorer.reward = levels
+    experiment.module.sampler.scorer.reward = levels
     experiment.trainer.limit_val_batches = 0
     return experiment
 

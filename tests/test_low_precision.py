@@ -88,7 +88,7 @@ def experiment(preset: str, options: tuple[str, ...], folder: Path, precision: s
     config = small(algo(preset, *options), {"hardware.precision": precision, **changes})
     with quiet():
         built = build(config, folder)
-    built.module.validator.sampler.scorer.reward = levels
+    built.module.sampler.scorer.reward = levels
     built.module._checked = True
     built.trainer.limit_val_batches = 0
     return built

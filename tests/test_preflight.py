@@ -42,7 +42,7 @@ def built():
 def checked(request, built):
     """``checked(engine, sharp)`` does the preflight, the policy's logits times ``sharp``."""
     module, prompts = built[request.param]
-    own = module.validator.sampler.engine
+    own = module.sampler.engine
     weights = deepcopy(module.state_dict())
 
     def check(engine=lambda engine, module: engine, sharp=1.0):
@@ -50,12 +50,12 @@ def checked(request, built):
             with torch.no_grad():
                 policy.lm.transformer.ln_f.weight *= sharp
                 policy.lm.transformer.ln_f.bias *= sharp
-        module.validator.sampler.engine = engine(own, module)
+        module.sampler.engine = engine(own, module)
         return preflight(module.sampler, prompts)
 
     check.module = module
     yield check
-    module.validator.sampler.engine = own
+    module.sampler.engine = own
     module.load_state_dict(weights)
 
 

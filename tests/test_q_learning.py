@@ -540,7 +540,7 @@ def test_epsilon_rules_training_and_the_best_token_validation(compose, tmp_path)
     assert module.metrics["train/epsilon"] == pytest.approx(epsilon)
     lowest = math.log(epsilon / module.policy.lm.config.vocab_size)  # of a token that is not the best
     assert float(module.rollout.logprobs.min()) == pytest.approx(lowest, abs=1e-4)
-    again = [module.validator.sampler.generate(PROMPTS, 1, VALIDATION, range(4)) for _ in range(2)]
+    again = [module.sampler.generate(PROMPTS, 1, VALIDATION, range(4)) for _ in range(2)]
     assert not again[0].logprobs.any()  # certain
     assert torch.equal(again[0].tokens, again[1].tokens)
 

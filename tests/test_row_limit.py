@@ -129,12 +129,12 @@ def test_preflight_validation_and_training_are_cut(tmp_path):
     def train(engine, max_rows=None):
         changes = {"iterations": 1, "task.held_out": 8, "validation.prompts": 8, "rollout.max_rows": max_rows}
         experiment = build(small(algo("remax"), changes), tmp_path)
-        experiment.module.validator.sampler.engine = engine(experiment.module.validator.sampler.engine)
+        experiment.module.sampler.engine = engine(experiment.module.sampler.engine)
         experiment.trainer.fit(experiment.module, datamodule=experiment.data)
         return experiment.module
 
     def rows(module):
-        return module.validator.sampler.row_limit.rows
+        return module.sampler.row_limit.rows
 
     whole = train(lambda engine: engine)
     cut, halved = train(Tight, max_rows=3), train(Tight)

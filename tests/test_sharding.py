@@ -84,7 +84,7 @@ def train(name: str, folder: Path, changes: Mapping[str, Any], start: Path | Non
         experiment = build(small(algo(preset, *options), {**own, **changes}), folder)
     module: Any = experiment.module
     trainer: Any = experiment.trainer
-    module.validator.sampler.scorer.reward = levels
+    module.sampler.scorer.reward = levels
     trainer.limit_val_batches = 0
     module._checked = True
     if start is not None and trainer.is_global_zero:  # a run goes on from its newest state, in its folder

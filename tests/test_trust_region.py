@@ -285,7 +285,7 @@ def with_rollout(experiment):
     module.optimizers = lambda: optimizer
     module.stepper.set_learning_rate()
     module.updater.ratio_max = torch.ones(())
-    rollout = module.validator.sampler.generate(experiment.data.train[:8], 2, TRAIN, range(16))
+    rollout = module.sampler.generate(experiment.data.train[:8], 2, TRAIN, range(16))
     random = torch.Generator().manual_seed(0)
     advantages = torch.randn(rollout.tokens.shape, generator=random).masked_fill(~rollout.action_mask, 0.0)
     returns = torch.rand(rollout.tokens.shape, generator=random).masked_fill(~rollout.action_mask, 0.0)

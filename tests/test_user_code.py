@@ -73,7 +73,7 @@ def test_a_validation_is_not_ended_by_stop_iteration(tmp_path, whose, caplog):
     """The prompts are b, c, d, ... in batches of one and two; without the check, the rest would not count."""
     experiment = built(tmp_path, {})
     if whose == "reward":
-        experiment.module.validator.sampler.scorer.reward = stops_at_b
+        experiment.module.sampler.scorer.reward = stops_at_b
     else:
         experiment.module.validator.task.metrics = lambda completions: {"odd": stops_at_b(completions)}
     message = f"{'reward stops_at_b' if whose == 'reward' else 'task random_walks: metrics'} failed at "
@@ -123,15 +123,14 @@ def test_a_reward_that_is_a_network_is_no_part_of_the_policy(tmp_path, precision
     }
     experiment = built(tmp_path, {**own, "iterations": 1})
     module, trainer = experiment.module, experiment.trainer
-    before = [weight.clone() for weight in module.validator.sampler.scorer.reward.parameters()]
+    before = [weight.clone() for weight in module.sampler.scorer.reward.parameters()]
     with quiet():
         trainer.fit(module, datamodule=experiment.data)
-    assert module.validator.sampler.scorer.reward.seen, "it was asked"
-    assert set(module.validator.sampler.scorer.reward.seen) == {(False, torch.float32)}
-    assert not module.validator.sampler.scorer.reward.training
+    assert module.sampler.scorer.reward.seen, "it was asked"
+    assert set(module.sampler.scorer.reward.seen) == {(False, torch.float32)}
+    assert not module.sampler.scorer.reward.training
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(before, module.validator.sampler.scorer.reward.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(before, module.sampler.scorer.reward.parameters(), strict=True)
     )
     assert not [name for name, _ in module.named_modules() if name.startswith("reward")]
     trainer.save_checkpoint(tmp_path / "state.ckpt")

@@ -172,7 +172,7 @@ def main(race: Work, folder: Path) -> None:
     experiment = build(config(race, folder, prompts), folder)
     module = experiment.module
     lane.gradients = lambda: gradients(module)
-    sampler = module.validator.sampler
+    sampler = module.sampler
     sampler.engine = Scheduled(sampler.engine, lane, race.schedule())
     experiment.trainer.callbacks.append(Racer(lane, facts(race.device)))  # type: ignore[attr-defined]
     experiment.trainer.fit(module, datamodule=experiment.data)

@@ -77,10 +77,16 @@ class Algorithm:
         """Whether a critic is built and trained."""
         return self.advantage.needs_values
 
-    @property
-    def needs_policy_logprobs(self) -> bool:
-        """Whether the policy's log-probs of the sampled tokens are computed again before the update."""
-        return self.importance is not None or self.advantage.needs_policy_logprobs
+    def recomputes_logprobs(self, *, exact: bool) -> bool:
+        """Whether the sampled tokens go through the policy once more before the update.
+
+        Args:
+            exact: the log-probs recorded while sampling are those of the policy. Another engine than ours, or lower
+                precision, differs from the policy that is trained.
+        """
+        if self.importance is not None or self.advantage.needs_policy_logprobs:
+            return True
+        return not (exact or (self.update.gives_old_logprobs and self.kl.place != "reward"))
 
     @property
     def min_group_size(self) -> int:

@@ -67,6 +67,7 @@ class TrustRegion:
     critic_minibatches: int
     epochs: ClassVar[int] = 1
     minibatches: ClassVar[int] = 1
+    gives_old_logprobs: ClassVar[bool] = False  #: the line search needs them once the weights have changed
 
     def __post_init__(self) -> None:
         check_range("algo.update.max_kl", self.max_kl, 0, above=True)

@@ -18,6 +18,11 @@ class Update(Protocol):
     @property
     def minibatches(self) -> int: ...
 
+    @property
+    def gives_old_logprobs(self) -> bool:
+        """Whether its own forward passes give the log-probs before the update."""
+        ...
+
 
 @dataclass(frozen=True)
 class SingleStep:
@@ -27,6 +32,7 @@ class SingleStep:
     minibatches: ClassVar[int] = 1
     kl_stop: ClassVar[None] = None
     reestimate: ClassVar[bool] = False
+    gives_old_logprobs: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class MinibatchEpochs:
         check_range("algo.update.epochs", self.epochs, 1)
         check_range("algo.update.minibatches", self.minibatches, 1)
         check_range("algo.update.kl_stop", self.kl_stop, 0, above=True)
-        if self.kl_stop is not None and self.epochs * self.minibatches == 1:
+        if self.kl_stop is not None and self.gives_old_logprobs:
             raise UserError(
                 f"algo.update.kl_stop={self.kl_stop} ends an iteration after its first update at the earliest, and "
                 "there is only one; take more epochs or minibatches, or null"
@@ -62,3 +68,8 @@ class MinibatchEpochs:
                 "algo.update.reestimate=true estimates again before the second pass, but algo.update.epochs is 1; "
                 "take more epochs or false"
             )
+
+    @property
+    def gives_old_logprobs(self) -> bool:
+        """With a single step, every pass is of the policy that sampled."""
+        return self.epochs * self.minibatches == 1

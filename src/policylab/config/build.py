@@ -101,6 +101,8 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
         task=task,
         optim=optim,
         plan=plan,
+        needs=method.needs(),
+        cost=lambda exact: method.cost(plan, exact=exact),
         train=train_prompts,
         val=val_prompts,
         max_rows=config.rollout.get("max_rows", EVERY_ROW),

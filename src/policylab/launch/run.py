@@ -136,7 +136,7 @@ def train(
             callbacks[:0] = [FollowStatus(status), stop]  # before the checkpoint callback
             callbacks.append(BecomeLatest(run_dir, Path(config.paths.logs)))
             screen.plan(experiment)
-            with experiment.module.validator.sampler.scorer:
+            with experiment.module.sampler.scorer:
                 run(experiment, run_dir, checkpoint, stop)
         if stop.stopped:
             status.interrupted()

@@ -22,15 +22,6 @@ class MinibatchUpdater(Updater):
         assert isinstance(self.algorithm.update, MinibatchEpochs | SingleStep)
         return self.algorithm.update
 
-    @property
-    def first_pass_is_old(self) -> bool:
-        return self.plan.updates == 1
-
-    @property
-    def forward_passes(self) -> float:
-        again = self.settings.epochs - 1 if self.settings.reestimate else 0
-        return again + 3 * self.settings.epochs
-
     def update(self, rollout: Rollout) -> None:
         """Epochs of minibatches, ended early when the policy has moved too far."""
         self.ratio_max = torch.ones((), device=self.runtime.device)
@@ -75,7 +66,7 @@ class MinibatchUpdater(Updater):
             entropy_gradient=algorithm.entropy_coef != 0,
             reference=sampler.reference if algorithm.kl.exact_in_loss else None,
         )
-        if not sampler.records_exactly and rollout.policy_logprobs is None:  # see `first_pass_is_old`
+        if not sampler.records_exactly and rollout.policy_logprobs is None:  # `gives_old_logprobs`
             rollout = rollout.replace(policy_logprobs=evaluation.logprobs.detach())
         terms = algorithm.loss_terms(rollout, evaluation)
         per_token = algorithm.loss(terms, self.progress.kl_coef)

@@ -11,13 +11,12 @@ from lightning import LightningModule
 
 from policylab.data.rollout import PromptBatch, Rollout, Sample
 from policylab.errors import UserError
-from policylab.models.policy import Policy
 from policylab.rollouts.noise import TRAIN, VALIDATION, seed_libraries
 from policylab.training.means import SAMPLED, TRAINED, Total
 from policylab.training.metrics import Numbers, means_of, on_host
 from policylab.training.parts import Parts
 from policylab.training.passes import Passes
-from policylab.training.preflight import PROMPTS, Pace, preflight
+from policylab.training.preflight import PROMPTS, preflight
 from policylab.training.recorder import Recorder
 from policylab.training.run_state import Progress, RunState
 from policylab.training.runtime import Runtime
@@ -29,13 +28,10 @@ from policylab.training.validator import Validator
 class TrainingModule(LightningModule):
     """Base of the trainers. One Lightning batch is one iteration; optimization is manual.
 
-    A trainer adds ``training_step``, which ends with `finish_iteration`, and `seconds_per_iteration`.
-
-    Args:
-        reference: frozen policy that validation measures the KL to.
-        whole_distributions: whether a training pass holds the probabilities of all words at each action.
+    A trainer adds ``training_step``, which ends with `finish_iteration`.
 
     Attributes:
+        reference: a copy of the policy that the KL is measured to; None where the method needs none.
         compiles_layers: whether torch compiles the policy's layers before the first pass.
         sharded: whether each process holds a shard of the weights; set by the strategy.
         reference_moves: whether the reference changes in training, so that checkpoints must hold it.
@@ -46,17 +42,17 @@ class TrainingModule(LightningModule):
         rollout: the last rollout trained on.
     """
 
-    def __init__(
-        self, parts: Parts, reference: Policy | None = None, *, whole_distributions: bool = False
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.policy = parts.policy.eval()  # dropout is off in every forward pass
-        self.reference = reference
+        self.reference = None if parts.needs.reference == "none" else parts.policy.frozen_copy()
+        self.reference_moves = parts.needs.reference == "moving"
+        self.parts = parts
         self.optim = parts.optim
         self.plan = parts.plan
         self.seed = parts.seed
-        self.compiles_layers = self.sharded = self.reference_moves = False
+        self.compiles_layers = self.sharded = False
         self.progress = Progress(parts.iterations, parts.max_tokens)
         self.runtime = Runtime(self)
         self.recorder = Recorder(self.runtime)
@@ -64,24 +60,19 @@ class TrainingModule(LightningModule):
             self.policy,
             parts.optim.micro_batch_tokens,
             self.recorder,
-            whole_distributions=whole_distributions,
+            whole_distributions=parts.needs.whole_distributions,
         )
         self.passes = passes
         self.stepper = Stepper(parts.optim, passes, self.progress)
-        sampler = Sampler(parts, reference, passes, self.progress)
-        self.validator = Validator(sampler, parts.task, parts.val)
-        self.run_state = RunState(parts, [self.progress, self.stepper, passes, sampler])
+        self.sampler = Sampler(parts, self.reference, passes, self.progress)
+        self.validator = Validator(self.sampler, parts.task, parts.val)
+        self.run_state = RunState(parts, [self.progress, self.stepper, passes, self.sampler])
         self.expected_seconds: float | None = None
         self.metrics: dict[str, float] = {}
         self.val_metrics: dict[str, float] = {}
         self.samples: list[Sample] = []
         self.rollout: Rollout | None = None
-        self._tried = list(parts.train[:PROMPTS])
         self._checked = False
-
-    def seconds_per_iteration(self, pace: Pace) -> float:
-        """Upper bound on the time of an iteration; a backward pass costs about two forward passes."""
-        raise NotImplementedError
 
     @property
     def iteration(self) -> int:
@@ -123,7 +114,7 @@ class TrainingModule(LightningModule):
         counts = {"train/skipped_updates": skipped, "train/tokens": progress.tokens_sampled}
         counted = {name: float(count) for name, count in counts.items() if count}
         self.metrics = {**means_of(totals), **numbers, **counted, **perf}
-        self.validator.sampler.agree_on_cuts()
+        self.sampler.agree_on_cuts()
         self.record(self.metrics)
         self._stop_when_budget_is_spent()
 
@@ -181,18 +172,20 @@ class TrainingModule(LightningModule):
 
     def _prepare(self) -> None:
         """Once per run: compiles, compares sampling with recomputation, and estimates the longest time of the run."""
-        sampler = self.validator.sampler
-        sampler.move_reward()
+        self.sampler.move_reward()
         if self._checked:
             return
         with self.trainer.precision_plugin.forward_context():
             if self.compiles_layers and (reason := self.policy.compile_layers()):
                 warnings.warn(f"hardware.compile: this model runs as it is, because {reason}", stacklevel=2)
-            pace = preflight(sampler, self._tried)
+            pace = preflight(self.sampler, self.parts.train[:PROMPTS])
         self._checked = True
         self.progress.expected_tokens = pace.tokens * self.plan.sequences
-        iterations = self.progress.last_iteration - self.iteration
-        self.expected_seconds = iterations * self.seconds_per_iteration(pace)
+        sequences = (
+            (self.progress.last_iteration - self.iteration) * self.plan.sequences / self.plan.processes
+        )
+        cost = self.parts.cost(self.sampler.records_exactly)
+        self.expected_seconds = sequences * pace.seconds(self.parts.needs, cost)
 
     def _stop_when_budget_is_spent(self) -> None:
         if self.progress.budget_is_spent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from policylab.data.plan import BatchPlan
@@ -11,6 +11,7 @@ from policylab.models.policy import Policy
 from policylab.rewards.scorer import Scorer
 from policylab.rollouts.engine import Engine
 from policylab.tasks.base import Task
+from policylab.training.needs import Cost, Needs
 from policylab.training.optimizer import AdamW
 
 
@@ -24,6 +25,8 @@ class Parts:
     task: Task
     optim: AdamW
     plan: BatchPlan
+    needs: Needs
+    cost: Callable[[bool], Cost]  #: of an iteration, by whether recorded log-probs are exact
     train: Sequence[Prompt]  #: all prompts of training
     val: Sequence[Prompt]  #: all prompts of a validation
     #: completions sampled at once on each process; None: as many as should fit in memory

@@ -16,7 +16,6 @@ from policylab.training.metrics import measure, of_iteration
 from policylab.training.minibatches import MinibatchUpdater
 from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
-from policylab.training.preflight import Pace
 from policylab.training.updater import Updater
 
 
@@ -28,15 +27,12 @@ class PolicyGradient(TrainingModule):
     """
 
     def __init__(self, algorithm: Algorithm, parts: Parts, updater: type[Updater] = MinibatchUpdater) -> None:
-        reference = None if algorithm.kl.reference is None else parts.policy.frozen_copy()
-        super().__init__(parts, reference, whole_distributions=updater.whole_distributions)
+        super().__init__(parts)
         self.algorithm = algorithm
-        self.reference_moves = isinstance(algorithm.kl.reference, MovingReference)
-        if self.reference_moves and reference is not None:
-            self.average = Average(reference.lm, self.policy.lm)
+        if self.reference_moves and self.reference is not None:
+            self.average = Average(self.reference.lm, self.policy.lm)
         self.progress.kl_coef = algorithm.kl.controller.initial
         self.track_exact_kl = False
-        self.sampler = self.validator.sampler
         self.collector = Collector(
             self.sampler,
             parts.plan,
@@ -55,7 +51,7 @@ class PolicyGradient(TrainingModule):
         rollout, self.samples = self.collector.collect(batch.prompts, exact_kl=exact_kl)
         with self.recorder.phase("update"):
             rollout = algorithm.select(rollout)
-            if self.recomputes_logprobs:
+            if algorithm.recomputes_logprobs(exact=self.sampler.records_exactly):
                 logprobs, values = self.sampler.recompute(rollout)
                 rollout = rollout.replace(policy_logprobs=logprobs, values=values)
                 rollout = algorithm.correct_sampler(rollout)
@@ -66,24 +62,6 @@ class PolicyGradient(TrainingModule):
         metrics = self.observe(rollout)
         self.finish_iteration({**metrics, "train/lr": lr}, started)
         self.adapt_kl_coefficient()
-
-    @property
-    def recomputes_logprobs(self) -> bool:
-        """Whether the policy evaluates the sampled tokens once more before the update.
-
-        In full precision, an exact engine records the policy's own log-probs, which the preflight checks. Those of
-        other engines, or of lower precision, differ from those of the policy in training.
-        """
-        if self.algorithm.needs_policy_logprobs:
-            return True
-        update_gives_them = self.updater.first_pass_is_old and self.algorithm.kl.place != "reward"
-        return not self.sampler.records_exactly and not update_gives_them
-
-    def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling, forward passes of the reference and for recomputed log-probs, and the update."""
-        before = 1 + self.recomputes_logprobs + 2 * self.algorithm.kl.exact_in_reward
-        passes = before + self.updater.forward_passes
-        return self.plan.sequences / self.plan.processes * (pace.sample + passes * pace.forward)
 
     def observe(self, rollout: Rollout) -> dict[str, Tensor | float]:
         """Metrics of the iteration."""

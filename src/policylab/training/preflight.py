@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.masks import masked_sum
 from policylab.rollouts.noise import PREFLIGHT
+from policylab.training.needs import Cost, Needs
 from policylab.training.sampler import Sampler
 
 #: Number of prompts sampled for the check.
@@ -36,9 +38,14 @@ class Pace:
     forward: float  #: seconds
     tokens: float  #: sampled tokens
 
+    def seconds(self, needs: Needs, cost: Cost) -> float:
+        """Of a sequence in an iteration, its sampling included; a backward pass costs about two forward passes."""
+        sampled = self.sample * (needs.learns_from == "rollouts")
+        return sampled + (cost.forwards + 3 * cost.passes) * self.forward
+
 
 @torch.no_grad()
-def preflight(sampler: Sampler, prompts: list[Prompt]) -> Pace:
+def preflight(sampler: Sampler, prompts: Sequence[Prompt]) -> Pace:
     """Samples a few completions and compares their recorded log-probs and values with recomputed ones.
 
     If the engine is not exact, log-probs are recomputed before each update, and a difference is only a warning.

@@ -23,7 +23,6 @@ from policylab.training.means import TRAINED
 from policylab.training.metrics import measure, of_iteration
 from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
-from policylab.training.preflight import Pace
 from policylab.training.replay import ReplayMemory
 
 
@@ -35,11 +34,10 @@ class QTraining(TrainingModule):
     """
 
     def __init__(self, algorithm: QLearning, parts: Parts) -> None:
-        super().__init__(parts, parts.policy.frozen_copy(), whole_distributions=True)
+        super().__init__(parts)
         self.algorithm = algorithm
         self.target = None if algorithm.target is None else target_of(parts.policy)
         self.average = None if self.target is None else Average(self.target, self.policy)
-        self.sampler = self.validator.sampler
         self.sampler.behaviour = self.behaviour
         self.collector = Collector(self.sampler, parts.plan, parts.train)
         self.replay = ReplayMemory(algorithm.replay, parts.plan, self.sampler)
@@ -119,13 +117,6 @@ class QTraining(TrainingModule):
         if settings is None or not (self.target and self.average) or self.replay.updates % settings.every:
             return
         self.average.move(self.target, self.policy, settings.rate)
-
-    def seconds_per_iteration(self, pace: Pace) -> float:
-        """Sampling, the reference's forward pass, and per update a forward and backward pass (and the target's)."""
-        passes = 3 if self.target is None else 4
-        replayed = self.plan.minibatch * self.plan.updates * passes
-        seconds = self.plan.sequences * (pace.sample + pace.forward) + replayed * pace.forward
-        return seconds / self.plan.processes
 
     def observe(self, rollout: Rollout) -> dict[str, Tensor | float]:
         """Metrics of the iteration."""

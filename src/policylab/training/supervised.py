@@ -16,7 +16,6 @@ from policylab.rollouts.engine import pad_left
 from policylab.training.means import TRAINED
 from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
-from policylab.training.preflight import Pace
 
 
 class SupervisedTraining(TrainingModule):
@@ -57,10 +56,6 @@ class SupervisedTraining(TrainingModule):
     def negative_logprobs(self, grid: Rollout) -> Tensor:
         """The loss per token, ``[B, T]``."""
         return -self.policy.logprobs_of(grid, temperature=1.0)
-
-    def seconds_per_iteration(self, pace: Pace) -> float:
-        """One forward and one backward pass."""
-        return self.plan.sequences / self.plan.processes * 3 * pace.forward
 
 
 def demonstrations(prompts: Sequence[Prompt], loss_on: str, device: torch.device) -> Rollout:

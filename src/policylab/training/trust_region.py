@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -60,8 +59,6 @@ class TrustRegionUpdater(Updater):
         UserError: for weights or attention that a trust region cannot work with.
     """
 
-    whole_distributions: ClassVar[bool] = True
-
     def __init__(self, algorithm: Algorithm, plan: BatchPlan, sampler: Sampler, stepper: Stepper) -> None:
         super().__init__(algorithm, plan, sampler, stepper)
         assert isinstance(algorithm.update, TrustRegion)
@@ -73,13 +70,6 @@ class TrustRegionUpdater(Updater):
             )
         for policy in filter(None, (self.policy, sampler.reference)):
             policy.reader.make_differentiable()
-
-    @property
-    def forward_passes(self) -> float:
-        """Gradient (3), products (5 each), length (3), search (4 tries), critic."""
-        region = self.region
-        products = region.fisher_share * 5 * (region.cg_iterations + 1)
-        return 3 + products + 3 + 4 + (region.critic_epochs if self.algorithm.uses_critic else 0)
 
     def update(self, rollout: Rollout) -> None:
         """Gradient -> natural direction -> step to the boundary -> line search -> critic."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -21,11 +19,8 @@ class Updater:
     """Base of the updaters.
 
     Attributes:
-        whole_distributions: whether a pass holds the probabilities of all words at each action.
         ratio_max: the largest probability ratio of the last update on this process.
     """
-
-    whole_distributions: ClassVar[bool] = False
 
     def __init__(self, algorithm: Algorithm, plan: BatchPlan, sampler: Sampler, stepper: Stepper) -> None:
         self.algorithm = algorithm
@@ -38,16 +33,6 @@ class Updater:
         self.recorder = sampler.recorder
         self.progress = sampler.progress
         self.ratio_max = torch.ones(())
-
-    @property
-    def first_pass_is_old(self) -> bool:
-        """Whether the update evaluates only the policy that sampled, so that its own pass gives the old log-probs."""
-        return False
-
-    @property
-    def forward_passes(self) -> float:
-        """Cost of an update, in forward passes over the rollout."""
-        raise NotImplementedError
 
     def update(self, rollout: Rollout) -> None:
         """Trains on the rollouts of all processes; ``rollout`` is this process's."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from policylab.algorithms import Algorithm, QLearning, Supervised, TrustRegion
 from policylab.errors import UserError
-from policylab.training.methods.base import Cost, CriticNeed, Method, Needs
+from policylab.training.methods.base import Method
 from policylab.training.methods.policy_gradient import PolicyGradientMethod
 from policylab.training.methods.q_learning import QLearningMethod
 from policylab.training.methods.supervised import SupervisedMethod
 from policylab.training.methods.trust_region import TrustRegionMethod
+from policylab.training.needs import Cost, CriticNeed, Needs
 
 __all__ = ["Cost", "CriticNeed", "Method", "Needs", "method_of", "register"]
 

@@ -10,7 +10,8 @@ from policylab.algorithms import Algorithm, MinibatchEpochs, MovingReference
 from policylab.data.plan import BatchPlan
 from policylab.errors import UserError
 from policylab.training import PolicyGradient
-from policylab.training.methods.base import Cost, CriticNeed, Method, Needs
+from policylab.training.methods.base import Method
+from policylab.training.needs import Cost, CriticNeed, Needs
 from policylab.training.parts import Parts
 
 
@@ -54,17 +55,13 @@ class PolicyGradientMethod(Method[Algorithm]):
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
         """Passes of the reference, for log-probs that must be recomputed, and for both distributions of an exact KL."""
         kl, update = self.algorithm.kl, self.algorithm.update
-        again = self.algorithm.needs_policy_logprobs or not (exact or self.first_pass_tells(plan))
+        again = self.algorithm.recomputes_logprobs(exact=exact)
         estimates = update.epochs - 1 if isinstance(update, MinibatchEpochs) and update.reestimate else 0
         return Cost(
             forwards=(self.reference != "none") + again + 2 * kl.exact_in_reward + estimates,
             passes=update.epochs,
             compares=kl.exact_in_reward or kl.exact_in_loss,
         )
-
-    def first_pass_tells(self, plan: BatchPlan) -> bool:
-        """Whether the forward pass of a single update gives the old log-probs, and nothing needs them earlier."""
-        return plan.updates == 1 and self.algorithm.kl.place != "reward"
 
     def trainer(self, parts: Parts) -> PolicyGradient:
         return PolicyGradient(self.algorithm, parts)

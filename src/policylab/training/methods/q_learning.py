@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 from policylab.algorithms import QLearning
 from policylab.data.plan import BatchPlan, ReplayPlan
 from policylab.training import QTraining
-from policylab.training.methods.base import Cost, CriticNeed, Method, Needs
+from policylab.training.methods.base import Method
+from policylab.training.needs import Cost, CriticNeed, Needs
 from policylab.training.parts import Parts
 
 

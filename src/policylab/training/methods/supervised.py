@@ -8,7 +8,8 @@ from policylab.algorithms import Supervised
 from policylab.data.plan import BatchPlan
 from policylab.errors import UserError
 from policylab.training import SupervisedTraining
-from policylab.training.methods.base import Method, Needs
+from policylab.training.methods.base import Method
+from policylab.training.needs import Needs
 from policylab.training.parts import Parts
 
 

@@ -10,8 +10,8 @@ from policylab.algorithms import Algorithm, TrustRegion
 from policylab.data.plan import BatchPlan
 from policylab.errors import UserError
 from policylab.training import PolicyGradient, TrustRegionUpdater
-from policylab.training.methods.base import Cost, Needs
 from policylab.training.methods.policy_gradient import PolicyGradientMethod
+from policylab.training.needs import Cost, Needs
 from policylab.training.parts import Parts
 
 #: Vectors as long as the trainable weights that conjugate gradients and the line search hold.
@@ -55,10 +55,6 @@ class TrustRegionMethod(PolicyGradientMethod):
             vectors=VECTORS,
             optimizes_policy=False,
         )
-
-    def first_pass_tells(self, plan: BatchPlan) -> bool:
-        """The line search needs the old log-probs, so they are recomputed."""
-        return False
 
     def trainer(self, parts: Parts) -> PolicyGradient:
         return PolicyGradient(self.algorithm, parts, TrustRegionUpdater)
