@@ -29,8 +29,8 @@ from policylab.algorithms import (
 )
 from policylab.data.rollout import Evaluation, Prompt, Rollout
 from policylab.errors import UserError
+from policylab.functional.behaviour import greedy
 from policylab.functional.kl import exact_in_reward
-from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 

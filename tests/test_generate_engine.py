@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
-from policylab.rollouts.behaviour import epsilon_greedy, greedy
+from policylab.functional.behaviour import epsilon_greedy, greedy
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms

@@ -68,6 +68,13 @@ def test_costs_by_hand(compose):
         "algo.update.cg_iterations=10",
     )
     assert trpo.cost(plan, exact=True).passes == pytest.approx((3 + 0.1 * 5 * 11 + 3 + 4 + 5) / 3)
+    one_step = ["algo=grpo", "algo/update=single_step", "algo/surrogate=ratio"]
+    assert (
+        method(compose, *one_step).cost(plan, exact=False).forwards == 1
+    )  # its only pass gives the log-probs
+    assert (
+        trpo.cost(plan, exact=False).forwards == trpo.cost(plan, exact=True).forwards + 1
+    )  # a search has several
 
 
 @dataclass(frozen=True)

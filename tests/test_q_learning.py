@@ -23,6 +23,7 @@ from policylab.algorithms import (
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional.advantages import discounted_returns
+from policylab.functional.behaviour import epsilon_greedy, greedy
 from policylab.functional.q_learning import (
     LEVELS,
     actions_ahead,
@@ -31,7 +32,6 @@ from policylab.functional.q_learning import (
     taken,
     td_loss,
 )
-from policylab.rollouts.behaviour import epsilon_greedy, greedy
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
 from policylab.rollouts.replay import Memory, ReplayBuffer

@@ -10,15 +10,23 @@ import pytest
 import torch
 from torch import nn
 
+from policylab.algorithms import SingleStep
+from policylab.algorithms.q_learning import Replay
+from policylab.data.plan import BatchPlan, ReplayPlan
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import RunError, UserError
 from policylab.rewards.scorer import Scorer
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, VALIDATION, uniforms
+from policylab.training.collector import Collector
 from policylab.training.micro_batches import cut, split
+from policylab.training.minibatches import MinibatchUpdater
+from policylab.training.needs import Cost, Needs
 from policylab.training.optimizer import AdamW
 from policylab.training.passes import Passes
+from policylab.training.preflight import Pace
 from policylab.training.recorder import Recorder
+from policylab.training.replay import ReplayMemory
 from policylab.training.run_state import Progress, RunState
 from policylab.training.runtime import Runtime
 from policylab.training.sampler import Sampler
@@ -381,6 +389,75 @@ def test_a_validation_measures_all_prompts_or_fails(sampled):
     validator.add(PROMPTS[:3])
     with pytest.raises(RunError, match="the validation of iteration 1 ended after 3 of 4 prompts"):
         validator.finish()
+
+
+# -- collecting, replaying, updating: the same sequences however many processes share them ------------------
+
+
+def test_processes_collect_the_completions_that_one_would(sampled):
+    sampler, _ = sampled()
+    runtime = sampler.runtime
+
+    def collected(prompts, processes, rank):
+        runtime.rank = rank
+        plan = BatchPlan(len(PROMPTS), 2, 1, 1, processes)
+        rollout, samples = Collector(sampler, plan, PROMPTS, values=True).collect(tuple(prompts))
+        assert torch.equal(rollout.rewards, rollout.lengths.float()), "the score of each row is its own"
+        assert {(sample.split, sample.iteration) for sample in samples} == {("train", 1)}
+        assert (rollout.ref_logprobs - rollout.logprobs).abs().max() < 1e-4
+        return [(sample.prompt, sample.tokens) for sample in samples]
+
+    whole = collected(PROMPTS, 1, 0)
+    assert len(whole) == 8
+    assert collected(PROMPTS[:2], 2, 0) + collected(PROMPTS[2:], 2, 1) == whole
+
+
+def test_processes_draw_shares_of_the_same_minibatches():
+    settings, rollout = Replay(1000, 5, 3, 4), grid([3, 5, 2, 4, 1])
+    rollout = rollout.replace(rewards=torch.arange(5.0), ref_logprobs=torch.zeros(5, 5))
+
+    def drawn(processes, rank):
+        runtime = Alone()
+        runtime.rank = rank
+        sampler = SimpleNamespace(
+            seed=0, runtime=runtime, recorder=Recorder(runtime), progress=Progress(iterations=3)
+        )
+        replay = ReplayMemory(settings, ReplayPlan(4, 1, 1, 1, processes, 4, 3), sampler)
+        replay.add(rollout.select(torch.arange(4)))
+        assert not list(replay.minibatches()), "fewer than the warm-up"
+        replay.add(rollout.select(torch.tensor([4])))
+        return [batch.rewards.tolist() for batch in replay.minibatches()]
+
+    whole = drawn(1, 0)
+    assert [len(rewards) for rewards in whole] == [4, 4, 4]
+    assert [a + b for a, b in zip(drawn(2, 0), drawn(2, 1), strict=True)] == whole
+
+
+def test_processes_share_minibatches_of_trained_sequences():
+    kept = torch.tensor([True, True, False, True, True, False, True, True])
+    rollout = grid([3, 5, 8, 2, 4, 4, 6, 1]).replace(kept=kept)
+
+    def ids(processes, rank, rows):
+        runtime = Alone()
+        runtime.rank = rank
+        sampler = SimpleNamespace(
+            seed=0, runtime=runtime, policy=None, passes=None, recorder=None, progress=Progress(iterations=3)
+        )
+        plan, algorithm = BatchPlan(8, 1, 1, 2, processes), SimpleNamespace(update=SingleStep())
+        share = rollout.select(rows)
+        minibatches = MinibatchUpdater(algorithm, plan, sampler, None).minibatches(share, 0, 4)
+        return [set(share.prompt_ids[part].tolist()) for part in minibatches]
+
+    whole = ids(1, 0, torch.arange(8))
+    assert whole[0] | whole[1] == {0, 1, 3, 4, 6, 7}
+    shares = zip(ids(2, 0, torch.arange(4)), ids(2, 1, torch.arange(4, 8)), strict=True)
+    assert [a | b for a, b in shares] == whole
+
+
+def test_the_expected_time_counts_what_the_method_states():
+    pace, cost = Pace(sample=1.0, forward=0.1, tokens=5.0), Cost(forwards=2, passes=4)
+    assert pace.seconds(Needs(), cost) == pytest.approx(1.0 + 0.1 * (2 + 3 * 4))
+    assert pace.seconds(Needs(learns_from="completions"), cost) == pytest.approx(0.1 * (2 + 3 * 4))
 
 
 def test_the_parts_know_no_lightning():

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
+from policylab.functional.behaviour import greedy
 from policylab.functional.logprobs import log_distribution
-from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.vllm import VllmEngine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from policylab.data.rollout import Rollout
 from policylab.errors import UserError, check_range
+from policylab.functional.behaviour import Behaviour, epsilon_greedy, greedy
 from policylab.functional.masks import last_position
 from policylab.functional.q_learning import (
     LEVELS,
@@ -123,10 +125,26 @@ class EpsilonGreedy:
         """Of an iteration, counted from 0."""
         return self.start + (self.end - self.start) * min(iteration / self.decay, 1.0)
 
+    def behaviour(self, iteration: int, *, validation: bool) -> Behaviour | None:
+        """What tokens are drawn from; None is the language model itself."""
+        if validation:
+            return greedy
+        return partial(epsilon_greedy, epsilon=self.epsilon(iteration), others=self.others)
+
+    def metrics(self, iteration: int) -> dict[str, float]:
+        """Of an iteration."""
+        return {"train/epsilon": self.epsilon(iteration)}
+
 
 @dataclass(frozen=True)
 class Boltzmann:
     """A token of probability ``softmax(Q / scale)``: ordinary sampling from the language model."""
+
+    def behaviour(self, iteration: int, *, validation: bool) -> Behaviour | None:
+        return None
+
+    def metrics(self, iteration: int) -> dict[str, float]:
+        return {}
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
+from policylab.algorithms.trust_region import TrustRegion
 from policylab.errors import UserError, check_range
-
-
-@runtime_checkable
-class Update(Protocol):
-    """Passes over the rollout, and optimizer steps in each."""
-
-    @property
-    def epochs(self) -> int: ...
-
-    @property
-    def minibatches(self) -> int: ...
-
-    @property
-    def gives_old_logprobs(self) -> bool:
-        """Whether its own forward passes give the log-probs before the update."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +17,7 @@ class SingleStep:
     minibatches: ClassVar[int] = 1
     kl_stop: ClassVar[None] = None
     reestimate: ClassVar[bool] = False
-    gives_old_logprobs: ClassVar[bool] = True
+    gives_old_logprobs: ClassVar[bool] = True  #: its own forward passes give the log-probs before the update
 
 
 @dataclass(frozen=True)
@@ -73,3 +58,6 @@ class MinibatchEpochs:
     def gives_old_logprobs(self) -> bool:
         """With a single step, every pass is of the policy that sampled."""
         return self.epochs * self.minibatches == 1
+
+
+Update = SingleStep | MinibatchEpochs | TrustRegion

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
+from policylab.functional.behaviour import Behaviour
 from policylab.functional.logprobs import log_distribution
 from policylab.models.decoders import Decoder
 from policylab.models.policy import Policy
-from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
 from policylab.rollouts.sampling import check_finite, draw
 

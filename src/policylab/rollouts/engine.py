@@ -12,9 +12,9 @@ from torch import Tensor
 
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
+from policylab.functional.behaviour import Behaviour
 from policylab.functional.masks import length_mask
 from policylab.models.policy import Policy
-from policylab.rollouts.behaviour import Behaviour
 
 
 class Engine(Protocol):

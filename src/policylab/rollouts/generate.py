@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from policylab.data.rollout import Prompt, Rollout
+from policylab.functional.behaviour import Behaviour
 from policylab.functional.logprobs import log_distribution, token_logprobs
 from policylab.models.policy import Policy
-from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
 from policylab.rollouts.sampling import inverse_cdf
 

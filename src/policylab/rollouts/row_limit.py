@@ -17,9 +17,9 @@ from policylab.data.rollout import Prompt, Rollout
 from policylab.distributed.allocator import main_memory
 from policylab.distributed.world import world
 from policylab.errors import UserError
+from policylab.functional.behaviour import Behaviour
 from policylab.models.memory import rows_at_once
 from policylab.models.policy import Policy
-from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.engine import Engine
 
 #: Limit for engines that schedule their own rows.

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError, check_range
+from policylab.functional.behaviour import Behaviour, greedy
 from policylab.models.adapted import whole_weights
 from policylab.models.policy import Policy
-from policylab.rollouts.behaviour import Behaviour, greedy
 from policylab.rollouts.engine import assemble, check_context, check_settings
 
 

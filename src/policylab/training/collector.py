@@ -12,8 +12,8 @@ from policylab.algorithms import DynamicSampling
 from policylab.data.plan import BatchPlan
 from policylab.data.rollout import Completion, Prompt, Rollout, Sample
 from policylab.distributed.sharding import gathered
+from policylab.functional.behaviour import greedy
 from policylab.rewards.scorer import ScoreFuture
-from policylab.rollouts.behaviour import greedy
 from policylab.rollouts.noise import REFILL, TRAIN, uniforms
 from policylab.training.metrics import describe
 from policylab.training.sampler import Sampler, rewarded

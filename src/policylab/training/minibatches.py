@@ -13,14 +13,8 @@ from policylab.training.means import TRAINED
 from policylab.training.updater import Updater
 
 
-class MinibatchUpdater(Updater):
+class MinibatchUpdater(Updater[MinibatchEpochs | SingleStep]):
     """Moves the policy along the gradient of the algorithm's loss."""
-
-    @property
-    def settings(self) -> MinibatchEpochs | SingleStep:
-        """Epochs, minibatches and when to stop."""
-        assert isinstance(self.algorithm.update, MinibatchEpochs | SingleStep)
-        return self.algorithm.update
 
     def update(self, rollout: Rollout) -> None:
         """Epochs of minibatches, ended early when the policy has moved too far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from policylab.functional.advantages import explained_variance
 from policylab.training.average import Average
 from policylab.training.collector import Collector
 from policylab.training.metrics import measure, of_iteration
-from policylab.training.minibatches import MinibatchUpdater
 from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
 from policylab.training.updater import Updater
@@ -26,7 +26,7 @@ class PolicyGradient(TrainingModule):
         track_exact_kl: whether rollouts get ``exact_kl`` even where the algorithm does not need it.
     """
 
-    def __init__(self, algorithm: Algorithm, parts: Parts, updater: type[Updater] = MinibatchUpdater) -> None:
+    def __init__(self, algorithm: Algorithm, parts: Parts, updater: type[Updater[Any]]) -> None:
         super().__init__(parts)
         self.algorithm = algorithm
         if self.reference_moves and self.reference is not None:

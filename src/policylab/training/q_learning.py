@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from policylab.algorithms.q_learning import EpsilonGreedy, QLearning
+from policylab.algorithms.q_learning import QLearning
 from policylab.data.rollout import PromptBatch, Rollout
+from policylab.functional.behaviour import Behaviour
 from policylab.functional.logprobs import entropy
 from policylab.functional.reduction import token_sum
 from policylab.models.adapted import shared_weights
 from policylab.models.policy import Policy
-from policylab.rollouts.behaviour import Behaviour, epsilon_greedy, greedy
-from policylab.rollouts.noise import TRAIN, VALIDATION
+from policylab.rollouts.noise import PREFLIGHT, VALIDATION
 from policylab.training.average import Average
 from policylab.training.collector import Collector
 from policylab.training.means import TRAINED
@@ -58,14 +57,10 @@ class QTraining(TrainingModule):
         self.finish_iteration({**metrics, "train/lr": lr}, started)
 
     def behaviour(self, stream: int) -> Behaviour | None:
-        """The distribution that tokens are drawn from: the policy itself (None), or epsilon-greedy."""
-        exploration = self.algorithm.exploration
-        if isinstance(exploration, EpsilonGreedy) and stream == TRAIN:
-            epsilon = exploration.epsilon(self.iteration)
-            return partial(epsilon_greedy, epsilon=epsilon, others=exploration.others)
-        if isinstance(exploration, EpsilonGreedy) and stream == VALIDATION:
-            return greedy
-        return None
+        """What tokens are drawn from; the preflight samples from the language model itself."""
+        if stream == PREFLIGHT:
+            return None
+        return self.algorithm.exploration.behaviour(self.iteration, validation=stream == VALIDATION)
 
     @torch.no_grad()
     def start_values(self, rollout: Rollout) -> None:
@@ -124,9 +119,7 @@ class QTraining(TrainingModule):
         measure(rollout, self.recorder.means, "train")
         metrics = of_iteration(rollout, self.runtime.all_sum)
         metrics["train/replay_tokens"] = float(self.replay.buffer.tokens)
-        if isinstance(self.algorithm.exploration, EpsilonGreedy):
-            metrics["train/epsilon"] = self.algorithm.exploration.epsilon(self.iteration)
-        return metrics
+        return metrics | self.algorithm.exploration.metrics(self.iteration)
 
 
 def target_of(policy: Policy) -> Policy:

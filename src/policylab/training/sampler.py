@@ -10,10 +10,10 @@ from torch import Tensor
 
 from policylab.data.rollout import Completion, Prompt, Rollout
 from policylab.distributed.sharding import gathered
+from policylab.functional.behaviour import Behaviour
 from policylab.models.policy import Policy
 from policylab.rewards.base import Scores
 from policylab.rewards.scorer import ScoreFuture
-from policylab.rollouts.behaviour import Behaviour
 from policylab.rollouts.noise import PREFLIGHT, VALIDATION, uniforms
 from policylab.rollouts.row_limit import EVERY_ROW, RowLimit
 from policylab.training.means import SAMPLED

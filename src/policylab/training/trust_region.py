@@ -48,7 +48,7 @@ class Outcome:
     ratio_max: float
 
 
-class TrustRegionUpdater(Updater):
+class TrustRegionUpdater(Updater[TrustRegion]):
     """Moves the policy by an algorithm whose update is a :class:`~policylab.algorithms.TrustRegion`.
 
     "Trust Region Policy Optimization", arXiv:1502.05477, appendix C. All sums over sequences are sums over processes,
@@ -61,8 +61,6 @@ class TrustRegionUpdater(Updater):
 
     def __init__(self, algorithm: Algorithm, plan: BatchPlan, sampler: Sampler, stepper: Stepper) -> None:
         super().__init__(algorithm, plan, sampler, stepper)
-        assert isinstance(algorithm.update, TrustRegion)
-        self.region = algorithm.update
         if self.policy.dtype != torch.float32:
             raise UserError(
                 f"algo.update=trust_region takes steps too small for {self.policy.dtype} weights; take "
@@ -156,7 +154,7 @@ class TrustRegionUpdater(Updater):
         A subset is enough for the direction, not for the length: the direction fits the tokens of the gradient, so
         the Fisher matrix of a few of them underestimates the KL on the rest.
         """
-        region = self.region
+        region = self.settings
         every, _ = self.fisher_rows(rollout, 1.0)
         some, group = self.fisher_rows(rollout, region.fisher_share)
         if not gradient.any():
@@ -188,7 +186,7 @@ class TrustRegionUpdater(Updater):
         """Products with the Fisher matrix of these sequences of all processes."""
         actions = self.actions(rollout, rows)
         return FisherProducts(
-            actor, self.passes.pieces(rollout, rows), actions, self.region.products, self.runtime.all_sum
+            actor, self.passes.pieces(rollout, rows), actions, self.settings.products, self.runtime.all_sum
         )
 
     def actions(self, rollout: Rollout, rows: Tensor) -> float:
@@ -233,7 +231,7 @@ class TrustRegionUpdater(Updater):
         stay = Outcome(loss, 0.0, 0.0, 0.0, 1.0)
         if step.kl == 0:
             return 0.0, 0, stay
-        search = self.region.line_search
+        search = self.settings.line_search
         scales = [1.0] if search is None else search.scales()
         old = actor.flat(actor.parameters)
         for tried, scale in enumerate(scales, start=1):
@@ -241,7 +239,7 @@ class TrustRegionUpdater(Updater):
             outcome = self.try_weights(actor, pieces, new, denominator, actions)
             if search is None:
                 check_finite(outcome.kl, "KL after the natural gradient's step")
-            if search is None or (outcome.loss < loss and outcome.kl <= self.region.max_kl):
+            if search is None or (outcome.loss < loss and outcome.kl <= self.settings.max_kl):
                 actor.move_to(new)
                 return scale, tried, outcome
         return 0.0, len(scales), stay
@@ -288,9 +286,9 @@ class TrustRegionUpdater(Updater):
 
     def fit_critic(self, rollout: Rollout) -> None:
         """Epochs of minibatches on the value loss alone; the policy does not move."""
-        size = self.plan.sequences // self.region.critic_minibatches
+        size = self.plan.sequences // self.settings.critic_minibatches
         critic_alone = {"critic_grad_norm": self.policy.critic_parameters()}
-        for epoch in range(self.region.critic_epochs):
+        for epoch in range(self.settings.critic_epochs):
             for rows in self.minibatches(rollout, epoch, size):
                 if self.passes.retry_on_oom(functools.partial(self.critic_gradient, rollout, rows)):
                     self.stepper.apply_gradients(rollout, rows, "critic", critic_alone)

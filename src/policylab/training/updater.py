@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar, cast
+
 import torch
 from torch import Tensor
 
 from policylab.algorithms import Algorithm
+from policylab.algorithms.update import Update
 from policylab.data.plan import BatchPlan
 from policylab.data.rollout import Rollout
 from policylab.functional.ragged import on_device
@@ -14,16 +17,20 @@ from policylab.training.micro_batches import split
 from policylab.training.sampler import Sampler
 from policylab.training.stepper import Stepper
 
+U = TypeVar("U", bound=Update)
 
-class Updater:
+
+class Updater(Generic[U]):
     """Base of the updaters.
 
     Attributes:
+        settings: the update axis of the algorithm.
         ratio_max: the largest probability ratio of the last update on this process.
     """
 
     def __init__(self, algorithm: Algorithm, plan: BatchPlan, sampler: Sampler, stepper: Stepper) -> None:
         self.algorithm = algorithm
+        self.settings = cast(U, algorithm.update)  # the method chooses the updater by them
         self.plan = plan
         self.sampler = sampler
         self.stepper = stepper

@@ -11,6 +11,7 @@ from policylab.data.plan import BatchPlan
 from policylab.errors import UserError
 from policylab.training import PolicyGradient
 from policylab.training.methods.base import Method
+from policylab.training.minibatches import MinibatchUpdater
 from policylab.training.needs import Cost, CriticNeed, Needs
 from policylab.training.parts import Parts
 
@@ -64,4 +65,4 @@ class PolicyGradientMethod(Method[Algorithm]):
         )
 
     def trainer(self, parts: Parts) -> PolicyGradient:
-        return PolicyGradient(self.algorithm, parts)
+        return PolicyGradient(self.algorithm, parts, MinibatchUpdater)
