@@ -132,7 +132,7 @@ class EpsilonGreedy:
         return partial(epsilon_greedy, epsilon=self.epsilon(iteration), others=self.others)
 
     def metrics(self, iteration: int) -> dict[str, float]:
-        """Of an iteration."""
+        """Metrics of an iteration."""
         return {"train/epsilon": self.epsilon(iteration)}
 
 

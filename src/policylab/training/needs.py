@@ -1,4 +1,4 @@
-"""What a run needs and computes for a method: stated by its family, read by the trainer and by plans."""
+"""What a method requires and what an iteration costs: stated by its family, read by trainers and plans."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Pace:
     tokens: float  #: sampled tokens
 
     def seconds(self, needs: Needs, cost: Cost) -> float:
-        """Of a sequence in an iteration, its sampling included; a backward pass costs about two forward passes."""
+        """Upper bound per sequence of an iteration; a backward pass costs about two forward passes."""
         sampled = self.sample * (needs.learns_from == "rollouts")
         return sampled + (cost.forwards + 3 * cost.passes) * self.forward
 
