@@ -397,7 +397,7 @@ def test_a_step_beyond_the_bound_is_shortened(prepared):
     step, metrics = step_of(module, rollout)
     assert step.any()
     assert metrics["train/step_scale"] <= 0.5
-    assert metrics["train/kl_measured"] <= module.updater.region.max_kl
+    assert metrics["train/kl_measured"] <= module.updater.settings.max_kl
 
 
 @pytest.mark.parametrize("algo", quick(["trpo", "npg"], ["trpo"]))
@@ -447,7 +447,7 @@ def test_without_a_critic_there_is_none_to_fit(iterate):
 def test_mixed_precision_moves_within_the_bound(iterate):
     module, before = iterate("algo=trpo", "hardware.precision=bf16-mixed")
     assert moved(module, before).any()
-    assert module.metrics["train/kl_measured"] <= module.updater.region.max_kl
+    assert module.metrics["train/kl_measured"] <= module.updater.settings.max_kl
 
 
 def test_weights_too_coarse_are_refused(compose, tmp_path):
