@@ -145,11 +145,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    chosen = arguments(argv)
+    """Runs, and reports damage itself instead of the package."""
+    package = logging.getLogger("policylab")
+    before = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        return run_all(arguments(argv))
+    finally:
+        package.setLevel(before)
+
+
+def run_all(chosen: argparse.Namespace) -> int:
+    """Kills the runs, compares them, and prints the table."""
     folder = (chosen.folder or Path(tempfile.mkdtemp(prefix="chaos_"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     started, about = time.perf_counter(), describe_environment(ROOT)
-    logging.getLogger("policylab").setLevel(logging.ERROR)  # damage is told below
 
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - started:6.0f} s] {text}", flush=True)

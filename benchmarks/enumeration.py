@@ -218,7 +218,7 @@ def loss_of(algo: Algorithm, world: World, rollout: Rollout, logits: Tensor, row
 def gradients(algo: Algorithm, world: World, size: int) -> tuple[Tensor, Tensor]:
     """Probability ``[N]`` and ascent direction ``[N, S, V]`` of every batch of this size."""
     rollout = world.table()
-    if not algo.needs_policy_logprobs:
+    if not algo.recomputes_logprobs(exact=True):
         rollout = rollout.replace(policy_logprobs=None)
     rows, orders = batches(size)
 

@@ -148,6 +148,9 @@ def draw_room(room: str, edges: Mapping[str, set[str]]) -> str:
 def main(arguments: list[str]) -> int:
     """Draws, then says what breaks the rule."""
     edges = graph()
+    if unknown := sorted({room_of(module) for module in files()} - {*FLOOR, "policylab"}):
+        print(f"{', '.join(unknown)}: give each a floor in FLOORS of scripts/house.py", file=sys.stderr)
+        return 2
     if arguments and arguments[0] not in FLOOR:
         print(f"{arguments[0]} is not a room; rooms are {', '.join(sorted(FLOOR))}", file=sys.stderr)
         return 2

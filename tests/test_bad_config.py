@@ -23,6 +23,10 @@ from policylab.errors import RunError, UserError
             ["algo._target_=policylab.algorithms.PPO"],
             r"algo\._target_=policylab\.algorithms\.PPO cannot be imported: there is no PPO in policylab\.algorithms",
         ),
+        (
+            ["optim._target_=policylab.modules.optimizer.AdamW"],
+            r"there is no module policylab\.modules\.optimizer; it is policylab\.training\.optimizer\.AdamW now$",
+        ),
         (["reward._target_=nowhere.mine"], "cannot be imported: there is no module nowhere; looked in"),
         (
             ["reward._target_=policylab.rewards.sentiment.sentimental"],

@@ -309,7 +309,7 @@ def test_senseless_critics_are_refused(tiny):
         Critic(0.1, None, -1, None)
     with pytest.raises(UserError, match=r"needs a network of its own, but algo\.critic\.own_layers is 0"):
         Critic(0.1, None, 0, "folder")
-    with pytest.raises(UserError, match=r"own_layers is 99, but the policy has 2 layers"):
+    with pytest.raises(UserError, match=r"own_layers=99, but the policy has 2 layers"):
         value_model(tiny.lm, 99, None)
 
 

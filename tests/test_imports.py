@@ -107,6 +107,13 @@ def test_the_house_sees_an_upward_import_and_a_circle(house: ModuleType) -> None
     assert house.circles(edges) == ["runs.b <-> runs.c"]
 
 
+def test_a_room_without_a_floor_is_told(house: ModuleType, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(house, "files", lambda: {"attic.a": Path("a.py"), "errors": Path("e.py")})
+    monkeypatch.setattr(house, "graph", lambda: {"attic.a": {"errors"}, "errors": set()})
+    assert house.main([]) == 2
+    assert capsys.readouterr().err == "attic: give each a floor in FLOORS of scripts/house.py\n"
+
+
 def test_the_walk_sees_nested_and_from_imports() -> None:
     source = """
 from typing import TYPE_CHECKING

@@ -452,6 +452,16 @@ def test_what_a_reward_reads_is_settled_at_the_start(tmp_path, monkeypatch):
     reward = {"path": f"{tmp_path}/latest", "other": "a/b", "key": "${oc.env:A_KEY}"}
     found = with_places(OmegaConf.create({"reward": reward})).reward
     assert OmegaConf.to_container(found) == {**reward, "path": f"{tmp_path}/judge"}
+    monkeypatch.chdir(tmp_path)
+    Path("words").mkdir()
+    Path("words/a.txt").touch()
+    part = {"path": "words/a.txt", "more": ["words/a.txt"], "key": "${oc.env:A_KEY}", "ask": "0/1? " * 1000}
+    found = with_places(OmegaConf.create({"reward": {"parts": {"a": part}}})).reward.parts.a
+    place = str(tmp_path / "words" / "a.txt")
+    assert OmegaConf.to_container(found) == {**part, "path": place, "more": [place]}
+    run = make_run(tmp_path / "run", reward={"parts": {"a": OmegaConf.to_container(found)}})
+    write_json(run / "env.json", {"overrides": ["reward=mine"]})
+    assert f"++reward.parts.a.path={place}" in with_command_of([f"resume={run}"])
 
 
 def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_done(tmp_path):
@@ -796,6 +806,25 @@ def test_a_failure_is_on_record(train, tmp_path):
     assert not (tmp_path / "logs" / "latest").exists(), "there is nothing in it to evaluate"
 
 
+def test_processes_that_do_not_meet_are_on_record(train, tmp_path, monkeypatch, caplog):
+    """A new run can be resumed, and a run keeps the status that it had."""
+
+    def connect(*_):
+        raise RuntimeError("no such interface")
+
+    monkeypatch.setattr("policylab.launch.run.connect", connect)
+    with pytest.raises(RuntimeError, match="no such interface"):
+        train([])
+    run = tmp_path / "run"
+    status = read_status(run)
+    assert (status["status"], status["exception"]) == ("failed", "RuntimeError: no such interface")
+    assert checkpoint_to_resume(str(run)) is None
+    assert "the run failed" in caplog.text
+    with pytest.raises(RuntimeError, match="no such interface"):
+        train([])
+    assert read_status(run) == status
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("debug", ["overfit", "profile", "'nan'"])
 def test_debug_presets_run(train, debug):
@@ -882,7 +911,29 @@ def test_a_place_where_an_evaluation_cannot_be_written_is_refused_at_once(tmp_pa
         output_file(f"{tmp_path}/nosuch/out.json", tmp_path)
     with pytest.raises(UserError, match="is a folder; give the file to write"):
         output_file(str(tmp_path), tmp_path)
+    with pytest.raises(UserError, match=r"x\.log is the name of a log; .*give FILE\.json"):
+        output_file(f"{tmp_path}/x.log", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_leaves_the_log_of_the_run_alone(tmp_path, compose, monkeypatch):
+    from policylab.launch import evaluate
+
+    run = make_run(tmp_path / "run")
+    (run / "train.log").write_text("trained")
+    for name, fails in (("find_checkpoint", None), ("evaluate", UserError("no"))):
+
+        def stand_in(*_, error=fails):
+            if error:
+                raise error
+
+        monkeypatch.setattr(evaluate, name, stand_in)
+    config = compose([f"run={run}", f"out={run}/train.json"], "evaluate")
+    for _ in range(2):
+        with pytest.raises(UserError, match="no"):
+            evaluate.evaluate_job(config)
+    assert (run / "train.log").read_text() == "trained"
+    assert len((run / "evaluate.log").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

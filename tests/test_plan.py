@@ -68,7 +68,7 @@ HARDWARE = Hardware(
 JOB = Job(
     SIZE, None, HARDWARE, PLAN, prompt_tokens=3.0, longest_prompt=3, new_tokens=5, needs=Needs(reference="frozen"),
     cost=Cost(forwards=1), engine="cached", engine_share=0.0, sampling_bytes=4, micro_batch_tokens=None, max_rows=None,
-    validation=1, checkpoints=True,
+    validation=1, checkpoints=True, keys=frozenset(),
 )  # fmt: skip
 
 
@@ -246,6 +246,34 @@ def test_knobs_save_what_they_say(compose, tmp_path):
                 continue
             turned = describe(compose([*overrides, *knob.words.split()])).job
             assert peak(turned).total == pytest.approx(knob.peak, rel=0.02), knob.words
+
+
+def test_a_run_is_told_of_its_own_knobs_alone(compose):
+    """Q-learning without a target network keeps a reference, and has no KL of that name."""
+    words = {
+        algo: {knob.words for knob in helpful(describe(compose([f"algo={algo}", *more])).job)}
+        for algo, more in {
+            "grpo": ["model=gpt2_scratch"],
+            "ppo": ["algo/critic=separate"],
+            "soft_q": ["algo/dueling=value_head", "algo.dueling.own_layers=1"],
+        }.items()
+    }
+    assert "algo/kl=none algo/reference=none" in words["grpo"]
+    assert "algo/critic=shared_trunk" in words["ppo"]
+    assert not any(word.startswith("algo/") for word in words["soft_q"])
+    compose(["algo=soft_q", *" ".join(words["soft_q"]).split()])
+
+
+def test_more_own_layers_than_there_are_are_refused_alike(compose):
+    loaded = instantiate(model_config(compose(["model=tiny"])))
+    for refused in (
+        lambda: critic_size(loaded.lm, size_of(loaded.lm), 99),
+        lambda: value_model(loaded.lm, 99, None),
+    ):
+        with pytest.raises(
+            UserError, match=r"^own_layers=99, but the policy has \d+ layers; take at most \d+, or all"
+        ):
+            refused()
 
 
 def test_more_processes_take_less_each(compose, tmp_path):

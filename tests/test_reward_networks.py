@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from policylab.data.text import Completion
 from policylab.rewards.base import Scores, ScoringBatch
-from policylab.rewards.networks import networks
 from policylab.rewards.scorer import Scorer
 from policylab.rewards.sentiment import sentiment
 from policylab.rewards.weighted_sum import WeightedSum
@@ -34,6 +35,20 @@ class Model:
     def score(self, batch: ScoringBatch) -> Scores:
         ids, mask = batch.tokens()
         return Scores(self.networks["reader"](ids, mask), {"length": mask.sum(-1)})
+
+
+class Callable:
+    """A reward that holds a network, and itself."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network, self.again = network, self
+
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
+
+def by(completions, model):
+    return [1.0] * len(completions)
 
 
 def completion(*tokens: int) -> Completion:
@@ -70,12 +85,13 @@ class TestNetworks:
         scorer.move("meta")
         assert scorer.reward.parts["a"].networks["reader"].layer.weight.device.type == "meta"
 
-    def test_a_callable_that_is_not_told_the_device_keeps_its_networks(self):
-        class Callable:
-            def __init__(self):
-                self.network = torch.nn.Dropout()
-
-            def __call__(self, completions):
-                return [1.0] * len(completions)
-
-        assert networks(Callable()) == []
+    @pytest.mark.parametrize("kind", ["object", "partial", "part"])
+    def test_those_of_a_callable_are_frozen_and_stay_where_they_are(self, kind):
+        """It is not told the device."""
+        network = torch.nn.Linear(1, 1)
+        reward = functools.partial(by, model=network) if kind == "partial" else Callable(network)
+        scorer = Scorer(WeightedSum({"a": reward}, {"a": 1.0}) if kind == "part" else reward)
+        scorer.move("meta")
+        assert not network.training
+        assert not network.weight.requires_grad
+        assert network.weight.device.type == "cpu"

@@ -164,6 +164,23 @@ class TestObjects:
 
         assert score(Classifier(), TWO).total == [1.0, 1.0]
 
+    def test_a_call_of_its_own_comes_before_a_helper_called_score(self):
+        class Graded:
+            def __call__(self, completions: Any) -> list[float]:
+                return [self.score(completion.text) for completion in completions]
+
+            def score(self, text: str) -> float:
+                return float(len(text))
+
+        check_reward(Graded())
+        assert score(Graded(), TWO).total == [5.0, 4.0]
+
+        class Network(torch.nn.Module):
+            def score(self, batch: ScoringBatch) -> Scores:
+                return Scores([1.0] * len(batch.completions))
+
+        assert score(Network(), TWO).total == [1.0, 1.0], "the call is torch's"
+
 
 class TestWeightedSum:
     def test_it_adds_and_logs_each_part(self):
@@ -185,6 +202,8 @@ class TestWeightedSum:
             WeightedSum({"a": 3}, {"a": 1.0})
         with pytest.raises(UserError, match=r"reward\.weights\.a='much' is not a number"):
             WeightedSum({"a": sentiment}, {"a": "much"})
+        with pytest.raises(UserError, match=r"reward\.parts: 'a/b' has a slash, which separates a part"):
+            WeightedSum({"a": sentiment, "a/b": sentiment}, {"a": 1.0, "a/b": 1.0})
 
     def test_its_state_is_that_of_its_parts(self):
         def build() -> WeightedSum:

@@ -42,6 +42,26 @@ class Paid:
         return [float(len(completion.text)) for completion in completions]
 
 
+def test_a_plan_knows_the_secrets(monkeypatch, tmp_path, compose):
+    from policylab.launch import run
+
+    overrides = ["plan=true", f"paths.logs={tmp_path}", "+reward.api_key=sk-SECRET"]
+    hydra = OmegaConf.create(
+        {
+            "runtime": {"output_dir": str(tmp_path / "run"), "choices": {}},
+            "overrides": {"task": overrides},
+        }
+    )
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: hydra)
+    said = []
+    monkeypatch.setattr(
+        "policylab.planning.plan.plan_job", lambda _: said.append(redact_text("by sk-SECRET"))
+    )
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    run.train_job(compose(overrides))
+    assert said == [f"by {HIDDEN}"]
+
+
 @pytest.mark.parametrize(
     ("word", "kept"),
     [

@@ -464,3 +464,25 @@ def test_the_parts_know_no_lightning():
     folder = Path(__file__).parent.parent / "src" / "policylab" / "training"
     knows = sorted(path.name for path in folder.glob("*.py") if "import LightningModule" in path.read_text())
     assert knows == ["module.py"]
+
+
+def run_state(*parts):
+    """Of these parts, without a model."""
+    policy = SimpleNamespace(loaded_parameters=dict, source="tiny")
+    return RunState(SimpleNamespace(policy=policy, data="", resolved_config={}, task=None), parts)
+
+
+def test_a_name_that_two_parts_of_the_state_have_is_refused():
+    progress = Progress(iterations=1)
+    assert run_state(progress).state()["iteration"] == 0
+    with pytest.raises(ValueError, match=r"the names \['iteration', .*\]: Progress"):
+        run_state(progress, progress).state()
+
+
+def test_a_checkpoint_that_does_not_say_its_origin_is_told_once(caplog):
+    state = run_state()
+    for _ in range(2):
+        state.check_origin({})
+    assert [record.getMessage()[:43] for record in caplog.records] == [
+        "the checkpoint is of an older version, and "
+    ]

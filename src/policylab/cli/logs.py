@@ -107,9 +107,9 @@ def silence_noise() -> None:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Logs to a file, written anew, and warnings to the console: for a command that Hydra sets up without logging."""
+    """Logs to the end of a file, and warnings to the console: for a command that Hydra sets up without logging."""
     file, console, root = (
-        LogFile(path, mode="w", encoding="utf-8", delay=True),
+        LogFile(path, encoding="utf-8", delay=True),
         ConsoleHandler(),
         logging.root,
     )

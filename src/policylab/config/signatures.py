@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig
 
 from policylab.config.suggest import nearest
 from policylab.errors import RunError, UserError
+from policylab.runs.saved_config import moved
 from policylab.user_code import place, said
 
 #: Keys that are for Hydra, not for the target.
@@ -85,6 +86,7 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
             raise error from None
         raise RunError(
             f"{path}._target_={name} cannot be imported: it failed{place(error)}: {said(error)}"
+            f"{new_place(getattr(error, 'name', None))}"
         ) from error
     if callable(target):
         return target
@@ -96,12 +98,17 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(".")
     where = pydoc.locate(module) if module else None
     if where is None:
-        raise UserError(
-            f"{cannot} there is no module {module or name}; looked in {Path.cwd()} and among what is installed"
-        )
+        hint = new_place(name) or f"; looked in {Path.cwd()} and among what is installed"
+        raise UserError(f"{cannot} there is no module {module or name}{hint}")
     near = nearest(name, [f"{module}.{known}" for known in dir(where)]).strip()
     hint = near or f"see {getattr(where, '__file__', module)}"
     raise UserError(f"{cannot} there is no {attribute} in {module}; {hint}")
+
+
+def new_place(name: str | None) -> str:
+    """Where a module or what was in it is now; empty where it has not moved."""
+    new = moved(name or "")
+    return f"; it is {new} now" if new and pydoc.locate(new) else ""
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:

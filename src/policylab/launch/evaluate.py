@@ -41,7 +41,7 @@ def evaluate_job(config: DictConfig) -> None:
     run_folder = find_run(config.run)
     checkpoint = find_checkpoint(run_folder, config.checkpoint)
     out = output_file(config.out, run_folder)
-    with logged_to(out.with_suffix(".log")), log_failure():
+    with logged_to(out.with_name("evaluate.log")), log_failure():
         result = evaluate(run_folder, checkpoint, config.prompts, config.seed, config.trust_remote_code)
         write_json(out, result)
         show(result, config.show)
@@ -49,14 +49,16 @@ def evaluate_job(config: DictConfig) -> None:
 
 
 def output_file(out: str | None, run_folder: Path) -> Path:
-    """Where metrics and samples go; the log lies beside it.
+    """Where metrics and samples go; ``evaluate.log`` lies beside it.
 
     Raises:
-        UserError: when it is a folder, or its folder does not exist.
+        UserError: when it is a folder or a log, or its folder does not exist.
     """
     path = Path(out).expanduser() if out else run_folder / "evaluate.json"
     if path.is_dir():
         raise UserError(f"out={out} is a folder; give the file to write")
+    if path.suffix == ".log":
+        raise UserError(f"out={out} is the name of a log; metrics and samples are JSON: give FILE.json")
     if not path.parent.is_dir():
         raise UserError(f"out={out}: there is no folder {path.parent}; make it first")
     return path

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ from policylab.runs.metrics_file import is_validated
 from policylab.runs.redaction import redact_words
 from policylab.runs.resume import find_start, rewind_to, validates_at
 from policylab.runs.same_run import check_fits
-from policylab.runs.saved_config import check_folder_is_free, plain, save_config
+from policylab.runs.saved_config import check_folder_is_free, learn_secrets, plain, save_config
 from policylab.runs.status import RunStatus
 from policylab.runs.summary import summarize, write_summary
 
@@ -59,6 +59,7 @@ def train_job(config: DictConfig) -> float | None:
     run_dir, overrides = Path(hydra.runtime.output_dir), task_overrides(hydra)
     sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records it
     with removed_if_empty(run_dir, Path(config.paths.logs)) if world().main else nullcontext():
+        learn_secrets(config)  # before anything is said about it
         if warning := tuned_for_others(config, hydra.runtime.choices.get("algo_model")):
             log.warning("%s", warning)
         if config.resume:
@@ -109,7 +110,8 @@ def train(
         Interrupted: after a signal, when everything is saved.
     """
     main = world().main
-    connect(backend(config.hardware), config.hardware.timeout)
+    with start_on_record(config, run_dir, overrides):
+        connect(backend(config.hardware), config.hardware.timeout)
     check_same("config", OmegaConf.to_yaml(config, resolve=True))
     checkpoint, fresh = start_of(config, run_dir, overrides)
     screen = Screen(config, run_dir)
@@ -150,12 +152,45 @@ def train(
     return summary["best"]["value"] if summary["best"] else None
 
 
+@contextmanager
+def start_on_record(config: DictConfig, run_dir: Path, overrides: list[str]) -> Iterator[None]:
+    """Puts a failure on record that comes before the run has begun: it can be resumed, and a restart of the group does
+    so. A run that is in the folder already keeps its status; only ``train.log`` has the failure."""
+    with log_failure():
+        try:
+            yield
+        except Exception as error:
+            if world().main and not (run_dir / "status.json").exists():
+                open_run(config, run_dir, overrides)
+                with suppress(RuntimeError):  # where the store cannot be reached either
+                    set_flag(started(run_dir))
+                with RunStatus(run_dir, config.iterations, config.max_tokens):
+                    raise error
+            raise
+
+
+def open_run(config: DictConfig, run_dir: Path, overrides: list[str]) -> None:
+    """Writes down what a new run is.
+
+    Raises:
+        UserError: when the folder already holds a run.
+    """
+    check_folder_is_free(run_dir)
+    save_config(config, run_dir)
+    record_command(overrides, run_dir)
+
+
+def started(run_dir: Path) -> str:
+    """The flag that says that this group of processes has begun a run, which lasts over restarts."""
+    return f"run of {run_dir}"
+
+
 def start_of(config: DictConfig, run_dir: Path, overrides: list[str]) -> tuple[Path | None, bool]:
     """The checkpoint to resume from, None for the beginning; and whether the run is new.
 
     Rank 0 decides and broadcasts. A group of processes that was restarted resumes its own run.
     """
-    own = f"run of {run_dir}"
+    own = started(run_dir)
     resume, checkpoint = config.resume, ""
     if world().main:
         if has_flag(own) and (run_dir / "status.json").is_file():
@@ -163,9 +198,7 @@ def start_of(config: DictConfig, run_dir: Path, overrides: list[str]) -> tuple[P
         if resume:
             checkpoint = str(find_start(config, run_dir, resume) or "")
         else:
-            check_folder_is_free(run_dir)
-            save_config(config, run_dir)
-            record_command(overrides, run_dir)
+            open_run(config, run_dir, overrides)
         set_flag(own)
     checkpoint = broadcast("checkpoint", checkpoint)
     return Path(checkpoint) if checkpoint else None, not resume

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from policylab.data.rollout import Rollout
 from policylab.errors import UserError
 from policylab.models.adapted import shared_weights
-from policylab.models.layers import after_layers, cannot_take_apart, decoder_layers
+from policylab.models.layers import after_layers, cannot_take_apart, decoder_layers, too_many_own_layers
 from policylab.models.readers import Pass, reader_for
 from policylab.models.reward_model import reward_model
 from policylab.models.shape import attention_of
@@ -94,10 +94,7 @@ class OwnLayers(ValueModel):
         super().__init__(head_width(lm))
         layers = decoder_layers(lm)
         if count > len(layers):
-            raise UserError(
-                f"algo.critic.own_layers is {count}, but the policy has {len(layers)} layers; take at most "
-                f"{len(layers)}, or all for a network of its own"
-            )
+            raise too_many_own_layers(count, len(layers))
         # the copies share the policy's config, because a packed pass sets the attention there
         shared = {id(lm.config): lm.config} | shared_weights(lm)
         self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in layers[len(layers) - count :])

@@ -84,6 +84,13 @@ def freeze_below(lm: nn.Module, count: int) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
+def too_many_own_layers(count: int, layers: int) -> UserError:
+    """The error for a critic or a dueling head that asks for more layers of its own than the policy has."""
+    return UserError(
+        f"own_layers={count}, but the policy has {layers} layers; take at most {layers}, or all for a whole network"
+    )
+
+
 def cannot_take_apart(lm: nn.Module, reason: str) -> UserError:
     """The error for an architecture whose layers cannot be found or reused."""
     return UserError(

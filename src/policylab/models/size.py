@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from policylab.errors import UserError
 from policylab.models import shape
 from policylab.models.adapter import LoRA, experts_within
 from policylab.models.decoders import GPT2, Llama
-from policylab.models.layers import decoder_layers, layers_above
+from policylab.models.layers import decoder_layers, layers_above, too_many_own_layers
 from policylab.models.readers.packing import replaces_attention
 
 BF16, FP32 = 2, 4
@@ -185,9 +184,7 @@ def critic_size(lm: Any, size: Size, own_layers: int | Literal["all"]) -> Critic
         return CriticSize(head, 0, separate=False)
     layers = size.layers if own_layers == "all" else own_layers
     if layers > size.layers:
-        raise UserError(
-            f"algo.critic.own_layers is {layers}, but the policy has {size.layers} layers; take at most that, or all"
-        )
+        raise too_many_own_layers(layers, size.layers)
     if size.adapters:  # copies share frozen weights
         own = size.adapters * layers // size.layers
     elif own_layers == "all":

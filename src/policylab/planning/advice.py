@@ -10,6 +10,7 @@ from policylab.errors import UserError
 from policylab.models.size import BF16, FP32
 from policylab.planning.job import Job
 from policylab.planning.memory import peak
+from policylab.runs.words import override_key
 
 #: Settings that save less than this fraction of the peak are not listed.
 WORTH = 0.03
@@ -23,6 +24,11 @@ class Knob:
     job: Job  #: the run with the change
 
     @property
+    def key(self) -> str:
+        """Of the config, which a run must have for the change: ``algo.kl`` of ``algo/kl=none algo/reference=none``."""
+        return override_key(self.words.split()[0]).replace("/", ".")
+
+    @property
     def peak(self) -> float:
         return peak(self.job).total
 
@@ -32,9 +38,10 @@ class Knob:
 
 
 def helpful(job: Job) -> list[Knob]:
-    """Changes that lower the peak, the best first."""
+    """Changes that lower the peak and that this run has, the best first."""
     now = peak(job).total
-    return sorted((k for k in knobs(job) if k.peak < (1 - WORTH) * now), key=lambda knob: knob.peak)
+    there = (knob for knob in knobs(job) if knob.key in job.keys)
+    return sorted((k for k in there if k.peak < (1 - WORTH) * now), key=lambda knob: knob.peak)
 
 
 def together(job: Job) -> Knob | None:

@@ -67,6 +67,7 @@ class Job:
         rows: most completions sampled at once.
         validation: prompts of a validation batch, over all processes.
         checkpoints: whether states are saved during training.
+        keys: dotted keys of the config, groups included: what a command line can change.
     """
 
     size: Size
@@ -85,6 +86,7 @@ class Job:
     max_rows: int | None
     validation: int
     checkpoints: bool
+    keys: frozenset[str]
 
     # -- what trains -------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from policylab.cli.messages import dotted_keys
 from policylab.config.build import (
     PLANNED,
     TAKEN_OVER,
@@ -94,6 +95,7 @@ def describe(config: DictConfig) -> Described:
         max_rows=config.rollout.get("max_rows", EVERY_ROW),
         validation=min(config.validation.batch_size, config.validation.prompts),
         checkpoints=bool(config.callbacks and config.callbacks.get("checkpoint")),
+        keys=frozenset(dotted_keys(config)),
     )
     return Described(job, model.source, model.tokenizer is None)
 

@@ -80,8 +80,13 @@ RewardFunction = Callable[[Sequence[Completion]], Sequence[float | Score]]
 
 
 def takes_batch(reward: Any) -> bool:
-    """Whether it has a method ``score``. A layer of that name, as classifiers have it, is none."""
-    return hasattr(type(reward), "score")
+    """Whether it has a method ``score`` and no ``__call__`` of its own, beside which ``score`` may be a helper.
+
+    That of a network is `torch.nn.Module`'s. A layer named ``score``, as classifiers have it, is no method.
+    """
+    kind = type(reward)
+    calls = next((base for base in kind.__mro__ if "__call__" in vars(base)), None)
+    return hasattr(kind, "score") and (calls is None or calls.__module__.startswith("torch."))
 
 
 def reward_name(reward: Reward | RewardFunction) -> str:

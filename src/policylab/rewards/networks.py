@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from policylab.rewards.base import takes_batch
@@ -17,18 +18,32 @@ def is_network(reward: Any) -> bool:
     return isinstance(reward, nn.Module)
 
 
-def networks(reward: Any) -> list[nn.Module]:
-    """The reward itself, if it is a network; else the networks among its attributes and in lists and dicts there, if it
-    has ``score(batch)``, and so is told the device. Those of another callable stay as they are."""
+def networks(reward: Any, *, told_device: bool = False, above: tuple[Any, ...] = ()) -> list[nn.Module]:
+    """The reward itself, if it is a network; else the networks among its attributes and, for a partial, its arguments,
+    and in lists and dicts there.
+
+    Args:
+        told_device: those alone that are rewards themselves or belong to one with ``score(batch)``.
+        above: rewards that hold this one, which are not searched again.
+    """
     if is_network(reward):
         return [reward]
-    if not takes_batch(reward):
+    searched = takes_batch(reward) or (callable(reward) and not isinstance(reward, type) and not told_device)
+    if not searched or any(reward is other for other in above):
         return []
-    values = getattr(reward, "__dict__", {}).values()
+    values = [*getattr(reward, "__dict__", {}).values()]
+    if isinstance(reward, functools.partial):
+        values += [reward.func, reward.args, reward.keywords]
     held = [
         list(v.values()) if isinstance(v, dict) else v if isinstance(v, list | tuple) else [v] for v in values
     ]
-    return [network for group in held for item in group for network in networks(item)]
+    above = (*above, reward)
+    return [
+        network
+        for group in held
+        for item in group
+        for network in networks(item, told_device=told_device, above=above)
+    ]
 
 
 def freeze(reward: Any) -> None:
@@ -38,6 +53,7 @@ def freeze(reward: Any) -> None:
 
 
 def move(reward: Any, device: Any) -> None:
-    """Moves the networks to a device."""
-    for network in networks(reward):
+    """Moves the networks to a device. Those of a function of completions stay: it is not told the device, and may feed
+    them with tensors on the CPU."""
+    for network in networks(reward, told_device=True):
         network.to(device)

@@ -18,7 +18,7 @@ class WeightedSum:
         weights: a number for each of them.
 
     Raises:
-        UserError: when the names differ, a part is no reward, or a weight no number.
+        UserError: when the names differ, a name has a slash, a part is no reward, or a weight no number.
     """
 
     def __init__(self, parts: Mapping[str, Reward | RewardFunction], weights: Mapping[str, float]) -> None:
@@ -29,6 +29,10 @@ class WeightedSum:
             )
         for name, part in parts.items():
             check_reward(part)
+            if "/" in str(name):
+                raise UserError(
+                    f"reward.parts: {name!r} has a slash, which separates a part from its own parts"
+                )
             if isinstance(weights[name], bool) or not isinstance(weights[name], int | float):
                 raise UserError(f"reward.weights.{name}={weights[name]!r} is not a number")
         self.parts = dict(parts)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import UserError
 from policylab.runs.find import find_run
-from policylab.runs.places import PLACES, keys_of_reward
+from policylab.runs.places import PLACES, texts_of_reward
 from policylab.runs.redaction import HIDDEN
 from policylab.runs.saved_config import load_config
 from policylab.runs.status import DONE, read_status
@@ -54,7 +54,8 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     places = [f"++{override(key, path)}" for key, path in found if key not in given]
     replaced = given.union(map(override_key, places))
     # A choice of a group, such as reward=sentiment, replaces the whole group.
-    groups = tuple(f"{key.replace('/', '.')}." for key in given)
+    chosen = (override_key(word) for word in arguments if not word.startswith("~"))
+    groups = tuple(f"{key.replace('/', '.')}." for key in chosen)
     before = [
         word
         for word in recorded
@@ -70,8 +71,9 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
 
 def absolute_places(config: DictConfig) -> list[tuple[str, str]]:
     """The files and folders that a run reads, by key, as its saved config has them. The relative paths and links of
-    its command may mean something else by now."""
-    found = ((key, OmegaConf.select(config, key)) for key in (*PLACES, *keys_of_reward(config)))
+    its command may mean something else by now. Items of lists are left out: no command line names one."""
+    found = [(key, OmegaConf.select(config, key)) for key in PLACES]
+    found += [(key, text) for key, text in texts_of_reward(config) if "[" not in key]
     return [(key, place) for key, place in found if isinstance(place, str) and Path(place).is_absolute()]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 import policylab
+from policylab.runs.words import leaves
 
 ASSETS = Path(policylab.__file__).parent / "assets"
 #: Keys that may name a file or folder to read; what it must be; values that are no path.
@@ -19,8 +21,8 @@ PLACES = {
 
 
 def with_places(config: DictConfig) -> DictConfig:
-    """A copy of the config in which `PLACES` are absolute paths without links. So are values of the reward that have a
-    slash and name an existing file or folder.
+    """A copy of the config in which `PLACES` are absolute paths without links. So are values below `reward` that have
+    a slash and name an existing file or folder.
 
     A link such as ``logs/latest``, or a relative path, may mean something else when the run is evaluated or resumed.
     The id of a model or data set on the hub stays as it is.
@@ -30,14 +32,15 @@ def with_places(config: DictConfig) -> DictConfig:
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and value not in words and fits(path := Path(value).expanduser()):
             OmegaConf.update(found, key, str(path.resolve()))
-    for key in keys_of_reward(config):
-        value = OmegaConf.select(config, key)
-        if isinstance(value, str) and "/" in value and (path := Path(value).expanduser()).exists():
-            OmegaConf.update(found, key, str(path.resolve()))
+    for key, value in texts_of_reward(config):
+        if "/" in value and os.path.exists(
+            place := os.path.expanduser(value)
+        ):  # false for a text of any length
+            OmegaConf.update(found, key, os.path.realpath(place))
     return found
 
 
-def keys_of_reward(config: DictConfig) -> list[str]:
-    """Such as ``reward.path``. Interpolations are left out, as they may refer to a secret."""
-    reward = config.get("reward") or OmegaConf.create()
-    return [f"reward.{key!s}" for key in reward if not OmegaConf.is_interpolation(reward, str(key))]
+def texts_of_reward(config: DictConfig) -> list[tuple[str, str]]:
+    """Values by key, such as ``reward.parts.kind.path``. Interpolations are left out, as they may refer to a secret."""
+    values = leaves(OmegaConf.to_container(config.get("reward") or OmegaConf.create()), "reward")
+    return [(key, value) for key, value in values if isinstance(value, str) and "${" not in value]

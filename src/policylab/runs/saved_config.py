@@ -30,8 +30,19 @@ ADDED = {
     "task.too_long": "refuse",
     "max_tokens": None,
 }
-#: Where the targets of older runs are now.
-MOVED = {"policylab.modules.": "policylab.training."}
+#: Where modules of before are now, which older runs or a user's own code may name.
+MOVED = {
+    "policylab.callbacks.metrics_file": "policylab.runs.metrics_file",
+    "policylab.launch.hydra_files": "policylab.cli.hydra_files",
+    "policylab.launch.status": "policylab.runs.status",
+    "policylab.launch.world": "policylab.distributed.world",
+    "policylab.modules": "policylab.training",
+    "policylab.rewards.memory": "policylab.rewards.state",
+    "policylab.rollouts.decoders": "policylab.models.decoders",
+    "policylab.rollouts.plan": "policylab.data.plan",
+    "policylab.rollouts.text": "policylab.data.text",
+    "policylab.rollouts.types": "policylab.data.rollout",
+}
 #: OmegaConf's message where a reference cannot be resolved, such as one to a variable of the environment.
 UNRESOLVED = re.compile(r"\w+ raised while resolving interpolation: (?P<why>.*)\s+full_key: (?P<key>\S+)")
 
@@ -127,10 +138,17 @@ def load_config(run_folder: Path) -> DictConfig:
         if isinstance(node, DictConfig) and name not in node:
             OmegaConf.update(config, key, value)
     for key, value in leaves(OmegaConf.to_container(config)):
-        for old, new in MOVED.items():
-            if key.endswith("._target_") and str(value).startswith(old):
-                OmegaConf.update(config, key, value.replace(old, new, 1))
+        if key.endswith("._target_") and (new := moved(str(value))):
+            OmegaConf.update(config, key, new)
     return config
+
+
+def moved(name: str) -> str | None:
+    """The dotted name of today where a name's module is in `MOVED`."""
+    for old, new in MOVED.items():
+        if f"{name}.".startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return None
 
 
 def load_usable(run_folder: Path, parts: Sequence[str], trust_remote_code: bool) -> DictConfig:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,8 @@ from policylab.errors import UserError
 from policylab.functional import products
 from policylab.models.fingerprint import fingerprint
 from policylab.training.parts import Parts
+
+log = logging.getLogger(__name__)
 
 #: Counters that are saved.
 SAVED = ("iteration", "kl_coef", "tokens_sampled", "tokens_trained")
@@ -85,6 +87,7 @@ class RunState:
     def __init__(self, parts: Parts, stateful: Sequence[Stateful]) -> None:
         self.stateful = list(stateful)
         self.origin = {"weights": fingerprint(parts.policy.loaded_parameters()), "data": parts.data}
+        self.told = False  #: that the checkpoint does not say where its run started
         self._config = parts.resolved_config
         self._source, self._task = parts.policy.source, parts.task
 
@@ -92,7 +95,12 @@ class RunState:
         """The state for a checkpoint; called on all processes at once."""
         state = {"config": self._config, "origin": self.origin, "products": products.chosen().plain()}
         for part in self.stateful:
-            state |= part.state()
+            own = part.state()
+            if twice := state.keys() & own.keys():
+                raise ValueError(
+                    f"two parts of the run's state have the names {sorted(twice)}: {type(part).__name__}"
+                )
+            state |= own
         return state
 
     def load(self, state: dict[str, Any]) -> None:
@@ -115,10 +123,12 @@ class RunState:
             UserError: naming the weights or the data of this command.
         """
         origin = state.get("origin")
+        if origin is None and self.told:
+            return  # a resumed run loads its checkpoint for the validation and for the training
         if origin is None:
-            warnings.warn(
-                "the checkpoint is of an older version, and does not say from which weights and data its run started",
-                stacklevel=2,
+            self.told = True
+            log.warning(
+                "the checkpoint is of an older version, and does not say from which weights and data its run started"
             )
             return
         if origin["weights"] != self.origin["weights"]:
