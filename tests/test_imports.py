@@ -60,7 +60,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 def _imports(node: ast.AST) -> Iterator[str]:
     """Full dotted names that run-time code imports, those inside functions included.
 
-    ``from policylab import modules`` gives ``policylab.training``: the names count as modules.
+    ``from policylab import training`` gives ``policylab.training``: the names count as modules.
     """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
