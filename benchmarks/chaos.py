@@ -145,7 +145,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs, and reports damage itself instead of the package."""
+    """Hides the package's warnings of damage, which the table reports, and runs."""
     package = logging.getLogger("policylab")
     before = package.level
     package.setLevel(logging.ERROR)

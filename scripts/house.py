@@ -40,10 +40,13 @@ def room_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def imported(node: ast.AST) -> Iterator[str]:
-    """Full dotted names that code imports, inside functions and for type checkers included.
+def imported(node: ast.AST, *, for_types: bool = True) -> Iterator[str]:
+    """Full dotted names that code imports, inside functions as well.
 
     ``from policylab import models`` gives ``policylab.models``: the names count as modules.
+
+    Args:
+        for_types: whether imports under ``if TYPE_CHECKING`` count, which run-time code never makes.
     """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
@@ -51,8 +54,10 @@ def imported(node: ast.AST) -> Iterator[str]:
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, f"line {child.lineno}: relative import; PolicyLab's are absolute"
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        else:
-            yield from imported(child)
+        elif for_types or not (
+            isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        ):
+            yield from imported(child, for_types=for_types)
 
 
 def files(package: Path = PACKAGE) -> dict[str, Path]:

@@ -7,7 +7,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -53,25 +52,6 @@ def house() -> ModuleType:
     return module
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
-def _imports(node: ast.AST) -> Iterator[str]:
-    """Full dotted names that run-time code imports, those inside functions included.
-
-    ``from policylab import training`` gives ``policylab.training``: the names count as modules.
-    """
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, f"line {child.lineno}: relative import; PolicyLab's are absolute"
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif not _is_type_checking(child):
-            yield from _imports(child)
-
-
 def _within(name: str, parents: tuple[str, ...]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
@@ -81,9 +61,9 @@ def _part(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=_part)
-def test_each_part_imports_only_what_it_may(path: Path) -> None:
+def test_each_part_imports_only_what_it_may(path: Path, house: ModuleType) -> None:
     part = _part(path)
-    imports = set(_imports(ast.parse(path.read_text())))
+    imports = set(house.imported(ast.parse(path.read_text()), for_types=False))
     for library, owners in OWNERS.items():
         if not part.startswith(owners):
             guilty = {name for name in imports if _within(name, (library,))}
@@ -114,7 +94,7 @@ def test_a_room_without_a_floor_is_told(house: ModuleType, monkeypatch, capsys) 
     assert capsys.readouterr().err == "attic: give each a floor in FLOORS of scripts/house.py\n"
 
 
-def test_the_walk_sees_nested_and_from_imports() -> None:
+def test_the_walk_sees_nested_and_from_imports(house: ModuleType) -> None:
     source = """
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
@@ -123,7 +103,7 @@ def f():
     from policylab import training
     import transformers.utils
 """
-    assert set(_imports(ast.parse(source))) == {
+    assert set(house.imported(ast.parse(source), for_types=False)) == {
         "typing.TYPE_CHECKING",
         "policylab.training",
         "transformers.utils",
