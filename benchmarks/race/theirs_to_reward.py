@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import sys
 from importlib import metadata
@@ -33,6 +34,23 @@ class Generation:
         self.facts = {"prompts": work.digest(row[len(row) - n :] for row, n in rows)}
         with self._lane.clock("rollout"):
             return self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Positions:
+    """Stands before ``model.forward`` and counts positions from each row's first token, as ``generate`` does.
+
+    TRL's training passes give none, and a model with absolute positions then reads a left-padded prompt as if its
+    padding were words: other log-probs than those it sampled from, and another update than ours.
+    """
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+        functools.update_wrapper(self, forward)  # the Trainer reads its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None:
+            kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return self._forward(*args, **kwargs)
 
 
 class Racer(TrainerCallback):
@@ -92,6 +110,8 @@ def main(folder: Path) -> None:
     generation = Generation(lane, model.generate)
     model.generate = generation
     trainer = trainer_for(recipe, folder, model, Racer(lane, generation, recipe.updates))
+    for network in (model, trainer.ref_model):
+        network.forward = Positions(network.forward)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     lane.evaluate = lambda: held_out_reward(generation.generate, tokenizer, recipe)
     trainer.train()
