@@ -34,7 +34,7 @@ from policylab.errors import RunError, UserError
         ),
         (
             ["reward._target_=policylab.rewards.sentiment"],
-            r"reward\._target_=policylab\.rewards\.sentiment is of the type module; it takes a function or a class",
+            r"reward\._target_=policylab\.rewards\.sentiment is of type module; it must be a function or a class",
         ),
         (["reward._partial_=false"], "if sentiment is the reward itself, give reward._partial_=true"),
         (

@@ -337,7 +337,7 @@ def test_a_rank_that_is_killed_is_named(start):
     running = start(*DDP, "reward._target_=unlucky.killed")
     assert running.wait() == 1
     assert running.told().startswith(
-        "the process of rank 1 was ended by SIGKILL, as the system does when memory"
+        "the process of rank 1 was ended by SIGKILL, which the system sends when memory"
     )
 
 
@@ -358,8 +358,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, restarts: int = 0) -> No
 def test_what_failed_first_is_told(tmp_path, monkeypatch):
     killed = {1: SimpleNamespace(exitcode=-signal.SIGKILL)}
     raised = {0: SimpleNamespace(exitcode=1)}
-    assert "rank 1 was ended by SIGKILL, as the system does" in str(first_error(tmp_path, killed))
-    assert "rank 0 ended with code 1 and said nothing" in str(first_error(tmp_path, raised))
+    assert "rank 1 was ended by SIGKILL, which the system sends" in str(first_error(tmp_path, killed))
+    assert "rank 0 ended with code 1 without an error message" in str(first_error(tmp_path, raised))
     for rank, restarts, text in [(0, 0, "before"), (1, 1, "the first"), (0, 1, "what follows")]:
         pretend(monkeypatch, rank, restarts)
         write_error(ValueError(text), tmp_path)

@@ -766,7 +766,7 @@ def test_a_log_without_room_is_told_once(tmp_path, capsys, monkeypatch):
         handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "hello", (), None))
     monkeypatch.undo()
     handler.close()
-    assert capsys.readouterr().err.count("No space left on device; the run goes on") == 1
+    assert capsys.readouterr().err.count("No space left on device; the run continues") == 1
     assert (tmp_path / "train.log").read_text() == "hello\n" * 3
 
 

@@ -108,7 +108,7 @@ def test_slug(text, name):
 def test_a_name_that_is_a_path_is_refused(name):
     assert resolvers.run_name("my run", "ppo", "tiny") == "my_run"
     with pytest.raises(
-        UserError, match=r"is no name of a folder; for another place write hydra\.run\.dir=PATH"
+        UserError, match=r"is not a folder name; for another folder write hydra\.run\.dir=PATH"
     ):
         resolvers.run_name(name, "ppo", "org/model")
 
@@ -275,7 +275,7 @@ def test_a_keyword_of_ones_own_is_suggested_where_it_is_taken():
     ("path", "message"),
     [
         ("algo/ppoo", "algo=ppoo does not exist; did you mean ppo? choose from: a2c, cispo"),
-        ("algo/", "algo= names nothing; choose from: a2c"),
+        ("algo/", "algo= has no value; choose from: a2c"),
         ("algo/kl/in_los", "algo/kl=in_los does not exist; did you mean in_loss? choose from: in_loss"),
         (
             "model//a/b/c",
@@ -360,7 +360,7 @@ def test_one_choice_a_group():
         ["logger=[csv,wandb]", "tags=[a,b]", "model=tiny", "reward=[sentiment]"], ROOT / "configs"
     )
     for word in ("reward=[sentiment,optimality]", "algo/kl=[none,in_loss]"):
-        with pytest.raises(UserError, match=r"of several choices for .* only the last would count; take one"):
+        with pytest.raises(UserError, match=r"only the last of several choices for .* would count; take one"):
             check_one_choice([word], ROOT / "configs")
 
 

@@ -255,6 +255,6 @@ def test_several_processes_would_share_one_gpu(compose, tmp_path):
 
     config = compose(["rollout=vllm", "hardware=ddp_cpu"])
     with pytest.raises(
-        UserError, match=r"on its first GPU, and hardware means 2 processes; take hardware\.devices=1"
+        UserError, match=r"on its first GPU, and hardware sets 2 processes; take hardware\.devices=1"
     ):
         build(config, tmp_path)

@@ -1,4 +1,4 @@
-"""What the root scripts share: set-up before Hydra starts, and one clear line when something is wrong.
+"""Shared by the root scripts: set-up before Hydra starts, and errors as one clear line.
 
 Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM, SIGUSR1 or SIGUSR2 (run it again), 130 interrupted (Ctrl-C),
 1 anything else.
@@ -29,20 +29,20 @@ BAD_INPUT = 2
 SEVERAL = ("logger", "callbacks", "debug", "experiments")
 FULL_ERROR = "HYDRA_FULL_ERROR"
 WANTS_TRACEBACKS = os.environ.get(FULL_ERROR) == "1"
-#: Variables that libraries read when they are imported or first used. Those that are set already are kept.
+#: Variables that libraries read when they are imported or first used. Variables that are already set are kept.
 ENVIRONMENT = {
     # How long threads of GNU's OpenMP spin while they wait for each other. Long spinning makes an iteration several
-    # times slower when another process uses the cores; no spinning makes it two fifths slower when none does.
+    # times slower if another process uses the cores; no spinning makes it two fifths slower if no other process does.
     "GOMP_SPINCOUNT": "3000",
     # Torch puts large tensors on pages of 2 MiB instead of 4 KiB, which the kernel clears several times faster.
     "THP_MEM_ALLOC_ENABLE": "1",
-    # Products that oneDNN keeps ready, each with memory of its own for one shape of operands; by default 1,024.
+    # Matrix products that oneDNN caches, each with its own memory for one shape of operands; by default 1,024.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
 
 def prepare(script: str) -> None:
-    """Call before ``hydra.main``: tunes the process, registers the resolvers, makes the current folder importable.
+    """Tunes the process, registers the resolvers, makes the current folder importable. Call before ``hydra.main``.
 
     Args:
         script: ``__file__`` of the root script.
@@ -66,7 +66,7 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page(doc, Path(sys.argv[0]).resolve()))
         return
-    os.environ[FULL_ERROR] = "1"  # else Hydra prints errors its own way and exits with 1
+    os.environ[FULL_ERROR] = "1"  # otherwise Hydra prints errors itself and exits with 1
     try:
         stop_on_signals()
         sys.argv[1:] = flags_first(with_command_of([typed(word, free_text) for word in sys.argv[1:]]))
@@ -83,7 +83,7 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
 
 
 def flags_first(words: list[str]) -> list[str]:
-    """Moves ``-m`` to the front: Hydra wants it before or after all overrides.
+    """Moves ``-m`` to the front, because Hydra accepts it only before or after all overrides.
 
     Raises:
         UserError: under torchrun or srun, where each process would sweep.
@@ -98,7 +98,7 @@ def flags_first(words: list[str]) -> list[str]:
 
 
 def check_one_choice(words: Sequence[str], configs: Path) -> None:
-    """Refuses several choices of a group that builds one thing: Hydra would merge them into the last one.
+    """Refuses several choices for a group that builds one object: Hydra would merge them into the last one.
 
     Raises:
         UserError: naming the group.
@@ -109,34 +109,33 @@ def check_one_choice(words: Sequence[str], configs: Path) -> None:
         several = value.startswith("[") and "," in value
         if several and group not in SEVERAL and (configs / group).is_dir():
             raise UserError(
-                f"{word}: of several choices for {group} only the last would count; take one of them"
+                f"{word}: only the last of several choices for {group} would count; take one of them"
             )
 
 
 def end_with(error: Exception) -> NoReturn:
-    """Exits: with one line and code 2 for bad input, else with code 1; an unknown error with its traceback."""
+    """Prints an error as one line, or an unknown one with its traceback, and exits: with 2 for bad input, else 1."""
     from policylab.cli.messages import is_mistake, one_line
 
     message = None if WANTS_TRACEBACKS else one_line(error)
     if message is None:
         print_traceback(error)
         sys.exit(1)
-    whose = "" if world().main else f" on rank {world().rank}"
-    print(f"error{whose}: {redact_text(message)}", file=sys.stderr)
+    rank = "" if world().main else f" on rank {world().rank}"
+    print(f"error{rank}: {redact_text(message)}", file=sys.stderr)
     sys.exit(BAD_INPUT if is_mistake(error) else 1)
 
 
 def print_traceback(error: Exception) -> None:
-    """Prints the traceback of an error; for one in another process, the traceback from there."""
+    """Prints the traceback of an error; for an error of another process, that process's traceback."""
     text = str(error) if isinstance(error, ProcessFailed) else "".join(traceback.format_exception(error))
     print(redact_text(text), file=sys.stderr)
 
 
 def as_job(task: Callable[[], float | None]) -> float | None:
-    """Runs the body of a Hydra task; an error of a single run ends the process here.
+    """Runs the body of a Hydra task. An error of a single run ends the process here, before Hydra prints its own line.
 
-    Hydra would print a line of its own before the message. In a multirun that line names the job, and sweepers handle
-    the exception, so it is raised.
+    In a multirun the error is raised: Hydra's line names the job, and sweepers handle the exception.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode

@@ -1,4 +1,4 @@
-"""The page that ``--help`` prints. Hydra's own takes more than a second with this many groups."""
+"""The page that ``--help`` prints. Hydra's own page takes more than a second with so many groups."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def list_groups(root: Path) -> dict[str, list[str]]:
 
 
 def describe(group: str, choices: list[str], default: re.Match[str] | None) -> str:
-    """A group on one line, or more where its choices do not fit."""
+    """A group on one line, or on several if its choices do not fit."""
     marked = [choice + ("*" if default and choice == default["choice"] else "") for choice in choices]
     comment = f"   # {default['comment']}" if default and default["comment"] else ""
     lines, line = [], f"  {group:<16}"
@@ -58,7 +58,7 @@ def describe(group: str, choices: list[str], default: re.Match[str] | None) -> s
 
 
 def own_values(text: str) -> str:
-    """The part of a main config after its defaults list, comments and all."""
+    """The part of a main config after its defaults list, with its comments."""
     lines = text.splitlines()
     if "defaults:" in lines:
         start = lines.index("defaults:") + 1

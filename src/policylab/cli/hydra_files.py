@@ -1,4 +1,4 @@
-"""Hydra's own files of a job without secrets, and a line for each job of a multirun that fails."""
+"""Hides secrets in the files that Hydra writes, and prints a line for each failed job of a multirun."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from policylab.runs.redaction import redact_file, redact_text, redact_words
 
 
 class Redacted(Callback):
-    """Hides secrets in ``multirun.yaml``, and in Hydra's own folder of a job where ``hydra.output_subdir`` names one.
+    """Hides secrets in ``multirun.yaml``, and in Hydra's own folder of a job if ``hydra.output_subdir`` names one.
 
-    Hydra writes them with secrets. They are rewritten when the first job starts, or at the end of the process if none
-    does.
+    Hydra writes these files with secrets. They are rewritten when the first job starts, or at the end of the process if
+    no job starts.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Before Hydra writes the file of a multirun."""
+        """Called before Hydra writes the file of a multirun."""
         atexit.register(tidy, sweep_file(config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """After it, and after Hydra has written the files of a job."""
+        """Called after Hydra has written the files of the multirun and of the job."""
         if config.hydra.mode == RunMode.MULTIRUN:
             redact_file(sweep_file(config))
         if config.hydra.output_subdir is not None:
@@ -38,7 +38,7 @@ class Redacted(Callback):
                 redact_file(file)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Before Hydra prints the command of the first job that failed; those after it would go unnamed."""
+        """Called before Hydra prints the command of the first failed job; this prints a line for every failed job."""
         job_return.overrides = redact_words(job_return.overrides or [])
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             error = job_return._return_value
@@ -50,7 +50,7 @@ class Redacted(Callback):
 
 
 def tidy(file: Path) -> None:
-    """At the end of a multirun: hides secrets in its file, and removes its folder if no job has left one there."""
+    """At the end of a multirun: hides secrets in its file, and removes its folder if it has no job folders."""
     redact_file(file)
     if file.is_file() and list(file.parent.iterdir()) == [file]:
         shutil.rmtree(file.parent)

@@ -1,4 +1,4 @@
-"""Logging: warnings on the console, without known noise, and all other messages in ``train.log``."""
+"""Logging: warnings on the console, except for known noise, and all messages in ``train.log``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOISE = (
 )
 
 
-#: ``log.error(..., extra=FILE_ONLY)``: for ``train.log``, not for the console.
+#: ``log.error(..., extra=FILE_ONLY)`` writes to ``train.log``, not to the console.
 FILE_ONLY = {"file_only": True}
 
 
@@ -60,7 +60,7 @@ class Formatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that survives a full disk: lines that cannot be written are dropped, and the first one is reported."""
+    """A log file that tolerates a full disk: lines that cannot be written are dropped, and the first is reported."""
 
     reported = False
 
@@ -72,7 +72,7 @@ class LogFile(logging.FileHandler):
         elif not self.reported:
             self.reported = True
             cause = error.strerror or error
-            print(f"could not write {self.baseFilename}: {cause}; the run goes on", file=sys.stderr)
+            print(f"could not write {self.baseFilename}: {cause}; the run continues", file=sys.stderr)
 
 
 class NoiseFilter(logging.Filter):
@@ -85,14 +85,14 @@ class NoiseFilter(logging.Filter):
 
 
 def escape_unprintable() -> None:
-    """Prints a character that the terminal cannot show as its number, in place of an error."""
+    """Prints a character that the terminal cannot show as its code instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def silence_noise() -> None:
-    """Filters the known noise, by message. Lightning's other messages go to ``train.log``. Call after its import."""
+    """Drops messages of ``NOISE``. Lightning's other messages go to ``train.log``. Call after importing Lightning."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()  # its own handler prints everything on the console
@@ -107,7 +107,7 @@ def silence_noise() -> None:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Logs to the end of a file, and warnings to the console: for a command that Hydra sets up without logging."""
+    """Appends log messages to a file, and prints warnings: for commands whose logging Hydra does not set up."""
     file, console, root = (
         LogFile(path, encoding="utf-8", delay=True),
         ConsoleHandler(),

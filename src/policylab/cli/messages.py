@@ -1,4 +1,4 @@
-"""Errors as one line: what is wrong with a command line or a config, with the nearest match for an unknown name."""
+"""Errors in one line: what is wrong in a command line or a config, with the nearest match for an unknown name."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ from policylab.runs.saved_config import unresolved
 #: Optuna's message when no trial has succeeded.
 NO_TRIAL = "No trials are completed yet."
 #: Errors of a disk that is full or read-only.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']+)'")
 UNKNOWN_CHOICE = re.compile(r"Could not (?:find|load) '(?P<path>[^']+)'")
-# The key alone, with its path in the next line; or, behind an interpolation, the path at once.
+# The key alone, and its path in the next line; or, after an interpolation, the path directly.
 MISSING = re.compile(r"Missing mandatory value: (?:(\S+)\s+full_key: (?=\S+\.\1\b))?(?P<key>\S+)")
-#: A key of the config that is read and does not exist. Composed configs have all of them, those of older runs do not.
+#: A missing key that is read. Composed configs have all keys; saved configs of older runs may lack some.
 OLDER = re.compile(r"Missing key \S+\s+full_key: (?P<key>\S+)")
 SEARCHED = re.compile(r"path=file://(\S+)")
 NOISE = ("full_key", "Error parsing override", "object_type", "See http", "reference_type")
 
 
 def one_line(error: BaseException) -> str | None:
-    """The message to print in place of a traceback; None for an unknown error."""
+    """The message to print instead of a traceback; None for an unknown error."""
     for cause in causes(error):
         if isinstance(cause, UserError | RunError | FloatingPointError):
             return str(cause)
-    if isinstance(error, OSError) and no_room(error):
+    if isinstance(error, OSError) and is_disk_error(error):
         what = error.filename or "a file of the run"
         return f"could not write {what}: {error.strerror}; make room, or take another folder"
     if NO_TRIAL in str(error):
-        return "no trial of the search has succeeded; the status.json of each says why"
+        return "no trial of the search has succeeded; the status.json of each trial has the reason"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: {improve(str(error))}; write name=value, text with commas in quotes"
     if isinstance(error, InstantiationException):
-        return None  # raised by a part while it was built: printed with its traceback
+        return None  # a part raised it while it was built: print the traceback
     if isinstance(error, HydraException | OmegaConfBaseException):
         return improve(str(error))
     return None
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether the input was wrong, rather than something failing during the run."""
-    told = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
-    return isinstance(told[0], UserError) if told else not no_room(error)
+    """Whether the input was wrong; False if something failed during the run."""
+    known = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
+    return isinstance(known[0], UserError) if known else not is_disk_error(error)
 
 
-def no_room(error: BaseException) -> bool:
+def is_disk_error(error: BaseException) -> bool:
     """Whether a disk is full or read-only."""
-    return isinstance(error, OSError) and error.errno in NO_ROOM
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """The error, the one that it was raised from, and so on."""
     current: BaseException | None = error
-    seen = set[int]()  # an error may name itself as its cause
+    seen = set[int]()  # an error may be its own cause
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
@@ -74,13 +74,13 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def improve(message: str) -> str:
-    """Hydra's message in one line, with a suggestion where one can be made."""
+    """Hydra's message in one line, with a suggestion if there is one."""
     if (match := UNKNOWN_CHOICE.search(message)) and (
         found := group_of(match["path"], SEARCHED.findall(message))
     ):
         group, choice, choices = found
         hint = instead(group, choice) or nearest(choice, choices)
-        problem = f"{group}={choice} does not exist" if choice else f"{group}= names nothing"
+        problem = f"{group}={choice} does not exist" if choice else f"{group}= has no value"
         return f"{problem}; {hint}choose from: {', '.join(choices)}"
     if match := UNKNOWN_KEY.search(message):
         key = match["key"].split("@")[0]
@@ -100,7 +100,7 @@ def improve(message: str) -> str:
 
 
 def group_of(path: str, roots: list[str]) -> tuple[str, str, list[str]] | None:
-    """The config group before a choice that does not exist, the choice, and those that do; None without a group."""
+    """The config group of a choice that does not exist, that choice, and the existing ones; None without a group."""
     for end in sorted((match.start() for match in re.finditer("/", path)), reverse=True):
         group = path[:end]
         folders = [
@@ -112,18 +112,18 @@ def group_of(path: str, roots: list[str]) -> tuple[str, str, list[str]] | None:
 
 
 def instead(group: str, choice: str) -> str:
-    """What to write for a choice that names a folder, a file, a class or a function."""
+    """What to write instead of a choice that is a folder, a file, a class or a function."""
     if group == "model" and "/" in choice:
         folder = choice[0] in "/.~" or Path(choice).is_dir()
-        words = f"model.path={choice} model.name=NAME" if folder else f"model.name={choice}"
-        return f"write model=hf {words}; "
+        keys = f"model.path={choice} model.name=NAME" if folder else f"model.name={choice}"
+        return f"write model=hf {keys}; "
     if group == "task" and choice.endswith((".json", ".jsonl")):
         return f"write task.source={choice}; "
     return f"write {group}._target_={choice}; " if "." in choice and group in ("reward", "task") else ""
 
 
 def new_keyword(config: DictConfig, key: str) -> str:
-    """How to add a key that the user's own class or function takes; empty where it takes no such key."""
+    """How to add a key that the user's own class or function takes; empty if it does not take it."""
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else None
     target = node.get("_target_") if isinstance(node, DictConfig) else None
@@ -137,16 +137,16 @@ def new_keyword(config: DictConfig, key: str) -> str:
 
 
 def config_without(unknown: str, name: str = "") -> DictConfig:
-    """The config that this command line would give without the unknown key.
+    """The config of this command line without the unknown key.
 
     Args:
-        name: another main config than that of the running script, without overrides.
+        name: a main config to take instead of the running script's; overrides are then ignored.
     """
     from hydra import compose, initialize_config_dir
 
     script = Path(sys.argv[0]).resolve()
-    words = [] if name else sys.argv[1:]
-    overrides = [word for word in words if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)]
+    arguments = [] if name else sys.argv[1:]
+    overrides = [word for word in arguments if re.match(r"[\w@/.]+=", word) and not word.startswith(unknown)]
     try:
         with initialize_config_dir(str(script.parent / "configs"), version_base="1.3"):
             return compose(name or script.stem, overrides)
@@ -155,7 +155,7 @@ def config_without(unknown: str, name: str = "") -> DictConfig:
 
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """All keys of a config, groups before their keys; nothing is resolved."""
+    """All dotted keys of a config, each group before its keys; interpolations are not resolved."""
     for key in map(str, config):
         yield f"{prefix}{key}"
         if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):

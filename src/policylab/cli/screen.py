@@ -1,4 +1,4 @@
-"""What a run prints before and after training."""
+"""Console output of a run before and after training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Screen:
         self.console.print(config_tree(plain(self.config), overrides))
 
     def plan(self, experiment: Experiment) -> None:
-        """The run in numbers."""
+        """The size of the run: device, parameters, batch, length."""
         module, trainer = experiment.module, experiment.trainer
         parameters = list(module.policy.parameters())
         total = sum(p.numel() for p in parameters)
@@ -69,9 +69,9 @@ class Screen:
         self.console.print(rows([(f"  {label}", value) for label, value in lines]))
 
     def ending(self, summary: dict[str, Any]) -> None:
-        """Before and after, where things are, and what to do next."""
+        """Metrics before and after training, the run folder, and commands for the next steps."""
         self.console.print()
-        if summary["after"].get("iteration"):  # something after the baseline
+        if summary["after"].get("iteration"):  # a validation after the one before training
             self.console.print(before_after(summary["before"], summary["after"]))
         lines = [
             (
@@ -95,14 +95,14 @@ class Screen:
         self.console.print(to_copy(lines), soft_wrap=True)
 
     def _length(self) -> str:
-        """How long the run is."""
+        """The limits of the run: iterations, tokens."""
         iterations, budget = self.config.iterations, self.config.max_tokens
         if budget is None:
             return str(iterations)
         return f"until {budget:,} tokens are sampled, at most {iterations}"
 
     def _twice(self, summary: dict[str, Any]) -> str:
-        """The override that makes a finished run twice as long: of the limit that ended it."""
+        """The override that doubles the limit that ended the run."""
         budget = self.config.max_tokens
         if budget is not None and summary["tokens_sampled"] >= budget:
             return f"max_tokens={2 * budget}"
@@ -110,7 +110,7 @@ class Screen:
 
 
 def devices(config: DictConfig) -> str:
-    """The devices of a run, in words."""
+    """The devices of a run, for the console."""
     hardware = config.hardware
     nodes = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes != 1 else ""
     strategy = f", {hardware.strategy}" if hardware.devices * hardware.num_nodes > 1 else ""

@@ -1,4 +1,4 @@
-"""From the composed config to an experiment that is ready to run. Nothing else instantiates."""
+"""Builds an experiment from the composed config. No other module instantiates parts."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
 from policylab.user_code import is_theirs, place, said
 
-#: Keys of ``rollout`` that say what is sampled at a time, and are not for the engine.
+#: Keys of ``rollout`` for other parts, not for the engine.
 PLANNED = frozenset({"prompts", "group_size", "max_rows"})
-#: Keys of ``task`` that are not for the task itself.
+#: Keys of ``task`` for other parts, not for the task itself.
 TAKEN_OVER = frozenset({"max_new_tokens", "too_long"})
-#: Keys of ``model`` that say what becomes of it once it is loaded.
+#: Keys of ``model`` that change the model after it is loaded.
 ADAPTED = frozenset({"adapter"})
-#: Keys of ``reward`` that say who computes it.
+#: Keys of ``reward`` for the workers that compute it.
 POOLED = frozenset({"workers", "pool"})
 
 
@@ -62,7 +62,7 @@ class Experiment:
 
 
 def build(config: DictConfig, run_dir: Path) -> Experiment:
-    """Checks the config and builds the cheap parts first, so that a wrong config says so before a model loads.
+    """Checks the config and builds the cheap parts first, so that a wrong config fails before a model loads.
 
     Raises:
         UserError: when a part refuses its values.
@@ -123,11 +123,11 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
 
 
 def instantiate(config: DictConfig) -> Any:
-    """The object that a config node describes; lists and dicts inside become plain ones.
+    """The object that a config node describes. Lists and dicts in it are passed as plain ones.
 
     Raises:
-        UserError, RunError: whatever a part says about its values, without Hydra's wrapping.
-        RunError: for whatever else the user's own code raises.
+        UserError, RunError: those that a part raises, without Hydra's wrapping.
+        RunError: for any other exception of the user's own code.
     """
     try:
         return hydra.utils.instantiate(config, _convert_="all")
@@ -149,14 +149,14 @@ def scorer_of(config: DictConfig) -> Scorer:
 
 
 def without(config: DictConfig, keys: frozenset[str]) -> DictConfig:
-    """A group without the keys that are not for its target; what it refers to elsewhere is filled in."""
+    """A config group without some keys, and with its interpolations resolved."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     return OmegaConf.create({key: value for key, value in values.items() if key not in keys})
 
 
 def check_parts(config: DictConfig) -> None:
-    """Holds each group against what it builds.
+    """Checks each config group against the signature of what it builds.
 
     Raises:
         UserError: naming the first key that does not fit.
@@ -179,12 +179,12 @@ def build_policy(config: DictConfig, critic: CriticNeed | None) -> Policy:
         freeze_below(loaded.lm, config.optim.frozen_layers)
     policy.recomputes_layers = config.hardware.gradient_checkpointing
     if policy.recomputes_layers or config.hardware.strategy == "fsdp":
-        decoder_layers(loaded.lm)  # refuses now a model whose layers it cannot find
+        decoder_layers(loaded.lm)  # raises early if the layers cannot be found
     return policy
 
 
 def model_config(config: DictConfig) -> DictConfig:
-    """What loads the model: ``config.model`` without its adapter, in bf16 where the hardware wants that throughout."""
+    """The config that loads the model: ``config.model`` without its adapter, in bf16 with ``precision=bf16-true``."""
     node = without(config.model, ADAPTED)
     if config.hardware.precision == "bf16-true":
         node.dtype = "bfloat16"
@@ -192,13 +192,13 @@ def model_config(config: DictConfig) -> DictConfig:
 
 
 def adapter_for(config: DictConfig) -> LoRA | None:
-    """What trains in place of the model's own weights, if anything does."""
+    """The adapter that trains instead of the model's own weights; None without one."""
     node = config.model.get("adapter")
     return None if node is None else instantiate(node)
 
 
 def critic_for(loaded: LoadedModel, need: CriticNeed | None, adapter: LoRA | None) -> ValueModel | None:
-    """The critic. Next to an adapted policy, all that it is made of is adapted."""
+    """The critic, if the method needs one. With an adapted policy, the critic's own backbone is adapted as well."""
     if need is None:
         return None
     critic = value_model(loaded.lm, need.own_layers, need.init)
@@ -210,7 +210,7 @@ def critic_for(loaded: LoadedModel, need: CriticNeed | None, adapter: LoRA | Non
 def prompts(
     policy: Policy, task: Task, examples: Sequence[Example], split: str, engine: Engine, too_long: str
 ) -> list[Prompt]:
-    """Examples as the policy reads them, numbered in order; what becomes of those too long is for ``too_long``."""
+    """Encoded prompts of examples, numbered in order. ``too_long`` decides about prompts that do not fit the model."""
     texts = [(example.text, example.completion, example.reference) for example in examples]
     return fitting(
         policy,
@@ -224,7 +224,7 @@ def prompts(
 
 
 def check_completions(task: Task, train: Sequence[Example], algo: str) -> None:
-    """What learns from completions needs one in each example.
+    """Checks that each example has a completion, for methods that learn from completions.
 
     Raises:
         UserError: naming the first example without a completion.
@@ -238,26 +238,26 @@ def check_completions(task: Task, train: Sequence[Example], algo: str) -> None:
 
 
 def longest(prompts: Sequence[Prompt], engine: Engine) -> int:
-    """Positions that the longest sequence of the run may take."""
+    """Largest number of tokens in a sequence of the run."""
     return max(len(prompt.tokens) + max(engine.max_new_tokens, len(prompt.target)) for prompt in prompts)
 
 
 def trainer(config: DictConfig, run_dir: Path) -> Trainer:
-    """Lightning's trainer: one epoch is the whole run, one batch an iteration."""
+    """Lightning's trainer: one epoch is the whole run, one batch is an iteration."""
     hardware = config.hardware
     if hardware.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError(
             "hardware=gpu, but torch sees no GPU; take hardware=cpu, or install a CUDA build of torch"
         )
-    # Not Lightning's own "auto", which takes Apple's GPU: that has no float64, which sampling needs.
-    here_cpu = hardware.accelerator == "auto" and not torch.cuda.is_available()
+    # Lightning's own "auto" would take Apple's GPU, which has no float64. Sampling needs float64.
+    auto_cpu = hardware.accelerator == "auto" and not torch.cuda.is_available()
     return Trainer(
-        accelerator="cpu" if here_cpu else hardware.accelerator,
+        accelerator="cpu" if auto_cpu else hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         strategy=strategy(hardware),
         plugins=[Cluster()],
-        # weights that are bf16 throughout come from model.dtype, and take nothing of Lightning's
+        # bf16-true: the weights are loaded as bf16 (model.dtype); Lightning need not convert anything
         precision="32-true" if hardware.precision == "bf16-true" else hardware.precision,
         logger=list(map(tolerated, named_parts(config.logger, Logger))) if world().main else False,
         callbacks=named_parts(config.callbacks, Callback),
@@ -266,7 +266,7 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         use_distributed_sampler=False,  # the datamodule shares prompts among processes itself
-        inference_mode=False,  # rollouts of a validation go through the same code as those of training
+        inference_mode=False,  # validation and training use the same code for rollouts
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -277,7 +277,7 @@ def trainer(config: DictConfig, run_dir: Path) -> Trainer:
 
 
 def strategy(hardware: DictConfig) -> str | Strategy:
-    """How processes share the work; "auto" for one alone."""
+    """Lightning's strategy: DDP or sharded (FSDP); "auto" for a single process."""
     if hardware.devices * hardware.num_nodes == 1:
         return "auto"
     settings: dict[str, Any] = {

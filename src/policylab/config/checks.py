@@ -63,8 +63,8 @@ def check(config: DictConfig) -> None:
         check_switch(path, OmegaConf.select(config, path))
     if config.hardware.compile and config.hardware.gradient_checkpointing:
         raise UserError(
-            "hardware.compile=true and hardware.gradient_checkpointing=true: compiled layers cannot be told to run "
-            "again; take one of them"
+            "hardware.compile=true and hardware.gradient_checkpointing=true: compiled layers cannot be recomputed; "
+            "take one of them"
         )
     for path, choices in CHOICES.items():
         if (value := OmegaConf.select(config, path)) not in choices:
@@ -76,7 +76,7 @@ def check(config: DictConfig) -> None:
 
 
 def check_number(path: str, value: object, above: float) -> None:
-    """Refuses a value that is no number, or not above its bound."""
+    """Refuses a value that is not a number, or not above its bound."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a number")
     check_range(path, value, above, above=True)
@@ -96,10 +96,10 @@ def check_whole(path: str, value: object, low: int) -> None:
 
 
 def check_model_exists(config: DictConfig) -> None:
-    """Refuses a model that is neither on this machine nor reachable, before seconds of heavy imports.
+    """Refuses a model that is neither on this machine nor reachable, before heavy imports take seconds.
 
     Raises:
-        UserError: naming the model, where it was looked for, and what works offline.
+        UserError: naming the model, the searched places, and what works offline.
     """
     path = config.model.get("path")
     if path is not None:
@@ -112,20 +112,20 @@ def check_model_exists(config: DictConfig) -> None:
 
 
 def tuned_for_others(config: DictConfig, pair: str | None) -> str | None:
-    """A warning where numbers tuned for an embedded model are used with other weights.
+    """A warning if values tuned for an embedded model are used with other weights.
 
     Args:
-        pair: the choice of ``algo_model``, whether or not there is such a file.
+        pair: the choice of ``algo_model``; its file may not exist.
     """
     path = OmegaConf.select(config, "model.path")
     file = Path(config.paths.repo, "configs", "algo_model", f"{pair}.yaml")
     if path is None or not Path(path).expanduser().is_dir() or not file.is_file():
         return None
     tuned = leaves(OmegaConf.to_container(OmegaConf.load(file)))
-    words = [f"{key}={value}" for key, value in tuned if OmegaConf.select(config, key) == value]
-    if not words:
+    used = [f"{key}={value}" for key, value in tuned if OmegaConf.select(config, key) == value]
+    if not used:
         return None
     return (
-        f"{' '.join(words)} was tuned for the weights that come with model={config.model.name}, not for those in "
-        f"{path}; give your own, or ~algo_model for what other models have"
+        f"{' '.join(used)} was tuned for the weights that come with model={config.model.name}, not for those in "
+        f"{path}; give your own values, or ~algo_model for the defaults of other models"
     )

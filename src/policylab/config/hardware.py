@@ -1,4 +1,4 @@
-"""How many processes a config means, and on what they run."""
+"""The number of processes of a run, and the hardware that they run on."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from policylab.distributed.world import world
 from policylab.errors import UserError
 
 AUTO = "auto"
-#: More processes per core than this are refused. A few more than there are cores are slow, but useful for a try.
-CROWDED = 4
+#: More processes per core than this are refused. More than one per core is slow, but useful for a test.
+MAX_PER_CORE = 4
 
 
 def processes(config: DictConfig) -> int:
-    """Processes of the whole run, over all machines. Takes a settled config."""
+    """Number of processes of the whole run, over all machines. Takes a settled config."""
     return int(config.hardware.devices) * int(config.hardware.num_nodes)
 
 
 def with_devices(config: DictConfig) -> DictConfig:
-    """A copy of the config with numbers in place of ``auto`` for devices and machines.
+    """A copy of the config with numbers instead of ``auto`` for devices and machines.
 
-    Where torchrun or SLURM has started several, these are used, whatever the config says.
+    If torchrun or SLURM has started several processes, their numbers replace those of the config.
 
     Raises:
-        UserError: when the devices are not there, or one process cannot do what is asked.
+        UserError: when the devices do not exist, or the settings need several processes and there is one.
     """
     hardware, here = config.hardware.copy(), world()
     if hardware.accelerator == AUTO and (here.size > 1 or hardware.devices != 1):
@@ -47,10 +47,10 @@ def with_devices(config: DictConfig) -> DictConfig:
         raise UserError(
             f"hardware.devices={hardware.devices}, but torch sees {gpus()} GPUs; take at most that"
         )
-    if hardware.accelerator != "gpu" and here.size == 1 and hardware.devices > CROWDED * cores():
+    if hardware.accelerator != "gpu" and here.size == 1 and hardware.devices > MAX_PER_CORE * cores():
         raise UserError(
             f"hardware.devices={hardware.devices} on the CPU, and this machine has {cores()} cores; take at most that "
-            "many: each process holds a model of its own and shares the cores with the others"
+            "many: each process holds its own copy of the model, and all processes share the cores"
         )
     if hardware.num_nodes > 1 and here.size == 1:
         raise UserError(
@@ -65,10 +65,10 @@ def with_devices(config: DictConfig) -> DictConfig:
 
 
 def check_hardware(config: DictConfig) -> None:
-    """Refuses what does not go together whatever the algorithm; `with_devices` first.
+    """Refuses combinations of settings that fail with every algorithm. Call `with_devices` first.
 
     Raises:
-        UserError: saying what to take instead.
+        UserError: naming the settings and what to take instead.
     """
     hardware, count = config.hardware, processes(config)
     if hardware.strategy == "fsdp":
@@ -79,8 +79,8 @@ def check_hardware(config: DictConfig) -> None:
             )
         if config.model.get("adapter") is not None:
             raise UserError(
-                "model/adapter=lora with hardware.strategy=fsdp cannot export the policy yet; take hardware=ddp: what "
-                "LoRA trains is small, and the frozen weights have neither gradients nor moments"
+                "model/adapter=lora with hardware.strategy=fsdp cannot export the policy yet; take hardware=ddp: LoRA "
+                "trains few weights, and the frozen ones have neither gradients nor moments"
             )
         if hardware.compile:
             raise UserError(
@@ -91,10 +91,10 @@ def check_hardware(config: DictConfig) -> None:
                 "hardware.cpu_offload=true moves weights out of a GPU's memory, and hardware.accelerator is cpu; take "
                 "hardware.cpu_offload=false"
             )
-    # vLLM in the training process takes the first GPU, whichever process it is
+    # vLLM takes the first GPU in every process
     if count > 1 and config.rollout["_target_"] == "policylab.rollouts.vllm.VllmEngine":
         raise UserError(
-            f"rollout=vllm runs in one process, on its first GPU, and hardware means {count} processes; take "
+            f"rollout=vllm runs in one process, on its first GPU, and hardware sets {count} processes; take "
             "hardware.devices=1, or rollout=cached"
         )
 
@@ -103,4 +103,4 @@ def backend(hardware: DictConfig) -> str:
     """Torch's library for collective operations. Takes the ``hardware`` of a settled config."""
     if hardware.accelerator == "cpu":
         return "gloo"
-    return "cpu:gloo,cuda:nccl" if hardware.cpu_offload else "nccl"  # offloaded shares are summed on the CPU
+    return "cpu:gloo,cuda:nccl" if hardware.cpu_offload else "nccl"  # offloaded shards are summed on the CPU

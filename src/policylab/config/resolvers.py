@@ -1,10 +1,10 @@
-"""Resolvers that the YAML files may use beside Hydra's own.
+"""Resolvers for the YAML files, in addition to Hydra's own.
 
 ``${repo:}``                  root folder of the repository
 ``${slug:TEXT}``              TEXT as one folder name: ``org/model`` becomes ``org__model``
-``${run_name:NAME,ALGO,MODEL}``  NAME if there is one, else ALGO-MODEL, as a folder name
-``${unless:CONDITION,TEXT}``  TEXT, or null where CONDITION holds
-``${run_dir:RESUME,PATH,PLAN}``  the folder of this job: that of the run to resume, else PATH, newly made
+``${run_name:NAME,ALGO,MODEL}``  NAME if it is given, else ALGO-MODEL, as a folder name
+``${unless:CONDITION,TEXT}``  TEXT, or null if CONDITION is true
+``${run_dir:RESUME,PATH,PLAN}``  the folder of this job: that of the run to resume, else a new one at PATH
 ``${direction:MODE}``         maximize for "max", minimize for "min"
 ``${planned:PLAN,PATH}``      PATH, or a temporary folder if PLAN is true
 
@@ -35,7 +35,7 @@ def run_dir(resume: str | None, path: str, plan: bool = False) -> str:
     Args:
         resume: run folder, checkpoint in one, or "latest"; None for a new run.
         path: folder for a new run, relative to the current folder. Taken names get ``_2``, ``_3``, ...
-        plan: nothing will run, so the folder is a temporary one.
+        plan: nothing will run, so the folder is temporary.
     """
     if plan:
         return temporary_folder()
@@ -44,7 +44,7 @@ def run_dir(resume: str | None, path: str, plan: bool = False) -> str:
 
 @cache
 def temporary_folder() -> str:
-    """A folder for what Hydra always writes, removed when this process ends."""
+    """A folder for the files that Hydra always writes; removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="policylab-plan-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -66,12 +66,12 @@ def run_name(name: object | None, algo: str, model: str) -> str:
         UserError: for a name that would be a path.
     """
     if name is not None and (re.search(r"[/\\]", str(name)) or set(str(name)) <= set(". ")):
-        raise UserError(f"name={name} is no name of a folder; for another place write hydra.run.dir=PATH")
+        raise UserError(f"name={name} is not a folder name; for another folder write hydra.run.dir=PATH")
     return slug(f"{algo}-{model}" if name is None else name)
 
 
 def register(root: Path) -> None:
-    """Makes the resolvers known to OmegaConf.
+    """Registers the resolvers with OmegaConf.
 
     Args:
         root: the repository's root folder, which holds ``configs/`` and ``experiments/``.

@@ -1,4 +1,4 @@
-"""The config that a run is built from: composed by Hydra, checked and settled here once, and trusted from then on."""
+"""Settles a config: Hydra composes it, this module checks it and fills it in once, and later code trusts it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from policylab.runs.saved_config import learn_secrets
 
 
 def settle(config: DictConfig) -> DictConfig:
-    """A copy of a composed config whose devices are counted and whose paths are absolute. Its secrets are known from
-    here on.
+    """A checked copy of a composed config, with numbers of devices and absolute paths. From now on its secrets are
+    hidden in messages and files.
 
     Processes that a launcher starts, and commands that read ``config.yaml``, get a settled config and trust it.
 

@@ -25,8 +25,8 @@ def check_signatures(config: DictConfig, path: str, ignore: frozenset[str]) -> N
 
     Args:
         config: a node of the composed config.
-        path: where it stands, for messages; "" at the root.
-        ignore: keys of this very node that are not passed to its target.
+        path: its dotted key, for messages; "" at the root.
+        ignore: keys of this node, not of nodes below it, that are not passed to its target.
 
     Raises:
         UserError: for an unknown target, an unknown or missing key, or a value of the wrong type.
@@ -46,7 +46,7 @@ def _check_node(config: DictConfig, path: str, ignore: frozenset[str]) -> None:
     given = {str(k): v for k, v in config.items() if k not in HYDRA_KEYS | ignore}
     for key in given:
         if key not in parameters:
-            # the first argument of a partial is given when it is called
+            # a partial gets its first argument when it is called
             keys = list(parameters)[1:] if config.get("_partial_") else list(parameters)
             near = nearest(f"{path}.{key}", [f"{path}.{name}" for name in keys]).strip()
             hint = near or (f"known are {', '.join(keys)}" if keys else "it has none")
@@ -72,8 +72,8 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
     """The function or class that a node names.
 
     Raises:
-        UserError: when there is none.
-        RunError: when its module is there and cannot be imported.
+        UserError: when it does not exist.
+        RunError: when its module exists and cannot be imported.
     """
     name = config["_target_"]
     try:
@@ -92,13 +92,13 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
         return target
     if target is not None:
         raise UserError(
-            f"{path}._target_={name} is of the type {type(target).__name__}; it takes a function or a class"
+            f"{path}._target_={name} is of type {type(target).__name__}; it must be a function or a class"
         )
     cannot = f"{path}._target_={name} cannot be imported:"
     module, _, attribute = name.rpartition(".")
     where = pydoc.locate(module) if module else None
     if where is None:
-        hint = new_place(name) or f"; looked in {Path.cwd()} and among what is installed"
+        hint = new_place(name) or f"; looked in {Path.cwd()} and in the installed packages"
         raise UserError(f"{cannot} there is no module {module or name}{hint}")
     near = nearest(name, [f"{module}.{known}" for known in dir(where)]).strip()
     hint = near or f"see {getattr(where, '__file__', module)}"
@@ -106,13 +106,13 @@ def target_of(config: DictConfig, path: str) -> Callable[..., Any]:
 
 
 def new_place(name: str | None) -> str:
-    """Where a module or what was in it is now; empty where it has not moved."""
+    """``"; it is NEW now"`` for a module, or a name in one, that has moved; else empty."""
     new = moved(name or "")
     return f"; it is {new} now" if new and pydoc.locate(new) else ""
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    """Types by parameter; empty where they cannot be resolved at run time."""
+    """Types by parameter; empty if they cannot be resolved at run time."""
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except NameError:
@@ -142,7 +142,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """A type in words."""
+    """A type in words, for messages."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(option) for option in get_args(hint))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-#: Least similarity of two names, from 0 to 1.
+#: Smallest similarity of two names, from 0 to 1.
 ALIKE = 0.7
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"did you mean X? "``, or nothing where no known key is similar.
+    """``"did you mean X? "``; empty if no known key is similar.
 
-    Similar is a key with the same last name, else one of the same group that is a shorter or longer form or another
-    spelling. Hydra's own keys are never suggested.
+    A similar key has the same last name; else it is in the same group, and its last name is an abbreviation, a longer
+    form or another spelling. Hydra's own keys are never suggested.
 
     >>> nearest("optim.lrr", ["optim.lr", "seed"]), nearest("lr", ["optim.lr", "seed"])
     ('did you mean optim.lr? ', 'did you mean optim.lr? ')

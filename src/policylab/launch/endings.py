@@ -21,20 +21,20 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def survive_exit(stop: StopOnSignal) -> Iterator[None]:
-    """Lightning exits after Ctrl-C and SIGTERM; a run still has its summary to write."""
+    """Catches Lightning's exit after Ctrl-C or SIGTERM, so that the run can still write its summary."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt):
         if stop.signum is None:
             raise
-        if world().size > 1 and not stop.stopped:  # this process alone: the others may be waiting for it
+        if world().size > 1 and not stop.stopped:  # only this process stops; others may wait for it
             raise Interrupted(stop.signum) from None
         stop.stopped = True
 
 
 @contextmanager
 def log_failure() -> Iterator[None]:
-    """Writes the reason of a failure to ``train.log``. The root script prints it on the console."""
+    """Writes an error to ``train.log`` and raises it. The root script prints it on the console."""
     try:
         yield
     except UserError as error:
@@ -56,5 +56,5 @@ def closed_wandb() -> Iterator[None]:
 
             try:
                 wandb.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
-            except Exception as error:  # the run is done, whatever W&B says
+            except Exception as error:  # an error of W&B does not fail a finished run
                 log.warning("wandb could not finish: %s", error)

@@ -31,7 +31,7 @@ from policylab.runs.same_run import check_fits
 from policylab.runs.saved_config import load_usable
 from policylab.user_code import short_path
 
-#: Parts of a run's config that an evaluation works with.
+#: Groups of a run's config that an evaluation needs.
 PARTS = ("algo", "hardware", "model", "optim", "reward", "rollout", "task", "validation")
 
 
@@ -49,7 +49,7 @@ def evaluate_job(config: DictConfig) -> None:
 
 
 def output_file(out: str | None, run_folder: Path) -> Path:
-    """Where metrics and samples go; ``evaluate.log`` lies beside it.
+    """The file for metrics and samples; ``evaluate.log`` is written beside it.
 
     Raises:
         UserError: when it is a folder or a log, or its folder does not exist.
@@ -87,15 +87,15 @@ def evaluate(
     """Builds the experiment of a run again and validates a checkpoint.
 
     Args:
-        prompts: validation prompts at most; None takes as many as the run did.
-        seed: of the sampling noise; None takes the run's.
-        trust_remote_code: the consent of the present command; the one on record does not count.
+        prompts: largest number of validation prompts; None: the run's.
+        seed: of the sampling noise; None: the run's.
+        trust_remote_code: whether this command allows it; the saved config cannot.
 
     Returns:
-        The content of ``evaluate.json``: run, checkpoint, iteration, seed, prompts that were counted, metrics, samples.
+        The content of ``evaluate.json``: run, checkpoint, iteration, seed, number of prompts, metrics, samples.
 
     Raises:
-        UserError: when a secret is needed that was not kept, or the checkpoint is damaged or another model's.
+        UserError: when a needed secret was not saved, or the checkpoint is damaged or of another model.
     """
     checkpoint_state(check_undamaged(checkpoint))
     import_libraries()
@@ -137,7 +137,7 @@ def for_evaluation(config: DictConfig, prompts: int | None, seed: int | None) ->
 
 
 def show(result: dict[str, Any], count: int) -> None:
-    """Metrics and a few samples, for people."""
+    """Prints metrics and a few samples."""
     from policylab.data.rollout import Sample
 
     screen = console()

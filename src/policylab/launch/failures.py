@@ -1,4 +1,4 @@
-"""What a process of a group leaves for the launcher when it fails, and which failure came first."""
+"""Errors of a group's processes: each process writes its own to a file, and the launcher reads the first one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from policylab.errors import ProcessFailed, RunError, UserError
 
 
 def write_error(error: Exception, folder: Path) -> None:
-    """Leaves the reason of a failure for the launcher."""
+    """Writes the error of this process to a file, for the launcher."""
     here = world()
     content = {
         "time": time.time(),
@@ -29,7 +29,7 @@ def write_error(error: Exception, folder: Path) -> None:
 
 
 def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
-    """The first failure. Those that follow on other ranks are only broken connections.
+    """The error of the process that failed first. Later ones on other ranks are only broken connections.
 
     Args:
         failures: torch's ``ProcessFailure`` by rank.
@@ -37,15 +37,15 @@ def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
     rank, failure = next(iter(failures.items()))
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        memory = ", which the system sends when memory runs out" if name == "SIGKILL" else ""
         return ProcessFailed(f"the process of rank {rank} was ended by {name}{memory}")
     return read_error(folder) or ProcessFailed(
-        f"the process of rank {rank} ended with code {failure.exitcode} and said nothing"
+        f"the process of rank {rank} ended with code {failure.exitcode} without an error message"
     )
 
 
 def read_error(folder: Path) -> Exception | None:
-    """The first error of the last group of processes that has left any."""
+    """The first error of the last group of processes that has written any; None where none has."""
     errors = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
     if not errors:
         return None

@@ -39,7 +39,7 @@ class BecomeLatest(Callback):
         self.logs = logs
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Queues the link behind the first checkpoint."""
+        """Queues the link after the first checkpoint."""
         writer = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and isinstance(writer, BackgroundWriter):
             writer.submit(self.logs / LATEST, partial(point_latest, self.run_dir, self.logs))

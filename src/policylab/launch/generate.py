@@ -1,4 +1,4 @@
-"""A trained policy continues what a person types."""
+"""Completes prompts with a trained policy."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def check(config: DictConfig) -> None:
         check_number("temperature", config.temperature, 0)
     check_switch("trust_remote_code", config.trust_remote_code)
     if config.prompt is not None and not str(config.prompt).strip():
-        raise UserError("prompt is empty; give some text to go on from, or leave it out to be asked")
+        raise UserError("prompt is empty; give the beginning of a text, or leave prompt out to be asked")
 
 
 def load_policy(
     run_folder: Path, which: str, trained_with: DictConfig, trust_remote_code: bool = False
 ) -> Policy:
-    """A policy that a run has exported, on the best device.
+    """A policy that a run has exported, on the GPU if there is one.
 
     Args:
-        trust_remote_code: the consent of the present command; the one on record does not count.
+        trust_remote_code: whether this command allows it; the saved config cannot.
 
     Raises:
         UserError: when the run has not exported it.
@@ -74,8 +74,8 @@ def load_policy(
     choose_products(trained_with.hardware.products)
     folder = run_folder / "model" / which
     if not folder.is_dir():
-        there = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))
-        raise UserError(f"no policy at {folder}; this run has exported {', '.join(there) or 'none'}")
+        exported = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))
+        raise UserError(f"no policy at {folder}; this run has exported {', '.join(exported) or 'none'}")
     model = trained_with.model
     options = LoadOptions(model.dtype, model.attn_implementation, trust_remote_code, model.get("chat"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,7 +83,7 @@ def load_policy(
 
 
 def prompts(given: str | None) -> Iterator[str]:
-    """The given prompt, or what a person types until an empty line or Ctrl-D."""
+    """The given prompt, or each line that a person types, until an empty line or Ctrl-D."""
     if given is not None:
         yield str(given)
         return
@@ -94,7 +94,7 @@ def prompts(given: str | None) -> Iterator[str]:
 
 
 def read_line() -> str:
-    """One line from the person; empty at the end of the input."""
+    """One line of standard input; empty at its end."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

@@ -1,8 +1,8 @@
-"""Imports before a run without those that it does not use.
+"""Imports before a run, with unused packages hidden.
 
-Lightning imports torchmetrics, which imports matplotlib and scipy if they are installed, and so does transformers with
-scipy. A run needs neither, so both are hidden during these imports. With the garbage collector off as well, the start
-takes 6 s of processor time in place of 9.5 (Intel Xeon 2.5 GHz, 2 busy cores, 2026-11-28).
+Lightning imports torchmetrics, which imports matplotlib and scipy if they are installed; transformers imports scipy. A
+run needs neither, so both are hidden during these imports. With the garbage collector off as well, the start takes 6 s
+of processor time instead of 9.5 (Intel Xeon 2.5 GHz, 2 busy cores, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UNUSED = ("matplotlib", "scipy")
 
 
 def import_libraries() -> None:
-    """Imports all that builds a run. Call it before anything else imports Lightning or transformers."""
+    """Imports everything that builds a run. Call it before anything else imports Lightning or transformers."""
     if "policylab.config.build" in sys.modules:
         return
     gc.disable()
@@ -49,6 +49,6 @@ def absent(packages: tuple[str, ...]) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
-            answer = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{name}_available", None)
-            if answer is not None:  # cached while the package was hidden
-                answer.cache_clear()
+            check = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{name}_available", None)
+            if check is not None:  # its result was cached while the package was hidden
+                check.cache_clear()

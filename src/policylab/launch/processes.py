@@ -1,7 +1,7 @@
 """A job on several processes of this machine: torch's elastic launcher, inside the Hydra job.
 
-Hydra composes once, here; each process gets the settled config and the folder, and calls the same ``train``. So a
-multirun has one folder a job, and leaves nothing behind for the next one.
+Hydra composes the config once, in the launcher; each process gets the settled config and the run folder, and calls the
+same ``train``. So each job of a multirun has one folder, and leaves nothing behind for the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from policylab.runs.status import FAILED, INTERRUPTED, finish_status, now
 
 log = logging.getLogger(__name__)
 
-#: Seconds that the remaining processes have to end by themselves when one has failed.
+#: Seconds that the other processes get to end by themselves after one has failed.
 GRACE = 3
 
 
@@ -68,7 +68,7 @@ def launch(
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=config.hardware.max_restarts,
-            signals_to_handle=PASSED_ON.name,  # never arrives here: torch is to handle none of ours
+            signals_to_handle=PASSED_ON.name,  # never sent to this process: torch must not handle our signals
             shutdown_timeout=GRACE,
         )
         job = Job(
@@ -103,12 +103,12 @@ def launch(
 
 
 class SignalForwarder:
-    """Passes signals on to the processes: the first asks them to stop after the iteration, the second ends them.
+    """Forwards signals to the processes: the first asks them to stop after the iteration, the second ends them.
 
-    A context manager that restores the handlers of before, also the one that torch's launcher replaces.
+    A context manager that restores the earlier handlers, also the one that torch's launcher replaces.
 
     Args:
-        marker: a file to make, for processes that start later.
+        marker: file to create after a signal; processes that start later then exit at once.
     """
 
     def __init__(self, marker: Path) -> None:
@@ -142,7 +142,7 @@ class SignalForwarder:
 
 @contextmanager
 def environment(config: DictConfig) -> Iterator[None]:
-    """Sets the environment variables of the processes, and restores those of before.
+    """Sets environment variables for the processes, and restores the earlier ones.
 
     Processes that compute on the CPU share its cores.
     """

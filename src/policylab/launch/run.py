@@ -57,9 +57,9 @@ def train_job(config: DictConfig) -> float | None:
 
     hydra = HydraConfig.get()
     run_dir, overrides = Path(hydra.runtime.output_dir), task_overrides(hydra)
-    sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records it
+    sys.argv[1:] = redact_words(sys.argv[1:])  # W&B records the arguments
     with removed_if_empty(run_dir, Path(config.paths.logs)) if world().main else nullcontext():
-        learn_secrets(config)  # before anything is said about it
+        learn_secrets(config)  # before any message quotes the config
         if warning := tuned_for_others(config, hydra.runtime.choices.get("algo_model")):
             log.warning("%s", warning)
         if config.resume:
@@ -80,7 +80,7 @@ def train_job(config: DictConfig) -> float | None:
 
 
 def task_overrides(hydra: Any) -> list[str]:
-    """What the command line changes; interpolations of the environment are left as they are."""
+    """The overrides of the command line; references to the environment stay unresolved."""
     words: Any = OmegaConf.to_container(hydra.overrides.task)
     return list(words)
 
@@ -94,23 +94,23 @@ def trains_here(config: DictConfig) -> bool:
 def train(
     config: DictConfig, run_dir: Path, overrides: list[str], signals: Sequence[int] = SIGNALS
 ) -> float | None:
-    """Trains as the config says and leaves the results in the run folder. With several processes, each calls this.
+    """Trains as the config says and writes the results to the run folder. With several processes, each calls this.
 
     Args:
         config: the settled config, which is not changed.
         run_dir: folder of this run; with ``config.resume``, the folder of that run.
-        overrides: what the command line changed, to show it.
-        signals: that ask the run to stop.
+        overrides: of the command line, to be shown and recorded.
+        signals: those that stop the run.
 
     Returns:
         The best value of the monitored metric, for sweepers; None without one.
 
     Raises:
-        UserError: when the run cannot start, or not continue from its checkpoint.
+        UserError: when the run cannot start, or cannot resume from its checkpoint.
         Interrupted: after a signal, when everything is saved.
     """
     main = world().main
-    with start_on_record(config, run_dir, overrides):
+    with record_failed_start(config, run_dir, overrides):
         connect(backend(config.hardware), config.hardware.timeout)
     check_same("config", OmegaConf.to_yaml(config, resolve=True))
     checkpoint, fresh = start_of(config, run_dir, overrides)
@@ -153,24 +153,26 @@ def train(
 
 
 @contextmanager
-def start_on_record(config: DictConfig, run_dir: Path, overrides: list[str]) -> Iterator[None]:
-    """Puts a failure on record that comes before the run has begun: it can be resumed, and a restart of the group does
-    so. A run that is in the folder already keeps its status; only ``train.log`` has the failure."""
+def record_failed_start(config: DictConfig, run_dir: Path, overrides: list[str]) -> Iterator[None]:
+    """Records a run that fails before it has begun, so that it can be resumed, also by a restart of the group.
+
+    A run that is already in the folder keeps its status; the failure is then only in ``train.log``.
+    """
     with log_failure():
         try:
             yield
         except Exception as error:
             if world().main and not (run_dir / "status.json").exists():
                 open_run(config, run_dir, overrides)
-                with suppress(RuntimeError):  # where the store cannot be reached either
-                    set_flag(started(run_dir))
+                with suppress(RuntimeError):  # the store may be unreachable as well
+                    set_flag(begun_flag(run_dir))
                 with RunStatus(run_dir, config.iterations, config.max_tokens):
                     raise error
             raise
 
 
 def open_run(config: DictConfig, run_dir: Path, overrides: list[str]) -> None:
-    """Writes down what a new run is.
+    """Saves the config and the command of a new run.
 
     Raises:
         UserError: when the folder already holds a run.
@@ -180,26 +182,26 @@ def open_run(config: DictConfig, run_dir: Path, overrides: list[str]) -> None:
     record_command(overrides, run_dir)
 
 
-def started(run_dir: Path) -> str:
-    """The flag that says that this group of processes has begun a run, which lasts over restarts."""
+def begun_flag(run_dir: Path) -> str:
+    """Name of the flag that this group of processes has begun the run. Restarts of the group keep the flag."""
     return f"run of {run_dir}"
 
 
 def start_of(config: DictConfig, run_dir: Path, overrides: list[str]) -> tuple[Path | None, bool]:
-    """The checkpoint to resume from, None for the beginning; and whether the run is new.
+    """The checkpoint to resume from (None: start from the beginning), and whether the run is new.
 
     Rank 0 decides and broadcasts. A group of processes that was restarted resumes its own run.
     """
-    own = started(run_dir)
+    flag = begun_flag(run_dir)
     resume, checkpoint = config.resume, ""
     if world().main:
-        if has_flag(own) and (run_dir / "status.json").is_file():
+        if has_flag(flag) and (run_dir / "status.json").is_file():
             resume = str(run_dir)
         if resume:
             checkpoint = str(find_start(config, run_dir, resume) or "")
         else:
             open_run(config, run_dir, overrides)
-        set_flag(own)
+        set_flag(flag)
     checkpoint = broadcast("checkpoint", checkpoint)
     return Path(checkpoint) if checkpoint else None, not resume
 
@@ -222,7 +224,7 @@ def build_experiment(config: DictConfig, run_dir: Path) -> Experiment:
 def record(experiment: Experiment, run_dir: Path, overrides: list[str]) -> None:
     """Writes ``env.json`` and hands config and environment to the loggers.
 
-    Call it when nothing refuses the run any more: a resumed run repeats the command on record.
+    Call it after all checks, because a resumed run repeats the recorded command.
     """
     module, config = experiment.module, experiment.config
     extra = {"weights": module.policy.source, "origin": module.run_state.origin, **in_environment()}
@@ -232,7 +234,7 @@ def record(experiment: Experiment, run_dir: Path, overrides: list[str]) -> None:
 
 
 def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: StopOnSignal) -> None:
-    """Validates before the first iteration of this session, if that is due, trains, and validates after the last."""
+    """Validates before the first iteration of this session if that is due, trains, and validates at the end."""
     module, data, trainer = experiment.module, experiment.data, experiment.trainer
     with survive_exit(stop):
         iteration = checkpoint_iteration(checkpoint) if checkpoint else 0
@@ -251,7 +253,7 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
 
 
 def outcome(experiment: Experiment, status: RunStatus) -> dict[str, Any]:
-    """What ``metrics.csv`` does not say of a run."""
+    """How a run ended: the part of its summary that is not in ``metrics.csv``."""
     module = experiment.module
     return {
         "status": "done" if status.state == "running" else status.state,

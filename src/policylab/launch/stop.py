@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class StopOnSignal(Callback):
-    """Stops a run when it is asked to.
+    """Stops a run after a signal.
 
-    After the first signal the iteration ends and the checkpoint is written; validation is skipped. The second signal,
-    or one outside training, stops at once. Several processes stop after the same iteration, whichever got the signal.
+    After the first signal the iteration ends and the checkpoint is written; validation is skipped. A second signal, or
+    one outside training, stops at once. All processes stop after the same iteration, even if only one got the signal.
     Place it before the checkpoint callback.
 
     Args:
-        signals: that ask the run to stop.
+        signals: those that stop the run.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:
@@ -81,7 +81,7 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops all processes if one of them was asked to."""
+        """Stops all processes if one of them got a signal."""
         asked = int(pl_module.runtime.all_max(torch.tensor(self.signum or 0, device=pl_module.device)))
         if asked:
             self.signum = asked

@@ -28,20 +28,20 @@ STOP = "stop"
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to know."""
+    """What the launcher passes to each process."""
 
     train: Train
     config: str  #: settled; resolved except for references to the environment; as YAML
     logging: str  #: Hydra's ``job_logging``, resolved, as YAML
     run_dir: str
     overrides: list[str]
-    errors: str  #: folder in which a process that fails leaves its reason
+    errors: str  #: folder to which a failed process writes its error
     launcher: int  #: process id
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended that did not fail."""
+    """How a process ended without an error."""
 
     value: float | None = None  #: what ``train`` returned
     signum: int | None = None  #: the signal that ended it
@@ -49,11 +49,11 @@ class Outcome:
 
 
 def work(job: Job) -> Outcome:
-    """Trains as one process of the group, on the config as the launcher has settled it."""
+    """Trains as one process of the group, with the config that the launcher has settled."""
     from hydra.core.utils import configure_log
 
     escape_unprintable()
-    end_with(job.launcher)
+    die_with(job.launcher)
     end_on_sigterm_of(job.launcher)
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -70,7 +70,7 @@ def work(job: Job) -> Outcome:
     except Interrupted as stopped:
         if stopped.together:
             return Outcome(signum=stopped.signum)
-        sys.exit(AGAIN)  # the others may be waiting for this one: the launcher ends them
+        sys.exit(AGAIN)  # other processes may wait for this one; the launcher ends them
     except Exception as error:
         write_error(error, Path(job.errors))
         raise
@@ -83,8 +83,8 @@ def from_yaml(text: str) -> DictConfig:
     return config
 
 
-def end_with(launcher: int) -> None:
-    """Has the system kill this process when the launcher has ended, even by ``kill -9``. Linux only."""
+def die_with(launcher: int) -> None:
+    """Makes the system kill this process when the launcher ends, even by ``kill -9``. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:  # it has ended already
@@ -92,10 +92,10 @@ def end_with(launcher: int) -> None:
 
 
 def end_on_sigterm_of(launcher: int) -> None:
-    """Exits at once on SIGTERM from torch's launcher: another process has failed.
+    """Exits at once on SIGTERM from torch's launcher, which sends it when another process has failed.
 
-    From anybody else it is ignored, as the launcher gets it too. On systems other than Linux the sender is unknown, and
-    any SIGTERM ends the process.
+    SIGTERM from another sender is ignored, because the launcher gets it too. On systems other than Linux the sender is
+    unknown, and any SIGTERM ends the process.
     """
     if not hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
