@@ -1,11 +1,11 @@
 # PolicyLab in two commands: `make train` and `make test`. `make help` lists the rest.
 #
-#   make train ARGS="algo=reinforce seed=1"     arguments go on to the command
+#   make train ARGS="algo=reinforce seed=1"     arguments are passed to the command
 #   make train VENV=$VIRTUAL_ENV                use an environment that you already have
 #   make train PYTHON=python3.12                choose the interpreter of the new environment
 
 VENV ?= .venv
-# The first interpreter that PolicyLab runs on; python3 itself where it is new and old enough.
+# The first interpreter with a version that PolicyLab supports; python3 itself if it has one.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
@@ -20,9 +20,9 @@ INSTALLED := $(VENV)/.policylab-installed
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## make the environment and install PolicyLab into it
+install: $(INSTALLED) ## create the environment and install PolicyLab into it
 
-train: $(INSTALLED) ## train; ARGS="algo=reinforce seed=1" is handed to train.py
+train: $(INSTALLED) ## train; ARGS="algo=reinforce seed=1" is passed to train.py
 	$(BIN)/python train.py $(ARGS)
 
 test: $(INSTALLED) ## run the fast tests; ARGS="-m slow" runs the others
@@ -56,11 +56,11 @@ lint: $(INSTALLED) ## check style and formatting
 types: $(INSTALLED) ## check the types
 	$(BIN)/mypy
 
-format: $(INSTALLED) ## mend what ruff can mend
+format: $(INSTALLED) ## fix what ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean: ## remove the environment that make made, and all caches; runs in logs/ stay
+clean: ## remove the environment that make created, and all caches; runs in logs/ are kept
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
