@@ -145,7 +145,7 @@ def test_a_damaged_file_falls_back_to_the_one_before(run_folder, harm, caplog):
         == last.with_stem("previous")
     )
     assert "last.ckpt is damaged" in caplog.messages[0]
-    assert "going on from" in caplog.messages[0]
+    assert "resuming from" in caplog.messages[0]
     assert "\n" not in caplog.messages[0]
     with pytest.raises(UserError, match=r"last\.ckpt is damaged .* take another one"):
         checkpoint_to_resume(str(last))
@@ -158,7 +158,7 @@ def test_a_missing_file_is_told(run_folder, caplog):
     last = run_folder / "checkpoints" / "last.ckpt"
     last.unlink()
     assert newest_whole_checkpoint(run_folder) == last.with_stem("previous")
-    assert "last.ckpt is missing; going on from" in caplog.messages[0]
+    assert "last.ckpt is missing; resuming from" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_is_wrong_elsewhere_is_no_damage(run_folder, monkeypatch, error):
     monkeypatch.setattr(damages, "read", fail)
     cause = "Permission denied|Stale file handle|Cannot allocate memory"
     with pytest.raises(
-        UserError, match=rf"cannot read .*last\.ckpt: ({cause}); this says nothing of the file"
+        UserError, match=rf"cannot read .*last\.ckpt: ({cause}); the file itself may be intact"
     ):
         newest_whole_checkpoint(run_folder)
 
@@ -696,7 +696,7 @@ def test_a_run_outlives_a_full_disk(small_disk, caplog, monkeypatch):
     assert files(small_disk) == {"last": 5, "previous": 4}
     told = "\n".join(caplog.messages)
     assert (
-        "last.ckpt: No space left on device; what stood there is kept, the run goes on and tries again"
+        "last.ckpt: No space left on device; the older file is kept, the run continues and tries again"
         in told
     )
     assert not list(small_disk.rglob(".*")), "nothing half-written stays behind"

@@ -165,7 +165,7 @@ def test_a_run_is_found_by_any_path_inside(tmp_path):
 def test_wrong_runs_are_told(tmp_path):
     with pytest.raises(UserError, match="no run at"):
         find_run(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         find_run(tmp_path)
 
 
@@ -488,7 +488,7 @@ def test_a_run_whose_command_is_not_known_in_full_is_not_repeated(tmp_path):
     with pytest.raises(UserError, match=r"has no env\.json"):
         with_command_of([f"resume={run}"])
     write_json(run / "env.json", {"overrides": ["seed=1", f"+reward.api_key={HIDDEN}"]})
-    with pytest.raises(UserError, match=r"reward\.api_key was given in clear .* give it again"):
+    with pytest.raises(UserError, match=r"reward\.api_key was given as plain text.* give it again"):
         with_command_of([f"resume={run}"])
     given = [f"resume={run}", "+reward.api_key=x"]
     assert with_command_of(given) == ["seed=1", *given]
@@ -531,7 +531,7 @@ def test_another_run_cannot_be_resumed(tmp_path):
         resume="x",
     )
     with pytest.raises(
-        UserError, match=r"resume=x goes on in the folder of that run; leave out hydra\.run\.dir"
+        UserError, match=r"resume=x continues in the folder of that run; leave out hydra\.run\.dir"
     ):
         check_own_folder(tmp_path / "elsewhere", run / "checkpoints" / "last.ckpt", "x")
     with pytest.raises(UserError, match="this run has seed=0, the command says 1; start a new run"):

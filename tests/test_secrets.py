@@ -161,7 +161,9 @@ def test_what_was_not_kept_is_not_worked_with(monkeypatch, tmp_path):
     config = OmegaConf.create({"reward": {"api_key": HIDDEN}, "model": {"key": "${oc.env:KEY}"}, "n": 1})
     OmegaConf.save(config, tmp_path / "config.yaml")
     load_usable(tmp_path, ["n"], False)
-    with pytest.raises(UserError, match=r"reward\.api_key was given in clear and is not kept; write \$\{oc"):
+    with pytest.raises(
+        UserError, match=r"api_key was given as plain text, and secrets are not saved; write \$"
+    ):
         load_usable(tmp_path, ["reward"], False)
     with pytest.raises(UserError, match=r"config\.yaml: model\.key: Environment variable 'KEY' not found"):
         load_usable(tmp_path, ["model"], False)
@@ -230,7 +232,7 @@ def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
     ] == []
     assert len([path for path, text in said.items() if b"${oc.env:PAID_KEY}" in text]) >= 3
     checkpoint = find_checkpoint(run, "last")
-    with pytest.raises(UserError, match=r"reward\.password was given in clear"):
+    with pytest.raises(UserError, match=r"reward\.password was given as plain text"):
         evaluate(run, checkpoint, None, None)
     file = run / "config.yaml"
     file.write_text(file.read_text().replace(HIDDEN, "${oc.env:PAID_KEY}"))
@@ -284,7 +286,7 @@ def test_a_resumed_run_asks_for_its_secret(tmp_path: Path):
     write_json(
         tmp_path / "env.json", {"overrides": redact_words(["+reward.api_key=x", "+a.api_key=${oc.env:KEY}"])}
     )
-    with pytest.raises(UserError, match=r"reward\.api_key was given in clear .* give it again") as told:
+    with pytest.raises(UserError, match=r"reward\.api_key was given as plain text.* give it again") as told:
         with_command_of([f"resume={tmp_path}"])
     assert redact_text(str(told.value)) == str(told.value), "and can be told"
     words = with_command_of([f"resume={tmp_path}", "+reward.api_key=x"])

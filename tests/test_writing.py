@@ -99,7 +99,7 @@ def test_what_could_not_be_written_is_told_at_once_and_in_the_end(tmp_path, capl
         writer.save_checkpoint({}, tmp_path / "file" / "last.ckpt")
     writer.teardown()
     assert [message.split("; ")[1] for message in caplog.messages] == [
-        "nothing stood there before, the run goes on and tries again when the next one is due"
+        "there is no older file, the run continues and tries again when the next one is due"
     ] * 2
     with pytest.raises(RunError, match=r"could not write .*file/last\.ckpt: File exists"):
         writer.check_written()
@@ -129,7 +129,7 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch, caplog,
     monkeypatch.setattr("policylab.runs.retry.TIMEOUT", 0.0)
     writer.save_checkpoint({"iteration": 2}, path)
     writer.wait()
-    assert "last.ckpt: No space left on device; what stood there is kept" in caplog.text
+    assert "last.ckpt: No space left on device; the older file is kept" in caplog.text
     assert torch.load(path)["iteration"] == 1
     assert not list(tmp_path.glob(".*"))
 

@@ -1,4 +1,4 @@
-"""What ends a run."""
+"""Errors that end a run, and a check of bounds."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 
 
 class UserError(Exception):
-    """Bad input, told in one line: what is wrong, the value, what to do.
+    """Bad input, described in one line: what is wrong, the value, what to do.
 
     The root scripts print the message without a traceback and exit with code 2.
     """
 
 
 class ProcessFailed(Exception):
-    """One of several processes failed; the message is its own traceback."""
+    """One of several processes failed; the message is its traceback."""
 
 
 class RunError(Exception):
-    """A run that cannot go on, told in one line: what happened, why, and what to do.
+    """A run that cannot continue, described in one line: what happened, why, and what to do.
 
     The root scripts print the message without a traceback and exit with code 1; ``train.log`` has the traceback.
     """
@@ -26,10 +26,10 @@ class RunError(Exception):
 def check_range(
     name: str, value: float | None, low: float, high: float = math.inf, *, above: bool = False
 ) -> None:
-    """Refuses a number outside its bounds; None, where a value may be left out, passes.
+    """Refuses a number outside its bounds. None passes, for values that may be left out.
 
     Args:
-        name: as the config calls it.
+        name: in the config.
         low, high: both allowed; with ``above``, ``low`` itself is not.
 
     Raises:

@@ -19,7 +19,7 @@ from policylab.errors import RunError, UserError
 T = TypeVar("T")
 
 PACKAGE = str(Path(__file__).parent)
-#: The folder that the command was started in. A reward may change the current one; paths are shown relative to this.
+#: The folder in which the command was started; paths are shown relative to it. A reward may change the current folder.
 STARTED_IN = Path.cwd()
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 #: The largest number of single precision, in which rewards are kept.
@@ -30,18 +30,18 @@ ERROR_QUOTED = 300
 
 
 def call(what: str, function: Callable[..., T], *arguments: Any, among: Sequence[Completion] = ()) -> T:
-    """What the user's function returns.
+    """Calls the user's function and returns its result.
 
-    Whatever it raises becomes a RunError: Lightning takes StopIteration for the end of the data, ``sys.exit()`` would
-    end the run as if it were done, and Lightning ends the process without a message on KeyboardInterrupt.
+    Any exception becomes a RunError: otherwise Lightning would take StopIteration for the end of the data and end the
+    process without a message on KeyboardInterrupt, and ``sys.exit()`` would end the run as if it were done.
 
     Args:
-        what: how messages call the function, such as "reward brevity".
-        among: completions, one of which the function may have been working on when it failed.
+        what: name of the function in messages, such as "reward brevity".
+        among: completions; if the function fails on one of them, the message names it.
 
     Raises:
         UserError, RunError: those that the function raises.
-        RunError: for everything else that it raises, from that, so that ``train.log`` gets the traceback.
+        RunError: from any other exception of the function, so that ``train.log`` gets the traceback.
     """
     try:
         return function(*arguments)
@@ -61,8 +61,8 @@ def from_the_keyboard(error: KeyboardInterrupt) -> bool:
 
 
 def place(error: BaseException) -> str:
-    """`` at my_reward.py:7``: the innermost line outside of installed libraries and, if there is any, outside of this
-    package; nothing for an error of a function that is not written in Python."""
+    """`` at my_reward.py:7``: the innermost line outside of installed libraries and, if there is one, outside of this
+    package; empty for an error of a function that is not written in Python."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {short_path(error.filename)}:{error.lineno}"
     # the first entry is the line that called
@@ -74,7 +74,7 @@ def place(error: BaseException) -> str:
 
 
 def is_theirs(error: BaseException) -> bool:
-    """Whether a line of the user's own raised it, or called what raised it."""
+    """Whether the user's own code raised it, or called the code that raised it."""
     if isinstance(error, SyntaxError) and error.filename:
         files = [error.filename]
     else:
@@ -83,8 +83,8 @@ def is_theirs(error: BaseException) -> bool:
 
 
 def completion_at(error: BaseException, completions: Sequence[Completion]) -> str:
-    """`` on the completion ' a film' of the prompt 'it is'``: the innermost function that has exactly one of these
-    completions in its local variables tells which; nothing where none has."""
+    """`` on the completion ' a film' of the prompt 'it is'``: the one in the local variables of the innermost function
+    that has exactly one of these completions; empty if no function has."""
     known = {id(completion): completion for completion in completions}
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         found = {id(value) for value in frame.f_locals.values()} & known.keys()
@@ -95,24 +95,24 @@ def completion_at(error: BaseException, completions: Sequence[Completion]) -> st
 
 
 def said(error: BaseException) -> str:
-    """Kind and message of an error on one line."""
+    """Type and message of an error on one line."""
     try:
         message = " ".join(str(error).split())
-    except Exception:  # a message that fails as well
+    except Exception:  # building the message fails as well
         message = ""
     return cut(f"{type(error).__name__}: {message}" if message else type(error).__name__, ERROR_QUOTED)
 
 
 def shown(value: Any) -> str:
-    """Any value on one line, not too long."""
+    """Any value on one line, shortened to ``QUOTED`` characters."""
     try:
         return cut(" ".join(repr(value).split()), QUOTED)
-    except Exception:  # such as a whole number of more than 4,300 digits
+    except Exception:  # such as an integer of more than 4,300 digits
         return f"<{type(value).__name__}>"
 
 
 def cut(text: str, limit: int) -> str:
-    """The text, shortened to the limit where it is longer.
+    """The text, shortened to the limit if it is longer.
 
     >>> cut("a long story", 10)
     'a long ...'
@@ -121,7 +121,7 @@ def cut(text: str, limit: int) -> str:
 
 
 def short_path(path: str | Path) -> str:
-    """A path as one would type it in the folder that the command was started in: relative where it lies below it."""
+    """A path as typed in the folder in which the command was started: relative if it is below that folder."""
     try:
         return str((STARTED_IN / path).resolve().relative_to(STARTED_IN.resolve()))
     except ValueError:
@@ -129,9 +129,9 @@ def short_path(path: str | Path) -> str:
 
 
 def handed_over(completions: Sequence[Completion]) -> tuple[Completion, ...]:
-    """Copies of the completions: the user's code may sort the sequence or change a reference.
+    """Copies of the completions, because the user's code may sort the sequence or change a reference.
 
-    A reference that completions share is copied once.
+    A reference that several completions share is copied once.
 
     Raises:
         RunError: when a reference cannot be copied.
@@ -146,10 +146,10 @@ def handed_over(completions: Sequence[Completion]) -> tuple[Completion, ...]:
 
 
 def check_names(owner: str, what: str, given: Any) -> None:
-    """Refuses what is no dict, or has a key that cannot be the name of a metric.
+    """Refuses a value that is not a dict, or has a key that cannot be the name of a metric.
 
     Args:
-        owner, what: how messages call who gave it, and it.
+        owner, what: names of the giver and of the value, for messages.
 
     Raises:
         UserError: naming the first such key.
@@ -165,14 +165,14 @@ def check_names(owner: str, what: str, given: Any) -> None:
 
 
 def one_for_each(owner: str, given: Any, expected: int) -> list[Any]:
-    """What the user's code returned, as a list.
+    """The result of the user's code as a list.
 
     Args:
-        owner: how messages call it.
-        expected: completions.
+        owner: name of the code, for messages.
+        expected: number of completions.
 
     Raises:
-        UserError: when it is no ordered sequence, or of another length.
+        UserError: when it is not an ordered sequence, or has another length.
         RunError: when reading it raises anything.
     """
     dimensions = getattr(given, "ndim", None)  # of an array of any library
@@ -196,10 +196,10 @@ def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[C
     """The values as floats.
 
     Args:
-        owner, what: how messages call who gave them, and them.
+        owner, what: names of the giver and of the values, for messages.
 
     Raises:
-        UserError: naming the completion whose value is no finite number.
+        UserError: naming the completion whose value is not a finite number.
     """
     numbers = [_number(value) for value in values]
     for index, number in enumerate(numbers):
@@ -212,7 +212,7 @@ def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[C
 
 
 def _number(value: Any) -> float:
-    """A number of any library as a float; not a number for everything else."""
+    """A number of any library as a float; NaN for everything else."""
     # float() would accept "0.5" and an array of one number; from a reward, either is a mistake
     if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", None):
         return math.nan

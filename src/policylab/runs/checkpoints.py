@@ -1,4 +1,4 @@
-"""A run's checkpoint files: the newest one, and how far the run was."""
+"""A run's checkpoint files: finds the newest one, and reads its iteration and token count."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def newest_whole_checkpoint(run_folder: Path) -> Path | None:
         why = damage(path) if path.exists() else ""
         if why is None:
             if faults:
-                log.warning("%s; going on from %s, the one before it", "; ".join(faults), path)
+                log.warning("%s; resuming from %s, the one before it", "; ".join(faults), path)
             return path.resolve()
         faults.append(f"{path} is damaged ({why})" if why else f"{path} is missing")
     if any(path.exists() for path in paths):
@@ -81,15 +81,15 @@ def link_atomically(source: Path, path: Path) -> None:
 
 
 def checkpoint_iteration(checkpoint: Path) -> int:
-    """Iterations that were done when a checkpoint was written."""
+    """The number of finished iterations when a checkpoint was written."""
     return int(checkpoint_state(checkpoint)["iteration"])
 
 
 def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
-    """How far the run was: ``iteration`` and ``tokens_sampled``.
+    """The progress of the run at a checkpoint: ``iteration`` and ``tokens_sampled``.
 
     Raises:
-        UserError: when the file is damaged, or not one of ours.
+        UserError: when the file is damaged, or was not written by policylab.
     """
     try:
         content = read(checkpoint)

@@ -25,7 +25,7 @@ class NothingLeft(Exception):
 
 
 def with_command_of(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command; with ``resume=RUN``, they override those that RUN was started with.
+    """The arguments of a command; with ``resume=RUN``, added to those that started RUN, which they override.
 
     So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
 
@@ -39,14 +39,14 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     if resume in (None, "", "null"):
         return list(arguments)
     folder = find_run(resume, Path(logs) if logs else None)
-    # From here on the run has its real path, so that `latest` cannot come to mean a newer one.
+    # Use the real path from now on, because `latest` may become a newer run.
     file = Path(resume).expanduser()
     place = override("resume", file.resolve() if file.is_file() else folder)
     arguments = [place if override_key(word) == "resume" else word for word in arguments]
     environment = folder / "env.json"
     if not environment.is_file():
         raise UserError(
-            f"{folder} has no env.json, which says what it was started with; start a new run, without resume"
+            f"{folder} has no env.json, which holds the arguments that started it; start a new run, without resume"
         )
     given = {override_key(word) for word in arguments}
     recorded = json.loads(environment.read_text(encoding="utf-8"))["overrides"]
@@ -63,34 +63,32 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
     ]
     if hidden := [override_key(word) for word in before if HIDDEN in word]:
         raise UserError(
-            f"{hidden[0]} was given in clear and is not kept; give it again beside resume, best as "
-            "'${oc.env:NAME}', which is kept"
+            f"{hidden[0]} was given as plain text, and secrets are not saved; give it again with resume, best as "
+            "'${oc.env:NAME}', which is saved"
         )
     return [*before, *places, *arguments]
 
 
 def absolute_places(config: DictConfig) -> list[tuple[str, str]]:
-    """The files and folders that a run reads, by key, as its saved config has them. The relative paths and links of
-    its command may mean something else by now. Items of lists are left out: no command line names one."""
+    """The files and folders that a run reads, by key, from its saved config: relative paths and links of its command
+    may mean something else now. Items of lists are left out, because a command line cannot name them."""
     found = [(key, OmegaConf.select(config, key)) for key in PLACES]
     found += [(key, text) for key, text in texts_of_reward(config) if "[" not in key]
     return [(key, place) for key, place in found if isinstance(place, str) and Path(place).is_absolute()]
 
 
 def resume_or_start(arguments: Sequence[str]) -> list[str]:
-    """The arguments with ``resume=auto hydra.run.dir=DIR`` replaced: by ``resume=DIR`` where there is a run in DIR.
+    """Replaces ``resume=auto hydra.run.dir=DIR`` by ``resume=DIR`` if DIR holds a run, else drops ``resume=auto``.
 
     So the same job can be started any number of times.
 
     Raises:
         UserError: without a folder.
-        NothingLeft: when the run there is done, and the command asks for no more of it.
+        NothingLeft: when the run there is done, and the command does not make it longer.
     """
     folder = last_value(arguments, "hydra.run.dir")
     if folder is None:
-        raise UserError(
-            f"resume={AUTO} needs hydra.run.dir=FOLDER: it goes on with the run there, or starts it"
-        )
+        raise UserError(f"resume={AUTO} needs hydra.run.dir=FOLDER: it resumes the run there, or starts it")
     rest = [word for word in arguments if word != f"resume={AUTO}"]
     status = read_status(Path(folder).expanduser())
     if not status:

@@ -12,7 +12,7 @@ from typing import Any
 
 from policylab.errors import UserError
 
-#: Bytes that are checked at a time.
+#: Bytes checked at a time.
 CHUNK = 2**22
 #: Exceptions of reading a damaged file, or one that is not a checkpoint.
 UNREADABLE = (
@@ -65,7 +65,7 @@ def damage(checkpoint: Path) -> str | None:
     except UNREADABLE as error:
         if cause := machine_error(error):
             raise UserError(
-                f"cannot read {checkpoint}: {cause}; this says nothing of the file, so mend it and try again"
+                f"cannot read {checkpoint}: {cause}; the file itself may be intact: fix that and try again"
             ) from error
         size = checkpoint.stat().st_size if checkpoint.exists() else 0
         return f"{size} bytes; {error or type(error).__name__}"
@@ -73,7 +73,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def machine_error(error: Exception) -> str | None:
-    """The error of the machine behind a failed read, if it is one. Torch gives it as text only."""
+    """The error of the machine that made a read fail; None for other errors. Torch has it only as text."""
     causes = {code: os.strerror(code) for code in MACHINE_ERRORS}
     if isinstance(error, OSError) and error.errno in causes:
         return causes[error.errno]

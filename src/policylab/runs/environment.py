@@ -57,7 +57,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment(repository: Path) -> dict[str, Any]:
-    """This machine, its software and the command. Imports torch, to ask for GPUs."""
+    """This machine, its software and the command. Imports torch, to list GPUs."""
     import torch
 
     from policylab import __version__
@@ -82,7 +82,7 @@ def describe_environment(repository: Path) -> dict[str, Any]:
 
 
 def record_command(overrides: list[str], run_folder: Path) -> None:
-    """Writes only the command line, before ``status.json``: a run with a ``status.json`` can be resumed."""
+    """Writes only the command line. Call it before ``status.json`` is written: a run that has one can be resumed."""
     write_json(run_folder / "env.json", {"overrides": redact_words(overrides)})
 
 

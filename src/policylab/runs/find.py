@@ -1,4 +1,4 @@
-"""Finds the folder and the checkpoint of a run from what a person types."""
+"""Finds the folder and the checkpoint of a run from a command-line argument."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find_run(run: str | Path, logs: Path | None = None) -> Path:
 
     Args:
         run: a run folder, any path inside one (such as a checkpoint), or "latest".
-        logs: where "latest" is looked for; None takes ``logs/`` of the repository.
+        logs: folder of "latest"; None: ``logs/`` of the repository.
 
     Raises:
         UserError: when there is no such path, or no run in it.
@@ -40,7 +40,7 @@ def find_run(run: str | Path, logs: Path | None = None) -> Path:
     for folder in (path, *path.parents):
         if (folder / "config.yaml").is_file() and (folder / "status.json").is_file():
             return folder
-    raise UserError(f"{path} is no run folder: it has no config.yaml with a status.json beside it")
+    raise UserError(f"{path} is not a run folder: it has no config.yaml with a status.json beside it")
 
 
 def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
@@ -65,8 +65,8 @@ def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
 
 
 def checkpoint_to_resume(resume: str) -> Path | None:
-    """The checkpoint that ``resume=...`` means: the file itself, or the newest whole one of a run folder; None where a
-    run has saved none yet.
+    """The checkpoint that ``resume=...`` means: the file itself, or the newest whole one of a run folder; None if the
+    run has not saved one yet.
 
     Raises:
         UserError: when the file is damaged.

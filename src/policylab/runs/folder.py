@@ -41,15 +41,13 @@ def claim(path: Path) -> Path:
 
 @contextmanager
 def removed_if_empty(folder: Path, logs: Path) -> Iterator[None]:
-    """At the end, removes a folder that holds only the log that Hydra opens for every job, and then its empty parents
-    below ``logs``.
-    """
+    """At the end, removes a folder that holds only Hydra's log of the job, and its empty parents below ``logs``."""
     try:
         yield
     finally:
         if folder.is_dir() and [path.name for path in folder.iterdir()] == ["train.log"]:
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # one that is not empty
+            with suppress(OSError):  # the parent is not empty
                 for parent in folder.parents:
                     if logs not in parent.parents:
                         break
@@ -58,10 +56,10 @@ def removed_if_empty(folder: Path, logs: Path) -> Iterator[None]:
 
 @contextmanager
 def removed_if_refused(folder: Path) -> Iterator[Callable[[], None]]:
-    """Removes the files that a run has written if its command is refused before it is accepted.
+    """Removes the files of a run if a UserError comes before it is accepted.
 
     Yields:
-        The function to call when all is built and the run begins.
+        The function that accepts it; call it when everything is built.
     """
     accepted = False
 
@@ -124,7 +122,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_link(latest: Path) -> None:
-    """Refuses to start where ``logs/latest`` exists and is no link.
+    """Refuses to start if ``logs/latest`` exists and is not a link.
 
     Raises:
         UserError: naming it.

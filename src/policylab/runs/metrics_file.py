@@ -1,4 +1,4 @@
-"""``metrics.csv``: one row an iteration, one column a metric; empty where an iteration has no value."""
+"""``metrics.csv``: one row per iteration, one column per metric; a missing value is an empty cell."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def is_validated(path: Path, iteration: int) -> bool:
 
 
 def best_row(rows: Iterable[Row], monitor: str, mode: str) -> Row | None:
-    """The row with the best value of a metric, the first one among equals; None when no row has it. The validation
-    before training does not count.
+    """The row with the best value of a metric, the first one among equals; None when no row has it. Leaves out the
+    validation before training.
 
     Args:
         mode: "max" or "min".

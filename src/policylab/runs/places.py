@@ -11,7 +11,7 @@ import policylab
 from policylab.runs.words import leaves
 
 ASSETS = Path(policylab.__file__).parent / "assets"
-#: Keys that may name a file or folder to read; what it must be; values that are no path.
+#: Keys that may name a file or folder to read; the check of that path; values that are not a path.
 PLACES = {
     "model.path": (Path.is_dir, ()),
     "model.tokenizer": (Path.is_dir, tuple(path.name for path in ASSETS.iterdir())),
@@ -21,11 +21,11 @@ PLACES = {
 
 
 def with_places(config: DictConfig) -> DictConfig:
-    """A copy of the config in which `PLACES` are absolute paths without links. So are values below `reward` that have
-    a slash and name an existing file or folder.
+    """A copy of the config in which `PLACES` are absolute paths without links, and so are values below `reward` that
+    have a slash and name an existing file or folder.
 
     A link such as ``logs/latest``, or a relative path, may mean something else when the run is evaluated or resumed.
-    The id of a model or data set on the hub stays as it is.
+    The id of a model or data set on the hub is not changed.
     """
     found = config.copy()
     for key, (fits, words) in PLACES.items():
@@ -41,6 +41,6 @@ def with_places(config: DictConfig) -> DictConfig:
 
 
 def texts_of_reward(config: DictConfig) -> list[tuple[str, str]]:
-    """Values by key, such as ``reward.parts.kind.path``. Interpolations are left out, as they may refer to a secret."""
+    """Texts below ``reward`` by key, such as ``reward.parts.kind.path``; no interpolations, which may be secrets."""
     values = leaves(OmegaConf.to_container(config.get("reward") or OmegaConf.create()), "reward")
     return [(key, value) for key, value in values if isinstance(value, str) and "${" not in value]

@@ -31,13 +31,13 @@ MODEL_TOKEN = re.compile(
     r"(^|_)(bos|eos|eot|bot|pad|unk|sep|cls|mask|boi|eoi|image|audio|video|think|tool|special|start|stop|end|first"
     r"|last|next|prev|new|per|a|each|max|min)_token$"
 )
-#: A reference to the environment, alone or as a header has it.
+#: A reference to the environment, alone or in an HTTP header.
 REFERENCE = re.compile(r"(?:(?:Bearer|Basic|Token) )?\$\{oc\.env:\w+(?:, ?(?:null|''|\"\"))?\}")
 #: ``https://user:password@host``
 ADDRESS_PASSWORD = re.compile(r"(\w://[^/\s:@]*:)([^/\s@]+)@")
 #: ``name=value`` in text, such as a command.
 ASSIGNMENT = re.compile(r"([\w.\-]+)=(\"[^\"]*\"|'[^']*'|[^\s&]+)")
-#: ``name=value`` as Hydra takes it from a command line.
+#: ``name=value`` as an argument of Hydra.
 OVERRIDE = re.compile(r"([+~]*)([\w./@\-]+)=(.*)", re.DOTALL)
 
 #: Values that this process has found under a secret's name.
@@ -55,12 +55,12 @@ def is_secret(name: str) -> bool:
 
 
 def remember(values: Any) -> None:
-    """From here on the secrets among these plain values are hidden wherever they appear."""
+    """Records the secrets in these plain values. From now on they are hidden wherever they appear."""
     _known.update(_secrets(values, hidden=False))
 
 
 def _secrets(item: Any, hidden: bool) -> Iterator[str]:
-    """The literal values under secret names."""
+    """The literal values under names of secrets."""
     if isinstance(item, dict):
         for key, inner in item.items():
             yield from _secrets(inner, hidden or is_secret(str(key)))
@@ -81,8 +81,8 @@ def _hides(value: Any) -> bool:
 def redact(value: Any) -> Any:
     """A copy of plain data without secrets.
 
-    Hidden are values under a name such as ``api_key`` or ``hf_token``, passwords in addresses, and in any text a value
-    that is assigned to such a name or that an environment variable of such a name has.
+    Hides values under a name such as ``api_key`` or ``hf_token``, passwords in addresses, and in any text values that
+    are assigned to such a name or are those of an environment variable with such a name.
     """
     remember(value)
     return _redacted(value, hidden=False)
@@ -122,7 +122,7 @@ def _of_environment() -> Iterator[str]:
 
 
 def redact_words(words: Iterable[str]) -> list[str]:
-    """A command line without secrets: the whole value of an override that contains one is hidden."""
+    """A command line without secrets. If a value contains a secret, the whole value is hidden."""
     return [_redacted_word(word) for word in words]
 
 
@@ -148,7 +148,7 @@ def redact_file(path: Path) -> None:
 
 
 def _with_words(item: Any) -> Any:
-    """Plain data in which the texts of lists are redacted as words of a command line."""
+    """Plain data in which texts in lists are redacted as arguments of a command line."""
     if isinstance(item, dict):
         return {key: _with_words(inner) for key, inner in item.items()}
     if isinstance(item, list):

@@ -1,6 +1,6 @@
-"""Resuming from a checkpoint: finds it, checks that it fits the command and the built model, and rewinds the records.
+"""Resuming from a checkpoint: finds it, checks that it fits the command, and rewinds the records to it.
 
-Lightning loads it afterwards, when it validates or fits.
+Lightning loads it afterwards, when it validates or trains.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def find_start(config: DictConfig, run_folder: Path, resume: str) -> Path | None:
-    """Finds the checkpoint to resume from: None where the run has saved none, and starts again from the beginning.
+    """Finds the checkpoint to resume from; None if the run has saved none and starts from the beginning.
 
     Raises:
-        UserError: when it is damaged, still being trained, another run's, or has nothing left to do.
+        UserError: when the checkpoint is damaged or of another run, or the run is still running or done.
     """
     checkpoint = checkpoint_to_resume(resume)
     check_not_running(run_folder)
@@ -46,7 +46,7 @@ def find_start(config: DictConfig, run_folder: Path, resume: str) -> Path | None
 
 
 def rewind_to(checkpoint: Path | None, config: DictConfig, run_folder: Path) -> None:
-    """Cuts the records of a run to its checkpoint; None is the beginning.
+    """Cuts the records of a run to its checkpoint; None means the beginning.
 
     Call this after everything is built, because a refused command must not change the records.
     """
@@ -58,14 +58,14 @@ def rewind_to(checkpoint: Path | None, config: DictConfig, run_folder: Path) -> 
 
 
 def validates_at(config: DictConfig, iteration: int) -> bool:
-    """Whether a validation is due after an iteration, be it the last one or not."""
+    """Whether ``validation.every`` asks for a validation after this iteration."""
     return bool(iteration % config.validation.every == 0)
 
 
 def validates_again(config: DictConfig, checkpoint: Path | None) -> bool:
-    """Whether a resumed run validates the state it starts from: where that is due, or nothing is left to train.
+    """Whether a resumed run validates its first state: if a validation is due there, or nothing is left to train.
 
-    The validation at an earlier end of a run that is now prolonged stays in the records.
+    If a finished run is extended, the validation at its earlier end stays in the records.
     """
     if checkpoint is None:
         return True
@@ -75,11 +75,11 @@ def validates_again(config: DictConfig, checkpoint: Path | None) -> bool:
 
 
 def rewind(run_folder: Path, iteration: int, *, validates: bool) -> None:
-    """Drops from ``metrics.csv`` and ``samples.jsonl`` what came after an iteration; the resumed run writes it again.
+    """Drops the rows after an iteration from ``metrics.csv`` and ``samples.jsonl``; the resumed run writes them again.
 
     Args:
-        validates: whether to drop the validation of that iteration as well. It comes after the checkpoint, and the run
-            may have been killed between its metrics and what follows from them.
+        validates: whether to drop the validation of that iteration as well. It comes after the checkpoint, and a kill
+            may have come between its metrics and the update of the best checkpoint.
     """
     metrics, samples = run_folder / "metrics.csv", run_folder / "samples.jsonl"
 

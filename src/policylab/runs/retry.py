@@ -51,7 +51,7 @@ class RetryLater:
         """
         Args:
             path: the file.
-            meanwhile: what becomes of its content, for the message.
+            meanwhile: what happens to its content until then, for the message.
         """
         self.path = path
         self.meanwhile = meanwhile
@@ -68,7 +68,7 @@ class RetryLater:
         was, self.failing = self.failing, error is not None
         if isinstance(error, OSError) and not was:
             cause = error.strerror or str(error)
-            log.warning("could not write %s: %s; the run goes on, and %s", self.path, cause, self.meanwhile)
+            log.warning("could not write %s: %s; the run continues, and %s", self.path, cause, self.meanwhile)
         elif was and error is None:
             log.warning("%s can be written again", self.path)
         return True

@@ -1,4 +1,4 @@
-"""Whether a command and a checkpoint continue the same run: its values, its weights, its data.
+"""Checks that a command and a checkpoint continue the same run: its values, weights and data.
 
 Each check raises `UserError`, which says what differs and what to do.
 """
@@ -21,7 +21,7 @@ from policylab.runs.status import DONE, read_status, running_process
 from policylab.runs.words import counted, leaves
 
 #: Keys that a resuming command may change: length, hardware and speed, callbacks and loggers, the optimizer's settings,
-#: and paths of files (their contents are compared once they are read). With any other change it would be another run.
+#: and paths of files (their contents are compared after they are read). Any other change would make it a different run.
 MAY_CHANGE = (
     "iterations", "max_tokens", "resume", "plan", "plan_memory", "plan_flops", "name", "tags", "detect_anomaly",
     "hardware", "callbacks", "logger", "validation", "paths", "optim", *PLACES,
@@ -29,14 +29,14 @@ MAY_CHANGE = (
     "reward.workers", "reward.pool", "rollout.max_rows", "rollout.gpu_memory", "rollout.sleep", "rollout.context",
 )  # fmt: skip
 #: Exceptions to these: precision changes every number, all validations use the same prompts, and one metric decides
-#: what is best.
+#: which checkpoint is best.
 MAY_NOT_CHANGE = (
     "hardware.precision", "validation.prompts", "callbacks.checkpoint.monitor", "callbacks.checkpoint.mode",
 )  # fmt: skip
 
 
 def check_not_running(run_folder: Path) -> None:
-    """Refuses a run that is still running: two processes would spoil each other's records."""
+    """Refuses a run that is still running: two processes would overwrite each other's records."""
     if (process := running_process(run_folder)) is not None:
         raise UserError(
             f"{run_folder} is still running, as process {process}; wait for its end, or stop it first"
@@ -46,11 +46,11 @@ def check_not_running(run_folder: Path) -> None:
 def check_own_folder(run_folder: Path, checkpoint: Path | None, resume: str) -> None:
     """Refuses a checkpoint from outside the run's folder."""
     if checkpoint is not None and not checkpoint.is_relative_to(run_folder.resolve()):
-        raise UserError(f"resume={resume} goes on in the folder of that run; leave out hydra.run.dir")
+        raise UserError(f"resume={resume} continues in the folder of that run; leave out hydra.run.dir")
 
 
 def check_same_values(before: Any, now: Any) -> None:
-    """Refuses changed values that would make it another run. A callback may be turned off.
+    """Refuses changed values that would make it a different run. A callback may be turned off.
 
     Args:
         before: the saved config of the run, as plain data.
@@ -83,19 +83,19 @@ def check_something_left(config: DictConfig, run_folder: Path, checkpoint: Path)
     if done > config.iterations or (finished and done == config.iterations):
         raise UserError(
             f"{run_folder} has done {counted(done, 'iteration')}, and iterations={config.iterations}; give "
-            f"iterations=N above {done} to go on"
+            f"iterations=N above {done} to continue"
         )
     if finished and config.max_tokens is not None and sampled >= config.max_tokens:
         raise UserError(
             f"{run_folder} has sampled {sampled} of max_tokens={config.max_tokens} tokens; give max_tokens=N above "
-            "that to go on"
+            "that to continue"
         )
 
 
 def check_nothing_done(run_folder: Path) -> None:
-    """Refuses to start a run again whose checkpoints are lost: its records would be lost as well.
+    """Refuses to restart a run whose checkpoints are lost, because its records would be lost as well.
 
-    A run that was killed while it wrote its first checkpoint has left the unfinished file.
+    A run that was killed while it wrote its first checkpoint may restart; it has left the unfinished file.
     """
     writing = (run_folder / "checkpoints" / f".{LAST}").exists()
     done = max((int(row["iteration"]) for row in read_rows(run_folder / "metrics.csv")), default=0)
@@ -111,11 +111,11 @@ def check_fits(
     checkpoint: Path,
     advice: str = "give the model.* and optim.frozen_layers that the run was started with, or start a new run",
 ) -> None:
-    """Refuses a checkpoint of other starting weights, other data, or another model than the one that was built.
+    """Refuses a checkpoint with other initial weights, other data, or another model than the one that was built.
 
     Args:
-        module: as it was built.
-        advice: what to do.
+        module: the built module.
+        advice: what to do, for the message.
     """
     content = read(checkpoint)
     module.run_state.check_origin(content["policylab"])
@@ -134,5 +134,5 @@ def check_fits(
 
 
 def shape_of(value: Any) -> list[int]:
-    """Shape of a weight; of anything else in a state, none."""
+    """Shape of a weight; empty for anything else in a state."""
     return list(getattr(value, "shape", ()))

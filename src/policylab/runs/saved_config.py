@@ -1,4 +1,4 @@
-"""``config.yaml``: the settled config of a run, without secrets. Writing it, and the one way of reading it."""
+"""``config.yaml``: the settled config of a run, without secrets. Writes it, and reads it for all later commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from policylab.runs.folder import write_atomically
 from policylab.runs.redaction import HIDDEN, is_secret, redact, remember
 from policylab.runs.words import leaves, word
 
-#: Keys that older runs lack, with what those runs did.
+#: Keys that older runs lack, with the values that match their behaviour.
 ADDED = {
     "hardware.products": "onednn",
     "hardware.deterministic": False,
@@ -30,7 +30,7 @@ ADDED = {
     "task.too_long": "refuse",
     "max_tokens": None,
 }
-#: Where modules of before are now, which older runs or a user's own code may name.
+#: New names of moved modules, which older runs or a user's own code may name.
 MOVED = {
     "policylab.callbacks.metrics_file": "policylab.runs.metrics_file",
     "policylab.launch.hydra_files": "policylab.cli.hydra_files",
@@ -43,7 +43,7 @@ MOVED = {
     "policylab.rollouts.text": "policylab.data.text",
     "policylab.rollouts.types": "policylab.data.rollout",
 }
-#: OmegaConf's message where a reference cannot be resolved, such as one to a variable of the environment.
+#: OmegaConf's message for a reference that cannot be resolved, such as one to an environment variable.
 UNRESOLVED = re.compile(r"\w+ raised while resolving interpolation: (?P<why>.*)\s+full_key: (?P<key>\S+)")
 
 
@@ -82,7 +82,7 @@ def environment_unresolved() -> Iterator[None]:
 
 
 def _self_contained(kept: Any, resolved: Any) -> Any:
-    """A value that gives the resolved one when it is read again; with references to the environment where possible."""
+    """A value that resolves to ``resolved`` when it is read again, with references to the environment if possible."""
     if isinstance(kept, str) and kept != resolved and _read(kept) == resolved:
         return kept
     if isinstance(resolved, dict):
@@ -95,7 +95,7 @@ def _self_contained(kept: Any, resolved: Any) -> Any:
 
 
 def _read(text: str) -> Any:
-    """What a text of a config resolves to; None where it cannot be resolved."""
+    """The value that a text of a config resolves to; None if it cannot be resolved."""
     try:
         return OmegaConf.create({"value": text}).value
     except OmegaConfBaseException:
@@ -103,12 +103,12 @@ def _read(text: str) -> Any:
 
 
 def learn_secrets(config: DictConfig) -> None:
-    """From here on the secrets of a config are hidden wherever they appear."""
+    """Records the secrets of a config. From now on they are hidden wherever they appear."""
     remember(OmegaConf.to_container(config, resolve=True))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The config as it is kept: in plain values, secrets hidden."""
+    """The config as it is saved: plain values, secrets hidden."""
     hidden: dict[str, Any] = redact(self_contained(config))
     return hidden
 
@@ -124,14 +124,14 @@ def save_config(config: DictConfig, run_folder: Path) -> None:
 
 
 def load_config(run_folder: Path) -> DictConfig:
-    """The config of a run, as it was saved. An older one gets missing keys of `ADDED` and the new names of `MOVED`.
+    """The saved config of a run. An older one gets missing keys of `ADDED` and the new names of `MOVED`.
 
     Raises:
         UserError: when the file is empty or not a mapping.
     """
     config = OmegaConf.load(run_folder / "config.yaml")
     if not isinstance(config, DictConfig) or not config:
-        raise UserError(f"{run_folder / 'config.yaml'} holds no config")
+        raise UserError(f"{run_folder / 'config.yaml'} does not hold a config")
     for key, value in ADDED.items():
         group, _, name = key.rpartition(".")
         node = OmegaConf.select(config, group) if group else config
@@ -144,7 +144,7 @@ def load_config(run_folder: Path) -> DictConfig:
 
 
 def moved(name: str) -> str | None:
-    """The dotted name of today where a name's module is in `MOVED`."""
+    """The new dotted name if a name's module is in `MOVED`; else None."""
     for old, new in MOVED.items():
         if f"{name}.".startswith(f"{old}."):
             return new + name.removeprefix(old)
@@ -152,22 +152,22 @@ def moved(name: str) -> str | None:
 
 
 def load_usable(run_folder: Path, parts: Sequence[str], trust_remote_code: bool) -> DictConfig:
-    """The config of a run to work with: settled when the run started, so it is neither checked nor settled again.
+    """The saved config of a run, for use. It was settled when the run started, so it is not checked or settled again.
 
     Args:
-        parts: dotted keys of what is needed. Only there must nothing be hidden or unknown.
-        trust_remote_code: the consent of the present command; the one on record does not count.
+        parts: dotted keys that are needed; below them no value may be hidden or unresolvable.
+        trust_remote_code: whether the current command allows it; the saved config cannot.
 
     Raises:
-        UserError: naming the first key that was not kept, or cannot be resolved here.
+        UserError: naming the first key that was not saved, or cannot be resolved here.
     """
     config = with_consent(load_config(run_folder), trust_remote_code)
     file = run_folder / "config.yaml"
     for key, value in leaves(OmegaConf.to_container(config)):
         if key.startswith(tuple(parts)) and isinstance(value, str) and HIDDEN in value:
             raise UserError(
-                f"{key} was given in clear and is not kept; write ${{oc.env:NAME}}, a variable of the environment, in "
-                f"its place in {file}"
+                f"{key} was given as plain text, and secrets are not saved; write ${{oc.env:NAME}}, an environment "
+                f"variable, for it in {file}"
             )
     for part in parts:
         try:
@@ -180,19 +180,19 @@ def load_usable(run_folder: Path, parts: Sequence[str], trust_remote_code: bool)
 
 
 def unresolved(message: str) -> str | None:
-    """``key: why`` from OmegaConf's message about an unresolvable interpolation; None for another message."""
+    """``key: reason`` from OmegaConf's message about an unresolvable interpolation; None for other messages."""
     match = UNRESOLVED.search(message)
     return f"{match['key']}: {match['why'].strip(chr(34))}" if match else None
 
 
 def check_folder_is_free(run_folder: Path) -> None:
-    """Two runs never write into one folder.
+    """Refuses a folder that already holds a run.
 
     Raises:
-        UserError: when the folder already holds a run.
+        UserError: naming the folder.
     """
     if (run_folder / "status.json").exists():
         raise UserError(
-            f"{run_folder} already holds a run; give another hydra.run.dir, or go on with it: "
+            f"{run_folder} already holds a run; give another hydra.run.dir, or resume it: "
             f"{word('resume', run_folder)}"
         )

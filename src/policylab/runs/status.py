@@ -1,4 +1,4 @@
-"""``status.json``: whether a run is running, done, failed or interrupted, and how far it is."""
+"""``status.json``: whether a run is running, done, failed or interrupted, and its progress."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def read_status(run_folder: Path) -> dict[str, Any]:
 
 
 def running_process(run_folder: Path) -> int | None:
-    """The process on this machine that trains in a run folder; None without one. Other machines are not seen."""
+    """The process on this machine that trains in a run folder; None without one. Cannot see other machines."""
     status = read_status(run_folder)
     if status.get("status") != RUNNING or status.get("host") != platform.node():
         return None
     process = int(status["process"])
     try:
-        os.kill(process, 0)  # only asks whether it exists
+        os.kill(process, 0)  # only checks whether it exists
     except ProcessLookupError:
         return None
     except PermissionError:
@@ -64,10 +64,10 @@ def began_after(process: int, moment: str | None) -> bool:
 
 
 def finish_status(run_folder: Path, began: str, status: str, exception: str | None = None) -> None:
-    """Writes how a run ended whose processes can no longer do it, or knew only a consequence of the cause.
+    """Writes how a run ended, for processes that no longer can or that do not know the first error.
 
     Args:
-        began: when the processes were started. An older status is another session's and is left alone.
+        began: when the processes were started. A status from before belongs to an earlier session and is kept.
     """
     with suppress(OSError):  # the first error matters more than a full disk
         content = read_status(run_folder)
@@ -79,9 +79,9 @@ def finish_status(run_folder: Path, began: str, status: str, exception: str | No
 
 
 class RunStatus:
-    """Keeps ``status.json`` up to date, whatever ends the run: a context manager around the whole job.
+    """Keeps ``status.json`` up to date, however the run ends: a context manager around the whole job.
 
-    ``kill -9`` leaves the state "running" with the id of a process that does not exist any more.
+    After ``kill -9`` the status stays "running", with the id of a process that no longer exists.
 
     Args:
         writes: whether this is the process that writes the file.
@@ -93,7 +93,7 @@ class RunStatus:
         self.writes = writes
         before = read_status(run_folder)
         self.path = run_folder / "status.json"
-        self.retry_later = RetryLater(self.path, "it is out of date until it can be")
+        self.retry_later = RetryLater(self.path, "the file is out of date until it can be written")
         self.clock = time.monotonic()
         self.seconds_before = float(before.get("wall_seconds", 0.0))
         self.content: dict[str, Any] = {
@@ -111,7 +111,7 @@ class RunStatus:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of all sessions of this run together."""
+        """Total seconds of all sessions of this run."""
         return self.seconds_before + time.monotonic() - self.clock
 
     @property
@@ -127,7 +127,7 @@ class RunStatus:
                 write_json(self.path, self.content)
 
     def interrupted(self) -> None:
-        """The run was asked to stop."""
+        """Records that the run was stopped by a signal."""
         self.write(status=INTERRUPTED, finished=now())
 
     def __enter__(self) -> Self:

@@ -12,10 +12,10 @@ from policylab.runs.metrics_file import Row, best_row, read_rows, validated
 
 
 def summarize(config: DictConfig, run_folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
-    """The summary, from ``metrics.csv``, so that it covers all sessions of a resumed run.
+    """The summary. It is made from ``metrics.csv``, so it covers all sessions of a resumed run.
 
     Args:
-        outcome: status, iterations, seconds, tokens, which are not in the metrics.
+        outcome: status, iterations, seconds and tokens, which are not in ``metrics.csv``.
     """
     rows = validated(read_rows(run_folder / "metrics.csv"))
     monitor, mode = objective(config)
@@ -31,7 +31,7 @@ def summarize(config: DictConfig, run_folder: Path, outcome: dict[str, Any]) -> 
 
 
 def objective(config: DictConfig) -> tuple[str | None, str]:
-    """The metric that decides what is best, and its mode, "max" or "min"."""
+    """The metric that decides which checkpoint is best, and its mode, "max" or "min"."""
     checkpoint = OmegaConf.select(config, "callbacks.checkpoint")
     return (checkpoint.monitor, checkpoint.mode) if checkpoint else (None, "max")
 

@@ -1,4 +1,4 @@
-"""Words of a command line, in the grammar of a shell and of Hydra; and dotted keys of plain data."""
+"""Arguments of a command line, quoted for a shell and for Hydra; and dotted keys of plain data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hydra.errors import HydraException
 
 #: Keys whose value is a path, whether or not it exists.
 PATHS = ("run", "resume", "checkpoint", "out", "hydra.run.dir", "hydra.sweep.dir", "paths.logs")
-#: ``~`` at the beginning of a value or of an element of a list, where a shell does not expand it.
+#: ``~`` at the start of a value or of a list's element; a shell does not expand it there.
 HOME = re.compile(r"(?<=[=,\[])~(?=/)")
-#: What `read` gives for a sweep, and where Hydra cannot read the word.
+#: Result of `read` for a sweep, and for an argument that Hydra cannot read.
 UNREAD = object()
 
 
 def quote(text: str) -> str:
-    r"""Text in quotes, which Hydra reads as that text, brackets, commas and quotes included.
+    r"""Text in quotes, so that Hydra reads exactly this text, with brackets, commas and quotes.
 
     >>> print(quote("it's [so] good"))
     "it's [so] good"
@@ -32,7 +32,7 @@ def quote(text: str) -> str:
 
 
 def override(key: str, value: object) -> str:
-    """``key=value``, quoted where Hydra would not read the value as this text.
+    """``key=value``, quoted if Hydra would not read the value as this text.
 
     >>> override("run", "logs/a"), override("run", "a b=1,[c]"), override("run", "7")
     ('run=logs/a', 'run="a b=1,[c]"', 'run="7"')
@@ -48,12 +48,12 @@ def command(script: str, *words: str) -> str:
 
 
 def word(key: str, value: object) -> str:
-    """An override as one types it into a shell."""
+    """An override, quoted for a shell."""
     return shlex.quote(override(key, value))
 
 
 def read(word: str) -> Any:
-    """The value that Hydra reads in an override; ``UNREAD`` for a sweep, and where it cannot read the word."""
+    """The value that Hydra reads in an override; ``UNREAD`` for a sweep, and if Hydra cannot read it."""
     try:
         found = OverridesParser.create().parse_override(word)
         return UNREAD if found.is_sweep_override() else found.value()
@@ -62,9 +62,9 @@ def read(word: str) -> Any:
 
 
 def typed(word: str, free_text: Sequence[str] = ()) -> str:
-    """A word that a person has typed, in Hydra's grammar.
+    """An argument that a person has typed, quoted for Hydra.
 
-    The value of a free-text key, and a path that is not in quotes already, are quoted; ``~`` is expanded.
+    Quotes the value of a free-text key, and a path that is not in quotes yet; expands ``~``.
 
     >>> typed("prompt=it's [so] good", ["prompt"])
     'prompt="it\'s [so] good"'
@@ -85,7 +85,7 @@ def typed(word: str, free_text: Sequence[str] = ()) -> str:
 
 
 def counted(number: int | str, noun: str) -> str:
-    """A number of things.
+    """A number with its noun, in the plural if needed.
 
     >>> counted(1, "iteration"), counted(20, "iteration")
     ('1 iteration', '20 iterations')
@@ -99,7 +99,7 @@ def override_key(word: str) -> str:
 
 
 def leaves(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The single values of plain data with their dotted keys."""
+    """All single values of plain data with their dotted keys."""
     if isinstance(item, dict):
         for key, inner in item.items():
             yield from leaves(inner, f"{path}.{key}" if path else str(key))

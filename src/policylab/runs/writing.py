@@ -27,11 +27,11 @@ class BackgroundWriter(TorchCheckpointIO):
 
     A state is first copied to main memory, one copy at a time, and training continues. Lightning waits for the last
     file when it ends, also after an error. A full disk is retried for a while; a file that cannot be written is logged,
-    and training goes on. (Lightning's ``AsyncCheckpointIO`` raises at the next save instead, copies tied weights twice,
-    keeps any number of copies, and writes checkpoints only.)
+    and training continues. (Lightning's ``AsyncCheckpointIO`` raises at the next save instead, copies tied weights
+    twice, keeps any number of copies, and writes only checkpoints.)
 
     Attributes:
-        failed: files that could not be written, and have not been since.
+        failed: files whose last write has failed.
     """
 
     def __init__(self) -> None:
@@ -58,9 +58,9 @@ class BackgroundWriter(TorchCheckpointIO):
                 written.result()
             except OSError as error:
                 self.failed[path] = error
-                kept = "what stood there is kept" if path.exists() else "nothing stood there before"
+                kept = "the older file is kept" if path.exists() else "there is no older file"
                 log.warning(
-                    "could not write %s: %s; %s, the run goes on and tries again when the next one is due",
+                    "could not write %s: %s; %s, the run continues and tries again when the next one is due",
                     *(path, cause_of(error), kept),
                 )
             else:
@@ -75,8 +75,8 @@ class BackgroundWriter(TorchCheckpointIO):
         self.wait()
         for path, error in self.failed.items():
             raise RunError(
-                f"could not write {path}: {cause_of(error)}; make room (or the folder writable), then go on with "
-                "resume=RUN from the checkpoint before it"
+                f"could not write {path}: {cause_of(error)}; make room (or the folder writable), then resume from the "
+                "checkpoint before it: resume=RUN"
             )
 
     def teardown(self) -> None:
@@ -85,12 +85,12 @@ class BackgroundWriter(TorchCheckpointIO):
 
 
 def cause_of(error: OSError) -> str:
-    """``No space left on device`` rather than ``[Errno 28] ...: '/a/path'``."""
+    """The reason alone: ``No space left on device``, not ``[Errno 28] ...: '/a/path'``."""
     return error.strerror or str(error)
 
 
 def snapshot(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples with tensors in main memory. Tensors that share memory still do."""
+    """A copy of nested dicts, lists and tuples with tensors in main memory. Shared tensors stay shared."""
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copied(value: Any) -> Any:
@@ -109,12 +109,12 @@ def snapshot(state: Any) -> Any:
 
 
 def write_state(state: Any, path: Path) -> None:
-    """Writes to a temporary file, flushes it to disk, and renames it onto ``path``: the file there is always whole.
+    """Writes to a temporary file, flushes it to disk, and renames it to ``path``, so that this file is always whole.
 
-    The previous state is kept as well, in case the disk loses the last.
+    The previous state is kept as well, in case the disk loses the last one.
 
     Raises:
-        OSError: naming why it cannot be written; nothing has changed then.
+        OSError: when it cannot be written; the existing files are then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
@@ -133,7 +133,7 @@ def write_state(state: Any, path: Path) -> None:
 
 
 def save(state: Any, file: BinaryIO) -> None:
-    """Saves in torch's format. Raises the OSError of the disk, not torch's error about its archive that follows."""
+    """Saves in torch's format. Raises the disk's OSError, not torch's later error about its archive."""
     try:
         torch.save(state, file)
     except RuntimeError as error:
