@@ -291,7 +291,7 @@ def test_unknown_monitor_is_told(tmp_path, trainer, module):
     [
         (0, "val/reward", "max", "checkpoint.every is 0; it must be at least 1"),
         (1, "val/reward", "maximum", "checkpoint.mode is maximum; choose max or min"),
-        (1, "val/loss", "max", "checkpoint.monitor=val/loss is best where it is lowest; take .*mode=min"),
+        (1, "val/loss", "max", "checkpoint.monitor=val/loss is a loss: lower is better; take .*mode=min"),
     ],
 )
 def test_wrong_values_are_told(tmp_path, every, monitor, mode, message):

@@ -798,9 +798,9 @@ def test_a_logger_that_fails_is_switched_off(tmp_path, caplog):
     built.trainer.loggers = [*built.trainer.loggers, lost]
     fit(built)
     assert lost.calls == 1
-    (told,) = [message for message in caplog.messages if "switched off" in message]
+    (told,) = [message for message in caplog.messages if "turned off" in message]
     assert told.startswith(
-        "Lost failed and is switched off for the rest of the run (ConnectionError: no route);"
+        "Lost failed and is turned off for the rest of the run (ConnectionError: no route);"
     )
     assert len(read_rows(tmp_path / "metrics.csv")) == 3
 

@@ -24,23 +24,23 @@ from policylab.runs.folder import write_json
 from policylab.runs.metrics_file import best_row
 from policylab.runs.writing import BackgroundWriter
 
-#: Beside an exported policy: which iteration it is of.
+#: File in an exported policy's folder that holds its iteration.
 STAMP = "policylab.json"
 
 
 class Checkpoint(Callback):
     """Saves ``checkpoints/last.ckpt`` and ``best.ckpt``, and the policies in ``model/best`` and ``model/final``.
 
-    Each is written in the background to a temporary file and renamed, so whatever kills the run, the files are whole.
+    Each is written in the background to a temporary file and renamed, so the files are whole even if the run is killed.
     The state before the last one is kept as ``checkpoints/previous.ckpt``. Policies are exported from the checkpoints,
-    so that neither is newer than the other.
+    so both are always of the same iteration.
 
     Args:
         run_dir: folder of the run.
-        every: iterations between two states; the last one is saved in any case.
-        monitor: validation metric that decides what is best after the first iteration.
+        every: iterations between two states; the last one is always saved.
+        monitor: validation metric that decides which iteration after the first is best.
         mode: "max" or "min".
-        export: write the policies in Hugging Face format as well.
+        export: also write the policies in Hugging Face format.
     """
 
     def __init__(self, run_dir: str, every: int, monitor: str, mode: str, export: bool) -> None:
@@ -48,7 +48,7 @@ class Checkpoint(Callback):
             raise UserError(f"callbacks.checkpoint.mode is {mode}; choose max or min")
         if "loss" in monitor and mode == "max":
             raise UserError(
-                f"callbacks.checkpoint.monitor={monitor} is best where it is lowest; take callbacks.checkpoint.mode=min"
+                f"callbacks.checkpoint.monitor={monitor} is a loss: lower is better; take callbacks.checkpoint.mode=min"
             )
         if every < 1:
             raise UserError(f"callbacks.checkpoint.every is {every}; it must be at least 1")
@@ -62,20 +62,20 @@ class Checkpoint(Callback):
         self.saved_at = -1  # iteration of last.ckpt, once it is written
         self.writer = BackgroundWriter()
 
-    # -- when: every process comes here -------------------------------------------------------------------
+    # -- when to save: called on every process -------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Makes Lightning use the writer for its checkpoints, and wait for it at the end."""
         trainer.strategy.checkpoint_io = self.writer
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Catches up on work that a kill has prevented in a resumed run."""
+        """In a resumed run, does the work that a kill has prevented."""
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             self.writer.submit(self.best, partial(self.catch_up, trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Saves the state before the first iteration, so that a run killed early can be resumed."""
-        self.saved_at = pl_module.iteration  # the state that is resumed is saved already
+        self.saved_at = pl_module.iteration  # a resumed state is already saved
         if trainer.ckpt_path is None:
             self.save_last(trainer, pl_module)
             if pl_module.val_metrics:
@@ -84,18 +84,18 @@ class Checkpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves between two iterations, where Lightning's loops can be resumed exactly."""
+        """Saves between two iterations, because there Lightning's loops can be resumed exactly."""
         done = pl_module.iteration
         if done % self.every == 0 or done == pl_module.progress.iterations or trainer.should_stop:
             self.save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Keeps the best."""
+        """Keeps the best checkpoint."""
         if pl_module.iteration > 0 and not trainer.sanity_checking:
             self.keep_if_best(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Exports the final policy; also of a run that was killed after its last iteration."""
+        """Exports the final policy, also when a run that was killed after its last iteration is resumed."""
         self.saved_at = pl_module.iteration
         if trainer.is_global_zero:
             self.export_policy(pl_module, "final", self.last)
@@ -107,7 +107,7 @@ class Checkpoint(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Allows a finished run to be extended: the resuming command decides which batch is the last.
 
-        Metrics that could not be written to their file are saved with the state.
+        Also saves metrics that could not be written to their file.
         """
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         for csv in metrics_files(trainer):
@@ -119,38 +119,38 @@ class Checkpoint(Callback):
         for csv in metrics_files(trainer):
             csv.restore(checkpoint.get("unwritten_metrics", []))
 
-    # -- what ------------------------------------------------------------------------------------------------
+    # -- what to save ------------------------------------------------------------------------------------------
 
     def save_last(self, trainer: Trainer, module: Any) -> None:
-        """Writes ``last.ckpt``. Weights that are not finite end the run, and the last good ones stay."""
+        """Writes ``last.ckpt``. Weights that are not finite end the run, and the last finite ones are kept."""
         module.stepper.check_weights()
         # without weights_only Lightning warns about its default
         trainer.save_checkpoint(self.last, weights_only=False)
         self.saved_at = module.iteration
 
     def keep_if_best(self, trainer: Trainer, module: Any) -> None:
-        """Writes ``best.ckpt`` and ``model/best`` when the validation just done is the best of this run.
+        """Writes ``best.ckpt`` and ``model/best`` if the last validation is the best of this run.
 
-        The metrics on record decide, so that a resumed run compares with what came before it; and those of rank 0, so
+        The recorded metrics decide, so that a resumed run compares with its earlier sessions; and those of rank 0, so
         that all processes do the same.
         """
         self.check_measured(module)
         iteration = module.iteration
         if not trainer.strategy.broadcast(self.best_iteration(trainer) == iteration):
             return
-        if self.saved_at == iteration:  # the same state: a second name for the same file
+        if self.saved_at == iteration:  # the same state as last.ckpt: a hard link is enough
             if trainer.is_global_zero:
                 self.writer.submit(self.best, partial(link_state, self.last, self.best, iteration))
         elif trainer.state.fn == TrainerFn.FITTING:
             module.stepper.check_weights()
             trainer.save_checkpoint(self.best, weights_only=False)
-        else:  # before a resumed run trains: `catch_up` comes next
+        else:  # before a resumed run trains; `catch_up` runs next
             return
         if trainer.is_global_zero:
             self.export_policy(module, "best", self.best)
 
     def check_measured(self, module: Any) -> None:
-        """Refuses a monitor that no validation measures."""
+        """Refuses a monitor that is not among the validation metrics."""
         if self.monitor not in module.val_metrics:
             known = ", ".join(sorted(module.val_metrics))
             raise UserError(
@@ -158,14 +158,14 @@ class Checkpoint(Callback):
             )
 
     def best_iteration(self, trainer: Trainer) -> int | None:
-        """The best validation on record; None on processes that keep no records."""
+        """Iteration of the best recorded validation; None on processes without records."""
         rows = [row for csv in metrics_files(trainer) for row in csv.rows()]
         best = best_row(rows, self.monitor, self.mode)
         return int(best["iteration"]) if best else None
 
     def catch_up(self, trainer: Trainer, module: Any) -> None:
-        """Does what a kill has prevented: linking ``last.ckpt`` as the best after its validation was recorded, or
-        exporting the best. A best checkpoint newer than the resumed state is deleted."""
+        """Does the work that a kill has prevented: links ``last.ckpt`` as the best if its validation is the best on
+        record, and exports the best. Deletes a best checkpoint that is newer than the resumed state."""
         done = checkpoint_iteration(self.last)
         if (iteration_of(self.best) or 0) > done:
             self.best.unlink()
@@ -179,7 +179,7 @@ class Checkpoint(Callback):
             write_policy(module.policy, self.best, kept, target)
 
     def export_policy(self, module: Any, name: str, source: Path) -> None:
-        """Queues the export of a checkpoint of the present state as a Hugging Face folder."""
+        """Queues the export of ``source``, a checkpoint of the current state, as a Hugging Face folder."""
         target = self.run_dir / "model" / name
         if self.export:
             write = partial(write_policy, module.policy, source, module.iteration, target)
@@ -187,7 +187,7 @@ class Checkpoint(Callback):
 
 
 def metrics_files(trainer: Trainer) -> list[MetricsCSV]:
-    """The record of the run's metrics; rank 0 alone has it."""
+    """The run's ``metrics.csv``; empty except on rank 0."""
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
 
 
@@ -200,27 +200,27 @@ def iteration_of(checkpoint: Path) -> int | None:
 
 
 def exported_iteration(folder: Path) -> int | None:
-    """The iteration that a policy was exported at; None where there is no whole one."""
+    """The iteration of an exported policy; None without a complete one."""
     stamp = folder / STAMP
     return int(json.loads(stamp.read_text())["iteration"]) if stamp.is_file() else None
 
 
 def check_iteration(checkpoint: Path, iteration: int) -> None:
-    """Raises OSError when a checkpoint is an older one, because that of this iteration could not be written."""
+    """Raises OSError if a checkpoint is of another iteration, because that of this one could not be written."""
     if (found := iteration_of(checkpoint)) != iteration:
         raise OSError(f"{checkpoint.name} is of iteration {found}, not {iteration}")
 
 
 def link_state(source: Path, path: Path, iteration: int) -> None:
-    """Gives the state of an iteration a second name."""
+    """Links the checkpoint of an iteration to a second path."""
     check_iteration(source, iteration)
     link_atomically(source, path)
 
 
 def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) -> None:
-    """Writes the policy of a checkpoint as a Hugging Face folder, whole or not at all.
+    """Writes the policy of a checkpoint as a Hugging Face folder, completely or not at all.
 
-    Adapters are merged into the weights, and lie beside them in PEFT's format.
+    Adapters are merged into the weights, and also written in PEFT's format.
     """
     check_iteration(checkpoint, iteration)
     saved = read(checkpoint)["state_dict"]
@@ -252,7 +252,7 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
             if old.exists():
                 old.rename(target)
             raise
-    except SafetensorError as error:  # it has the system's error only as text
+    except SafetensorError as error:  # has the system's error only as text
         full = os.strerror(errno.ENOSPC) in str(error)
         raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(str(error))) from error
     finally:

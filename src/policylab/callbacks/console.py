@@ -18,9 +18,9 @@ class Console(Callback):
     """Shows the iterations and validations of a run.
 
     Args:
-        show: metrics beside the bar; those that a run does not have are left out.
-        plain_seconds: where the output is no terminal, a line after so many seconds, ...
-        plain_lines: ... and about so many lines over the run.
+        show: metrics beside the bar; metrics that a run does not have are left out.
+        plain_seconds: outside a terminal, seconds between two lines, ...
+        plain_lines: ... and about how many lines the whole run prints.
     """
 
     def __init__(self, show: Sequence[str], plain_seconds: float, plain_lines: int) -> None:

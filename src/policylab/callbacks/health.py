@@ -16,14 +16,14 @@ class Health(Callback):
     """Warns, on the console and in ``train.log``; it never stops a run.
 
     Args:
-        quiet_iterations: between two warnings of the same kind, at least.
+        quiet_iterations: smallest number of iterations between two warnings of the same kind.
         max_kl: nats a sequence to the reference; above it, the policy has moved too far.
         min_entropy_share: of the first iteration's entropy; below it, the policy has collapsed.
-        min_reward_std: of the rewards of an iteration; below it, there is nothing to learn from.
-        min_ended_share: of the completions; below it, the length limit cuts nearly all. Only where the first iteration
-            was above it: there is no warning for a task whose completions never end.
-        max_clip_fraction: of the tokens; above it, most of an update is lost. From the second iteration on, because
-            Adam's first steps have the same size for all weights, and clip more than later ones.
+        min_reward_std: of the rewards of an iteration; below it, the rewards are too equal to learn from.
+        min_ended_share: of the completions; below it, the length limit cuts nearly all. Checked only if the first
+            iteration was above it, so that tasks whose completions never end get no warning.
+        max_clip_fraction: of the tokens; above it, most of an update is lost. Checked from the second iteration on,
+            because Adam's first steps have the same size for all weights and clip more than later ones.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Health(Callback):
                 log.warning("iteration %d: %s", iteration, advice)
 
     def examine(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The signs that are present, each with its advice. Metrics that a run does not have are skipped."""
+        """The signs that are found, each with its advice. Skips metrics that a run does not have."""
         found = {}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
@@ -79,7 +79,7 @@ class Health(Callback):
         kl = metrics.get("train/kl", 0.0)
         if kl > self.max_kl:
             found["kl"] = (
-                f"KL to the reference is {kl:.1f} nats a sequence (above {self.max_kl:g}): the policy runs away "
+                f"KL to the reference is {kl:.1f} nats a sequence (above {self.max_kl:g}): the policy diverges "
                 "from it; raise the KL coefficient, or lower optim.lr"
             )
         entropy, at_first = metrics.get("train/entropy"), self.first.get("train/entropy")
@@ -91,8 +91,8 @@ class Health(Callback):
         spread = metrics.get("train/reward_std")
         if spread is not None and spread < self.min_reward_std:
             found["spread"] = (
-                f"all rewards are the same (std {spread:.2g}): there is nothing to learn from; look at "
-                "samples.jsonl, raise rollout.temperature, or take a reward that tells samples apart"
+                f"all rewards are the same (std {spread:.2g}), so the policy cannot learn; look at "
+                "samples.jsonl, raise rollout.temperature, or take a reward that distinguishes samples"
             )
         found |= self._length(metrics)
         clipped = metrics.get("train/clip_fraction", 0.0)

@@ -11,20 +11,20 @@ from policylab.functional.kl import SAMPLED
 
 
 class KLMonitor(Callback):
-    """Records ``train/kl_k1``, ``train/kl_k2``, ``train/kl_k3`` and, where it was computed, ``train/kl_exact``.
+    """Records ``train/kl_k1``, ``train/kl_k2``, ``train/kl_k3`` and, if it was computed, ``train/kl_exact``.
 
-    Each is a sum over a completion's tokens, averaged over completions: nats a sequence. Where they differ much,
-    few samples dominate the estimates.
+    Each is a sum over a completion's tokens, averaged over completions: nats a sequence. If they differ much, a few
+    samples dominate the estimates.
 
     Args:
-        exact: record ``train/kl_exact`` as well, over the whole vocabulary; two more forward passes.
+        exact: also record ``train/kl_exact``, over the whole vocabulary; two more forward passes.
     """
 
     def __init__(self, exact: bool) -> None:
         self.exact = exact
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Turns the exact KL on before the first rollout: it is computed before the policy is updated."""
+        """Turns on the exact KL before the first rollout, because it is computed before the policy is updated."""
         pl_module.track_exact_kl = self.exact
 
     def on_train_batch_end(

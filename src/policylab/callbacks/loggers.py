@@ -79,14 +79,14 @@ def mlflow(run_dir: str, experiment: str, name: str, tracking_uri: str | None) -
             run_id = str(logger.run_id)  # connects to the server
         except Exception as error:  # the library raises errors of any type
             raise UserError(
-                f"logger=mlflow does not get through to {tracking_uri or 'its database'}: {str(error).splitlines()[0]}"
+                f"logger=mlflow cannot connect to {tracking_uri or 'its database'}: {str(error).splitlines()[0]}"
             ) from error
         write_atomically(id_file, run_id)
     return logger
 
 
 def tolerated(logger: Logger) -> Logger:
-    """The logger, changed so that its errors do not end the run; but metrics.csv must not fail."""
+    """The logger, changed so that its errors do not end the run. ``metrics.csv`` is not changed: its errors must."""
     if not isinstance(logger, MetricsCSV):
         for name in ("log_hyperparams", "log_metrics", "save", "finalize"):
             setattr(logger, name, partial(_call, logger, getattr(logger, name)))
@@ -94,7 +94,7 @@ def tolerated(logger: Logger) -> Logger:
 
 
 def attempt(logger: Logger, action: Callable[[], object]) -> None:
-    """Calls a logger. At its first error there is a warning, and the logger is no longer called."""
+    """Calls a logger. After its first error it warns, and does not call the logger again."""
     if getattr(logger, SWITCHED_OFF, False):
         return
     try:
@@ -102,7 +102,7 @@ def attempt(logger: Logger, action: Callable[[], object]) -> None:
     except Exception as error:  # each library raises errors of any type
         setattr(logger, SWITCHED_OFF, True)
         log.warning(
-            "%s failed and is switched off for the rest of the run (%s: %s); metrics.csv has all metrics",
+            "%s failed and is turned off for the rest of the run (%s: %s); metrics.csv has all metrics",
             *(type(logger).__name__, type(error).__name__, str(error).split("\n")[0]),
         )
 

@@ -18,7 +18,7 @@ class MetricsCSV(Logger):
     """Writes ``metrics.csv``: one row for each iteration, with its training and validation metrics.
 
     Each row is written at once, so that ``kill -9`` loses at most the current iteration. The whole file is rewritten
-    only when a metric appears for the first time, and when rows had to wait for room on the disk.
+    only when a metric appears for the first time, and when earlier rows could not be written.
 
     Args:
         run_dir: folder of the run. An existing file is continued.
@@ -32,7 +32,7 @@ class MetricsCSV(Logger):
         self.path = Path(run_dir) / "metrics.csv"
         self.unwritten: list[dict[str, float]] = []
         self.retry_later = RetryLater(
-            self.path, "its rows wait in memory, and in the checkpoints, until it can be"
+            self.path, "its rows are kept in memory and in checkpoints until it can be written"
         )
         self._columns: list[str] = []  # of the file; empty before it is written
         self._row: dict[str, float] = {}  # the last one, to which metrics may be added
@@ -77,7 +77,7 @@ class MetricsCSV(Logger):
         return [row for row in read_rows(self.path) if row["iteration"] < first] + self.unwritten
 
     def restore(self, unwritten: list[dict[str, float]]) -> None:
-        """Adds rows from a checkpoint that could not be written before."""
+        """Adds the rows in a checkpoint that could not be written to the file before."""
         self._open()
         known = {row["iteration"] for row in self.rows()}
         if missing := [row for row in unwritten if row["iteration"] not in known]:
@@ -98,7 +98,7 @@ class MetricsCSV(Logger):
         if self.unwritten and status == "success":
             raise RunError(
                 f"could not write {self.path}: {len(self.unwritten)} rows are missing; make room (or the file "
-                "writable), then go on with resume=RUN"
+                "writable), then continue with resume=RUN"
             )
 
     def _open(self) -> None:

@@ -19,7 +19,7 @@ class Profile(Callback):
 
     Args:
         run_dir: folder of the run.
-        skip: iterations before it, to warm up.
+        skip: warm-up iterations before the profile.
         iterations: iterations to profile.
         rows: operators in the table.
     """

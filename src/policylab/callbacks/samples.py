@@ -29,8 +29,8 @@ class Samples(Callback):
     Args:
         run_dir: folder of the run.
         every: iterations between training samples; samples of each validation are always written.
-        keep: how many of each, the first ones; at validation, always the same prompts.
-        show: how many of a validation on the console: the best, the worst, and evenly in between.
+        keep: how many to write each time: the first ones, so validations always have the same prompts.
+        show: how many of a validation to print: the best, the worst, and evenly in between.
     """
 
     def __init__(self, run_dir: str, every: int, keep: int, show: int) -> None:
@@ -40,7 +40,7 @@ class Samples(Callback):
         self.show = show
         self.table: Any = None
         self.unwritten: list[str] = []  # lines
-        self.retry_later = RetryLater(self.path, "its lines wait in memory until it can be")
+        self.retry_later = RetryLater(self.path, "its lines are kept in memory until it can be written")
 
     def state_dict(self) -> dict[str, Any]:
         """Lines that could not be written to the file."""
@@ -48,15 +48,15 @@ class Samples(Callback):
         return {"unwritten": list(self.unwritten)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores those that are still missing in the file."""
-        there = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        self.unwritten = [line for line in state_dict["unwritten"] if line not in there]
+        """Restores the lines that are still missing in the file."""
+        written = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        self.unwritten = [line for line in state_dict["unwritten"] if line not in written]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes training samples every few iterations. Supervised training has none: there, the module's
-        samples are those of the last validation."""
+        """Writes training samples every few iterations. Supervised training has none, only those of the last
+        validation."""
         if pl_module.iteration % self.every == 0:
             samples = [sample for sample in pl_module.samples if sample.split == "train"]
             self.write(trainer, chain(*pl_module.runtime.gather(samples[: self.keep])))

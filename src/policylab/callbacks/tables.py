@@ -1,4 +1,4 @@
-"""What the console shows of a run, as rich renderables. No torch, so that it can be imported before the libraries."""
+"""Parts of the console output, as rich renderables. Without torch, so that it can be imported before the libraries."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PLAIN_WIDTH = 110
 #: Options of rich's consoles: otherwise brackets are styles, ``:x:`` is an emoji, and numbers are coloured.
 PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 SAMPLE_WIDTH = 160
-#: Groups of the config that the tree leaves out: they do not change what is trained.
+#: Groups of the config that the tree leaves out, because they do not change training.
 SIDE = ("paths", "callbacks", "logger")
 
 
 class LoggedConsole(Console):
-    """A console that writes its lines to ``train.log`` as well, as plain text, even where it is quiet.
+    """A console that also writes its lines to ``train.log``, as plain text, even if it is quiet.
 
-    It prints brackets and ``:names:`` as they are; styles come from `Text` only.
+    It prints brackets and ``:names:`` unchanged; only `Text` has styles.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -65,7 +65,7 @@ def console() -> LoggedConsole:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Seconds in a readable unit.
 
     >>> duration(42), duration(75), duration(7300)
     ('42 s', '1 min 15 s', '2 h 2 min')
@@ -79,7 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """A metric for people: four significant digits."""
+    """A metric with four significant digits."""
     if value is None:
         return "-"
     if abs(value) >= 1000:
@@ -105,17 +105,17 @@ def rows(pairs: Sequence[tuple[str, str]]) -> Table:
 
 
 def to_copy(pairs: Sequence[tuple[str, str]]) -> Text:
-    """Lines of labels and values, to be printed with ``soft_wrap``, so that no path or command is broken."""
+    """Lines of labels and values. Print them with ``soft_wrap``, so that no path or command is broken."""
     width = max(len(label) for label, _ in pairs) + 2
     return Text("\n").join(Text.assemble((label.ljust(width), "dim"), value) for label, value in pairs)
 
 
 def config_tree(config: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
-    """The config, a branch for each group; a star marks what the command line changed.
+    """The config, one branch for each group; a star marks values that the command line changed.
 
     Args:
         config: plain containers.
-        overrides: as on the command line, such as ``algo=ppo`` or ``+optim.lr=1e-5``.
+        overrides: of the command line, such as ``algo=ppo`` or ``+optim.lr=1e-5``.
     """
     changed = {word.split("=", 1)[0].lstrip("+~").split("@")[0].replace("/", "."): word for word in overrides}
     tree = Tree(Text.assemble("config", ("  (* from the command line)" if changed else "", "dim")))
@@ -145,7 +145,7 @@ def config_tree(config: Mapping[str, Any], overrides: Sequence[str]) -> Tree:
 
 
 def _values(values: Mapping[str, Any], prefix: str, changed: Mapping[str, str]) -> Text:
-    """Single values on one line, without null and empty ones that the command line did not set."""
+    """Single values on one line, without null and empty ones, unless the command line set them."""
     entries = [
         _entry(key, value, prefix + key in changed)
         for key, value in values.items()
