@@ -133,7 +133,7 @@ def test_a_walk_stops_in_the_goal_or_at_its_maximum_length():
         ({"nodes": 1}, "task.nodes=1"),
         ({"walks": 0}, "task.walks=0; it must be at least 1"),
         ({"max_length": 2}, "task.max_length=2; it must be at least 3"),
-        ({"walks": 1, "max_length": 3, "seed": 2}, "no reward can be had: from none of the starts"),
+        ({"walks": 1, "max_length": 3, "seed": 2}, "no walk can get a reward: from none of the starts"),
         ({"held_out": 0}, "task.held_out=0"),
         ({"p_edge": 1.5}, "task.p_edge=1.5"),
         ({"p_edge": 0.001}, "no graph of 21 nodes .* and one into the goal at task.p_edge=0.001"),

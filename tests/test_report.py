@@ -282,7 +282,7 @@ def test_refusals(tmp_path: Path) -> None:
         (f"{tmp_path}/none/*", "no run at"),
         ([str(tmp_path)], "no run folder"),
         ([str(run), str(again)], "seed 0 of the same experiment appears 2 times"),
-        ([str(run), str(other)], "not measured alike: validation.prompts is 8 .* and 16"),
+        ([str(run), str(other)], "not comparable: validation.prompts is 8 .* and 16"),
         ([str(run), str(diverged)], "val/reward is nan at iteration 4"),
     ):
         with pytest.raises(UserError, match=message):
@@ -329,5 +329,5 @@ def test_followers_of_the_seed_do_not_part_a_group_and_the_task_s_own_seed_does(
     (group,) = group_runs(read_runs(f"{tmp_path}/*"))
     assert (group.label, len(group.runs)) == ("ppo-tiny-reviews", 2)
     make_run(tmp_path / "b", 2, 0.5, task__seed=7)
-    with pytest.raises(UserError, match=r"not measured alike: task.seed is None .* and 7"):
+    with pytest.raises(UserError, match=r"not comparable: task.seed is None .* and 7"):
         group_runs(read_runs(f"{tmp_path}/*"))

@@ -100,7 +100,7 @@ class TestFile:
         ("row", "message"),
         [
             ('{"prompt": ', r"mine.jsonl:2: Expecting value at column 12; give one JSON object a line"),
-            ("[1]", r"mine.jsonl:2: \[1\] is no object; give \{.prompt.: "),
+            ("[1]", r"mine.jsonl:2: \[1\] is not an object; give \{.prompt.: "),
             (b'{"prompt": "caf\xe9"}', r"mine.jsonl:2: 'utf-8' codec .*; save the file as UTF-8"),
             ({"review": "x"}, r"mine.jsonl:2: neither prompt nor text among the fields \['review'\]"),
             ({"prompt": ""}, r"mine.jsonl:2: prompt is ''; it must be a text that is not empty"),
@@ -131,7 +131,7 @@ class TestFile:
         ):
             reviews(source, columns={"prompt": "quest"})
         with pytest.raises(
-            UserError, match=r"task\.columns\.question is no field of a row; known are prompt"
+            UserError, match=r"task\.columns\.question is not a field of a row; known are prompt"
         ):
             reviews(source, columns={"question": "prompt"})
 
@@ -212,7 +212,7 @@ class TestHub:
             UserError, match=r"task\.hub\.val=test: org/films has no such split; it has part, b"
         ):
             reviews("org/films", hub={"train": "part", "val": "test"})
-        with pytest.raises(UserError, match="has the splits part, b; say which to take"):
+        with pytest.raises(UserError, match="has the splits part, b; choose one"):
             reviews("org/films")
 
     def test_its_test_split_is_held_out(self, monkeypatch: pytest.MonkeyPatch):
@@ -321,10 +321,10 @@ def test_take_validation(caplog: pytest.LogCaptureFixture):
     assert not caplog.records
     assert take_validation(task, 257) == task.val
     assert caplog.messages == [
-        "257 prompts wanted for validation, and task reviews holds out 256; all of them are taken"
+        "validation.prompts=257, but task reviews has 256 held-out prompts; all of them are used"
     ]
     task.val = []
-    with pytest.raises(UserError, match="task reviews holds out no prompt for validation"):
+    with pytest.raises(UserError, match="task reviews has no held-out prompt for validation"):
         take_validation(task, 3)
 
 

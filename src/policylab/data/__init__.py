@@ -1,1 +1,1 @@
-"""What flows through an iteration, and how it is cut."""
+"""The data of an iteration, and how it is cut."""

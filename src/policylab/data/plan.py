@@ -60,7 +60,7 @@ class BatchPlan:
         return self.epochs * self.minibatches
 
     def table(self) -> list[tuple[str, str]]:
-        """Rows (what, how it comes about) for people."""
+        """Rows (name, calculation) for the console."""
         return [
             ("sequences", f"{self.prompts} prompts x {self.group_size} completions = {self.sequences}"),
             ("minibatches", f"{self.sequences} / {self.minibatches} = {self.minibatch} sequences each"),
@@ -73,7 +73,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class ReplayPlan(BatchPlan):
-    """The same where updates draw from a memory instead of going through the rollout.
+    """A batch plan whose updates draw from a replay memory instead of the rollout.
 
     Args:
         replayed: sequences an optimizer step, over all processes.

@@ -1,4 +1,4 @@
-"""What flows through one iteration: prompts in, a rollout on one ``[B, T]`` grid out.
+"""The data of one iteration: prompts, and a rollout on one ``[B, T]`` grid.
 
 Axes: ``B`` sequences, ``T`` sampled positions, ``P`` prompt length, ``K`` parts of a reward.
 """
@@ -21,12 +21,12 @@ __all__ = ["Completion", "Evaluation", "Prompt", "PromptBatch", "Rollout", "Samp
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """What the DataLoader yields: the prompts of one iteration."""
+    """The prompts of one iteration, as the DataLoader yields them."""
 
     prompts: tuple[Prompt, ...]
 
     def to(self, device: Any, **_: Any) -> Self:
-        """Lightning calls this. There is nothing to move: the engine makes the tensors."""
+        """Called by Lightning. Does nothing, because the engine makes the tensors."""
         return self
 
 
@@ -53,17 +53,13 @@ class Rollout:
     group_ids: Int[Tensor, " B"]  #: rows of one group answer the same prompt
     prompt_ids: Int[Tensor, " B"]
     logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the distribution it was sampled from
-    policy_logprobs: Float[Tensor, "B T"] | None = (
-        None  #: under the training policy, where they were recomputed
-    )
+    policy_logprobs: Float[Tensor, "B T"] | None = None  #: under the training policy, if they were recomputed
     importance: Float[Tensor, "B T"] | None = (
         None  #: importance weight of each token; None without a correction for the sampler
     )
     values: Float[Tensor, "B T"] | None = None  #: of the critic at sampling time; None without a critic
     ref_logprobs: Float[Tensor, "B T"] | None = None  #: under the reference; None without one
-    exact_kl: Float[Tensor, "B T"] | None = (
-        None  #: KL(policy | reference) over the vocabulary, when asked for
-    )
+    exact_kl: Float[Tensor, "B T"] | None = None  #: KL(policy | reference) over the vocabulary, if requested
     rewards: Float[Tensor, " B"] | None = None  #: the task's reward of each sequence
     greedy_rewards: Float[Tensor, " B"] | None = None  #: of the likeliest completion of the same prompt
     reward_parts: Float[Tensor, "B K"] | None = None
@@ -80,7 +76,7 @@ class Rollout:
 
     @property
     def old_logprobs(self) -> Float[Tensor, "B T"]:
-        """Log-probs that probability ratios are taken against."""
+        """The old log-probs, for probability ratios."""
         return self.logprobs if self.policy_logprobs is None else self.policy_logprobs
 
     def __len__(self) -> int:
@@ -108,7 +104,7 @@ class Rollout:
 
     @classmethod
     def concatenate(cls, rollouts: Sequence[Self]) -> Self:
-        """The rows of several rollouts, one after the other, on a grid that fits all. They hold the same fields."""
+        """The rows of several rollouts, one after the other, on a grid that fits all. All must have the same fields."""
         width = max(rollout.tokens.shape[1] for rollout in rollouts)
         prompt_width = max(rollout.prompt_tokens.shape[1] for rollout in rollouts)
         changes: dict[str, Any] = {}
@@ -124,7 +120,7 @@ class Rollout:
         return replace(rollouts[0], **changes)
 
     def on_grid(self, x: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
-        """Figures of the ``N`` actions, in row-major order, at their places; zero elsewhere."""
+        """Values of the ``N`` actions, in row-major order, at their positions; zero elsewhere."""
         return x.new_zeros(self.action_mask.shape).masked_scatter(self.action_mask, x)
 
     def to(self, device: torch.device | str) -> Self:
@@ -139,9 +135,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of the current policy for the tokens of a rollout. Zero where there is no action."""
+    """Values of the current policy for the tokens of a rollout. Zero where there is no action."""
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     values: Float[Tensor, "B T"] | None  #: None without a critic
-    exact_kl: Float[Tensor, "B T"] | None  #: KL(policy | reference) over the vocabulary, when asked for
+    exact_kl: Float[Tensor, "B T"] | None  #: KL(policy | reference) over the vocabulary, if requested

@@ -1,4 +1,4 @@
-"""Prompts and completions as rewards, metrics and people see them. No tensors: processes that score need no torch."""
+"""Prompts and completions for rewards, metrics and people. No tensors: processes that score do not import torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, as the policy reads it and as a person does.
+    """One prompt, as tokens and as text.
 
     Example: ``Prompt(id=3, text="the plot is", tokens=(0, 271, 88, 64), reference=None, target=())``
     """
 
     id: int  #: row in its data set
     text: str
-    tokens: tuple[int, ...]  #: what the policy reads (special tokens and chat template included), never empty
+    tokens: tuple[int, ...]  #: the policy's input, with special tokens and chat template; never empty
     reference: Any  #: ground truth for rewards and metrics; plain data
-    target: tuple[int, ...]  #: supervised completion with its EOS; empty where there is none
+    target: tuple[int, ...]  #: supervised completion with its EOS; empty if there is none
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished sample, as rewards and metrics get it."""
+    """A finished sample, for rewards and metrics."""
 
     prompt: str
     text: str  #: decoded completion without special tokens

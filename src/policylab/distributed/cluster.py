@@ -8,7 +8,7 @@ from policylab.distributed.world import main_address, world
 
 
 class Cluster(ClusterEnvironment):
-    """Tells Lightning the processes of `policylab.distributed.world`, whatever started them.
+    """Gives Lightning the processes of `policylab.distributed.world`, however they were started.
 
     Lightning's own class for SLURM requeues jobs itself, needs variables that not every step has, and treats a single
     process in a job of several tasks as one of the tasks.
@@ -34,13 +34,13 @@ class Cluster(ClusterEnvironment):
         return world().size
 
     def set_world_size(self, size: int) -> None:
-        """Nothing: it is known."""
+        """Does nothing: the size is known."""
 
     def global_rank(self) -> int:
         return world().rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Nothing: it is known."""
+        """Does nothing: the rank is known."""
 
     def local_rank(self) -> int:
         return world().local_rank

@@ -33,7 +33,7 @@ class ShardedStrategy(DDPStrategy):
         self.cpu_offload = cpu_offload
 
     def setup(self, trainer: Trainer) -> None:
-        """Lightning calls it before validation and before training; the weights are sharded once."""
+        """Called by Lightning before validation and before training; the weights are sharded only once."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
@@ -48,7 +48,7 @@ class ShardedStrategy(DDPStrategy):
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         shard(self.policies, mesh, offload=self.cpu_offload)
         module.sharded = True
-        module._device = self.root_device  # Lightning's record of it; `to` would move what is offloaded
+        module._device = self.root_device  # Lightning's record of it; `to` would move offloaded weights
 
     @property
     def policies(self) -> list[Policy]:
@@ -100,7 +100,7 @@ class ShardedStrategy(DDPStrategy):
             optimizer.load_state_dict({**state, "state": shards})
 
     def teardown(self) -> None:
-        """Leaves the weights on their devices, because one device may be too small for all."""
+        """Leaves the weights on their devices, because one device may be too small for all of them."""
         assert self.accelerator is not None
         assert self.cluster_environment is not None
         self.cluster_environment.teardown()

@@ -4,7 +4,7 @@ A pass gathers one layer at a time, and frees it again. Weights outside the laye
 gathered from the start of a forward pass to the end of the backward pass, because the head's weight is read after the
 forward pass. Gathering is a collective, so all processes must make the same passes in the same order. In a rollout they
 cannot: each process decodes as many steps as its own completions need. So rollouts use an unsharded copy of the policy,
-filled with gathered weights. It has no FSDP hooks, which our fast decoders would refuse.
+filled with gathered weights. The copy has no FSDP hooks, because our fast decoders refuse hooks.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def gathered(policy: Policy) -> Iterator[Policy]:
     weights: dict[int, nn.Parameter] = {}
 
     def gather(weight: Tensor) -> nn.Parameter:
-        if id(weight) not in weights:  # tied weights stay so
+        if id(weight) not in weights:  # tied weights stay tied
             value = whole(weight.detach().to(policy.device))
             weights[id(weight)] = nn.Parameter(value, requires_grad=False)
         return weights[id(weight)]
@@ -101,13 +101,13 @@ def whole_state(state: Any, *, keep: bool) -> Any:
     """Nested dicts and lists with all shards gathered to main memory; a collective.
 
     Args:
-        keep: whether this process wants the result; on others, sharded tensors are None in it.
+        keep: whether this process keeps the result; on other processes, sharded tensors are None in it.
     """
     seen: dict[int, Tensor | None] = {}
 
     def collect(value: Any) -> Any:
         if isinstance(value, DTensor):
-            if id(value) not in seen:  # tied weights stay so
+            if id(value) not in seen:  # tied weights stay tied
                 full = whole(value.detach().to(value.device_mesh.device_type))
                 seen[id(value)] = full.cpu() if keep else None
             return seen[id(value)]
@@ -146,10 +146,10 @@ def _shard_layers(policy: Policy, mesh: DeviceMesh, offload: bool) -> None:
         layers = critic.layers if isinstance(critic, OwnLayers) else ()
         for layer in decoder_layers(critic.backbone) if isinstance(critic, SeparateNetwork) else layers:
             unit(layer)
-        unit(critic.head, reshard_after_forward=False)  # fp32, whatever the rest is in
+        unit(critic.head, reshard_after_forward=False)  # fp32, whatever the precision of the rest
     unit(policy)
     root: Any = policy  # an FSDPModule now
-    # sums, because gloo has no averages
+    # sums, because gloo cannot average
     root.set_reduce_scatter_unused_params(True)
     root.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")
     if mesh.device_type == "cuda":

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 #: The signal that a launcher sends to its processes. They ignore the others, which a terminal, SLURM or systemd sends
 #: to all processes at once. Its default action is to do nothing, so it does not end a process without a handler.
 PASSED_ON = signal.SIGURG
-#: Seconds within which a second signal counts as the first one, because torchrun, for example, forwards signals.
+#: A second signal within this many seconds counts as the first one: torchrun, for example, forwards signals.
 ECHO = 1.0
 #: Exit codes. 75 is EX_TEMPFAIL of sysexits.h: nothing is lost, run the same command again.
 INTERRUPTED, AGAIN = 130, 75
@@ -39,7 +39,7 @@ def can_listen() -> bool:
 
 
 def stop_on_signals() -> None:
-    """Sets handlers for the first seconds, before a run sets its own: a signal ends the process with the same codes."""
+    """Sets handlers for the time before a run sets its own: a signal ends the process with the same exit codes."""
     if can_listen():
         for number in SIGNALS:
             signal.signal(number, stop_at_once)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Timeout of the start: processes that have not connected by then are missing.
+#: Timeout of the start: all processes must have connected by then.
 START_TIMEOUT = timedelta(minutes=10)
-#: Under SLURM rank 0 listens on one of the ten thousand ports from here on.
+#: Under SLURM rank 0 listens on one of the ten thousand ports from this one on.
 SLURM_PORTS = 15_000
 
 
@@ -65,8 +65,8 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
             restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
             elastic=True,
         )
-    # The variables of the step: those of the whole job are also set in the script of sbatch and the shell of salloc,
-    # which are no tasks.
+    # Use the variables of the step: those of the job are also set in sbatch's script and salloc's shell, which are not
+    # tasks.
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_STEP_NUM_NODES"])
         if size % nodes:
@@ -167,11 +167,11 @@ def attempt() -> int:
                 question = store.get(f"question/{rank}").decode()
                 store.set(f"answer/{question}", str(number))
                 if time.monotonic() > end:
-                    raise RuntimeError(f"rank {rank} has not come")
+                    raise RuntimeError(f"rank {rank} has not connected")
                 time.sleep(0.02)
         return number
     except RuntimeError as error:
-        raise ProcessFailed(f"not all {here.size} processes have come ({error})") from error
+        raise ProcessFailed(f"not all {here.size} processes have connected ({error})") from error
 
 
 # -- the process group: torch's collective operations ----------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Evidence from finished runs: curves, tables and statistics over seeds."""
+"""Results of finished runs: curves, tables and statistics over seeds."""

@@ -1,4 +1,4 @@
-"""Writes the folder of evidence that is committed beside a recipe, from finished runs."""
+"""Writes the results folder of a recipe, which is committed with it, from finished runs."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def write_evidence(
     ranked: bool,
     at_kl: Sequence[float],
 ) -> str:
-    """Write ``metrics.csv``, ``curve.png``, ``table.md`` and ``config.yaml`` to a folder.
+    """Writes ``metrics.csv``, ``curve.png``, ``table.md`` and ``config.yaml`` to a folder.
 
     With several groups of runs also ``ranking.png``; with ``at_kl`` also ``frontier.png`` and ``frontier.md``.
 
     Args:
         runs: run folders, patterns that find them, "latest", or folders that this function has written.
-        out: created if it is missing; files of these names in it are replaced, others stay.
-        metrics: the table shows the first one; each is a panel of the curve.
+        out: created if it is missing; files of these names in it are replaced, others are kept.
+        metrics: the table shows the first one; the curve has a panel for each.
         title: of the curve.
         labels: names of the groups of runs, in order; empty for ``algo-model-task``.
-        x: of the curve: "iteration", or "train/tokens".
-        ranked: the largest gain first; else the order of the runs.
-        at_kl: distances from the reference, nats a sequence, at which the first metric is compared; empty for none.
+        x: x axis of the curve: "iteration", or "train/tokens".
+        ranked: whether the largest gain comes first; otherwise the order of the runs.
+        at_kl: KLs to the reference, nats a sequence, at which the first metric is compared; empty for none.
 
     Returns:
         The tables, in Markdown.
@@ -94,17 +94,17 @@ def write_evidence(
 
 
 def left_out(runs: Mapping[Path, str]) -> str:
-    """A paragraph that names the runs that did not finish, so that no failed seed is overlooked; "" without any."""
+    """A paragraph that names unfinished runs, so that no failed seed is overlooked; empty without any."""
     listed = ", ".join(f"{Path(*folder.parts[-2:])} ({status})" for folder, status in runs.items())
     return (
-        f"\nLeft out, as not finished: {listed}. Finish them, or name their paths to take them in.\n"
+        f"\nLeft out, as not finished: {listed}. Finish them, or give their paths to include them.\n"
         if runs
         else ""
     )
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without what holds on one machine only.
+    """A resolved config without values that are specific to one machine.
 
     Hydra's own settings and ``paths`` are left out; the run folder becomes ``${paths.run}`` again, and paths in the
     repository or the home directory are relative to it.

@@ -14,12 +14,12 @@ from policylab.errors import UserError
 from policylab.report.read import ITERATION, KL, Run
 from policylab.report.statistics import Estimate, estimate
 
-# Keys that do not change what a run does: its name, its loggers, its place.
+# Keys that do not change the results of a run: its name, its loggers, its folder.
 NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logger")
 NOT_THE_EXPERIMENT_ANYWHERE = ("seed", "run_dir")
-# Runs are comparable when these agree.
+# Runs are comparable if these values are equal.
 MEASURED_BY = ("task", "reward", "validation.prompts", "rollout.max_new_tokens")
-# Except for these: where data lies, and which processes compute the reward.
+# Exceptions: the folder of the data, and the processes that compute the reward.
 NOT_MEASURED = ("reward.workers", "reward.pool", "task.data_dir")
 
 
@@ -34,8 +34,8 @@ class Group:
         """Statistics along ``x``, up to the last point that every seed reaches.
 
         Args:
-            x: "iteration": at the iterations that every seed has. Another column has other values for each seed, so
-                each seed is interpolated linearly at the points of all.
+            x: "iteration": at the iterations that every seed has. Any other column has different values for each seed,
+                so each seed is interpolated linearly at the points of all seeds.
         """
         curves = [run.along(metric, x) for run in self.runs]
         if x == ITERATION:
@@ -47,9 +47,9 @@ class Group:
         return {point: estimate(column) for point, column in zip(points, np.transpose(values), strict=True)}
 
     def at_kl(self, metric: str, nats: float) -> list[float]:
-        """The metric of each seed where it first reaches this KL, linear between its validations.
+        """The metric of each seed when it first reaches this KL, interpolated linearly between validations.
 
-        Seeds that never reach it, or start beyond it, are left out.
+        Leaves out seeds that never reach it, or start beyond it.
         """
         curves = [run.along(metric, KL) for run in self.runs]
         return [
@@ -69,12 +69,12 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
-    """Groups runs by everything but the seed, in the order of their first run.
+    """Groups runs by all settings except the seed, in the order of their first run.
 
     Args:
         runs: at least one.
-        labels: names for the groups, in order. Without any: ``algo-model-task`` without what all groups
-            share, and the settings that differ. Runs of committed evidence keep their name.
+        labels: names for the groups, in order. Without any: ``algo-model-task``, without the parts that all groups
+            share, and the settings that differ. Runs from a results folder keep their name.
 
     Raises:
         UserError: when the runs were not measured in the same way, a seed appears twice in a group, two groups have
@@ -107,8 +107,8 @@ def _check_comparable(runs: Sequence[Run]) -> None:
         for run, setting in zip(runs, settings, strict=True):
             if setting.get(key) != settings[0].get(key):
                 raise UserError(
-                    f"not measured alike: {key} is {settings[0].get(key)} in {runs[0].folder} "
-                    f"and {setting.get(key)} in {run.folder}; report them apart"
+                    f"the runs are not comparable: {key} is {settings[0].get(key)} in {runs[0].folder} "
+                    f"and {setting.get(key)} in {run.folder}; report them separately"
                 )
 
 
@@ -122,9 +122,9 @@ def _check_seeds(group: Sequence[Run]) -> None:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """``algo-model-task`` for each run, without what all share, unless nothing is left.
+    """``algo-model-task`` for each run, without the parts that all share, unless no part is left.
 
-    Runs of the same name add the settings in which they differ.
+    Runs with the same name add the settings in which they differ.
     """
     if any(run.label for run in runs):
         fresh = iter(_names([run for run in runs if not run.label]))
@@ -148,7 +148,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _name_parts(config: dict[str, Any]) -> list[str]:
-    """Names of algorithm, model and task; empty where there is none."""
+    """Names of algorithm, model and task; empty if there is none."""
     parts = (config.get(part) for part in ("algo", "model", "task"))
     return [str(part["name"]) if isinstance(part, dict) and "name" in part else "" for part in parts]
 
@@ -156,8 +156,8 @@ def _name_parts(config: dict[str, Any]) -> list[str]:
 def _settings(run: Run) -> dict[str, Any]:
     """The settings that define the experiment, flat: ``{"optim.lr": 1e-5, ...}``.
 
-    Other seeds, such as that of random weights, follow the run's seed and are left out; the task's own seed decides its
-    data and stays.
+    Other seeds, such as that of random weights, depend on the run's seed and are left out; the task's own seed decides
+    its data and is kept.
     """
     return {
         key: value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws to files, and needs no screen
+matplotlib.use("Agg")  # draws to files, without a screen
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 GREY = "#C8C8C8"
-#: Panels in a row, where each group has its own.
+#: Panels in a row, if each group has its own.
 COLUMNS = 4
 AXES = {"val/kl": "val/kl (nats a sequence)", TOKENS: "tokens sampled in training"}
 
@@ -60,9 +60,9 @@ def draw_curves(
         groups: a group of one seed has no band.
         metrics: panels from left to right; a metric without any value is a UserError.
         x: "iteration", a column that grows with it, or "val/kl".
-        title: stands above the panels; may be empty.
+        title: above the panels; may be empty.
         path: of the PNG.
-        until: end of the x axis; None shows everything.
+        until: end of the x axis; None: shows everything.
     """
     with plt.rc_context(STYLE):
         draw = _one_panel_a_metric if len(groups) <= len(COLOURS) else _one_panel_a_group

@@ -1,4 +1,4 @@
-"""The figure that compares many groups of runs: where each ended, the best gain on top."""
+"""A figure that compares many groups of runs: final values, the best gain on top."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_ranking(groups: Sequence[Group], metrics: Sequence[str], title: str, pa
     Args:
         groups: at least one; sorted here, by the gain in the first metric.
         metrics: panels from left to right.
-        title: stands above the panels; may be empty.
+        title: above the panels; may be empty.
         path: of the PNG.
     """
     ranked = by_gain(groups, metrics[0])

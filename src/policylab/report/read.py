@@ -1,4 +1,4 @@
-"""Reads run folders, and folders of committed evidence."""
+"""Reads run folders, and committed results folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Run:
     status: str  #: running | done | failed | interrupted
     summary: dict[str, Any]  #: empty for a run that did not finish
     curves: dict[str, dict[int, float]]
-    label: str = ""  #: name of its group, where it is read from a folder of evidence
+    label: str = ""  #: name of its group, if it is read from a results folder
 
     @property
     def seed(self) -> int:
@@ -51,7 +51,7 @@ class Run:
         values = self.curves.get(metric)
         if not values:
             known = ", ".join(sorted(name for name in self.curves if name.startswith("val/")))
-            raise UserError(f"{self.folder} has no {metric}; it has {known or 'no validation at all'}")
+            raise UserError(f"{self.folder} has no {metric}; it has {known or 'no validation'}")
         for iteration, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
@@ -81,13 +81,13 @@ class Run:
 
 
 def read_runs(runs: str | Sequence[str]) -> list[Run]:
-    """The runs that paths, glob patterns and "latest" name, each once, in the order of naming.
+    """The runs that paths, glob patterns and "latest" name, each once, in that order.
 
-    A folder of evidence, as ``report.py`` writes it, gives the runs in its ``metrics.csv``. A run that did not
-    finish is left out when only a pattern names it (`unfinished`); its own path includes it.
+    A results folder, written by ``report.py``, gives the runs in its ``metrics.csv``. An unfinished run is left out if
+    only a pattern names it (`unfinished`); its own path includes it.
 
     Raises:
-        UserError: when nothing is found, or a path is no run folder.
+        UserError: when nothing is found, or a path is not a run folder.
     """
     names = _list(runs)
     committed = [name for name in names if is_evidence(Path(name))]
@@ -102,7 +102,7 @@ def read_runs(runs: str | Sequence[str]) -> list[Run]:
 
 
 def unfinished(runs: str | Sequence[str]) -> dict[Path, str]:
-    """Folders of runs that did not finish and that only a pattern names, with their status."""
+    """Folders of unfinished runs that only a pattern names, with their status."""
     names = _list(runs)
     named = {find_run(name) for name in names if not glob.has_magic(name) and not is_evidence(Path(name))}
     patterns = [name for name in names if glob.has_magic(name)]
@@ -130,11 +130,11 @@ def read_run(folder: Path) -> Run:
     """One run folder.
 
     Raises:
-        UserError: when a file that every run has is missing.
+        UserError: when a file of ``FILES`` is missing.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder} is no run folder: it has no {' and no '.join(missing)}")
+        raise UserError(f"{folder} is not a run folder: it has no {' and no '.join(missing)}")
     config = OmegaConf.to_container(load_config(folder))
     assert isinstance(config, dict)
     summary = folder / "summary.json"
@@ -148,15 +148,15 @@ def read_run(folder: Path) -> Run:
 
 
 def is_evidence(folder: Path) -> bool:
-    """Whether the folder is one that ``report.py`` has written: its rows name run and seed."""
+    """Whether ``report.py`` has written this folder: its rows name run and seed."""
     path = folder / "metrics.csv"
     return path.is_file() and path.open(encoding="utf-8").readline().startswith("run,seed,iteration")
 
 
 def read_evidence(folder: Path) -> list[Run]:
-    """The runs in the ``metrics.csv`` of a folder of evidence, with the names that they have there.
+    """The runs in the ``metrics.csv`` of a results folder, with their names there.
 
-    What is not in that file (seconds, settings of each group) is unknown.
+    Seconds and the settings of each group are unknown, because that file does not have them.
     """
     config = OmegaConf.to_container(load_config(folder))
     assert isinstance(config, dict)
@@ -183,7 +183,7 @@ def _read_curves(path: Path) -> dict[str, dict[int, float]]:
 
 
 def _curves(rows: Iterable[dict[str, str]]) -> dict[str, dict[int, float]]:
-    """By column; an empty cell (no validation at that iteration) gives no value."""
+    """Values by column; an empty cell (no validation at that iteration) gives none."""
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
         iteration = int(row["iteration"])

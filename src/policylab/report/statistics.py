@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
-#: A bootstrap takes all resamples up to this number (6 seeds have 46,656); with more, it draws so many of them.
+#: A bootstrap uses all resamples up to this number (6 seeds have 46,656); if there are more, it draws this many.
 RESAMPLES = 50_000
 
 
@@ -26,7 +26,7 @@ class Estimate:
 
     count: int
     mean: float
-    iqm: float  #: interquartile mean, that of the middle half: one outlier does not move it
+    iqm: float  #: interquartile mean, the mean of the middle half: one outlier does not change it
     low: float | None  #: bounds of the 95 % interval of the mean; None for a single seed
     high: float | None
 
@@ -100,7 +100,7 @@ def p_above_zero(values: Sequence[float]) -> float | None:
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p-values with Holm's correction: if all below 0.05 are rejected, at most 5 % of families have a false rejection.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on; none is lower than the one before. None stays.
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none is lower than the one before. None is kept.
     """
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)

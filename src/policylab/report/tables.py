@@ -1,4 +1,4 @@
-"""The numbers of a report: Markdown tables for people, a tidy CSV for programs."""
+"""The numbers of a report: Markdown tables, and a tidy CSV."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def kl_table(groups: Sequence[Group], metric: str, at_kl: Sequence[float]) -> st
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [header, _rule(header), *body])
     legend = (
-        f"{metric} where a run first is so many nats a sequence from the reference, linear between validations: mean "
-        "over seeds with Student's t interval. A dash: not all seeds get there, or they start beyond it."
+        f"{metric} when a run first reaches this KL to the reference (nats a sequence), linear between validations: "
+        "mean over seeds with Student's t interval. A dash: not all seeds reach it, or they start beyond it."
     )
     return f"{table}\n\n{legend}\n"
 
@@ -98,9 +98,9 @@ def _mean_of(values: Sequence[float], form: str) -> str:
 
 def _legend(groups: Sequence[Group], metric: str) -> str:
     lines = [
-        f"{metric}, KL in nats a sequence, wall seconds of a run and tokens that training sampled: means over seeds. "
+        f"{metric}, KL in nats a sequence, wall seconds of a run and tokens sampled in training: means over seeds. "
         "IQM: mean of the middle half of the seeds after training, with percentiles over bootstrap resamples of the "
-        "seeds (of few seeds they cover the truth less often than they say). Gain: after minus before, with Student's "
+        "seeds (with few seeds they cover the truth less often than 95 %). Gain: after minus before, with Student's "
         "t interval of the mean. "
         "p: one-sided t-test that the gain is above 0"
         + (f", Holm-corrected for {len(groups)} comparisons." if len(groups) > 1 else ".")
@@ -116,8 +116,8 @@ def _legend(groups: Sequence[Group], metric: str) -> str:
 def write_metrics(groups: Sequence[Group], metrics: Sequence[str], x: str, path: Path) -> None:
     """Writes a tidy CSV: a line for each run and iteration with any of the metrics; a missing value is an empty cell.
 
-    Each ``val/...`` comes with its ``train/...``, and all with the policy's entropy, where the runs have them. The
-    column of the x axis comes first.
+    Adds the ``train/...`` of each ``val/...``, and the policy's entropy, if the runs have them. The x axis's column comes
+    first.
     """
     runs = [(group.label, run) for group in groups for run in group.runs]
     trained = [name.replace("val/", "train/", 1) for name in metrics if name.startswith("val/")]

@@ -1,4 +1,4 @@
-"""What a task is: prompts to train on, prompts held out, and what is measured on them."""
+"""Tasks: training prompts, held-out prompts, and metrics on them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Example:
     """
 
     text: str  #: the prompt
-    completion: str  #: what supervised training learns to write after it, leading space included; may be ""
+    completion: str  #: target of supervised training, with its leading space; may be ""
     reference: Any  #: ground truth for rewards and metrics; plain data
     where: str = field(default="", compare=False)  #: file and line, for messages; optional
 
 
 class Task(Protocol):
-    """What ``task=NAME`` builds: any class with these members."""
+    """A task, which ``task=NAME`` builds: any class with these members."""
 
     name: str
     instruction: str | None  #: prompt for chat models, with ``{text}`` in it; None sends the text alone
@@ -41,16 +41,16 @@ class Task(Protocol):
     val: Sequence[Example]
 
     def metrics(self, completions: Sequence[Completion]) -> Mapping[str, Sequence[float]]:
-        """Numbers to watch but never to optimise, one for each completion; ``val/<name>`` is their mean."""
+        """Numbers that are measured but never optimized, one for each completion; ``val/<name>`` is their mean."""
         ...
 
 
 def measured(task: Task, completions: Sequence[Completion]) -> dict[str, list[float]]:
-    """The task's metrics, checked: a number for each completion in each of them.
+    """The task's metrics, checked: each has one number for each completion.
 
     Raises:
-        UserError: when it returns no dict of metrics, a name that is taken, another number of values than
-            completions, or a value that is no finite number.
+        UserError: when the task does not return a dict of metrics, or returns a reserved name, another number of values
+            than completions, or a value that is not a finite number.
         RunError: when it raises anything.
     """
     owner, given = f"task {task.name}", handed_over(completions)
@@ -73,7 +73,7 @@ def examples(task: Task, split: Literal["train", "val"]) -> list[Example]:
     """All rows of a split.
 
     Raises:
-        UserError: when the task lacks a member, or a row is no example.
+        UserError: when the task lacks a member, or a row is not an example.
         RunError: when reading it raises anything.
     """
     for name in ("name", "instruction", "metrics"):
@@ -97,25 +97,25 @@ def examples(task: Task, split: Literal["train", "val"]) -> list[Example]:
 
 
 def take_validation(task: Task, count: int) -> list[Example]:
-    """The first ``count`` held-out rows, always the same ones; all of them, with a warning, where there are fewer.
+    """The first ``count`` held-out rows, always the same ones; if there are fewer, all of them, with a warning.
 
     Raises:
         UserError: when there is none.
     """
     rows = examples(task, "val")
     if not rows:
-        raise UserError(f"task {task.name} holds out no prompt for validation; it must hold out at least one")
+        raise UserError(f"task {task.name} has no held-out prompt for validation; it must have at least one")
     if count > len(rows):
         log.warning(
-            "%d prompts wanted for validation, and task %s holds out %d; all of them are taken",
+            "validation.prompts=%d, but task %s has %d held-out prompts; all of them are used",
             *(count, task.name, len(rows)),
         )
     return rows[:count]
 
 
 def data_fingerprint(train: Sequence[Prompt], val: Sequence[Example]) -> str:
-    """A hash of a run's data: of what is trained on, as the policy reads it, and of all that is held out. Of a
-    reference that is no plain data, it has the type only."""
+    """A hash of a run's data: the training prompts, encoded, and all held-out rows. For a reference that is not plain
+    data, only its type is hashed."""
     digest = hashlib.sha256()
     for prompt in train:
         digest.update(_plain((prompt.text, prompt.tokens, prompt.target, prompt.reference)))

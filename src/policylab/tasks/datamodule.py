@@ -1,7 +1,7 @@
 """The prompts of each iteration, as a LightningDataModule.
 
 One batch is one iteration. Its prompts depend only on the seed and the number of the iteration, so a resumed run
-continues with the right batch, and every process takes its share of the same one.
+continues with the right batch, and every process takes its share of the same batch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class IterationSampler(Sampler[list[int]]):
     """Rows of each iteration, in a new order every epoch. A batch may span two epochs, so that no row is dropped.
 
     Args:
-        rows: in the data set.
+        rows: number of rows in the data set.
         batch_size: rows an iteration, over all processes.
-        iterations: of the whole run, and the length, because Lightning counts those before a resume too.
+        iterations: of the whole run. Also the length, because Lightning also counts iterations before a resume.
         start: the first iteration to yield.
     """
 
@@ -65,13 +65,13 @@ class PromptData(LightningDataModule):
         train: prompts to train on.
         val: prompts held out; all are used, in order.
         batch_size: prompts an iteration, over all processes.
-        val_batch_size: prompts a validation batch, over all processes, at most.
+        val_batch_size: largest number of prompts in a validation batch, over all processes.
         seed: of the order.
         iterations: of the whole run.
 
     Raises:
-        UserError: when a size is not positive, there is nothing to train on, or (at the start of a run) a
-            batch holds fewer prompts than there are processes.
+        UserError: when a size is not positive, there is no training prompt, or (at the start of a run) a batch has
+            fewer prompts than there are processes.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PromptData(LightningDataModule):
         return DataLoader(self.train, batch_sampler=sampler, collate_fn=_collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out prompts in order, those of the first process first; all processes have as many batches."""
+        """The held-out prompts in order, those of the first process first. All processes have equally many batches."""
         rows = self._share(range(len(self.val)))
         fewest = len(self.val) // self.trainer.world_size  # type: ignore[union-attr]
         count = min(math.ceil(len(self.val) / self.val_batch_size), fewest)

@@ -1,4 +1,4 @@
-"""Metrics of texts that no reward here optimises."""
+"""Metrics of texts that no reward here optimizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from itertools import pairwise
 def polarity(text: str) -> float:
     """TextBlob's polarity, -1 to 1: sentiment by another lexicon than VADER's.
 
-    A policy that learned sentiment raises both; one that learned words of VADER's lexicon raises VADER alone.
+    A policy that learned sentiment raises both scores; one that learned words of VADER's lexicon raises only VADER's.
     """
     return float(_lexicon()(text)[0])
 
@@ -32,7 +32,7 @@ def _lexicon() -> Callable[[str], tuple[float, float]]:
 
 
 def distinct_2(text: str) -> float:
-    """Share of distinct ones among a text's word pairs (Li et al., arXiv:1510.03055); 1 if none is repeated.
+    """Share of distinct pairs among a text's word pairs (Li et al., arXiv:1510.03055); 1 if none is repeated.
 
     >>> distinct_2("so good so good so good")
     0.4

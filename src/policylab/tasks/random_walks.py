@@ -1,4 +1,4 @@
-"""The random-walks toy of trlX: walk through a random graph to its goal in as few steps as possible.
+"""The random-walks toy task of trlX: walk through a random graph to its goal in as few steps as possible.
 
 A directed graph of 21 nodes (letters), and 1,000 random walks on it as text: does a policy trained on them learn to
 take the shortest ones? Source: the random-walks example of trlX (Havrilla
@@ -22,7 +22,7 @@ from policylab.rewards.optimality import Map, optimality
 from policylab.tasks.base import Example
 
 GOAL = 0  # the node whose letter is "a"
-DRAWS = 10_000  # at most, until every node has a way out and one leads to the goal
+DRAWS = 10_000  # largest number of graphs drawn, until every node leads somewhere and one leads to the goal
 
 Neighbours = list[list[int]]  # node -> the nodes that it leads to
 
@@ -35,13 +35,14 @@ class RandomWalks:
         nodes: of the graph, the goal included; 2 to 26.
         p_edge: probability that one node leads to another.
         walks: random walks to train on.
-        max_length: nodes of a walk at most, its start included; at 2, every walk that arrives would be a shortest one.
+        max_length: largest number of nodes in a walk, its start included; with 2, every walk that arrives would be a
+            shortest one.
         held_out: walks for validation; their starts cycle through the start nodes in alphabetical order.
-        seed: of graph and walks; not the run's seed, so that all runs solve the same problem.
+        seed: of graph and walks, apart from the run's seed, so that all runs solve the same problem.
 
     Raises:
-        UserError: when an argument is out of range, no graph with so few edges is found, or none of the walks starts
-            where the goal can be reached.
+        UserError: when an argument is out of range, no graph is found, or the goal cannot be reached from the start of
+            any walk.
     """
 
     instruction = None
@@ -61,8 +62,8 @@ class RandomWalks:
         starts = sorted({text[0] for text in texts})
         if all(maps[start]["shortest"] == max_length for start in starts):
             raise UserError(
-                f"no reward can be had: from none of the starts {', '.join(starts)} of task.walks={walks} walks is the "
-                f"goal fewer than task.max_length={max_length} nodes away; raise either, or take another task.seed"
+                f"no walk can get a reward: from none of the starts {', '.join(starts)} of task.walks={walks} walks is "
+                f"the goal fewer than task.max_length={max_length} nodes away; raise either, or take another task.seed"
             )
         self.train = [Example(text[0], text[1:], maps[text[0]]) for text in texts]
         # Held-out walks, for the loss of supervised training; drawn last, so that everything before equals trlX.
@@ -79,8 +80,8 @@ class RandomWalks:
 def draw_graph(random: RandomState, nodes: int, p_edge: float) -> Neighbours:
     """A random directed graph in which every node leads somewhere, and the goal only to itself.
 
-    It is drawn again until a node leads to the goal, because no walk would have a reward otherwise. trlX keeps such a
-    graph; all other graphs are those of trlX.
+    It is drawn again until a node leads to the goal, because otherwise no walk would have a reward. trlX does not draw
+    again; all other graphs are the same as in trlX.
     """
     for _ in range(DRAWS):
         edges = random.rand(nodes, nodes) > 1 - p_edge
@@ -89,7 +90,7 @@ def draw_graph(random: RandomState, nodes: int, p_edge: float) -> Neighbours:
             edges[GOAL] = np.arange(nodes) == GOAL
             return [np.flatnonzero(row).tolist() for row in edges]
     raise UserError(
-        f"found no graph of {nodes} nodes with a way out of each and one into the goal at task.p_edge={p_edge}; "
+        f"found no graph of {nodes} nodes with an edge out of each node and one into the goal at task.p_edge={p_edge}; "
         "raise task.p_edge"
     )
 
@@ -112,7 +113,7 @@ def draw_walk_from(node: int, random: RandomState, neighbours: Neighbours, max_l
 
 
 def maps_from(neighbours: Neighbours, max_length: int) -> dict[str, Map]:
-    """What scoring a walk needs, for each start; all share one table of edges."""
+    """The data for scoring a walk, for each start; all share one table of edges."""
     edges = {_letters([node]): _letters(ends) for node, ends in enumerate(neighbours)}
     lengths = shortest_lengths(neighbours, max_length)
     return {
@@ -122,7 +123,7 @@ def maps_from(neighbours: Neighbours, max_length: int) -> dict[str, Map]:
 
 
 def shortest_lengths(neighbours: Neighbours, max_length: int) -> list[int]:
-    """Nodes on the shortest walk from each node to the goal; ``max_length`` where there is none shorter."""
+    """Number of nodes on the shortest walk from each node to the goal; ``max_length`` if there is no shorter one."""
     lengths = {GOAL: 1}
     for length in range(2, max_length):
         lengths |= {

@@ -18,16 +18,16 @@ class Reviews:
 
     Args:
         name: names the run.
-        source: ``default`` for 1,792 openings of our own writing, ``vader`` for some 10,000 snippets of real
+        source: ``default`` for 1,792 openings written for this project, ``vader`` for about 10,000 snippets of real
             reviews (fetched on first use), a JSON-lines file, or a data set on the hub.
-        prompt_words: where a row is a whole text: how many of its words are the prompt; of a shorter text,
-            all but the last.
-        held_out: where the source has no split of its own: rows held out for validation.
+        prompt_words: if a row is a whole text: how many of its first words are the prompt; for a shorter text, all
+            except the last.
+        held_out: if the source has no split: number of rows held out for validation.
         instruction: prompt for chat models, with ``{text}`` in it; None sends the opening alone.
-        data_dir: folder for what is fetched.
+        data_dir: folder for downloads.
         columns: field (``prompt``, ``completion``, ``text``, ``reference``, ``split``) -> its name in a file or a data
-            set on the hub; None where it is the same.
-        hub: of a data set on the hub: ``config``, ``revision``, and the splits to ``train`` on and to hold out as
+            set on the hub; None if it is the same.
+        hub: for a data set on the hub: ``config``, ``revision``, and the splits to ``train`` on and to hold out as
             ``val``; None chooses the default (`rows.read_hub`).
 
     Raises:
@@ -48,7 +48,7 @@ class Reviews:
         columns, hub = columns or {}, hub or {}
         if unknown := columns.keys() - set(rows.FIELDS):
             raise UserError(
-                f"task.columns.{min(unknown)} is no field of a row; known are {', '.join(rows.FIELDS)}"
+                f"task.columns.{min(unknown)} is not a field of a row; known are {', '.join(rows.FIELDS)}"
             )
         if prompt_words < 1:
             raise UserError(f"task.prompt_words={prompt_words}; a prompt has at least 1 word")

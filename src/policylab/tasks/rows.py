@@ -35,10 +35,10 @@ def read_jsonl(path: Path, prompt_words: int, columns: Columns) -> list[Row]:
     """The rows of a JSON-lines file, with the fields that ``docs/tasks_and_rewards.md`` lists.
 
     Args:
-        columns: field -> what the file calls it, where that is something else.
+        columns: field -> its name in the file, if that differs.
 
     Raises:
-        UserError: naming file and line, for a line that is no such row.
+        UserError: naming file and line, for a line that is not such a row.
     """
     read: list[Row | None] = []
     with path.open("rb") as lines:
@@ -62,8 +62,8 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
     """The rows of a data set from the hub or its local cache.
 
     Args:
-        hub: its ``config`` and ``revision``, and the splits to take as ``train`` and ``val``. None: the only config,
-            the newest revision, the train split, and validation and test as held out.
+        hub: its ``config`` and ``revision``, and the splits to use as ``train`` and ``val``. None: the only config,
+            the newest revision, the train split, and validation and test as held-out rows.
 
     Raises:
         UserError: when ``datasets`` is not installed, or the data set or a split of it cannot be loaded.
@@ -86,7 +86,7 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
     try:
         found = datasets.load_dataset(name, hub.get("config"), revision=hub.get("revision"))
     except Exception as error:  # of many types; none can be handled here
-        chosen = "" if hub.get("config") else "; where it has several configs, name one: task.hub.config=..."
+        chosen = "" if hub.get("config") else "; if it has several configs, name one: task.hub.config=..."
         raise UserError(
             f"task.source={name}: the data set cannot be loaded ({said(error)}){chosen}"
         ) from error
@@ -99,7 +99,7 @@ def read_hub(name: str, hub: Mapping[str, str | None], prompt_words: int, column
 
 
 def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[tuple[str, str]]:
-    """Pairs of our name of a split, and the data set's name of it."""
+    """Pairs of our name of a split and the data set's name of it."""
     chosen: list[tuple[str, str]] = []
     for ours in SPLITS:
         asked = hub.get(ours)
@@ -109,7 +109,7 @@ def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[
         chosen += [(ours, split) for split in splits]
     if not chosen:
         raise UserError(
-            f"task.source={name} has the splits {', '.join(there)}; say which to take: task.hub.train=..."
+            f"task.source={name} has the splits {', '.join(there)}; choose one: task.hub.train=..."
         )
     return chosen
 
@@ -117,10 +117,10 @@ def _splits(name: str, hub: Mapping[str, str | None], there: list[str]) -> list[
 def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], list[Example]]:
     """Training rows and held-out rows.
 
-    Rows that name a split stay in it. Where none is held out, ``count`` rows are, the same in every run.
+    Rows that name a split stay in it. If no row is in ``val``, ``count`` rows are held out, the same in every run.
 
     Raises:
-        UserError: when nothing would be left to train on.
+        UserError: when no row would be left to train on.
     """
     train = [row.example for row in rows if row.split != "val"]
     val = [row.example for row in rows if row.split == "val"]
@@ -140,7 +140,7 @@ def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], l
 
 
 def _told(read: list[Row | None], source: str) -> list[Row]:
-    """The rows without the texts that were left out, which a warning counts."""
+    """The rows, without texts of one word, which a warning counts."""
     rows = [row for row in read if row is not None]
     if len(rows) < len(read):
         log.warning(
@@ -155,7 +155,9 @@ def _told(read: list[Row | None], source: str) -> list[Row]:
 def _row(fields: Any, where: str, prompt_words: int, columns: Columns) -> Row | None:
     """The row that the fields describe; None for a text of one word, which cannot be cut in two."""
     if not isinstance(fields, dict):
-        raise UserError(f'{where}: {fields!r:.60} is no object; give {{"prompt": ...}} or {{"text": ...}}')
+        raise UserError(
+            f'{where}: {fields!r:.60} is not an object; give {{"prompt": ...}} or {{"text": ...}}'
+        )
     for field, column in columns.items():
         if column not in fields:
             raise UserError(
@@ -176,7 +178,7 @@ def _row(fields: Any, where: str, prompt_words: int, columns: Columns) -> Row | 
             return None
         return Row(Example(" ".join(words[:cut]), " " + " ".join(words[cut:]), reference, where), split)
     raise UserError(
-        f"{where}: neither prompt nor text among the fields {sorted(fields)}; say which is: task.columns.prompt=..."
+        f"{where}: neither prompt nor text is among the fields {sorted(fields)}; name one: task.columns.prompt=..."
     )
 
 

@@ -2,8 +2,8 @@
 
     python -m policylab.tasks.vader [FOLDER]
 
-writes ``FOLDER/vader/movie_reviews.jsonl`` (default ``data``) and, beside it, where it comes from and under
-which licence. The texts are other people's: they are fetched by each user and never committed.
+writes ``FOLDER/vader/movie_reviews.jsonl`` (default ``data``) and a file with its source and licence. The texts belong
+to other people: each user downloads them, and they are never committed.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ the data set had written as `''` and as runs of blanks; exact duplicates dropped
 
 
 def movie_reviews(data_dir: Path) -> Path:
-    """The file of snippets, rows ``{"text": ..., "reference": {"rating": 2.27}}``; fetched if not there yet.
+    """The file of snippets, with rows ``{"text": ..., "reference": {"rating": 2.27}}``; downloaded if it is missing.
 
     Raises:
-        UserError: when it must be fetched and cannot be.
+        UserError: when it cannot be downloaded.
     """
     path = data_dir / "vader" / "movie_reviews.jsonl"
     if not path.is_file():
@@ -71,7 +71,7 @@ def fetch(path: Path) -> None:
     if digest != SHA256:
         raise UserError(f"{archive} has sha256 {digest}, not {SHA256}; delete it and run {COMMAND} again")
     (folder / "PROVENANCE.md").write_text(PROVENANCE, encoding="utf-8")
-    # written under another name first, so that another job never reads half a file
+    # written to a temporary name first, so that another job never reads half a file
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as file:
         for text, rating in dict(_snippets(archive)).items():
@@ -81,7 +81,7 @@ def fetch(path: Path) -> None:
 
 
 def _download(folder: Path) -> None:
-    """Lets pip fetch the source package, so that the user's index, proxy and certificates apply."""
+    """Downloads the source package with pip, so that the user's index, proxy and certificates apply."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     limits = ["--timeout", "5", "--retries", "1"]
     what = ["--no-deps", "--no-binary", "vaderSentiment", "--dest", str(folder), PACKAGE]
@@ -112,7 +112,7 @@ def _snippets(archive: Path) -> Iterator[tuple[str, float]]:
 
 
 def repair(text: str) -> str:
-    """Restores what the data set changed: a hyphen had become a blank, and a quotation mark two apostrophes.
+    """Restores characters that the data set changed: dashes had become blanks, and a quotation mark two apostrophes.
 
     >>> repair("A ''small'' film    but R&amp;D")
     'A "small" film -- but R&D'
