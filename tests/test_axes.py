@@ -161,9 +161,9 @@ def test_rows_of_different_widths_are_put_together():
     [
         (
             {"update": MinibatchEpochs(2, 1, None, True), "surrogate": Ratio()},
-            "reads no critic",
+            "uses no critic",
         ),
-        ({"update": MinibatchEpochs(2, 1, None, False)}, "right for one update a rollout only"),
+        ({"update": MinibatchEpochs(2, 1, None, False)}, "right for only one update of a rollout"),
     ],
 )
 def test_senseless_combinations_are_refused(parts, message):

@@ -42,7 +42,7 @@ from policylab.errors import RunError, UserError
             "reward Score is a class: give reward._partial_=false",
         ),
         (["reward._target_=policylab.rewards.base.checked"], "cannot be called with completions alone"),
-        (["algo/surrogate=logprob"], "right for one update"),
+        (["algo/surrogate=logprob"], "right for only one update"),
         (["algo/critic=none"], "needs a critic"),
         (["iterations=0"], "iterations is 0"),
         (["seed=-1"], "seed is -1"),

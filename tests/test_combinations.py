@@ -25,7 +25,7 @@ PRESETS = (
     pytest.param("trpo", marks=pytest.mark.slow),
 )
 REASONS = (
-    "needs a critic|right for one update|reads no critic|algo/reference is none|chooses its length|one ratio a sequence"
+    "needs a critic|for only one update|uses no critic|algo/reference is none|chooses its length|one ratio a sequence"
     "|credits whole sequences|corrects for the sampler|which is 1 in the first step"
 )
 
@@ -53,17 +53,17 @@ def test_an_option_fits_or_is_refused_with_the_reason(preset, option):
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["algo=grpo", "algo/surrogate=logprob"], "right for one update"),
+        (["algo=grpo", "algo/surrogate=logprob"], "right for only one update"),
         (["algo=trpo", "algo/surrogate=logprob"], "chooses its length"),
         (["algo=trpo", "algo/surrogate=cispo"], "chooses its length"),
-        (["algo=ppo", "algo/advantage=vtrace", "algo.update.reestimate=true"], "does already"),
+        (["algo=ppo", "algo/advantage=vtrace", "algo.update.reestimate=true"], "already does"),
         (["algo=gspo", "algo/importance=truncated"], "a weight for each token"),
         (["algo=ppo", "algo.entropy_coef=-1"], "entropy_coef is -1"),
         (["algo=ppo", "algo.surrogate.dual_clip=1.1"], "dual_clip is 1.1"),
         (["algo=ppo", "algo/surrogate=sequence_ratio"], "one ratio a sequence"),
         (["algo=rloo", "algo.kl.estimator=exact"], "credits whole sequences"),
         (["algo=ppo", "algo/advantage=vtrace", "algo/importance=truncated"], "corrects for the sampler"),
-        (["algo=grpo", "algo.update.reestimate=true"], "reads no critic"),
+        (["algo=grpo", "algo.update.reestimate=true"], "uses no critic"),
         (["algo=ppo", "algo/update=single_step"], "which is 1 in the first step"),
         (["algo=gspo", "algo/update=single_step"], "which is 1 in the first step"),
         (["algo=cispo", "algo/update=single_step"], "which is 1 in the first step"),

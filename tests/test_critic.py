@@ -307,7 +307,7 @@ def test_a_classifier_that_is_no_decoder_is_refused(tiny, tmp_path):
 def test_senseless_critics_are_refused(tiny):
     with pytest.raises(UserError, match=r"own_layers is -1; it must be at least 0"):
         Critic(0.1, None, -1, None)
-    with pytest.raises(UserError, match=r"needs a network of its own, but algo\.critic\.own_layers is 0"):
+    with pytest.raises(UserError, match=r"needs a separate network, but algo\.critic\.own_layers is 0"):
         Critic(0.1, None, 0, "folder")
     with pytest.raises(UserError, match=r"own_layers=99, but the policy has 2 layers"):
         value_model(tiny.lm, 99, None)
@@ -319,8 +319,8 @@ def test_senseless_critics_are_refused(tiny):
         (["algo.critic.own_layers=99"], "the policy has 4 layers; take at most 4"),
         (["algo.critic.own_layers=-1"], "must be at least 0"),
         (["algo.critic.own_layers=some"], r"own_layers='some' is not a whole number or one of all"),
-        (["algo.critic.init=folder"], "needs a network of its own"),
-        (["algo/critic=own_layers", "algo.critic.init=folder"], "needs a network of its own"),
+        (["algo.critic.init=folder"], "needs a separate network"),
+        (["algo/critic=own_layers", "algo.critic.init=folder"], "needs a separate network"),
         (["algo/critic=reward_model", "algo.critic.init=folder"], r"no folder with a config\.json there"),
     ],
 )

@@ -177,7 +177,7 @@ def test_senseless_combinations_are_refused():
     fields = {**base.__dict__}
     with pytest.raises(UserError, match="needs a critic"):
         Algorithm(**{**fields, "critic": None})
-    with pytest.raises(UserError, match="right for one update"):
+    with pytest.raises(UserError, match="right for only one update"):
         Algorithm(**{**fields, "surrogate": LogProb(), "advantage": ReturnToGo(1.0, "mean", False)})
 
 

@@ -1,4 +1,4 @@
-"""What an algorithm is made of: one frozen part for each axis."""
+"""The parts of an algorithm: one frozen dataclass for each axis."""
 
 from policylab.algorithms.advantage import Advantage, Estimate
 from policylab.algorithms.algorithm import Algorithm, LossTerms

@@ -1,4 +1,4 @@
-"""The advantage axis: from token rewards to what each action is credited with."""
+"""The advantage axis: from token rewards to the credit of each action."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Estimate:
 
 
 class Advantage(ABC):
-    """A rollout with token rewards becomes an :class:`Estimate`.
+    """Maps a rollout with token rewards to an :class:`Estimate`.
 
-    Class attributes state what a method needs beside the token rewards.
+    Class attributes state what a method needs in addition to token rewards.
     """
 
     needs_values: ClassVar[bool] = False  #: ``rollout.values``: a critic is built and trained
     needs_greedy: ClassVar[bool] = False  #: ``rollout.greedy_rewards``: one more completion a prompt
     needs_policy_logprobs: ClassVar[bool] = False  #: ``rollout.policy_logprobs``: one more forward pass
-    min_group_size: ClassVar[int] = 1  #: completions of each prompt at least
+    min_group_size: ClassVar[int] = 1  #: smallest number of completions of each prompt
     per_sequence: ClassVar[bool] = False  #: credits all actions of a sequence with its whole reward
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""An algorithm is a choice along independent axes."""
+"""A policy-gradient algorithm: a choice on each of several independent axes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from policylab.functional.surrogates import value_loss
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Per-token parts of the loss, each before its coefficient. None where the algorithm has no such part."""
+    """Per-token parts of the loss, each before its coefficient. None if the algorithm has no such part."""
 
     surrogate: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
@@ -41,19 +41,19 @@ class Algorithm:
 
     Args:
         name: names the run.
-        advantage: what each action is credited with.
+        advantage: the credit of each action.
         surrogate: the loss whose gradient moves the policy.
-        reduction: how much each token weighs.
-        kl: where the KL to the reference is charged.
-        update: how a rollout becomes steps of the policy.
+        reduction: the weight of each token.
+        kl: where the KL to the reference is penalized.
+        update: the optimizer steps on a rollout.
         critic: how it is built and trained; used only when the advantage needs values.
-        sampling: which groups are trained on; None takes all.
-        truncation: how completions cut at the length limit are treated; None treats them as all others.
-        importance: corrects for a sampler that differs from the policy; None corrects nothing.
+        sampling: which groups are trained on; None: all.
+        truncation: how completions cut at the length limit are treated; None: like all others.
+        importance: correction for a sampler that differs from the policy; None: no correction.
         entropy_coef: weight of the entropy bonus (loss a nat).
 
     Raises:
-        UserError: for a combination that makes no sense.
+        UserError: for an invalid combination.
     """
 
     name: str
@@ -78,11 +78,11 @@ class Algorithm:
         return self.advantage.needs_values
 
     def recomputes_logprobs(self, *, exact: bool) -> bool:
-        """Whether the sampled tokens go through the policy once more before the update.
+        """Whether the log-probs of the sampled tokens are recomputed before the update.
 
         Args:
-            exact: the log-probs recorded while sampling are those of the policy. Another engine than ours, or lower
-                precision, differs from the policy that is trained.
+            exact: whether the log-probs recorded while sampling are those of the policy. They are not with another
+                engine or in lower precision.
         """
         if self.importance is not None or self.advantage.needs_policy_logprobs:
             return True
@@ -103,8 +103,8 @@ class Algorithm:
         return rollout.replace(kept=kept)
 
     def shape_rewards(self, rollout: Rollout, kl_coef: float) -> Rollout:
-        """The rollout with token rewards: the sequence's reward at its last action, minus the KL charge of each
-        action where it is part of the reward.
+        """The rollout with token rewards: the sequence's reward at its last action, minus the KL penalty of each
+        action if it is part of the reward.
 
         ``R_t = [t = last] r - beta KL_t``; arXiv:1909.08593, eq. 2.
         """

@@ -28,7 +28,7 @@ class ReturnToGo(Advantage):
         whiten: scale to zero mean and unit variance over all actions.
 
     Raises:
-        UserError: for a baseline that whitening makes redundant.
+        UserError: for a baseline that whitening makes superfluous.
     """
 
     gamma: float
@@ -39,7 +39,7 @@ class ReturnToGo(Advantage):
         check_range("algo.advantage.gamma", self.gamma, 0, 1)
         if self.whiten and self.baseline == "mean":
             raise UserError(
-                "algo.advantage.baseline=mean changes nothing beside algo.advantage.whiten=true, which subtracts the "
+                "algo.advantage.baseline=mean changes nothing with algo.advantage.whiten=true, which subtracts the "
                 "mean itself; take algo.advantage.baseline=none"
             )
 
@@ -54,7 +54,7 @@ class GreedyBaseline(Advantage):
     """Reward from each action on, minus the reward of the prompt's greedy completion.
 
     "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language
-    Models", arXiv:2310.10505, algorithm 1. Unbiased: the baseline does not depend on what was sampled.
+    Models", arXiv:2310.10505, algorithm 1. Unbiased, because the baseline does not depend on the sampled tokens.
     """
 
     needs_greedy: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class GreedyBaseline(Advantage):
 
 @dataclass(frozen=True)
 class LeaveOneOut(Advantage):
-    """RLOO: a sequence's whole reward minus the mean of the others of its group, the same at all its tokens.
+    """RLOO: a sequence's whole reward minus the mean of its group's other sequences, the same at all its tokens.
 
     "Back to Basics", arXiv:2402.14740, section 3.3. Unbiased. A sequence that is alone in its group gets zero.
     """
@@ -102,10 +102,10 @@ class GroupBaseline(Advantage):
 
 @dataclass(frozen=True)
 class BestOfGroup(Advantage):
-    """RAFT: only the best sequence of each group is learned from, weighted by the size of the group.
+    """RAFT: learns only from the best sequence of each group, weighted by the size of the group.
 
     "RAFT: Reward rAnked FineTuning", arXiv:2304.06767, algorithm 1. With a mean over all sequences the loss is
-    that of supervised training on the best ones. Of equally good ones the first row is taken; a group whose
+    that of supervised training on the best ones. Of several best sequences it takes the first row; a group whose
     rewards are all equal gets zero.
     """
 

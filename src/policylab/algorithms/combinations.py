@@ -1,4 +1,4 @@
-"""Which parts of an algorithm make no sense together, and why."""
+"""Refuses parts of an algorithm that do not go together, with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_combination(
     critic: Critic | None,
     importance: TruncatedImportance | None,
 ) -> None:
-    """Refuses parts that make no sense together.
+    """Refuses parts that do not go together.
 
     Raises:
         UserError: naming them, the reason, and what to take instead.
@@ -42,25 +42,25 @@ def check_combination(
         ),
         (
             advantage.needs_values and critic is not None and critic.clip is not None and critic_steps == 1,
-            f"algo.critic.clip={critic and critic.clip} holds values near those before a rollout's first update, and "
-            "there is only one; take algo.critic.clip=null or algo/update=minibatch_epochs",
+            f"algo.critic.clip={critic and critic.clip} limits the change of values after a rollout's first update, "
+            "and there is only one; take algo.critic.clip=null or algo/update=minibatch_epochs",
         ),
         (
             surrogate.on_policy and steps > 1,
-            f"algo.surrogate={loss} is right for one update a rollout only, and algo.update makes {steps}; "
+            f"algo.surrogate={loss} is right for only one update of a rollout, and algo.update makes {steps}; "
             "take algo/update=single_step or algo/surrogate=clipped_ratio",
         ),
         (
             isinstance(surrogate, ClippedRatio | SequenceRatio | CISPO) and first_and_last,
             f"algo.surrogate={loss} bounds the ratio to the policy before the update, which is 1 in the first step, "
-            "and there is no other; take algo/surrogate=ratio, whose gradient is the same there, or "
+            "and there is no second one; take algo/surrogate=ratio, whose gradient is the same there, or "
             "algo/update=minibatch_epochs",
         ),
         (
             isinstance(surrogate, LogProb | CISPO)
             and isinstance(update, TrustRegion)
             and update.line_search is not None,
-            f"algo.surrogate={loss} does not measure what a step gains, by which algo.update.line_search "
+            f"algo.surrogate={loss} does not measure the gain of a step, by which algo.update.line_search "
             "chooses its length; take algo/surrogate=ratio",
         ),
         (
@@ -70,14 +70,14 @@ def check_combination(
         ),
         (
             kl.exact_in_reward and advantage.per_sequence,
-            f"algo.kl.estimator=exact in the reward charges each token for what follows it, and "
+            f"algo.kl.estimator=exact in the reward penalizes each token for the KL of later ones, and "
             f"algo.advantage={credit} credits whole sequences, "
             "which would bias it; take algo.kl.estimator=k1 or algo/advantage=whitened_return",
         ),
         (
             isinstance(advantage, VTrace) and isinstance(update, MinibatchEpochs) and update.reestimate,
-            "algo.update.reestimate=true makes algo.advantage=VTrace weigh tokens by the present policy, which the "
-            "surrogate's ratio does already; take algo.update.reestimate=false or algo/advantage=gae",
+            "algo.update.reestimate=true makes algo.advantage=VTrace weight tokens by the current policy, which the "
+            "surrogate's ratio already does; take algo.update.reestimate=false or algo/advantage=gae",
         ),
         (
             isinstance(surrogate, SequenceRatio) and importance is not None,
@@ -91,7 +91,7 @@ def check_combination(
         ),
         (
             isinstance(update, MinibatchEpochs) and update.reestimate and not advantage.needs_values,
-            f"algo.update.reestimate=true, but algo.advantage={credit} reads no critic and would estimate the "
+            f"algo.update.reestimate=true, but algo.advantage={credit} uses no critic and would estimate the "
             "same again; take false or algo/advantage=gae",
         ),
     ]

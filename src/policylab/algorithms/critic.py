@@ -1,4 +1,4 @@
-"""The critic: estimates of the reward still to come, which serve as baseline."""
+"""The critic: estimates of the reward still to come, used as a baseline."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from policylab.errors import UserError, check_range
 
 @dataclass(frozen=True)
 class Critic:
-    """How much of the critic is its own, and how it is trained beside the policy.
+    """How much the critic shares with the policy, and how it is trained.
 
     Args:
-        coef: weight of the value loss beside the policy's.
-        clip: largest move of a value from its old one in an iteration; None does not clip.
-        own_layers: 0 is a linear head on the policy's last hidden state, whose loss trains the trunk as well. A
-            number above takes copies of the policy's last layers for the critic alone, and ``all`` a whole
-            network; then the value loss never moves the policy.
+        coef: weight of the value loss relative to the policy's.
+        clip: largest change of a value in an iteration; None: no clipping.
+        own_layers: 0: a linear head on the policy's last hidden state, whose loss also trains the trunk. Above 0: the
+            critic's own copies of the policy's last layers; ``all``: a whole network. With either, the value loss never
+            trains the policy.
         init: folder of a reward model in Hugging Face format (sequence classification with one output) that the
-            critic starts as; None starts from the policy, with values of zero.
+            critic starts as; None: starts from the policy, with values of zero.
     """
 
     coef: float
@@ -34,7 +34,7 @@ class Critic:
             check_range("algo.critic.own_layers", self.own_layers, 0)
             if self.init is not None:
                 raise UserError(
-                    f"algo.critic.init={self.init} needs a network of its own, but algo.critic.own_layers is "
-                    f"{self.own_layers}: the policy's trunk below cannot be a reward model's; take "
+                    f"algo.critic.init={self.init} needs a separate network, but algo.critic.own_layers is "
+                    f"{self.own_layers}: the policy's trunk cannot be that of a reward model; take "
                     "algo.critic.own_layers=all, or algo.critic.init=null"
                 )

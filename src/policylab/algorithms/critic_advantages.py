@@ -1,4 +1,4 @@
-"""Advantages with a critic, by its values at sampling time."""
+"""Advantages with a critic, from its values at sampling time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class NStep(Advantage):
 
     Args:
         gamma: discount a token, in [0, 1].
-        n: rewards that are counted, its own included, before the critic's value is used.
+        n: number of rewards, the action's own included, before the critic's value is used.
         whiten: scale to zero mean and unit variance over all actions.
     """
 
@@ -73,13 +73,13 @@ class NStep(Advantage):
 
 @dataclass(frozen=True)
 class VTrace(Advantage):
-    """V-trace, arXiv:1802.01561, for completions of another policy than the one that is trained.
+    """V-trace, arXiv:1802.01561, for completions that another policy has sampled.
 
     Args:
         gamma: discount a token, in [0, 1].
-        rho_clip: largest weight of a TD error; it decides whose value function the targets tend to (at infinity
+        rho_clip: largest weight of a TD error; it decides which policy's values the targets converge to (at infinity
             the trained policy's, near zero the sampling policy's).
-        c_clip: largest weight of later TD errors; lower has less variance, and the same targets at convergence.
+        c_clip: largest weight of later TD errors; a lower one has less variance and the same targets at convergence.
         whiten: scale to zero mean and unit variance over all actions.
     """
 

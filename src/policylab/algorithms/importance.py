@@ -1,4 +1,4 @@
-"""The importance axis: corrects for a sampler that differs slightly from the policy that is trained."""
+"""The importance axis: corrects for a sampler that differs slightly from the trained policy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from policylab.errors import check_range
 
 @dataclass(frozen=True)
 class TruncatedImportance:
-    """Each token's loss is weighted by ``min(pi / mu, cap)``, with ``pi`` the training policy before the update
-    and ``mu`` what the sampler recorded.
+    """Weights each token's loss by ``min(pi / mu, cap)``, with ``pi`` the training policy before the update
+    and ``mu`` the sampler's recorded probability.
 
     Another engine, or lower precision, samples from a slightly different policy. "IMPALA", arXiv:1802.01561,
-    section 4.1, truncates in the same way; a ratio of ``pi`` over ``pi`` at the start of the update stays that
-    of the surrogate (the decoupled objective of "Batch size-invariance for policy optimization", arXiv:2110.00641).
+    section 4.1, truncates in the same way. The surrogate's own ratio is still to the policy at the start of the update
+    (the decoupled objective of "Batch size-invariance for policy optimization", arXiv:2110.00641).
 
     Args:
-        cap: largest weight. If it is never reached, each action is fully corrected for; the distribution of visited
-            states stays the sampler's.
+        cap: largest weight. If it is never reached, actions are fully corrected; the distribution of visited states is
+            still the sampler's.
     """
 
     cap: float

@@ -1,4 +1,4 @@
-"""The KL axis: where the KL to the reference is charged, how it is estimated, and its coefficient."""
+"""The KL axis: where the KL to the reference is penalized, how it is estimated, and its coefficient."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class AdaptiveCoefficient:
     """Proportional control in log-space: "Fine-Tuning Language Models from Human Preferences",
     arXiv:1909.08593, section 2.2.
 
-    The paper's factor, ``1 + error n / horizon``, is taken as its exponential, which it is to first order: with a short
-    horizon the factor itself is negative.
+    The paper's factor, ``1 + error n / horizon``, can be negative with a short horizon. This uses ``exp(error n /
+    horizon)``, which is equal to first order.
 
     Args:
         initial: first coefficient.
         target: KL to hold, in nats a sequence.
-        horizon: sequences over which an error of 20 % or more multiplies the coefficient by e^0.2. An iteration
-            multiplies it by e at most, and divides it by e at most.
+        horizon: sequences over which an error of 20 % or more multiplies the coefficient by e^0.2. One iteration
+            multiplies or divides it by e at most.
     """
 
     initial: float
@@ -69,10 +69,10 @@ class AdaptiveCoefficient:
 
 @dataclass(frozen=True)
 class NoPenalty:
-    """The KL to the reference is measured, but not charged.
+    """The KL to the reference is measured, but not penalized.
 
     Args:
-        reference: None measures nothing and keeps no second copy of the weights.
+        reference: None: no KL is measured, and no second copy of the weights is kept.
     """
 
     reference: Reference | None
@@ -93,10 +93,10 @@ class KLPenalty:
 
     Args:
         place: ``reward`` subtracts it from each token's reward, which is unbiased; ``loss`` adds it to the loss,
-            which leaves out that an action changes which states come later.
+            which ignores that an action changes later states.
         estimator: k1, k2, k3 (see :mod:`policylab.functional.kl`) or ``exact`` over the vocabulary.
         controller: fixed or adaptive coefficient (reward or loss a nat).
-        reference: what the distance is to.
+        reference: the policy that the distance is measured to.
 
     Raises:
         UserError: for a pair of place and estimator whose gradient is not that of the KL, or without reference.
@@ -115,7 +115,7 @@ class KLPenalty:
             )
         if self.reference is None:
             raise UserError(
-                f"algo/kl charges for the KL in the {self.place}, but algo/reference is none; "
+                f"algo/kl penalizes the KL in the {self.place}, but algo/reference is none; "
                 "take algo/reference=frozen or algo/kl=none"
             )
 
@@ -130,7 +130,7 @@ class KLPenalty:
         return self.place == "loss" and self.estimator == "exact"
 
     def of_rollout(self, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """KL charge of each token, for the policy before the update; zero where no action was taken."""
+        """KL penalty of each token, for the policy before the update; zero where no action was taken."""
         if self.estimator == "exact":
             assert rollout.exact_kl is not None
             return exact_in_reward(

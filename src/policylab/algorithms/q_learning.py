@@ -1,4 +1,4 @@
-"""Q-learning on tokens, as a choice of ``algo``: frozen parts, as for the policy-gradient methods."""
+"""Q-learning on tokens, a choice of ``algo``: frozen parts, like those of the policy-gradient methods."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from policylab.functional.q_learning import (
 class QEstimate:
     """A network's estimates for states and the tokens chosen there."""
 
-    scores: Float[Tensor, "N V"]  #: Q of every token, up to a term that depends on the state alone
+    scores: Float[Tensor, "N V"]  #: Q of every token, up to a term that depends only on the state
     values: Float[Tensor, " N"]  #: V of the state
     advantages: Float[Tensor, " N"]  #: A = Q - V of the chosen token
 
@@ -64,8 +64,8 @@ class HardBackup:
         """V of each state, and Q - V of its action (zero without correction)."""
         values = target.values
         if self.double:
-            named = online.scores.argmax(-1)
-            values = values - target.scores.amax(-1) + taken(target.scores, named)
+            picked = online.scores.argmax(-1)
+            values = values - target.scores.amax(-1) + taken(target.scores, picked)
         return values, target.q - values if self.corrected else torch.zeros_like(values)
 
 
@@ -74,8 +74,8 @@ class SoftBackup:
     """The value of a state is the return of the policy ``softmax(Q / scale)`` from it on, entropy included.
 
     Args:
-        prior: ``uniform`` pays ``scale`` a nat of entropy ("Reinforcement Learning with Deep Energy-Based
-            Policies", arXiv:1702.08165); ``reference`` charges ``scale`` a nat of KL to the reference policy instead
+        prior: ``uniform`` adds ``scale`` a nat of entropy ("Reinforcement Learning with Deep Energy-Based
+            Policies", arXiv:1702.08165); ``reference`` subtracts ``scale`` a nat of KL to the reference policy instead
             ("Trust-PCL", arXiv:1707.01891), and the optimum is ``reference * exp(reward / scale)``.
     """
 
@@ -105,7 +105,7 @@ class EpsilonGreedy:
 
     Args:
         others: distribution of the random token: ``uniform`` over all tokens; ``policy`` is ``softmax(Q / scale)``,
-            which keeps to likely tokens.
+            which prefers likely tokens.
         start: epsilon in the first iteration.
         end: epsilon from iteration ``decay`` on; linear in between.
         decay: iterations.
@@ -126,7 +126,7 @@ class EpsilonGreedy:
         return self.start + (self.end - self.start) * min(iteration / self.decay, 1.0)
 
     def behaviour(self, iteration: int, *, validation: bool) -> Behaviour | None:
-        """What tokens are drawn from; None is the language model itself."""
+        """The distribution that tokens are drawn from; None: the language model itself."""
         if validation:
             return greedy
         return partial(epsilon_greedy, epsilon=self.epsilon(iteration), others=self.others)
@@ -156,9 +156,9 @@ class Dueling:
         level: what is subtracted from the LM head's scores. ``max`` (eq. 8) makes the head's value that of the best
             token, which then has no gradient of its own; ``mean`` (eq. 9) the mean over all tokens; ``logsumexp``
             leaves ``scale log pi``.
-        coef: size of the value's gradient beside that of the logits; 1 / scale is that of the plain squared error.
-        own_layers: 0 reads the policy's last hidden state; a number above takes copies of its last layers for the
-            value alone, ``all`` a whole network; then the value's gradient never moves the policy.
+        coef: size of the value's gradient relative to that of the logits; 1 / scale gives the plain squared error.
+        own_layers: 0: reads the policy's last hidden state. Above 0: own copies of its last layers; ``all``: a whole
+            network. With either, the value's gradient never trains the policy.
     """
 
     level: Literal["max", "mean", "logsumexp"]
@@ -173,11 +173,11 @@ class Dueling:
 
 @dataclass(frozen=True)
 class TargetNetwork:
-    """The slower copy of the network that targets are computed with.
+    """The slower copy of the network, which computes the targets.
 
     Args:
-        every: optimizer steps between two moves.
-        rate: share of the way to the online network in a move; 1 copies it.
+        every: optimizer steps between two updates of the copy.
+        rate: share of the way to the online network in an update; 1 copies it.
     """
 
     every: int
@@ -198,7 +198,7 @@ class Replay:
     """The replay memory of finished sequences, and the updates from it in an iteration.
 
     Args:
-        capacity: tokens, prompts included; the oldest sequences leave first.
+        capacity: tokens, prompts included; the oldest sequences are removed first.
         warmup: sequences in the memory before the first update.
         updates: optimizer steps an iteration.
         batch_size: sequences drawn for each, over all processes.
@@ -217,8 +217,8 @@ class Replay:
         """Refuses a memory that may be too small for an iteration or for ``warmup``.
 
         Args:
-            sequences: an iteration.
-            longest: tokens of a sequence at most.
+            sequences: number in an iteration.
+            longest: largest number of tokens of a sequence.
 
         Raises:
             UserError: with the arithmetic.
@@ -239,15 +239,15 @@ class QLearning:
         name: names the run.
         backup: the value of a state, given Q.
         scale: reward a nat: Q is ``scale`` times the logits (over the sampling temperature), up to V.
-        dueling: a value head for V; None takes V from the logits.
+        dueling: a value head for V; None computes V from the logits.
         gamma: discount a token.
-        n_step: rewards that are counted before the target network's value is used; None: all.
+        n_step: number of rewards before the target network's value is used; None: all.
         huber: TD error (reward) beyond which the loss grows linearly; None: squared throughout.
         conservative: weight of ``logsumexp(Q / scale) - Q_a / scale``, which lowers Q of tokens that were never tried
             ("Conservative Q-Learning", arXiv:2006.04779, eq. 4; for language models ILQL, arXiv:2206.11871), in
-            units of the TD error; 0 leaves it out.
+            units of the TD error; 0: none.
         exploration: how rollouts explore.
-        target: the target network; None takes targets from the online one.
+        target: the target network; None computes targets with the online one.
         replay: the memory, and the updates from it.
     """
 
@@ -282,13 +282,13 @@ class QLearning:
         if isinstance(self.backup, SoftBackup) and isinstance(self.exploration, EpsilonGreedy):
             raise UserError(
                 "algo/backup=soft learns the values of the policy softmax(Q / scale), and algo/exploration=epsilon "
-                "never follows that; take algo/exploration=boltzmann or algo/backup=hard"
+                "never follows it; take algo/exploration=boltzmann or algo/backup=hard"
             )
         if isinstance(self.backup, HardBackup):
             self.check_use(self.backup)
 
     def check_use(self, backup: HardBackup) -> None:
-        """Refuses a target network that nothing would use, and double Q-learning without one."""
+        """Refuses an unused target network, and double Q-learning without a target network."""
         if self.n_step is None and not backup.corrected:
             if backup.double:
                 raise UserError(
@@ -347,10 +347,10 @@ class QLearning:
     def loss(
         self, estimate: QEstimate, errors: Float[Tensor, "B T"], rollout: Rollout
     ) -> Float[Tensor, "B T"]:
-        """Of TD errors, plus the conservative penalty.
+        """Loss of TD errors, plus the conservative penalty.
 
-        Divided by ``scale``, so that what reaches the logits is the error itself, as the advantage is in a policy
-        gradient ("Equivalence Between Policy Gradients and Soft Q-Learning", arXiv:1704.06440).
+        Divided by ``scale``, so that the gradient of the logits is weighted by the error itself, as by the advantage in
+        a policy gradient ("Equivalence Between Policy Gradients and Soft Q-Learning", arXiv:1704.06440).
         """
         loss = td_loss(errors, self.huber) / self.scale
         if self.conservative:

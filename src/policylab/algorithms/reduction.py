@@ -1,4 +1,4 @@
-"""The reduction axis: how much each token weighs in the loss."""
+"""The reduction axis: the weight of each token in the loss."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _sequences(mask: Mask) -> Scalar:
 
 @dataclass(frozen=True)
 class TokenMean:
-    """Every token of the minibatch weighs the same."""
+    """Every token of the minibatch has the same weight."""
 
     def denominator(self, mask: Mask) -> Scalar:
         return mask.sum().float()
@@ -42,7 +42,7 @@ class TokenMean:
 
 @dataclass(frozen=True)
 class SequenceMean:
-    """Every sequence weighs the same; a token of a long sequence weighs less (GRPO, arXiv:2402.03300)."""
+    """Every sequence has the same weight; a token of a long sequence has less (GRPO, arXiv:2402.03300)."""
 
     def denominator(self, mask: Mask) -> Scalar:
         return _sequences(mask)
@@ -53,7 +53,7 @@ class SequenceMean:
 
 @dataclass(frozen=True)
 class SequenceSum:
-    """Sum over the tokens of a sequence over a constant, mean over sequences (Dr. GRPO, arXiv:2503.20783).
+    """Sum over the tokens of a sequence, divided by a constant; mean over sequences (Dr. GRPO, arXiv:2503.20783).
 
     With ``constant: 1`` it is the gradient of the expected reward itself.
     """

@@ -9,7 +9,7 @@ from policylab.errors import check_range
 
 @dataclass(frozen=True)
 class FrozenReference:
-    """The policy as it was before the first iteration."""
+    """The policy before the first iteration."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class MovingReference:
     Policies", arXiv:2406.16768, section 3.1.
 
     Args:
-        decay: share of the old reference that stays, an iteration; 1 would be frozen, 0 the last policy.
+        decay: share of the old reference that is kept in an iteration; 1 would be frozen, 0 the last policy.
     """
 
     decay: float

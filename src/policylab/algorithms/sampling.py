@@ -18,8 +18,8 @@ class DynamicSampling:
     "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476, section 3.2.
 
     Args:
-        rounds: times that dropped groups are replaced, at most. Groups whose rewards are still all equal are
-            then left out of the update.
+        rounds: largest number of times that dropped groups are replaced. Groups whose rewards are still all equal are
+            left out of the update.
     """
 
     rounds: int

@@ -1,4 +1,4 @@
-"""Supervised training, as a choice of ``algo``."""
+"""Supervised training, a choice of ``algo``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Supervised:
 
     Args:
         name: names the run.
-        loss_on: ``completion`` trains on the completion's tokens, ``full`` on the prompt's as well (all but
-            the first, which nothing precedes).
+        loss_on: ``completion`` trains on the completion's tokens, ``full`` also on the prompt's (except the first,
+            which has no context).
         batch_size: sequences an update, over all processes.
     """
 

@@ -28,7 +28,7 @@ Mask = Bool[Tensor, "B T"]
 class Surrogate(Protocol):
     """Per-token loss, and 1 where its bounds take effect."""
 
-    on_policy: ClassVar[bool]  #: right for one update a rollout only
+    on_policy: ClassVar[bool]  #: right for only one update of a rollout
 
     def loss(
         self, logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, mask: Mask
@@ -41,7 +41,7 @@ class Surrogate(Protocol):
 
 @dataclass(frozen=True)
 class LogProb:
-    """REINFORCE: ``-A log pi``. Right for one update a rollout; more would be off-policy without correction."""
+    """REINFORCE: ``-A log pi``. Right for one update of a rollout; more would be off-policy without correction."""
 
     on_policy: ClassVar[bool] = True
 
@@ -76,8 +76,8 @@ class ClippedRatio:
     Args:
         clip_low: the ratio may fall to ``1 - clip_low`` ...
         clip_high: ... and rise to ``1 + clip_high`` before a token loses its gradient.
-        dual_clip: with a negative advantage a token loses its gradient as well once its ratio is above this; None
-            never, and one token that became likely can then outweigh all others.
+        dual_clip: with a negative advantage a token also loses its gradient once its ratio is above this. None: never;
+            one token that became likely can then outweigh all others.
     """
 
     clip_low: float
@@ -105,13 +105,13 @@ class ClippedRatio:
 class SequenceRatio:
     """GSPO: one clipped ratio a sequence, the geometric mean of its tokens'. arXiv:2507.18071, eq. 5 to 7.
 
-    Each token holds its sequence's loss, so that the mean over the sequence is the paper's. An advantage that varies
-    within a sequence acts through its mean over the tokens whose bounds allow it.
+    Each token has its sequence's loss, so that the mean over the sequence is that of the paper. If the advantage varies
+    within a sequence, its mean over the tokens within their bounds counts.
 
     Args:
         clip_low: the sequence's ratio may fall to ``1 - clip_low`` ...
         clip_high: ... and rise to ``1 + clip_high`` before the sequence loses its gradient. A mean over many tokens
-            moves little: these are a hundred times smaller than PPO's.
+            changes little, so these bounds are a hundred times smaller than PPO's.
     """
 
     clip_low: float
@@ -137,10 +137,10 @@ class SequenceRatio:
 class CISPO:
     """``-w A log pi`` with a clipped ratio as constant weight ``w``: arXiv:2506.13585, eq. 4 and 5.
 
-    ``clipped`` marks where the weight was cut; the token keeps its gradient.
+    ``clipped`` marks where the weight was clipped; the token keeps its gradient.
 
     Args:
-        clip_low: the weight is at least ``1 - clip_low``; None sets no lower bound.
+        clip_low: the weight is at least ``1 - clip_low``; None: no lower bound.
         clip_high: the weight is at most ``1 + clip_high``.
     """
 

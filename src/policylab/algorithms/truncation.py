@@ -15,7 +15,7 @@ from policylab.errors import UserError, check_range
 
 @runtime_checkable
 class Truncation(Protocol):
-    """Which sequences are trained on, and what is added to the reward of each."""
+    """Which sequences are trained on, and the amount added to the reward of each."""
 
     def keeps(self, rollout: Rollout) -> Bool[Tensor, " B"]: ...
 
@@ -24,7 +24,7 @@ class Truncation(Protocol):
 
 @dataclass(frozen=True)
 class MaskTruncated:
-    """Completions cut at the limit are left out of the update: their reward is of an unfinished text.
+    """Completions cut at the limit are left out of the update, because their reward is of an unfinished text.
 
     Overlong filtering, arXiv:2503.14476, section 3.4.
     """
@@ -38,12 +38,12 @@ class MaskTruncated:
 
 @dataclass(frozen=True)
 class OverlongPenalty:
-    """Soft overlong punishment, arXiv:2503.14476, eq. 13: none up to ``limit - buffer`` tokens, then falling
+    """Soft overlong punishment, arXiv:2503.14476, eq. 13: zero up to ``limit - buffer`` tokens, then falling
     linearly to ``-scale`` at the limit.
 
     Args:
-        limit: tokens of the policy's at which a completion is cut.
-        buffer: tokens before the limit where the punishment begins.
+        limit: tokens of the policy after which a completion is cut.
+        buffer: the penalty begins this many tokens before the limit.
         scale: reward lost by a completion that reaches the limit.
     """
 

@@ -1,4 +1,4 @@
-"""The update axis, second kind: one step to the boundary of a trust region, measured in KL."""
+"""The update axis, trust regions: one step to a bound on the KL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LineSearch:
 
     Args:
         max_steps: lengths that are tried; if none is accepted, the policy does not move.
-        shrink: each length over the one before it.
+        shrink: ratio of each length to the one before it.
     """
 
     max_steps: int
@@ -43,14 +43,14 @@ class TrustRegion:
 
     Args:
         max_kl: bound on KL(old | new) over the vocabulary, mean over the actions of all processes, nats a token.
-        products: how the Fisher matrix is multiplied; both give the same. ``gauss_newton`` takes ``J' (diag p - p p')
-            J v`` by forward-mode and reverse-mode differentiation; ``exact_kl`` differentiates the KL twice.
+        products: how products with the Fisher matrix are computed; both give the same. ``gauss_newton``: ``J' (diag p -
+            p p') J v`` by forward-mode and reverse-mode differentiation; ``exact_kl``: differentiates the KL twice.
         fisher_share: share of the sequences that the Fisher matrix is averaged over (arXiv:1502.05477, appendix C.1).
-        cg_iterations: of conjugate gradients, at most.
+        cg_iterations: largest number of iterations of conjugate gradients.
         cg_tolerance: relative residual that ends them.
         damping: added to the Fisher matrix's diagonal, as a share of the curvature along the gradient.
         preconditioner: ``diagonal`` scales the conjugate gradients by an estimate of the Fisher matrix's diagonal.
-        line_search: backtracking; None takes the full step unchecked.
+        line_search: backtracking; None: takes the full step without a check.
         critic_epochs: passes over the rollout that fit the critic after the policy's step, with ``optim``.
         critic_minibatches: steps of each such pass.
     """

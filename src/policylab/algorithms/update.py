@@ -1,4 +1,4 @@
-"""The update axis: how a rollout becomes optimizer steps."""
+"""The update axis: the optimizer steps on a rollout."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class MinibatchEpochs:
     Args:
         epochs: passes over the rollout.
         minibatches: optimizer steps a pass, each on an equal share of the rollout.
-        kl_stop: ends the iteration's updates, before the step, once the policy's KL to the one that
-            sampled exceeds this (k3, nats a token); None never.
-        reestimate: before each pass but the first, the advantages are estimated again with the present critic
-            ("What Matters In On-Policy Reinforcement Learning?", arXiv:2006.05990, section 3.5); one
-            more forward pass.
+        kl_stop: ends the iteration's updates, before the step, once the policy's KL to the sampling policy exceeds
+            this (k3, nats a token); None: never.
+        reestimate: before each pass except the first, recomputes the advantages with the current critic ("What Matters
+            In On-Policy Reinforcement Learning?", arXiv:2006.05990, section 3.5); one more forward pass each.
     """
 
     epochs: int
@@ -56,7 +55,7 @@ class MinibatchEpochs:
 
     @property
     def gives_old_logprobs(self) -> bool:
-        """With a single step, every pass is of the policy that sampled."""
+        """True for a single step: its forward passes are of the sampling policy."""
         return self.epochs * self.minibatches == 1
 
 

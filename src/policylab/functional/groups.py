@@ -21,7 +21,7 @@ TIE = 1e-4
 def leave_one_out(
     x: Float[Tensor, " B"], group_ids: Int[Tensor, " B"], present: Bool[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """``x_i`` minus the mean of the others of its group; zero for a row that is alone.
+    """``x_i`` minus the mean of its group's other rows; zero for a row that is alone.
 
     "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
     arXiv:2402.14740, section 3.3. It is ``G / (G - 1)`` times :func:`group_centered`.
@@ -64,7 +64,7 @@ def best_of_group(
     """The size of the group for its largest value (of equal ones the first row), zero for the others.
 
     So the mean over all rows is the mean over the best of each group: "RAFT: Reward rAnked FineTuning",
-    arXiv:2304.06767, algorithm 1. Where all are equal, all get zero. Values that differ by less than :data:`TIE` are
+    arXiv:2304.06767, algorithm 1. If all are equal, all get zero. Values that differ by less than :data:`TIE` count as
     equal.
     """
     peers = _peers(group_ids, present)

@@ -54,23 +54,23 @@ def exact(logp: Float[Tensor, "*B V"], ref_logp: Float[Tensor, "*B V"]) -> Float
 def exact_in_reward(
     sampled: Float[Tensor, "B T"], exact_kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """Charges each action with its own k1 and the *exact* KL of every later state; zero outside the mask.
+    """Penalty of each action: its own k1 and the *exact* KL of every later state; zero outside the mask.
 
-    An action must be charged its own ``log p - log q``: the exact KL of its state is the same for all actions. For
-    later states it can be charged the expectation. ``c_t = k1_t + exact_{t+1} - k1_{t+1}`` adds up to
+    For its own state an action needs its own ``log p - log q``, because the exact KL is the same for all actions. For
+    later states the expectation is enough. ``c_t = k1_t + exact_{t+1} - k1_{t+1}`` adds up to
     ``k1_t + sum_{s > t} exact_s``: the gradient of k1, without the noise of the later actions.
 
     Args:
         sampled: k1 of each action.
         exact_kl: KL over the vocabulary in each action's state, under the policy that sampled.
     """
-    charges = torch.zeros_like(sampled)
+    penalties = torch.zeros_like(sampled)
     following = torch.zeros_like(sampled[:, 0])
     for t in reversed(range(sampled.shape[1])):
-        charges[:, t] = torch.where(mask[:, t], sampled[:, t] + following, 0.0)
+        penalties[:, t] = torch.where(mask[:, t], sampled[:, t] + following, 0.0)
         following = torch.where(mask[:, t], exact_kl[:, t] - sampled[:, t], following)
-    return charges
+    return penalties
 
 
-#: The estimators that need no more than the sampled token's log-probs.
+#: The estimators that need only the sampled token's log-probs.
 SAMPLED = {"k1": k1, "k2": k2, "k3": k3}

@@ -34,8 +34,8 @@ FEW_ROWS = 2**8
 PACKED_ROWS = 2**9
 
 #: Memory layouts of a product's operands. ``rows``: the weight ``[O, I]`` is contiguous, as in the forward pass of
-#: ``nn.Linear``. ``columns``: its transpose is contiguous, as in the gradient by that layer's input. ``outer``:
-#: ``a^T b``, the gradient by weights. ``packed`` and ``activated``: for decoding, a weight in oneDNN's own layout,
+#: ``nn.Linear``. ``columns``: its transpose is contiguous, as in the gradient of that layer's input. ``outer``:
+#: ``a^T b``, the gradient of weights. ``packed`` and ``activated``: for decoding, a weight in oneDNN's own layout,
 #: without and with a fused activation.
 TRAINING = ("rows", "columns", "outer")
 LAYOUTS = (*TRAINING, "packed", "activated")

@@ -28,7 +28,7 @@ def sequence_mean_sum(
 ) -> Float[Tensor, ""]:
     """Sum over sequences of the mean over their true positions, divided by ``denominator``.
 
-    With the number of sequences every sequence weighs the same, whatever its length ("DeepSeekMath",
+    With the number of sequences every sequence has the same weight, whatever its length ("DeepSeekMath",
     arXiv:2402.03300, eq. 3). A sequence without true positions adds nothing.
     """
     return (masked_sum(x, mask) / mask.sum(-1).clamp(min=1)).sum() / denominator

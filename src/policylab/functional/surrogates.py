@@ -39,7 +39,7 @@ def clipped_ratio_loss(
 ) -> Float[Tensor, "B T"]:
     """``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)``, and at most ``dual_clip |A|`` where ``A < 0``.
 
-    "Proximal Policy Optimization Algorithms", arXiv:1707.06347, eq. 7, with the two bounds apart; "Mastering
+    "Proximal Policy Optimization Algorithms", arXiv:1707.06347, eq. 7, with two separate bounds; "Mastering
     Complex Control in MOBA Games with Deep Reinforcement Learning", arXiv:1912.09729, eq. 5, for the dual
     clip. The minimum bounds the ratio on one side only, which the sign of ``A`` decides; the code
     clamps it on that side. At ratio 1 its gradient is that of :func:`logprob_loss`.

@@ -116,8 +116,8 @@ def _legend(groups: Sequence[Group], metric: str) -> str:
 def write_metrics(groups: Sequence[Group], metrics: Sequence[str], x: str, path: Path) -> None:
     """Writes a tidy CSV: a line for each run and iteration with any of the metrics; a missing value is an empty cell.
 
-    Adds the ``train/...`` of each ``val/...``, and the policy's entropy, if the runs have them. The x axis's column comes
-    first.
+    Adds the ``train/...`` of each ``val/...``, and the policy's entropy, if the runs have them. The x axis is the
+    first column.
     """
     runs = [(group.label, run) for group in groups for run in group.runs]
     trained = [name.replace("val/", "train/", 1) for name in metrics if name.startswith("val/")]
