@@ -479,7 +479,7 @@ def test_a_memory_that_cannot_be_kept_is_told_at_the_start(tmp_path):
     built.module.sampler.scorer.reward = Moody()
     built.module.sampler.scorer.reward.asked = np.zeros(2)
     with pytest.raises(
-        UserError, match="the state_dict of reward Moody holds more than plain values and tensors"
+        UserError, match="the state_dict of reward Moody must hold only plain values and tensors"
     ):
         fit(built)
 

@@ -47,7 +47,7 @@ def test_dropped_rows_are_counted_and_the_others_keep_their_noise(tiny_policy, c
     assert [prompt.id for prompt in fitted(tiny_policy, ROWS, "drop")] == [0, 3]
     assert caplog.messages[0].startswith("2 of 4 rows of train do not fit")
     assert caplog.messages[0].endswith("they are left out (task.too_long=drop)")
-    with pytest.raises(UserError, match=r"task\.too_long=drop leaves nothing"):
+    with pytest.raises(UserError, match=r"task\.too_long=drop would leave none"):
         fitted(tiny_policy, ROWS[1:3], "drop")
 
 
@@ -85,7 +85,7 @@ def test_the_rest_of_an_instruction_is_not_cut(tiny_policy):
     (long,) = fitted(chat, [ROWS[1]], "truncate", instruction=ask)
     assert chat.tokenizer.decode(long.tokens).startswith(chat.tokenizer.decode(short.tokens)[:20])
     assert len(long.tokens) + NEW <= ROOM
-    with pytest.raises(UserError, match="leaves nothing of its text beside the instruction"):
+    with pytest.raises(UserError, match="no text is left beside the instruction"):
         fitted(chat, [ROWS[1]], "truncate", instruction="why " * 60 + "{text}")
 
 

@@ -988,7 +988,7 @@ def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, ti
     )
     for goes_on in (measured, lambda: train([f"resume={run}", "iterations=3"])):
         with pytest.raises(
-            UserError, match="a run on other data than task reviews has now; put the data back"
+            UserError, match="a run on other data than task reviews has now; restore the data"
         ):
             goes_on()
     rows.write_text("".join(text(row, "good") for row in range(20)))

@@ -384,7 +384,7 @@ class TestOutOfMemory:
 
     def test_the_work_is_cut_finer_and_nothing_else_changes(self, train):
         whole = train()
-        with pytest.warns(UserWarning, match=r"out of memory: from here on at most \d+ tokens"):
+        with pytest.warns(UserWarning, match=r"out of memory: from now on at most \d+ tokens"):
             cut = train(limit=20)
         assert cut.passes.tokens < whole.passes.tokens
         for ours, theirs in zip(cut.policy.parameters(), whole.policy.parameters(), strict=True):

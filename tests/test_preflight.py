@@ -127,7 +127,7 @@ def test_an_engine_that_is_not_exact_is_warned_of(checked, fault):
         sampler.exact = False
         return sampler
 
-    with pytest.warns(UserWarning, match=r"preflight: .* differ .* computed anew"):
+    with pytest.warns(UserWarning, match=r"preflight: .* differ .* recomputed before"):
         checked(inexact)
 
 
@@ -143,5 +143,5 @@ def test_no_numbers_are_found(checked):
 def test_a_policy_that_has_left_its_reference_is_found(checked):
     with torch.no_grad():
         checked.module.policy.lm.transformer.ln_f.weight *= 1.5
-    with pytest.raises(UserError, match="the untrained policy is not at its reference"):
+    with pytest.raises(UserError, match="the untrained policy differs from its reference"):
         checked()

@@ -266,7 +266,7 @@ def test_a_damaged_choice_is_made_anew_and_says_so(measurements, tmp_path, caplo
     (file,) = tmp_path.iterdir()
     file.write_text(content)
     assert choosing.choice_of_machine(tmp_path).onednn == CLASSES
-    assert "is damaged; the products are measured anew" in caplog.text
+    assert "is damaged; the products are measured again" in caplog.text
 
 
 def test_what_cannot_be_kept_is_not_measured_every_time_but_said(measurements, tmp_path, caplog):

@@ -138,7 +138,7 @@ class TestErrors:
                 r"reward not_finite gave nan as the score of completion 5 \('.*'\); it must be a finite number",
             ),
             (one_too_few, "reward one_too_few returned 2 scores for 3 completions"),
-            (optimality, "reward=optimality found no map beside the prompt"),
+            (optimality, "reward=optimality found no map with the prompt"),
         ],
     )
     def test_bad_scores_are_told_in_the_same_line(self, hands, pool, reward, message):

@@ -202,7 +202,7 @@ class TestSampling:
         assert torch.equal(logp.argmax(-1), rollout.tokens[rollout.action_mask])
 
     def test_another_behaviour_is_refused(self, tiny_policy):
-        with pytest.raises(UserError, match="this algorithm explores otherwise; take rollout=cached"):
+        with pytest.raises(UserError, match="this algorithm explores differently; take rollout=cached"):
             engine().sample(tiny_policy, PROMPTS, 1, NOISE[:3], lambda logp: logp)
 
     def test_a_context_that_is_too_short_is_refused(self, tiny_policy):

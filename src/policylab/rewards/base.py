@@ -1,7 +1,7 @@
-"""What a reward is, and the one place where its scores are checked.
+"""The interface of rewards, and the check of their scores.
 
-A reward is an object with ``score(batch)``, or a plain function from completions to numbers. Whatever it needs beside
-the text (ground truth, a graph, a unit test) is in ``completion.reference``, put there by the task.
+A reward is an object with ``score(batch)``, or a plain function from completions to numbers. Other data that it needs
+(ground truth, a graph, a unit test) are in ``completion.reference``, set by the task.
 See ``docs/tasks_and_rewards.md``.
 """
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 WHAT_A_REWARD_IS = (
     "a reward is a function of one argument, the completions (each with .prompt, .text, .reference, .tokens and "
-    ".ended), that returns a number for each; whatever else it takes is given by keys of `reward` (+reward.words=3)"
+    ".ended), that returns a number for each; its other arguments are keys of `reward` (+reward.words=3)"
 )
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a function may return for a completion in place of a number: the score with its breakdown.
+    """A score with its parts, which a function may return for a completion instead of a number.
 
     Example: ``Score(total=0.62, parts={"positive": 0.4, "negative": 0.0})``
     """
 
-    total: float  #: what is maximised
-    parts: dict[str, float]  #: logged beside it as ``train/reward/<name>``; need not add up to the total
+    total: float  #: the number to maximize
+    parts: dict[str, float]  #: only logged, as ``train/reward/<name>``; need not add up to the total
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Completions to score. They are copies: a reward may change what a reference holds."""
+    """Completions to score. They are copies, so a reward may change their references."""
 
     completions: tuple[Completion, ...]
-    device: str = "cpu"  #: where the reward's networks are, such as "cuda:0"
+    device: str = "cpu"  #: device of the reward's networks, such as "cuda:0"
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """The completions' ids on the device, ``[B, T]``, padded on the right with 0; and which of them are real."""
+        """The completions' ids on the device, ``[B, T]``, padded on the right with 0; and a mask of the real ones."""
         import torch  # not at the top: processes that score text start without it
 
         lengths = torch.tensor([len(completion.tokens) for completion in self.completions], dtype=torch.long)
@@ -68,7 +68,7 @@ class ScoringBatch:
 
 
 class Reward(Protocol):
-    """Scores completions. ``state_dict()`` and ``load_state_dict(state)``, where it has them, go into checkpoints."""
+    """Scores completions. Its ``state_dict()`` and ``load_state_dict(state)``, if it has them, serve checkpoints."""
 
     def score(self, batch: ScoringBatch) -> Scores:
         """One number for each completion, and as many in each part."""
@@ -80,9 +80,10 @@ RewardFunction = Callable[[Sequence[Completion]], Sequence[float | Score]]
 
 
 def takes_batch(reward: Any) -> bool:
-    """Whether it has a method ``score`` and no ``__call__`` of its own, beside which ``score`` may be a helper.
+    """Whether the reward is called by its method ``score``: it has one, and no ``__call__`` of its own.
 
-    That of a network is `torch.nn.Module`'s. A layer named ``score``, as classifiers have it, is no method.
+    In a class with ``__call__``, ``score`` may be a helper. The ``__call__`` of `torch.nn.Module` does not count, and a
+    layer named ``score``, as in classifiers, is not a method.
     """
     kind = type(reward)
     calls = next((base for base in kind.__mro__ if "__call__" in vars(base)), None)
@@ -90,16 +91,16 @@ def takes_batch(reward: Any) -> bool:
 
 
 def reward_name(reward: Reward | RewardFunction) -> str:
-    """What messages call a reward: its function's or its class's name."""
-    reward = getattr(reward, "func", reward)  # Hydra hands functions over as functools.partial
+    """The name of a reward in messages: that of its function or class."""
+    reward = getattr(reward, "func", reward)  # Hydra passes functions as functools.partial
     return getattr(reward, "__name__", type(reward).__name__)
 
 
 def check_reward(reward: Any) -> None:
-    """Refuses what has no ``score`` and cannot be called with completions alone.
+    """Refuses an object that has no ``score`` and cannot be called with completions alone.
 
     Raises:
-        UserError: saying what a reward is.
+        UserError: explaining what a reward is.
     """
     name = reward_name(reward)
     if isinstance(reward, functools.partial) and inspect.isclass(reward.func):
@@ -126,8 +127,8 @@ def score(reward: Reward | RewardFunction, completions: Sequence[Completion], de
     """The reward's checked scores.
 
     Raises:
-        UserError: when it gives another number of scores than completions, something that is no finite
-            number, or other parts for one completion than for the first.
+        UserError: when it gives another number of scores than completions, a score that is not a finite number, or
+            other parts for one completion than for the first.
         RunError: when it raises anything.
     """
     return checked(reward_name(reward), [ask(reward, ScoringBatch(tuple(completions), device))], completions)
@@ -161,7 +162,7 @@ def ask(reward: Any, batch: ScoringBatch) -> Scores:
 
 
 def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:
-    """What a function returned, as scores.
+    """The result of a function as scores.
 
     Raises:
         UserError: when a completion has other parts than the first.
@@ -175,14 +176,14 @@ def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:
 
 
 def checked(name: str, shares: Sequence[Scores], completions: Sequence[Completion]) -> Scores:
-    """The scores of a batch as floats, put together from those of its shares.
+    """The scores of a batch as floats, joined from those of its shares.
 
     Args:
-        name: what messages call the reward.
-        shares: what `ask` gave for adjacent completions, in order.
+        name: of the reward, for messages.
+        shares: results of `ask` for adjacent completions, in order.
 
     Raises:
-        UserError: when one is no finite number, or a share has other parts than the first.
+        UserError: when a score is not a finite number, or a share has other parts than the first.
     """
     owner, total = f"reward {name}", list[Any]()
     for share in shares:
@@ -196,7 +197,7 @@ def checked(name: str, shares: Sequence[Scores], completions: Sequence[Completio
 
 
 def check_same_parts(owner: str, parts: Mapping[str, Any], first: Mapping[str, Any], index: int) -> None:
-    """Refuses parts of a completion that are not those of the first.
+    """Refuses parts of a completion that differ from those of the first.
 
     Raises:
         UserError: naming both.

@@ -23,8 +23,8 @@ def networks(reward: Any, *, told_device: bool = False, above: tuple[Any, ...] =
     and in lists and dicts there.
 
     Args:
-        told_device: those alone that are rewards themselves or belong to one with ``score(batch)``.
-        above: rewards that hold this one, which are not searched again.
+        told_device: only networks that are rewards themselves or belong to a reward with ``score(batch)``.
+        above: rewards that contain this one, which are not searched again.
     """
     if is_network(reward):
         return [reward]
@@ -47,13 +47,13 @@ def networks(reward: Any, *, told_device: bool = False, above: tuple[Any, ...] =
 
 
 def freeze(reward: Any) -> None:
-    """Stops gradients, and sets evaluation mode, so that dropout does not change scores."""
+    """Turns off gradients, and sets evaluation mode, so that dropout does not change scores."""
     for network in networks(reward):
         network.requires_grad_(False).eval()
 
 
 def move(reward: Any, device: Any) -> None:
-    """Moves the networks to a device. Those of a function of completions stay: it is not told the device, and may feed
-    them with tensors on the CPU."""
+    """Moves the networks to a device. Networks of a function of completions are not moved: it does not get the device,
+    and may give them tensors on the CPU."""
     for network in networks(reward, told_device=True):
         network.to(device)

@@ -13,12 +13,12 @@ from policylab.rewards.base import Score
 
 
 class Map(TypedDict):
-    """What the task puts into ``reference``; lengths count nodes, the first and the goal included."""
+    """The task's ``reference``; lengths count nodes, the first and the goal included."""
 
     edges: dict[str, str]  #: node -> the nodes that it leads to, one letter each
     goal: str
     shortest: int  #: length of the shortest walk from the prompt's node; ``max_length`` if there is none
-    max_length: int  #: a walk that is not at the goal by then does not arrive
+    max_length: int  #: a walk that has not reached the goal by then does not arrive
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _score(completion: Completion) -> Score:
     here: Map = completion.reference
     if not isinstance(here, dict) or not here.keys() >= Map.__required_keys__:
         raise UserError(
-            f"reward=optimality found no map beside the prompt {completion.prompt!r:.60}; "
+            f"reward=optimality found no map with the prompt {completion.prompt!r:.60}; "
             f"it goes with task=random_walks"
         )
     walk = read_walk(completion.prompt + completion.text, here)

@@ -1,7 +1,7 @@
-"""What a run holds of its reward: the reward itself, who computes it, where its networks are, and its state.
+"""The reward of a run, with its workers, its device and its state.
 
-Scoring begins when the completions are there, and its result is waited for when it is needed; in between the
-reference's log-probs are computed. Each worker gets its share of the completions, and scores come in their order.
+Scoring starts as soon as there are completions, and the scores are awaited when they are needed; meanwhile the
+reference's log-probs are computed. Each worker gets a share of the completions; scores keep the completions' order.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from policylab.rewards.networks import freeze, move
 from policylab.rewards.state import load_state, state_of
 from policylab.rewards.workers import Processes, Threads, Workers
 
-#: More would be a slip of the finger.
+#: More would be a typing error.
 MOST_WORKERS = 1024
 #: Waits for scores that are being computed.
 ScoreFuture = Callable[[], Scores]
 
 
 class Scorer:
-    """Scores completions with a reward. Its networks are frozen; being no module, it is in no other module's state.
+    """Scores completions with a reward. Its networks are frozen. It is not an ``nn.Module``, so they are not in the
+    state of another module.
 
     Args:
         reward: a function of completions, or an object with ``score``.
-        workers: that score shares of the completions at the same time; with 0 the caller scores them all.
+        workers: number of workers that score shares of the completions; with 0 the caller scores them all.
         pool: ``process`` for rewards that compute, ``thread`` for those that wait.
 
     Raises:
-        UserError: when it is no reward, a setting is out of its bounds, or workers cannot have the reward, because it
+        UserError: when it is not a reward, a setting is out of bounds, or workers cannot have the reward, because it
             keeps state or cannot be sent to a process.
     """
 
@@ -73,7 +74,7 @@ class Scorer:
             self.workers.close()
 
     def begin(self, completions: Sequence[Completion]) -> ScoreFuture:
-        """Starts scoring; without workers the scores are there at once.
+        """Starts scoring; without workers, computes the scores at once.
 
         Raises:
             UserError, RunError: as `policylab.rewards.base.score`, here or by the future.
@@ -88,7 +89,7 @@ class Scorer:
         return lambda: checked(reward_name(self.reward), [answer() for answer in answers], completions)
 
     def move(self, device: Any) -> None:
-        """Moves the reward's networks to a device. Those in processes of their own stay on the CPU."""
+        """Moves the reward's networks to a device. Those in worker processes stay on the CPU."""
         if not isinstance(self.workers, Processes):
             move(self.reward, device)
             self.device = str(device)
@@ -98,5 +99,5 @@ class Scorer:
         return state_of(self.reward)
 
     def load_state(self, state: Any) -> None:
-        """Gives the reward the state of a checkpoint; None leaves it as it is."""
+        """Gives the reward the state of a checkpoint; None: no change."""
         load_state(self.reward, state)

@@ -19,8 +19,8 @@ def _analyzer() -> SentimentIntensityAnalyzer:
 def sentiment(completions: Sequence[Completion]) -> list[Score]:
     """VADER's compound score of the completion alone: -1 (most negative) to 1 (most positive), 0 if neutral.
 
-    Parts: ``positive`` and ``negative``, the shares (0 to 1) of the text that carry either feeling; a text
-    that holds both can have the same total as one that holds neither.
+    Parts: ``positive`` and ``negative``, the shares (0 to 1) of positive and negative text; a text with both can have
+    the same total as a text with neither.
 
     Source: Hutto & Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
     Text, ICWSM 2014.

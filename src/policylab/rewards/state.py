@@ -1,4 +1,4 @@
-"""A reward that keeps state between calls has it saved in checkpoints, if it has `state_dict` and `load_state_dict`."""
+"""The state of rewards in checkpoints: for rewards that have `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from policylab.user_code import call
 def state_of(reward: Any) -> Any:
     """A copy of the reward's state; None for a reward without one.
 
-    The weights of a reward that is a network are no state: they are frozen, and loaded from their source.
+    The weights of a reward that is a network are not part of it: they are frozen, and loaded from their source.
 
     Raises:
         UserError: for a state that a checkpoint cannot hold.
@@ -32,13 +32,13 @@ def state_of(reward: Any) -> Any:
         return torch.load(file, weights_only=True)
     except Exception as error:  # pickle raises errors of any type
         raise UserError(
-            f"the state_dict of reward {reward_name(reward)} holds more than plain values and tensors, which is all "
-            f"that checkpoints keep: {str(error).splitlines()[0]}"
+            f"the state_dict of reward {reward_name(reward)} must hold only plain values and tensors, so that "
+            f"checkpoints can save it: {str(error).splitlines()[0]}"
         ) from error
 
 
 def load_state(reward: Any, state: Any) -> None:
-    """Gives the reward a saved state; None leaves it as it is.
+    """Gives the reward a saved state; None: no change.
 
     Raises:
         RunError: when the reward's own code fails.

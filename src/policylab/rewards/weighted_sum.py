@@ -1,4 +1,4 @@
-"""Several rewards as one."""
+"""A weighted sum of several rewards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class WeightedSum:
         weights: a number for each of them.
 
     Raises:
-        UserError: when the names differ, a name has a slash, a part is no reward, or a weight no number.
+        UserError: when the names differ, a name has a slash, a part is not a reward, or a weight is not a number.
     """
 
     def __init__(self, parts: Mapping[str, Reward | RewardFunction], weights: Mapping[str, float]) -> None:
@@ -49,11 +49,11 @@ class WeightedSum:
         return Scores([sum(column) for column in zip(*weighted, strict=True)], parts | below)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The states of the parts; None where none has any."""
+        """The states of the parts; None if no part has one."""
         states = {name: state_of(part) for name, part in self.parts.items()}
         return states if any(state is not None for state in states.values()) else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Gives each part its own."""
+        """Gives each part its state."""
         for name, part in self.parts.items():
             load_state(part, state[name])

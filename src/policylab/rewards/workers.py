@@ -26,11 +26,11 @@ class Workers(Protocol):
     """Threads or processes."""
 
     def begin(self, shares: Sequence[ScoringBatch]) -> list[Answer]:
-        """Hands each worker its share."""
+        """Sends each worker its share."""
         ...
 
     def close(self) -> None:
-        """Ends them."""
+        """Ends the workers."""
         ...
 
 
@@ -49,9 +49,10 @@ class Threads:
 
 
 class Processes:
-    """Workers in processes of their own, spawned (not forked) with the first completions; networks are on the CPU.
+    """Workers in separate processes, spawned (not forked) with the first completions; networks are on the CPU.
 
-    A worker exits when its pipe closes, however this process ends. It ignores signals: this process handles them.
+    A worker exits when its pipe closes, however this process ends. It ignores signals, because this process handles
+    them.
     """
 
     def __init__(self, reward: Reward | RewardFunction) -> None:
@@ -89,7 +90,7 @@ class Processes:
             connection.close()
         for process, _ in self.running:
             process.join(timeout=1)
-            if process.is_alive():  # still scoring; nobody waits for the answer
+            if process.is_alive():  # still scoring, but the answer is not needed any more
                 process.kill()
         self.running = []
 
@@ -107,7 +108,7 @@ class Processes:
 
     def _receive(self, process: Any, connection: Connection, question: int) -> Scores:
         answered = -1
-        while answered != question:  # skips answers that were never waited for
+        while answered != question:  # skips answers to earlier questions that were not awaited
             try:
                 answered, answer = connection.recv()
             except (EOFError, ConnectionResetError):
@@ -125,7 +126,7 @@ def serve(connection: Connection, sent: bytes, name: str) -> None:
     """Runs in a worker process: scores each share that it is sent, until the pipe is closed.
 
     Args:
-        sent: the reward, pickled; ``name``: what messages call it.
+        sent: the reward, pickled; ``name``: its name in messages.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

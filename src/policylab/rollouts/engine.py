@@ -50,7 +50,7 @@ class Engine(Protocol):
 
         Args:
             noise: uniform numbers, one row per completion and ``max_new_tokens`` columns.
-            behaviour: distribution to sample from; None is the policy itself.
+            behaviour: distribution to sample from; None: the policy itself.
 
         Raises:
             UserError: when prompt and completion do not fit the model's context.
@@ -123,7 +123,7 @@ def check_context(policy: Policy, needed: int) -> None:
 
 
 def check_positions(needed: int, limit: float | None, reader: str) -> None:
-    """Raises UserError if ``reader`` has less than ``needed`` positions; None is no limit."""
+    """Raises UserError if ``reader`` has less than ``needed`` positions; None: no limit."""
     if limit is not None and needed > limit:
         raise UserError(
             f"prompt and completion need {needed} positions, but {reader} has {limit}; "

@@ -70,7 +70,7 @@ def fitting(
     if too_long == "drop":
         left = [prompt for prompt in prompts if prompt.id not in gone]
         if not left:
-            raise UserError(f"{what}; task.too_long=drop leaves nothing")
+            raise UserError(f"{what}; task.too_long=drop would leave none")
         log.warning("%s; they are left out (task.too_long=drop)", what)
         return left
     log.warning("%s; they are cut (task.too_long=truncate)", what)
@@ -95,10 +95,10 @@ def truncated(policy: Policy, prompt: Prompt, room: int, new_tokens: int, instru
     words = policy.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
     shorter, kept = prompt, len(words)
     while (excess := len(shorter.tokens) + new_tokens - room) > 0:
-        kept -= excess  # again, as a shorter text can have more tokens than it had inside the longer one
+        kept -= excess  # repeated, because a part of a text can have more tokens alone than in the whole text
         if kept < 1:
             raise UserError(
-                f"task.too_long=truncate: {shown(prompt.text)} leaves nothing of its text beside the instruction and "
+                f"task.too_long=truncate: of {shown(prompt.text)} no text is left beside the instruction and "
                 f"rollout.max_new_tokens={new_tokens} in {room} positions; shorten task.instruction"
             )
         text = policy.decode(words[-kept:])

@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 
 def machine() -> str:
-    """A file name for this machine, from all that the speed of products depends on."""
+    """A file name for this machine, from everything that the speed of products depends on."""
     words = cpu_name(), torch.backends.cpu.get_cpu_capability(), "torch", torch.__version__
     return re.sub(r"[^\w.+]+", "-", " ".join(words)).strip("-")
 
@@ -69,8 +69,8 @@ def choice_of_machine(folder: Path) -> Choice:
             kept = read(file)  # written by the first process
     except OSError as error:
         log.warning(
-            "cannot keep which matrix products are faster here (%s), so all are PyTorch's own; "
-            "hardware.products=pytorch or onednn says so without measuring",
+            "cannot save which library is faster for matrix products (%s), so PyTorch's own computes all; "
+            "set hardware.products=pytorch or onednn to choose without measuring",
             error,
         )
         return Choice(name, PYTORCH.onednn)
@@ -92,7 +92,7 @@ def read(file: Path) -> frozenset[str] | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning("%s is damaged; the products are measured anew", file)
+    log.warning("%s is damaged; the products are measured again", file)
     file.unlink(missing_ok=True)
     return None
 

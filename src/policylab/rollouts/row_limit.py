@@ -30,7 +30,7 @@ class RowLimit:
     """The number of completions sampled at once.
 
     Args:
-        rows: the limit, at least 1; None takes as many as should fit in memory.
+        rows: the limit, at least 1; None: as many as should fit in memory.
 
     Attributes:
         asked: the configured limit.
@@ -81,7 +81,7 @@ class RowLimit:
                 torch.cuda.empty_cache()
             self.rows = limit = rows // 2
             warnings.warn(
-                f"out of memory: from here on at most {limit} completions are sampled at once; "
+                f"out of memory: from now on at most {limit} completions are sampled at once; "
                 f"rollout.max_rows={limit} starts with that",
                 stacklevel=2,
             )

@@ -36,8 +36,8 @@ class VllmEngine:
         temperature: divides the logits, above 0; the same in training.
         max_new_tokens: length limit of completions.
         gpu_memory: fraction of the GPU's memory for vLLM's weights and KV cache, above 0 and at most 1.
-        dtype: dtype of vLLM's weights, such as ``bfloat16``; None takes the policy's.
-        context: positions of the longest sequence that vLLM reserves memory for; None takes the model's own.
+        dtype: dtype of vLLM's weights, such as ``bfloat16``; None: the policy's.
+        context: positions of the longest sequence that vLLM reserves memory for; None: the model's limit.
         sleep: whether vLLM releases most of that memory while the policy trains.
 
     Raises:
@@ -86,7 +86,7 @@ class VllmEngine:
         """
         if behaviour not in (None, greedy):
             raise UserError(
-                "rollout=vllm samples from the policy itself or greedily, and this algorithm explores otherwise; "
+                "rollout=vllm samples from the policy itself or greedily, and this algorithm explores differently; "
                 "take rollout=cached"
             )
         longest = max(len(prompt.tokens) for prompt in prompts) + self.max_new_tokens

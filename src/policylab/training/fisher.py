@@ -1,7 +1,7 @@
 """The Fisher matrix of a policy, used only through its products with vectors.
 
 ``F`` is the Hessian of the mean KL(old | new) over actions, at new = old. With ``J`` the Jacobian of the log-probs of
-all words at an action and ``p`` their probabilities, ``F = mean J' diag(p) J``. This needs no second derivative of the
+all tokens at an action and ``p`` their probabilities, ``F = mean J' diag(p) J``. This needs no second derivative of the
 network, because the gradient of the KL with respect to the logits is zero at new = old.
 
 Axes: ``n`` weights, ``N`` actions, ``V`` vocabulary.
@@ -70,7 +70,7 @@ class Actor:
             parameter.copy_(new)
 
     def log_distributions(self, rollout: Rollout) -> Float[Tensor, "N V"]:
-        """Log-probs of all words at each action."""
+        """Log-probs of the whole vocabulary at each action."""
         return self.policy.log_distributions(rollout, self.temperature)
 
     def gradient(
@@ -172,7 +172,7 @@ def fisher_diagonal(
 ) -> Float[Tensor, " n"]:
     """An estimate of ``F``'s diagonal from squared scores, at the cost of one gradient.
 
-    Given the words before it, the score of a sampled word has mean zero and covariance ``J' diag(p) J``. So scores of
+    Given the tokens before it, the score of a sampled token has mean zero and covariance ``J' diag(p) J``. So scores of
     different actions are uncorrelated, and the squared sum of scores has the sum of their squares as its mean. Each
     group gives one such sum. "A Natural Policy Gradient", Kakade 2001, section 2; the diagonal as a preconditioner as
     in "Deep learning via Hessian-free optimization", Martens 2010, section 4.7.
@@ -215,7 +215,7 @@ class _Words(nn.Module):
     def moved(
         self, rollout: Rollout, v: Float[Tensor, " n"]
     ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
-        """Log-probs of all words, and ``J v``: how they change as the weights move along ``v``."""
+        """Log-probs of the whole vocabulary, and ``J v``: how they change as the weights move along ``v``."""
         with torch.no_grad(), forward_ad.dual_level():
             duals = {
                 self.names[i]: forward_ad.make_dual(p.detach(), part)

@@ -16,7 +16,7 @@ Numbers = Mapping[str, Tensor | float]
 
 
 def measure(rollout: Rollout, means: Means, split: str) -> None:
-    """Adds what training and validation both record of a rollout."""
+    """Adds the metrics of a rollout that both training and validation record."""
     assert rollout.rewards is not None
     mask = rollout.action_mask
     means.add(f"{split}/reward", rollout.rewards)

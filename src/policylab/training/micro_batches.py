@@ -120,7 +120,8 @@ def tokens_that_fit(policy: Policy, *, whole_distributions: bool) -> int:
     else is in memory, so that a resumed run has the same micro-batches.
 
     Args:
-        whole_distributions: whether a pass holds the probabilities of all words, not only a few numbers per token.
+        whole_distributions: whether a pass holds the probabilities of the whole vocabulary, not only a few numbers per
+            token.
     """
     device = policy.device
     cuda = device.type == "cuda"

@@ -31,7 +31,7 @@ class TrainingModule(LightningModule):
     A trainer adds ``training_step``, which ends with `finish_iteration`.
 
     Attributes:
-        reference: a copy of the policy that the KL is measured to; None where the method needs none.
+        reference: a copy of the policy that the KL is measured to; None if the method needs none.
         compiles_layers: whether torch compiles the policy's layers before the first pass.
         sharded: whether each process holds a shard of the weights; set by the strategy.
         reference_moves: whether the reference changes in training, so that checkpoints must hold it.
@@ -130,7 +130,7 @@ class TrainingModule(LightningModule):
         self._prepare()
 
     def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Seeds each validation alike, as its sampling noise is the same too."""
+        """Seeds every validation equally, like its sampling noise."""
         seed_libraries(self.seed, VALIDATION, batch_idx, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
@@ -177,7 +177,7 @@ class TrainingModule(LightningModule):
             return
         with self.trainer.precision_plugin.forward_context():
             if self.compiles_layers and (reason := self.policy.compile_layers()):
-                warnings.warn(f"hardware.compile: this model runs as it is, because {reason}", stacklevel=2)
+                warnings.warn(f"hardware.compile: this model runs uncompiled, because {reason}", stacklevel=2)
             pace = preflight(self.sampler, self.parts.train[:PROMPTS])
         self._checked = True
         self.progress.expected_tokens = pace.tokens * self.plan.sequences

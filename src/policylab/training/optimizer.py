@@ -21,17 +21,17 @@ class AdamW:
 
     Args:
         lr: learning rate of the policy, after warm-up.
-        critic_lr: learning rate of the critic's own weights (value head, layers); None takes ``lr``.
+        critic_lr: learning rate of the critic's own weights (value head, layers); None: ``lr``.
         betas: decay of the gradient's first and second moments.
         eps: added to the root of the second moment.
         weight_decay: on matrices only, never on biases, norms and the value head.
-        max_grad_norm: gradients are clipped to this norm; None does not clip.
+        max_grad_norm: gradients are clipped to this norm; None: no clipping.
         schedule: course of the rate after warm-up.
         warmup: iterations over which the rate rises linearly.
-        frozen_layers: the embeddings and this many of the lowest layers are frozen. They cost no gradient, and the
-            reference shares them. 0 trains all.
-        micro_batch_tokens: tokens per forward pass and process; None takes as many as should fit in memory. It
-            changes memory, never results.
+        frozen_layers: the embeddings and this many of the lowest layers are frozen. They need no gradient, and the
+            reference shares them. 0: all layers train.
+        micro_batch_tokens: tokens per forward pass and process; None: as many as should fit in memory. It changes
+            memory, never results.
         max_skipped: this many updates skipped in a row, because loss or gradient is not finite, end the run.
     """
 
@@ -63,7 +63,7 @@ class AdamW:
             raise UserError(f"optim.schedule is {self.schedule!r}; take constant, linear or cosine")
 
     def build(self, policy: Policy) -> torch.optim.Optimizer:
-        """The optimizer over all trainable weights of the policy: `MasterAdamW` where some of them are below fp32."""
+        """The optimizer over all trainable weights of the policy: `MasterAdamW` if some of them are below fp32."""
         critic_lr = self.lr if self.critic_lr is None else self.critic_lr
         head = [] if policy.critic is None else list(policy.critic.head.parameters())
         groups = [

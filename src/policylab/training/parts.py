@@ -1,4 +1,4 @@
-"""What every trainer is built from, whatever its algorithm."""
+"""The parts from which every trainer is built, whatever its algorithm."""
 
 from __future__ import annotations
 

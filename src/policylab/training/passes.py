@@ -24,8 +24,8 @@ class Passes:
     """Cuts rollouts into micro-batches, and repeats work in smaller ones when memory runs out.
 
     Args:
-        asked: tokens of a micro-batch as configured; None takes as many as should fit in memory.
-        whole_distributions: whether a pass holds the probabilities of all words at each action.
+        asked: configured tokens of a micro-batch; None: as many as should fit in memory.
+        whole_distributions: whether a pass holds the probabilities of the whole vocabulary at each action.
     """
 
     def __init__(
@@ -142,5 +142,5 @@ class Passes:
         torch.cuda.empty_cache()
         self.tokens = min(self.tokens, tokens) // 2
         warnings.warn(
-            f"out of memory: from here on at most {self.tokens} tokens a forward pass", stacklevel=2
+            f"out of memory: from now on at most {self.tokens} tokens a forward pass", stacklevel=2
         )

@@ -23,7 +23,7 @@ class PolicyGradient(TrainingModule):
     """Trains the policy with an :class:`~policylab.algorithms.Algorithm`.
 
     Attributes:
-        track_exact_kl: whether rollouts get ``exact_kl`` even where the algorithm does not need it.
+        track_exact_kl: whether rollouts get ``exact_kl`` even if the algorithm does not need it.
     """
 
     def __init__(self, algorithm: Algorithm, parts: Parts, updater: type[Updater[Any]]) -> None:

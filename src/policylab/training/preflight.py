@@ -25,7 +25,7 @@ PROMPTS = 32
 #: because rounding can move a single token of a confident policy by a nat or more. Measured on the embedded model,
 #: logits times 1 to 30:
 #: at most 0.025 in bf16 and below 5e-5 in fp32. Shifted masks, positions off by one and other weights gave 0.11 and
-#: more, a temperature of 0.8 in place of 1 gave 0.42 and, at logits times 4, 0.10 (tests/test_preflight.py).
+#: more, a temperature of 0.8 instead of 1 gave 0.42 and, at logits times 4, 0.10 (tests/test_preflight.py).
 TOLERANCE = 1e-4
 LOW_PRECISION_TOLERANCE = 0.05
 
@@ -51,8 +51,8 @@ def preflight(sampler: Sampler, prompts: Sequence[Prompt]) -> Pace:
     If the engine is not exact, log-probs are recomputed before each update, and a difference is only a warning.
 
     Raises:
-        UserError: when log-probs or values differ, or when an untrained policy is not at its reference. A run
-            would otherwise train on ratios that are wrong from the first step.
+        UserError: when log-probs or values differ, or when an untrained policy differs from its reference. Otherwise a
+            run would train on ratios that are wrong from the first step.
     """
     precise = TOLERANCE if sampler.in_full_precision else LOW_PRECISION_TOLERANCE
     limit = precise if sampler.engine.exact else LOW_PRECISION_TOLERANCE
@@ -82,12 +82,12 @@ def preflight(sampler: Sampler, prompts: Sequence[Prompt]) -> Pace:
     if found and sampler.engine.exact:
         raise UserError(f"preflight: {found[0]}")
     for line in found:
-        warnings.warn(f"preflight: {line}; the log-probs are computed anew before training", stacklevel=2)
+        warnings.warn(f"preflight: {line}; the log-probs are recomputed before training", stacklevel=2)
 
     reference = sampler.add_ref_logprobs(rollout).ref_logprobs if sampler.progress.iteration == 0 else None
     if reference is not None and (problem := difference(logprobs, reference, rollout.action_mask, precise)):
         raise UserError(
-            f"preflight: the untrained policy is not at its reference, {problem}; likely cause: weights were "
+            f"preflight: the untrained policy differs from its reference, {problem}; likely cause: weights were "
             "changed after the reference was copied"
         )
     return Pace(

@@ -57,7 +57,7 @@ class QTraining(TrainingModule):
         self.finish_iteration({**metrics, "train/lr": lr}, started)
 
     def behaviour(self, stream: int) -> Behaviour | None:
-        """What tokens are drawn from; the preflight samples from the language model itself."""
+        """The distribution that tokens are drawn from; the preflight samples from the language model itself."""
         if stream == PREFLIGHT:
             return None
         return self.algorithm.exploration.behaviour(self.iteration, validation=stream == VALIDATION)
@@ -123,6 +123,6 @@ class QTraining(TrainingModule):
 
 
 def target_of(policy: Policy) -> Policy:
-    """A frozen copy, including the value head. The tokenizer and weights that never train are shared."""
+    """A frozen copy, including the value head. It shares the tokenizer and frozen weights."""
     shared = {id(policy.tokenizer): policy.tokenizer} | shared_weights(policy)
     return copy.deepcopy(policy, shared).requires_grad_(False).eval()

@@ -33,7 +33,7 @@ class Recorder:
 
     @contextmanager
     def aside(self) -> Iterator[Means]:
-        """What is added inside goes into separate means: for work that may fail, or that does not count."""
+        """While active, added values go into separate means: for work that may fail, or that does not count."""
         outer, self.means = self.means, Means()
         try:
             yield self.means

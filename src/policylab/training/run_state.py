@@ -1,4 +1,4 @@
-"""The state of a run beside weights and optimizer that a checkpoint must hold for an exact resume."""
+"""The state of a run, besides weights and optimizer, that a checkpoint must hold for an exact resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stateful(Protocol):
 
 @dataclass
 class Progress:
-    """How far the run is; all parts of a trainer share one object.
+    """The progress of a run; all parts of a trainer share one object.
 
     Args:
         iterations: length of the whole run.
@@ -87,7 +87,7 @@ class RunState:
     def __init__(self, parts: Parts, stateful: Sequence[Stateful]) -> None:
         self.stateful = list(stateful)
         self.origin = {"weights": fingerprint(parts.policy.loaded_parameters()), "data": parts.data}
-        self.told = False  #: that the checkpoint does not say where its run started
+        self.warned = False  #: about a checkpoint without `origin`
         self._config = parts.resolved_config
         self._source, self._task = parts.policy.source, parts.task
 
@@ -123,10 +123,10 @@ class RunState:
             UserError: naming the weights or the data of this command.
         """
         origin = state.get("origin")
-        if origin is None and self.told:
-            return  # a resumed run loads its checkpoint for the validation and for the training
+        if origin is None and self.warned:
+            return  # a resumed run loads its checkpoint for validation and again for training
         if origin is None:
-            self.told = True
+            self.warned = True
             log.warning(
                 "the checkpoint is of an older version, and does not say from which weights and data its run started"
             )
@@ -134,10 +134,10 @@ class RunState:
         if origin["weights"] != self.origin["weights"]:
             raise UserError(
                 f"the checkpoint belongs to a run that started from other weights than these ({self._source}); "
-                "put the weights back that it started from, or give their place: model.path=..."
+                "restore the weights that it started from, or give their path: model.path=..."
             )
         if origin["data"] != self.origin["data"]:
             raise UserError(
-                f"the checkpoint belongs to a run on other data than task {self._task.name} has now; put the data back "
-                "that it started with, or give its place: task.source=..."
+                f"the checkpoint belongs to a run on other data than task {self._task.name} has now; restore the data "
+                "that it started with, or give its path: task.source=..."
             )

@@ -1,4 +1,4 @@
-"""What the parts of a trainer need from Lightning, in one object: processes, device, optimizer, backward pass."""
+"""Lightning's side of a trainer, for its parts: processes, device, optimizer, backward pass."""
 
 from __future__ import annotations
 

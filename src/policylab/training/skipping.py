@@ -40,7 +40,7 @@ class Cause:
         """What usually helps."""
         return (
             "an update before was too large: lower optim.lr",
-            "look at the batch, and at what computes this",
+            "look at the batch, and at the code that computes this",
             "lower optim.lr, or run with debug=nan to find the operation",
         )[self.depth]
 

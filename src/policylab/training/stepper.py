@@ -100,7 +100,7 @@ class Stepper:
         Args:
             rollout, rows: what the gradient was computed from.
             what: kind of the update; consecutive skipped updates are counted by kind.
-            groups: name of the norm -> parameters clipped together; None takes `clipped_together`.
+            groups: name of the norm -> parameters clipped together; None: those of `clipped_together`.
 
         Returns:
             Whether the step was taken.
@@ -130,7 +130,7 @@ class Stepper:
         return True
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
-        """Name of the norm -> parameters clipped together: all, or policy and critic apart if they share none."""
+        """Name of the norm -> parameters clipped together: all, or policy and critic separately if they share none."""
         policy = self.policy
         if policy.critic is None or policy.critic.trains_trunk:
             return {"grad_norm": policy.actor_parameters() + policy.critic_parameters()}
@@ -147,7 +147,7 @@ class Stepper:
             computed: names of results of the update that are not finite.
 
         Raises:
-            RunError: after ``optim.max_skipped`` in a row, or at once where the weights are not finite.
+            RunError: after ``optim.max_skipped`` in a row, or at once if the weights are not finite.
         """
         self.skipped += 1
         in_a_row = self.skipped_in_a_row[what] = self.skipped_in_a_row.get(what, 0) + 1
@@ -168,7 +168,7 @@ class Stepper:
             )
         if rank == 0:
             log.warning(
-                "%s; the update is skipped (%d in a row, the run ends at %d), its batch kept in %s",
+                "%s; the update is skipped (%d in a row, the run ends at %d), its batch is saved in %s",
                 *(happened, in_a_row, self.optim.max_skipped, self.dumps),
             )
 

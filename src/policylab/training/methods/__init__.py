@@ -35,10 +35,10 @@ def register(algorithm: type, method: Callable[[Any], Method[Any]]) -> None:
     """Registers ``method`` as the constructor of the method for algorithms of this type.
 
     Raises:
-        UserError: when the type has another one.
+        UserError: when the type already has another one.
     """
     if METHODS.setdefault(algorithm, method) is not method:
-        raise UserError(f"{algorithm.__name__} is registered with another method already; register it once")
+        raise UserError(f"{algorithm.__name__} is already registered with another method; register it once")
 
 
 def method_of(algorithm: object) -> Method[Any]:
@@ -53,6 +53,6 @@ def method_of(algorithm: object) -> Method[Any]:
     name = type(algorithm).__name__
     raise UserError(
         f"algo._target_ is {type(algorithm).__module__}.{name}, which no family of methods trains (known are "
-        f"{', '.join(kind.__name__ for kind in METHODS)}); for one of your own, call "
+        f"{', '.join(kind.__name__ for kind in METHODS)}); for your own, call "
         f"policylab.training.methods.register({name}, METHOD) where it is defined (docs/your_own_family.md)"
     )

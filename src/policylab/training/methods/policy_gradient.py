@@ -49,8 +49,8 @@ class PolicyGradientMethod(Method[Algorithm]):
     def check(self, config: DictConfig) -> None:
         if self.reference == "moving" and config.model.get("adapter") is not None:
             raise UserError(
-                "algo/reference=moving averages weights, and the average of adapters is not that of the weights they "
-                "make; with model/adapter=lora take algo/reference=frozen"
+                "algo/reference=moving averages weights, and averaging adapters does not average the merged weights; "
+                "with model/adapter=lora take algo/reference=frozen"
             )
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:

@@ -26,7 +26,7 @@ class SupervisedMethod(Method[Supervised]):
         if config.max_tokens is not None:
             raise UserError(
                 f"max_tokens={config.max_tokens} counts tokens sampled in training, and algo={self.algorithm.name} "
-                "samples none; take max_tokens=null, and iterations for its length"
+                "samples none; take max_tokens=null, and set the length by iterations"
             )
 
     def trainer(self, parts: Parts) -> SupervisedTraining:

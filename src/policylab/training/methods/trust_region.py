@@ -39,8 +39,8 @@ class TrustRegionMethod(PolicyGradientMethod):
         super().check(config)
         if config.hardware.strategy == "fsdp":
             raise UserError(
-                "hardware.strategy=fsdp: a trust region works on all weights as one vector, which no process has; take "
-                "hardware=ddp, or algo/update=minibatch_epochs"
+                "hardware.strategy=fsdp: a trust region works on all weights as one vector, which no process holds; "
+                "take hardware=ddp, or algo/update=minibatch_epochs"
             )
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
