@@ -141,6 +141,4 @@ class Passes:
         self.policy.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         self.tokens = min(self.tokens, tokens) // 2
-        warnings.warn(
-            f"out of memory: from now on at most {self.tokens} tokens a forward pass", stacklevel=2
-        )
+        warnings.warn(f"out of memory: from now on at most {self.tokens} tokens a forward pass", stacklevel=2)
