@@ -102,7 +102,7 @@ class TestFile:
             ('{"prompt": ', r"mine.jsonl:2: Expecting value at column 12; give one JSON object a line"),
             ("[1]", r"mine.jsonl:2: \[1\] is not an object; give \{.prompt.: "),
             (b'{"prompt": "caf\xe9"}', r"mine.jsonl:2: 'utf-8' codec .*; save the file as UTF-8"),
-            ({"review": "x"}, r"mine.jsonl:2: neither prompt nor text among the fields \['review'\]"),
+            ({"review": "x"}, r"mine.jsonl:2: neither prompt nor text is among the fields \['review'\]"),
             ({"prompt": ""}, r"mine.jsonl:2: prompt is ''; it must be a text that is not empty"),
             ({"prompt": 3}, r"mine.jsonl:2: prompt is 3"),
             ({"prompt": "a", "completion": 3}, r"mine.jsonl:2: completion is 3"),
