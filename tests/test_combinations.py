@@ -75,7 +75,7 @@ def test_an_option_fits_or_is_refused_with_the_reason(preset, option):
         (["algo=dqn", "algo.n_step=null", "algo.backup.double=false"], "use no network"),
         (["algo=ppo", "algo/reference=none"], "algo/reference is none"),
         (["algo=ppo", "algo/critic=none"], "needs a critic"),
-        (["algo=a2c", "algo.critic.clip=0.2"], "before a rollout's first update"),
+        (["algo=a2c", "algo.critic.clip=0.2"], "after a rollout's first update"),
         (["algo=reinforce", "algo.advantage.whiten=true"], "subtracts the mean itself"),
     ],
 )
