@@ -370,7 +370,7 @@ def test_epsilon_falls_linearly_and_stays():
         ({"backup": SoftBackup("reference"), "dueling": None}, "does not set the level of Q"),
         (
             {"backup": SoftBackup("uniform"), "exploration": EpsilonGreedy("uniform", 1, 0, 1)},
-            "never follows that",
+            "never follows it",
         ),
         ({"backup": SoftBackup("uniform"), "dueling": Dueling("max", 1, 0)}, "level=logsumexp"),
         ({"n_step": None}, "uses no network's values"),
