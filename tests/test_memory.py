@@ -183,7 +183,10 @@ def test_what_cannot_be_compiled_says_why_and_runs(build_run, monkeypatch):
             ["hardware.gradient_checkpointing=1"],
             "hardware.gradient_checkpointing=1 is neither true nor false",
         ),
-        (["hardware.compile=true", "hardware.gradient_checkpointing=true"], "compiled layers cannot be recomputed"),
+        (
+            ["hardware.compile=true", "hardware.gradient_checkpointing=true"],
+            "compiled layers cannot be recomputed",
+        ),
         (["optim.frozen_layers=-1"], "optim.frozen_layers is -1; it must be at least 0"),
         (["optim.frozen_layers=4"], "optim.frozen_layers is 4, but the model has 4 layers; take at most 3"),
         (["optim.micro_batch_tokens=0"], "optim.micro_batch_tokens is 0; it must be at least 1"),
