@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) by PEFT: the language model's weights are frozen, and products of two
-small matrices beside its linear layers train. Without its adapters, the model is the one that training started from, so
-the reference needs no weights of its own.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) with PEFT: the language model's weights are frozen, and products of two
+small matrices, added to its linear layers, are trained. Without its adapters, the model is the one that training started
+from, so the reference needs no weights of its own.
 
 PEFT takes seconds to import, so it is imported only where adapters are created.
 
@@ -36,11 +36,11 @@ class LoRA:
     """Adds ``alpha / rank * B A`` to linear layers of a language model.
 
     Args:
-        rank: columns of ``B`` and rows of ``A``: ``rank * (I + O)`` weights beside a layer's ``I * O``.
+        rank: columns of ``B`` and rows of ``A``: ``rank * (I + O)`` weights for a layer's ``I * O``.
         alpha: ``alpha / rank`` scales the product.
         target_modules: names of layers, such as ``q_proj`` or ``mlp.c_proj``, or of the weights of fused experts, such
-            as ``experts.down_proj``; None takes all linear layers and experts between embeddings and head.
-        seed: draws ``A``; ``B`` is zero at the start.
+            as ``experts.down_proj``; None: all linear layers and experts between embeddings and head.
+        seed: seed of ``A``; ``B`` is zero at the start.
 
     Raises:
         UserError: when PEFT is not installed, or a setting is out of its bounds.
@@ -58,8 +58,8 @@ class LoRA:
             isinstance(self.target_modules, list) and self.target_modules
         ):
             raise UserError(
-                f"model.adapter.target_modules={self.target_modules!r} is no list of names; write [q_proj,v_proj], or "
-                "null for all linear layers"
+                f"model.adapter.target_modules={self.target_modules!r} is not a list of names; write [q_proj,v_proj], "
+                "or null for all linear layers"
             )
         if importlib.util.find_spec("peft") is None:
             raise UserError(

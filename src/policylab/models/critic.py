@@ -48,7 +48,7 @@ class ValueModel(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Most positions of a sequence, if the critic is a model apart from the policy; None without a limit."""
+        """Most positions of a sequence, if the critic is a separate model; None without a limit."""
         return None
 
     def hidden(self, rollout: Rollout, trunk: Pass | None) -> Float[Tensor, "N H"]:
@@ -174,7 +174,7 @@ def copy_of(lm: Any) -> SeparateNetwork:
         UserError: when the base model's output is not the LM head's input.
     """
     if lm.base_model is lm:
-        raise cannot_take_apart(lm, "its LM head is not apart from the rest")
+        raise cannot_take_apart(lm, "its LM head cannot be separated")
     critic = SeparateNetwork(copy.deepcopy(lm.base_model, shared_weights(lm)), head_width(lm))
     tokens = torch.arange(4, device=lm.device)[None]
     with torch.no_grad():
@@ -214,4 +214,4 @@ def head_width(lm: Any) -> int:
 def _check_same(lm: nn.Module, own: Tensor, expected: Tensor) -> None:
     """Refuses a critic whose initial hidden states differ from the LM head's input."""
     if own.shape != expected.shape or not torch.allclose(own, expected, rtol=1e-3, atol=1e-3):
-        raise cannot_take_apart(lm, "its parts, put together again, do not give what its LM head reads")
+        raise cannot_take_apart(lm, "its parts together do not give the LM head's input")

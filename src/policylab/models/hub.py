@@ -23,7 +23,7 @@ def cache_folder() -> str:
 
 
 def is_cached(name: str) -> bool:
-    """Whether the local cache has a model's config. Whether it has all other files, only loading shows."""
+    """Whether the local cache has a model's config. Only loading shows whether it has all other files."""
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 

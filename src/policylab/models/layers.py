@@ -85,7 +85,7 @@ def freeze_below(lm: nn.Module, count: int) -> None:
 
 
 def too_many_own_layers(count: int, layers: int) -> UserError:
-    """The error for a critic or a dueling head that asks for more layers of its own than the policy has."""
+    """The error for a critic or a dueling head with more own layers than the policy has."""
     return UserError(
         f"own_layers={count}, but the policy has {layers} layers; take at most {layers}, or all for a whole network"
     )

@@ -32,7 +32,7 @@ from policylab.models.folder import check_folder
 from policylab.models.readers import Reader
 from policylab.models.refusals import check_finite, check_whole, first_line, refusal
 
-#: Files that a tokenizer may be read from, beside those of its class.
+#: Files that a tokenizer may be read from, in addition to those of its class.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 ASSETS = Path(policylab.__file__).parent / "assets"
 
@@ -45,7 +45,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase  #: has an EOS token; need not have a pad token
     chat: bool  #: prompts go through the tokenizer's chat template
     source: str  #: where the weights came from, for display and for the run's record
-    reader: Callable[[Any], Reader] | None = None  #: its own; None takes one of `policylab.models.readers`
+    reader: Callable[[Any], Reader] | None = None  #: its own; None: one of `policylab.models.readers`
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,9 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"model.dtype={name} is no floating-point dtype; take float32, bfloat16 or float16")
+        raise UserError(
+            f"model.dtype={name} is not a floating-point dtype; take float32, bfloat16 or float16"
+        )
     return dtype
 
 

@@ -25,7 +25,8 @@ def tokens_a_pass(
     """Tokens of a forward and backward pass whose activations should fit in memory.
 
     Args:
-        whole_distributions: whether a pass holds the probabilities of all words, not only a few numbers per token.
+        whole_distributions: whether a pass holds the probabilities of the whole vocabulary, not only a few numbers per
+            token.
         recomputes_layers: whether layers keep only their input, and one layer at a time is recomputed.
         gpu_bytes: memory of the GPU; None on a CPU.
     """

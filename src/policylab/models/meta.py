@@ -42,7 +42,7 @@ def outline(settings: Mapping[str, Any]) -> Outline:
     target = settings["_target_"]
     if target not in PLACES:
         raise UserError(
-            f"plan=true knows the models of {', '.join(sorted(PLACES))}, and model._target_ is {target}; save the "
+            f"plan=true supports the models of {', '.join(sorted(PLACES))}, and model._target_ is {target}; save the "
             "model's config.json in a folder and take model=hf model.path=FOLDER model.name=LABEL"
         )
     path = settings.get("path")

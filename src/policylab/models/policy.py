@@ -42,9 +42,9 @@ class Policy(nn.Module):
         runs_on: the device to compute on, if it is not the device of the weights.
         adapted: whether adapters train, and not the language model's own weights.
         without_adapters: whether the policy computes without its adapters, as the original language model.
-        reader: how the language model reads a rollout.
+        reader: runs the language model over a rollout.
         eos_ids: tokens that end a completion.
-        eos_id: the one of these that supervised training appends to a completion.
+        eos_id: the one of them that supervised training appends to a completion.
     """
 
     def __init__(self, loaded: LoadedModel, critic: ValueModel | None) -> None:
@@ -186,7 +186,7 @@ class Policy(nn.Module):
         Args:
             temperature: divides the logits, as it did at sampling.
             entropy_gradient: whether the entropy is part of the loss.
-            reference: policy that the exact KL is taken to; None computes none.
+            reference: policy that the exact KL is measured to; None: no KL.
         """
         figures, trunk = self._figures(rollout, temperature, entropy_gradient, reference)
         values = None if self.critic is None else rollout.on_grid(self.critic(rollout, trunk))

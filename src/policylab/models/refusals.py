@@ -40,7 +40,7 @@ def refusal(where: str | Path, error: Exception, attention: str | None = None) -
         )
     if "trust_remote_code" in words:
         return UserError(
-            f"{where} comes with Python code of its own, which runs only if this command says so: with "
+            f"{where} comes with its own Python code, which runs only if this command allows it: "
             "model.trust_remote_code=true (train.py), or trust_remote_code=true (evaluate.py, generate.py)"
         )
     if attention not in (None, "eager") and "does not support" in words and "ttention" in words:
@@ -56,7 +56,7 @@ def refusal(where: str | Path, error: Exception, attention: str | None = None) -
 
 
 def check_whole(where: str | Path, report: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint whose weights are not those of its config.
+    """Refuses a checkpoint whose weights do not match its config.
 
     Args:
         report: transformers' report of loading.
@@ -69,7 +69,7 @@ def check_whole(where: str | Path, report: Mapping[str, Any]) -> None:
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}: weights of other sizes than config.json says, such as {name}: {list(found)} for "
+            f"{where}: weights of other sizes than in config.json, such as {name}: {list(found)} instead of "
             f"{list(wanted)} ({len(report['mismatched_keys'])} in all); take the config that belongs to the weights"
         )
 
@@ -84,8 +84,8 @@ def check_finite(model: torch.nn.Module, source: str) -> None:
     bad = {name for name, weight in model.named_parameters() if not weight.isfinite().all()}
     if bad:
         raise UserError(
-            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take a sound checkpoint, or a wider "
-            "model.dtype where they are too large for this one"
+            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take an intact checkpoint, or a wider "
+            "model.dtype if they are too large for this one"
         )
 
 

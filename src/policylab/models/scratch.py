@@ -1,4 +1,4 @@
-"""Policies with random weights, for configs that say so by name (``model=gpt2_scratch``)."""
+"""Policies with random weights, for configs whose name ends in ``_scratch`` (``model=gpt2_scratch``)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def from_scratch(
         name: part of the run folder's name.
         tokenizer: an embedded one (``tiny``, ``walker``), a local folder, or a hub id.
         architecture: ``model_type`` as transformers calls it (``gpt2``, ``llama``) and fields of its config.
-        vocab_size: None takes the tokenizer's.
+        vocab_size: None: the tokenizer's.
         seed: seed of the random weights.
         dtype: name of a torch dtype.
         attn_implementation: as transformers calls it.
@@ -56,7 +56,7 @@ def from_scratch(
             )
         except UserError:
             raise
-        except Exception as error:  # whatever the architecture says to these fields
+        except Exception as error:  # any exception of the architecture about these fields
             raise refusal("model.architecture", error, attn_implementation) from error
     return finished(lm, text, chat=None, source=f"random weights, seed {seed}")
 
@@ -80,7 +80,7 @@ def architecture_of(
         raise UserError(f"model.architecture: {config_class.__name__} has no field {', '.join(unknown)}")
     try:
         return without_dropout(config_class(**fields)), text
-    except Exception as error:  # whatever the architecture says to these fields
+    except Exception as error:  # any exception of the architecture about these fields
         raise refusal("model.architecture", error) from error
 
 
@@ -99,8 +99,8 @@ def find_tokenizer(where: str) -> PreTrainedTokenizerBase:
         reason = hub.why_unreachable()
     if reason is not None:
         raise UserError(
-            f"tokenizer {where} is no embedded one, no folder, not in the local cache ({hub.cache_folder()}) "
-            f"and {reason}; without a network take model.tokenizer=tiny or a folder"
+            f"tokenizer {where} is neither an embedded one nor a folder, it is not in the local cache "
+            f"({hub.cache_folder()}), and {reason}; without a network take model.tokenizer=tiny or a folder"
         )
     try:
         return read_tokenizer(where, local_files_only=False, trust_remote_code=False)
@@ -116,5 +116,7 @@ def _fields(config_class: Any) -> set[str]:
 
 def _config_class(model_type: str | None) -> Any:
     if model_type is None or model_type not in CONFIG_MAPPING:
-        raise UserError(f"model.architecture.model_type={model_type}: none of transformers'; gpt2 is one")
+        raise UserError(
+            f"model.architecture.model_type={model_type} is not a model type of transformers, such as gpt2"
+        )
     return CONFIG_MAPPING[model_type]

@@ -89,7 +89,7 @@ def convert(gguf: Path, folder: Path) -> None:
     """
     missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{gguf.name} is installed, but to read it takes: pip install {' '.join(missing)}")
+        raise UserError(f"{gguf.name} is installed; to read it, pip install {' '.join(missing)}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

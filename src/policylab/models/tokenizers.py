@@ -64,7 +64,7 @@ def letters(alphabet: str) -> PreTrainedTokenizerFast:
 
 
 def _finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Prepend ``<|endoftext|>`` to every text and wrap for transformers."""
+    """Prepends ``<|endoftext|>`` to every text, and wraps the tokenizer for transformers."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A",
         special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
@@ -80,13 +80,13 @@ def _finish(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def read_texts(path: Path) -> list[str]:
     """The ``text`` of every line of a JSON-lines file."""
     if not path.is_file():
-        raise UserError(f"{path} is no file; fetch the snippets first: python -m policylab.tasks.vader")
+        raise UserError(f"{path} is not a file; fetch the snippets first: python -m policylab.tasks.vader")
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
 
 
 def main(arguments: list[str]) -> None:
-    """Make the tokenizer named on the command line and save it in a folder."""
+    """Makes the tokenizer named on the command line and saves it in a folder."""
     match arguments:
         case ["reviews", texts, folder]:
             tokenizer = train_bpe(read_texts(Path(texts)), REVIEW_VOCABULARY)
