@@ -285,7 +285,7 @@ def test_weights_of_another_shape_are_refused(tiny, tmp_path):
     config = GPT2Config.from_pretrained(tmp_path)
     config.n_embd = 32
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"weights of other sizes than config.json says"):
+    with pytest.raises(UserError, match=r"weights of other sizes than in config.json"):
         value_model(tiny.lm, "all", str(tmp_path))
 
 

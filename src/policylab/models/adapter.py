@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) with PEFT: the language model's weights are frozen, and products of two
-small matrices, added to its linear layers, are trained. Without its adapters, the model is the one that training started
-from, so the reference needs no weights of its own.
+small matrices, added to its linear layers, are trained. Without its adapters, the model is the one that training
+started from, so the reference needs no weights of its own.
 
 PEFT takes seconds to import, so it is imported only where adapters are created.
 
