@@ -441,7 +441,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
         (unpickled, r"pytorch_model\.bin\) is damaged or holds more than tensors"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), "cannot load .*added_tokens"),
         (lambda d: (d / "tokenizer.json").unlink(), "cannot load .*tokenizer"),
-        (lambda d: changed(d, hidden_size=8), r"of other sizes than config\.json says"),
+        (lambda d: changed(d, hidden_size=8), r"of other sizes than in config\.json"),
         (lambda d: changed(d, hidden_size="x"), "Field 'hidden_size' expected int"),
         (spoil, r"NaN or infinity in model\.layers\.1\.mlp\.up_proj\.weight"),
     ],
