@@ -1,13 +1,13 @@
-"""Does a run that is killed lose or change anything?
+"""Kills runs, and checks that they lose and change nothing.
 
     python benchmarks/chaos.py --runs 36 --out benchmarks/results/chaos.csv      half an hour on two cores
     python benchmarks/chaos.py --runs 3 --settings ppo --kinds "kill -9"         a minute and a half
 
-Each setting is run once by itself. Then small runs of the same command are killed at moments that a seed draws,
-between the start of the process and a little after the end, and started again with the same command until they are
-done; the last start is left alone. What they leave is compared with what the uninterrupted run has left: every tensor
-and number of the checkpoints, the exported models, ``metrics.csv``, ``samples.jsonl``, ``summary.json``, bit for bit;
-only times are left out. The exit code is 1 when a run was lost or differs. The last line is JSON. Linux only.
+Each setting is run once without a kill. Then small runs of the same command are killed at moments drawn by a seed,
+between the start of the process and a little after its end, and restarted with the same command until they are done;
+the last start is not killed. Their files are compared with those of the uninterrupted run: every tensor and number of
+the checkpoints, the exported models, ``metrics.csv``, ``samples.jsonl``, ``summary.json``, bit for bit, without times.
+The exit code is 1 when a run is lost or different. The last line is JSON. Linux only.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from policylab.runs.environment import describe_environment
 from race import figures
 
 ROOT = Path(__file__).parent.parent
-#: A run is hit so many times at most.
+#: Largest number of hits of a run.
 HITS = 2
-#: Megabytes of a small disk: room for a run, and so that it is soon full.
+#: Megabytes of a small disk: enough for a run, and soon full.
 DISK = 96
 
 
@@ -60,7 +60,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=36, help="runs to kill (default 36)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is killed when (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of kinds and times of the kills (default 0)"
+    )
     parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME",
         help=f"of {', '.join(SETTINGS)} (default all)",

@@ -1,9 +1,9 @@
 """A world so small that every completion can be listed: expectations are sums, not samples.
 
 Vocabulary 3, length 3, and token 0 ends: the 27 strings of three tokens are 15 different completions of the one
-prompt. The policy is a table of logits, one row for each prefix that can be continued. What an algorithm does to a
-batch here goes through the same objects as in training; the expectation over batches runs over multisets of
-completions, each with its number of orders, which is the sum over all ordered batches.
+prompt. The policy is a table of logits, one row for each prefix that can be continued. Algorithms use the same objects
+as in training. The expectation over batches is a sum over multisets of completions, each times its number of orders,
+which equals the sum over all ordered batches.
 
 Axes: ``C`` completions, ``T`` positions, ``S`` prefixes, ``V`` vocabulary.
 """
@@ -62,13 +62,13 @@ NO_PENALTY = NoPenalty(FrozenReference())
 
 
 def one_process(x: Tensor) -> Tensor:
-    """The sum over processes, where there is one."""
+    """The sum over processes, for a single one."""
     return x
 
 
 @dataclass(frozen=True)
 class World:
-    """Who samples, who is trained, and what completions are worth. All in float64."""
+    """The sampling policy, the trained policy, and the rewards of completions. All in float64."""
 
     logits: Tensor  #: [S, V] of the policy that is trained; has a gradient
     ref_logits: Tensor  #: [S, V] of the reference
@@ -88,7 +88,7 @@ class World:
         return cls(draw(*states).requires_grad_(), draw(*states), draw(len(COMPLETIONS)), draw(len(PREFIXES)))
 
     def replace(self, **changes: Tensor) -> World:
-        """The same world but for these."""
+        """The same world with these changes."""
         return replace(self, **changes)
 
     @property
@@ -96,7 +96,7 @@ class World:
         return (self.logits if self.sampler is None else self.sampler).detach()
 
     def true_values(self) -> Tensor:
-        """Expected reward of the policy after each prefix, ``[S]``: the critic that knows everything."""
+        """Expected reward of the policy after each prefix, ``[S]``: a perfect critic."""
         reached = probabilities(self.logits.detach())[:, None] * VISITS
         return (reached * self.rewards[:, None]).sum(0) / reached.sum(0)
 
@@ -123,7 +123,7 @@ class World:
         return self.rewards[COMPLETIONS.index(prefix)]
 
     def table(self) -> Rollout:
-        """All completions, one row each, with all that any algorithm asks for."""
+        """All completions, one row each, with all fields that any algorithm needs."""
         sampling, policy = self.sampling_logits, self.logits.detach()
         exact = kl.exact(sampling.log_softmax(-1), self.ref_logits.log_softmax(-1))
         every = len(COMPLETIONS)
@@ -163,7 +163,7 @@ def occupancy(logits: Tensor) -> Tensor:
 
 
 def penalty(beta: float, place: str = "reward", estimator: str = "k1") -> KLPenalty:
-    """The KL to the world's reference at a fixed price."""
+    """The KL to the world's reference with a fixed coefficient."""
     return KLPenalty(place, estimator, FixedCoefficient(beta), FrozenReference())  # type: ignore[arg-type]
 
 
@@ -180,7 +180,7 @@ def algorithm(
         surrogate=surrogate,
         reduction=reduction,
         kl=kl,
-        # Refused where bounds never act; the enumeration looks at one gradient, whatever the update.
+        # Refused if bounds have no effect; the enumeration computes one gradient, whatever the update.
         update=SingleStep() if surrogate.on_policy else MinibatchEpochs(2, 1, None, False),
         critic=Critic(0.0, None, 0, None),
         sampling=None,

@@ -32,16 +32,16 @@ OFFSET = 2.0  # added to every reward in the last column
 
 
 def as_is(world: World) -> World:
-    """A critic that knows nothing: random values."""
+    """A random critic: the world's random values."""
     return world
 
 
 def perfect(world: World) -> World:
-    """A critic that knows the expected reward of every prefix."""
+    """A perfect critic: the expected reward of every prefix."""
     return world.replace(values=world.true_values())
 
 
-#: (row of the table, algorithm, what becomes of the world's random critic)
+#: (row of the table, algorithm, change of the world's random critic)
 ESTIMATORS: list[tuple[str, Algorithm, Callable[[World], World]]] = [
     ("return to go, no baseline", algorithm(ReturnToGo(1.0, "none", False)), as_is),
     ("batch mean", algorithm(ReturnToGo(1.0, "mean", False)), as_is),

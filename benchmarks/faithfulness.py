@@ -2,9 +2,9 @@
 
     python benchmarks/faithfulness.py --model tiny|gpt2|smollm2|llama [--device cuda] [--out FILE.csv]
 
-The plain way is the model's own code: a padded row for each sequence, PyTorch's own products, whole
-log-distributions, autograd's gradient. It is given the tokens that a path sampled, or else those of the default engine.
-Log-probs are compared a token (nats), gradients as whole vectors; the gradient is that of the sum of log-probs
+The plain pass is the model's own code: a padded row for each sequence, PyTorch's own products, whole
+log-distributions, autograd's gradient. It gets the tokens that a path sampled, or else those of the default engine.
+Log-probs are compared per token (nats), gradients as whole vectors; the gradient is that of the sum of log-probs
 with random signs. Prompts are random ids of 4 to 32 tokens. gpt2 and llama have random weights.
 """
 
@@ -49,7 +49,7 @@ def policy_of(model: str, device: str = "cpu") -> Policy:
 
 
 def sampled(policy: Policy, engine: Any) -> Rollout:
-    """Completions of unequal lengths: those that do not end are cut here and there."""
+    """Completions of unequal lengths: those without an end are cut at different lengths."""
     generator = torch.Generator().manual_seed(0)
     words = policy.lm.config.vocab_size
     lengths = torch.linspace(4, 32, PROMPTS).long().tolist()
@@ -66,7 +66,7 @@ def sampled(policy: Policy, engine: Any) -> Rollout:
 
 
 def backward(policy: Policy, logprobs: Tensor) -> Tensor:
-    """The gradient of the log-probs, each with a sign of its own."""
+    """The gradient of the sum of log-probs with random signs."""
     signs = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1)).sign().to(policy.device)
     policy.zero_grad(set_to_none=True)
     (logprobs * signs).sum().backward()
@@ -90,18 +90,18 @@ def plainly(policy: Policy, rollout: Rollout) -> Figures:
 
 
 def by_update(policy: Policy, rollout: Rollout) -> Figures:
-    """What an update computes."""
+    """Log-probs and gradient as in an update."""
     logprobs = policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None).logprobs
     return logprobs.detach(), backward(policy, logprobs)
 
 
 def bf16(policy: Policy) -> AbstractContextManager[Any]:
-    """As ``hardware.precision=bf16-mixed`` does it."""
+    """As with ``hardware.precision=bf16-mixed``."""
     return torch.autocast(policy.device.type, torch.bfloat16, cache_enabled=False)
 
 
 def in_chunks() -> AbstractContextManager[Any]:
-    """The head a few positions at a time, computed again in the backward pass."""
+    """The head on a few positions at a time, recomputed in the backward pass."""
     chunked = functools.partial(head_figures, chunk=2**18)
     return mock.patch.object(policy_module, "head_figures", chunked)
 
@@ -123,7 +123,7 @@ def errors(path: str, rollout: Rollout, found: Tensor, plain: Figures, gradient:
 
 
 def measure(policy: Policy) -> list[Errors]:
-    """Every path against the plain way."""
+    """Compares every path with the plain pass."""
     found = []
     engines: dict[str, tuple[Any, Callable[[], AbstractContextManager[Any]]]] = {
         "rollout=cached": (CachedEngine(1.0, NEW_TOKENS), nullcontext),

@@ -1,17 +1,17 @@
-"""What one GPU gives, measured in parts; each figure is on file as soon as it is there. `benchmarks/gpu.sh` runs all.
+"""Measurements on one GPU, in parts; each figure is saved at once. `benchmarks/gpu.sh` runs all.
 
     python benchmarks/gpu.py rates decode syncs tf32 runs --out benchmarks/results/gpu
     python benchmarks/gpu.py decode --models gpt2 --batch 16
     python benchmarks/gpu.py --device cpu --quick          the same code on a CPU, to see that it runs
 
-Models have random weights: what a token costs does not depend on them. Parts:
+Models have random weights, because the cost of a token does not depend on them. Parts:
 
 rates      bytes a second of a copy, operations a second of large products in fp32, TF32 and bf16
-decode     tokens a second of our engine and of Hugging Face's `generate` (static cache), beside the floor: the
+decode     tokens a second of our engine and of Hugging Face's `generate` (static cache), compared with the floor: the
            weights and the cache read once a step, or the arithmetic, whichever takes longer
-syncs      how often the CPU waits for the GPU, a sampled position
-tf32       how far log-probs and gradients move when fp32 products may use TF32
-runs       peak bytes of a run, beside what ``plan=true`` says, and seconds of an iteration's phases
+syncs      how often the CPU waits for the GPU, per sampled position
+tf32       how much log-probs and gradients change when fp32 products may use TF32
+runs       peak bytes of a run, compared with ``plan=true``, and seconds of an iteration's phases
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class Bench:
-    """Where it runs, how much of it, and the file that figures go to."""
+    """The device, the size of the measurements, and the file for the figures."""
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self.device = torch.device(chosen.device)
@@ -100,7 +100,7 @@ class Bench:
             writer.writerow(row | self.about)
 
     def seconds(self, work: Callable[[], object], runs: int | None = None) -> float:
-        """Median seconds of ``work``, after one run that does not count."""
+        """Median seconds of ``work``, after one warm-up run."""
         laps = []
         for _ in range((runs or self.runs) + 1):
             self.wait()
@@ -176,7 +176,7 @@ def prompts_of(bench: Bench, policy: Policy, batch: int) -> tuple[list[Prompt], 
 def floor_seconds(
     policy: Policy, batch: int, width: int, new: int, size: int, rate: dict[str, float]
 ) -> float:
-    """Of the decoding steps of a rollout: weights and cache read once a step, or the arithmetic of the products."""
+    """Least seconds of a rollout's decoding steps: weights and cache read once a step, or the products' arithmetic."""
     config = policy.lm.config
     head = policy.lm.get_output_embeddings().weight.numel()
     tables = {
@@ -219,7 +219,7 @@ def decode(bench: Bench) -> None:
 
 @torch.no_grad()
 def generated(policy: Policy, prompts: Sequence[Prompt], group: int, new_tokens: int) -> None:
-    """Hugging Face's own loop at its fastest, sampling as TRL asks it to."""
+    """Hugging Face's own loop at its fastest, with TRL's sampling settings."""
     tokens = torch.tensor([prompt.tokens for prompt in prompts], device=policy.device)
     tokens = tokens.repeat_interleave(group, 0)
     settings = GenerationConfig(
@@ -273,7 +273,7 @@ def faithful_tf32(bench: Bench) -> None:
 
 
 def config_of(bench: Bench, case: str) -> DictConfig:
-    """A run of some iterations that watches and writes nothing."""
+    """A run of some iterations without callbacks and files."""
     model, words = RUNS[case]
     architecture, vocabulary = MODELS["tiny" if bench.quick else model]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
@@ -325,7 +325,7 @@ def runs(bench: Bench) -> None:
 
 
 def context_bytes() -> int:
-    """What the driver's context takes beside torch's allocator."""
+    """Bytes of the driver's context, outside torch's allocator."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
@@ -347,9 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["gpt2", "llama"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
-    parser.add_argument(
-        "--quick", action="store_true", help="the smallest of everything, to see that it runs"
-    )
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="a folder; figures are added to figures.csv there")
     chosen = parser.parse_args(argv)
     if unknown := set(chosen.parts) - set(PARTS):

@@ -1,4 +1,4 @@
-"""Packs what `benchmarks/gpu.sh` needs, but for torch, as wheels for a machine without a network.
+"""Packs the packages of `benchmarks/gpu.sh`, except torch, as wheels for a machine without a network.
 
     python benchmarks/gpu_wheels.py --python 3.12
     python benchmarks/gpu_wheels.py --python 3.12 --with trl accelerate datasets --without numpy scipy matplotlib
@@ -20,15 +20,15 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "data/wheels"
-#: What tests need beside the package itself.
+#: Packages for the tests, in addition to the package itself.
 EXTRA = ("pytest", "pytest-xdist", "beartype", "peft", "accelerate")
-#: With CUDA they are gigabytes, and the machine has them.
+#: Not packed: with CUDA they are gigabytes, and the machine has them.
 ON_THE_MACHINE = re.compile(r"^(torch|triton|nvidia-.*|cuda-.*|setuptools|policylab)$")
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34, 35)] + ["manylinux2014_x86_64"]
 
 
 def closure(names: list[str], without: set[str]) -> dict[str, str]:
-    """Names and installed versions of packages and of all that they need."""
+    """Names and installed versions of packages and of all their dependencies."""
     found: dict[str, str] = {}
     waiting = list(names)
     while waiting:
@@ -41,7 +41,7 @@ def closure(names: list[str], without: set[str]) -> dict[str, str]:
 
 
 def needs(name: str) -> list[str]:
-    """What an installed package needs, without its extras."""
+    """The dependencies of an installed package, without its extras."""
     requirements = map(Requirement, metadata.requires(name) or [])
     return [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 

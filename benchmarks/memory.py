@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py algo=grpo hardware.products=onednn --iterations 60 --out benchmarks/results/memory.csv
 
-The run is ``python train.py`` with the same words (tiny, reviews, all callbacks). The last line is JSON: GiB resident
-when all is loaded, after the first, fifth and last iteration, after each, and at most.
+The run is ``python train.py`` with the same arguments (tiny, reviews, all callbacks). The last line is JSON: resident
+GiB after loading, after the first, fifth and last iteration, after each, and the peak.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Note(Callback):
 
 
 def noted(words: Sequence[str], iterations: int) -> list[float]:
-    """GiB of a run before the first iteration, after each, and at most."""
+    """GiB of a run before the first iteration, after each, and the peak."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "memory")
         own = [

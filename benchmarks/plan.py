@@ -1,15 +1,15 @@
-"""What ``plan=true`` says of memory, against the memory that runs take.
+"""Compares the memory in ``plan=true`` with the measured memory of runs.
 
     python benchmarks/plan.py                       all configs, some twenty minutes on two cores
     python benchmarks/plan.py --only tiny-ppo       one of them
     python benchmarks/plan.py --out benchmarks/results/plan.csv
-    python benchmarks/plan.py --out benchmarks/results/plan.csv --replan      anew, against what was measured then
+    python benchmarks/plan.py --out benchmarks/results/plan.csv --replan      new plans, earlier measurements
 
-Each config is planned without weights and then run for some iterations by ``train.py`` in a process of its own, a
-checkpoint after every iteration. Compared is the peak of that process's resident memory, libraries included, with the
-plan's largest moment, whose figure for the libraries is a measured constant: much of a small model's sum, and little of
-a large one's. So what is left without it stands beside it. The exit code is 1 when a sum is off by more than
-``--bound``. Times are planned and measured too, and not judged: other programs may run. The last line is JSON.
+Each config is planned without weights and then run for some iterations by ``train.py`` in a separate process, with a
+checkpoint after every iteration. The peak of that process's resident memory, libraries included, is compared with the
+plan's largest moment. The plan's figure for libraries is a measured constant, a large part of a small model's sum, so a
+second column excludes it. The exit code is 1 when a sum is off by more than ``--bound``. Times are planned and measured
+too, but not checked, because other programs may run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODELS = {
     "gpt2": ("model=gpt2_scratch", "model.vocab_size=50257", "iterations=4"),
     "smollm2": ("model=smollm2", "iterations=4"),
 }
-#: What else differs from config to config, so that a plan is not fitted to one.
+#: Other settings that differ between configs, so that plans are not fitted to one.
 CASES: dict[str, tuple[str, ...]] = {
     "tiny-ppo": ("algo=ppo",),
     "tiny-grpo-8": ("algo=grpo", "rollout.prompts=8"),
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A config's plan and what came of it. Memory in MiB."""
+    """A config's plan and measurement. Memory in MiB."""
 
     case: str
     planned: int
@@ -101,9 +101,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=sorted(CASES), help="some of the configs")
     parser.add_argument("--bound", type=float, default=0.25, help="share that a plan may be off by (0.25)")
-    parser.add_argument("--out", type=Path, help="a CSV to write; rows of other configs stay")
+    parser.add_argument("--out", type=Path, help="a CSV to write; rows of other configs are kept")
     parser.add_argument(
-        "--replan", action="store_true", help="run nothing: hold new plans against the CSV's runs"
+        "--replan", action="store_true", help="run nothing: compare new plans with the CSV's runs"
     )
     chosen = parser.parse_args(argv)
     if chosen.replan and not (chosen.out and chosen.out.is_file()):
@@ -157,7 +157,7 @@ def measured(words: list[str]) -> tuple[float, float]:
 
 
 def plan_of(case: str, run: float) -> dict[str, Any]:
-    """The columns that a plan fills, held against the bytes that a run took."""
+    """The columns of a plan, compared with the measured bytes."""
     moment, plan, libraries, plan_s = planned(overrides(case))
     return {
         "case": case,
@@ -172,7 +172,7 @@ def plan_of(case: str, run: float) -> dict[str, Any]:
 
 
 def replanned(file: Path) -> list[Row]:
-    """Rows of a CSV with what is planned today."""
+    """Rows of a CSV with new plans."""
     columns = {field.name: field.type for field in fields(Row)}
     kinds: dict[Any, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     rows = [{n: kinds[columns[n]](v) for n, v in row.items()} for row in csv.DictReader(file.open())]
@@ -214,7 +214,7 @@ def table(found: Sequence[Row]) -> str:
 
 
 def write(file: Path, found: Sequence[Row]) -> None:
-    """A row a config; the rows of configs that were not run this time stay."""
+    """Writes one row per config; rows of configs that were not run are kept."""
     names = [field.name for field in fields(Row)]
     kept = list(csv.DictReader(file.open())) if file.is_file() else []
     new = {row.case: {name: getattr(row, name) for name in names} for row in found}

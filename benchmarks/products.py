@@ -2,9 +2,9 @@
 
     python benchmarks/products.py [--out benchmarks/results/products.csv]
 
-A linear layer's three products: forward, gradient by the input, gradient by the weights, with the operands as they lie.
-The last line says which classes of products a run on this machine leaves to oneDNN. Rows of other processors stay in
-the file.
+A linear layer's three products: forward, gradient of the input, gradient of the weights, in their memory layouts.
+The last line says which classes of products a run on this machine computes with oneDNN. Rows of other processors are
+kept in the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = [
 
 
 def rate(product: Callable[[], Any], operations: int) -> float:
-    """GF/s, after one call to warm up."""
+    """GF/s, after one warm-up call."""
     product()
     seconds = []
     for _ in range(7):
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a CSV to write")
     chosen = parser.parse_args()
     if not onednn_multiplies():
-        raise SystemExit("this build of PyTorch has no oneDNN product: there is nothing to compare")
+        raise SystemExit("this build of PyTorch has no oneDNN product to compare with")
     choice = record(measured())["onednn"]
     products.use(products.ONEDNN)
     rows = []
@@ -68,7 +68,7 @@ def main() -> None:
         cells = [f"{rates[k]:.0f} / {rates[k + 1]:.0f}" for k in (0, 2, 4)]
         print(f"{f'{n} x {i} x {o}':>20}" + "".join(f"{cell:>16}" for cell in cells))
         rows.append([n, i, o, *(f"{r:.0f}" for r in rates)])
-    print(f"a run here leaves to oneDNN: {', '.join(choice) or 'nothing'}")
+    print(f"a run here computes with oneDNN: {', '.join(choice) or 'nothing'}")
     if chosen.out is not None:
         about = describe_environment(Path(__file__).parents[1])
         facts = [

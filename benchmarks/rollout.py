@@ -1,10 +1,10 @@
-"""Tokens a second of each rollout engine, beside what this machine could do at best.
+"""Tokens a second of each rollout engine, compared with this machine's limit.
 
     python benchmarks/rollout.py --model gpt2 --precision bf16 --batch 1 16 64
     python benchmarks/rollout.py --model tiny --engines cached --out benchmarks/results/rollout.csv
 
-The floor is arithmetic over the rate of a large matrix product, or bytes over the memory's rate, whichever
-takes longer; both rates are measured here, in the same run. The last line is JSON.
+The floor is the least time: arithmetic over the rate of a large matrix product, or bytes over the memory's rate,
+whichever takes longer; both rates are measured in the same run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.generate import GenerateEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 
-#: Random weights: what a token costs does not depend on them. SmolLM2-135M's and GPT-2's own sizes.
+#: Random weights, because the cost of a token does not depend on them. SmolLM2-135M's and GPT-2's own sizes.
 MODELS = {
     "tiny": ({"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": 512}, 2048),
     "gpt2": ({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024}, 50257),
@@ -59,7 +59,7 @@ ENGINES = ("cached", "general", "generate")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; a column of the CSV each."""
+    """One line of the table; each field is a column of the CSV."""
 
     model: str
     precision: str
@@ -78,7 +78,7 @@ class Row:
 
 
 class Endless(Policy):
-    """Ends on a token that does not exist, so that every engine writes equally much."""
+    """Ends only at a token that does not exist, so that all engines sample the same number of tokens."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__(loaded, None)
@@ -134,7 +134,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument(
-        "--runs", type=int, default=3, help="timed runs of each engine, in turn, after one more"
+        "--runs", type=int, default=3, help="timed runs of each engine, in turn, after a warm-up"
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="a CSV to add rows to")
@@ -188,7 +188,7 @@ def race(policy: Policy, chosen: argparse.Namespace, batch: int, rates: tuple[fl
 
 @contextmanager
 def runner(engine: str, precision: str, new_tokens: int) -> Iterator[Callable]:
-    """``sample`` of an engine: ours, ours on the path for any architecture, or transformers' own loop."""
+    """``sample`` of an engine: ours, ours with the general decoder, or transformers' own loop."""
     low = precision == "bf16"
     if engine == "generate":
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
@@ -205,7 +205,7 @@ def runner(engine: str, precision: str, new_tokens: int) -> Iterator[Callable]:
 def floor_seconds(
     policy: Policy, chosen: argparse.Namespace, batch: int, prompts: int, rates: tuple[float, float]
 ) -> float:
-    """Of a rollout. Attention's arithmetic, norms and sampling are left out: they make the true floor higher."""
+    """Least seconds of a rollout, without attention's arithmetic, norms and sampling, which would add to it."""
     gemm, memory = rates
     config = policy.lm.config
     head = policy.lm.get_output_embeddings().weight.numel()
@@ -246,7 +246,7 @@ def fastest(work: Callable[[], object], runs: int = 50) -> float:
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """Adds the rows, and a header where the file is new."""
+    """Appends the rows, and a header to a new file."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:

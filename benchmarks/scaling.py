@@ -1,15 +1,15 @@
 """How the cost of an iteration grows with the batch, the completions' length, the group and the model.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling   writes scaling.csv and scaling.png; some ten minutes
-    python benchmarks/scaling.py --tiny                             the same in tiny, to see that it works; two minutes
+    python benchmarks/scaling.py --tiny                             tiny sizes, to see that it works; two minutes
 
-Each point is a run of ``train.py`` in a process of its own (PPO on a GPT-2 with random weights), so that its peak
-memory is its own; of each phase counts the fastest of its iterations but the first. On each axis a line through
-(log work, log seconds) gives an exponent: 1 is linear, less is a fixed cost still being spread, more would be a term
-that grows faster than the work. Work is what has to be done at least: sampled tokens, times what attention adds to each
-(4 c d operations a layer of width d at a mean context of c, beside the 24 d^2 of the linear ones), times the weights
-that each meets. The exit code is 1 when an exponent is above ``--bound``: nothing may grow faster than linearly beyond
-attention's own. The last line is JSON.
+Each point is a run of ``train.py`` in a separate process (PPO on a GPT-2 with random weights), so that it has its own
+peak memory. For each phase the fastest iteration counts, without the first. On each axis a line through (log work, log
+seconds) gives an exponent: 1 is linear, below 1 fixed costs dominate, above 1 a term grows faster than the work. Work
+is the minimum that must be done: sampled tokens, times the share that attention adds (4 c d operations in a layer of
+width d at a mean context of c, in addition to 24 d^2 of the linear layers), times the weights per token. The exit code
+is 1 when an exponent is above ``--bound``: no cost may grow faster than linearly, except attention's own. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OVERRIDES = (
 
 @dataclass(frozen=True)
 class Point:
-    """One size of everything."""
+    """The sizes of one run."""
 
     prompts: int
     group: int
@@ -49,13 +49,13 @@ class Point:
 
     @property
     def weights(self) -> int:
-        """That a token meets: the linear layers, and the head."""
+        """Weights per token: the linear layers, and the head."""
         return 12 * self.layers * self.width**2 + VOCABULARY * self.width
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an iteration took there."""
+    """Seconds and memory of an iteration at a point."""
 
     tokens: float  #: sampled, mean
     work: float
@@ -81,14 +81,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for scaling.csv and scaling.png; none writes no files"
+        "--out", type=Path, help="folder for scaling.csv and scaling.png; without it, no files"
     )
     parser.add_argument(
         "--iterations", type=int, default=4, help="of a run, the first not counted (default 4)"
     )
     parser.add_argument("--bound", type=float, default=1.15, help="largest exponent allowed (default 1.15)")
     parser.add_argument(
-        "--tiny", action="store_true", help="tiny sizes, three a axis; no exponent is refused"
+        "--tiny", action="store_true", help="tiny sizes, three per axis; no exponent is refused"
     )
     chosen = parser.parse_args(argv)
     if chosen.iterations < 2:
@@ -97,17 +97,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def series(tiny: bool) -> dict[str, list[Point]]:
-    """The points of each axis, in rising order; all go through the base."""
+    """The points of each axis, in rising order; all axes contain the base point."""
     if tiny:
         return {axis: [replace(TINY, **{axis: k * getattr(TINY, axis)}) for k in (1, 2, 4)] for axis in AXES}
     return {axis: [replace(BASE, **{axis: value}) for value in values] for axis, values in AXES.items()}
 
 
 def measure(point: Point, iterations: int) -> Cost:
-    """Runs ``train.py`` there.
+    """Runs ``train.py`` at a point.
 
     Raises:
-        RuntimeError: when it fails, with what it said.
+        RuntimeError: when it fails, with its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         words = [
@@ -155,9 +155,9 @@ def exponent(costs: Sequence[Cost], phase: str) -> float:
 
 
 def measure_all(points: list[Point], iterations: int) -> dict[Point, Cost]:
-    """Each point once; says how far it is and how long the rest may take, by the work still to do."""
+    """Measures each point once; prints the progress and the expected time, by the remaining work."""
     costs: dict[Point, Cost] = {}
-    # A start-up, in tokens of the base's model, that each process costs beside its iterations.
+    # The start-up of each process, in tokens of the base's model.
     expected = {
         p: 20_000 + iterations * p.prompts * p.group * p.length * p.weights / BASE.weights for p in points
     }
@@ -176,7 +176,7 @@ def measure_all(points: list[Point], iterations: int) -> dict[Point, Cost]:
 
 
 def table(axes: dict[str, list[Point]], costs: dict[Point, Cost]) -> str:
-    """Markdown: a row a point, and the exponents below each axis."""
+    """A Markdown table: one row per point, and the exponents below each axis."""
     lines = [
         "| axis | value | tokens | rollout s | update s | iteration s | peak MiB |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -194,7 +194,7 @@ def table(axes: dict[str, list[Point]], costs: dict[Point, Cost]) -> str:
 
 
 def write(folder: Path, axes: dict[str, list[Point]], costs: dict[Point, Cost]) -> None:
-    """``scaling.csv``, a row a point of each axis, and ``scaling.png``."""
+    """Writes ``scaling.csv``, with one row per point of each axis, and ``scaling.png``."""
     import matplotlib
 
     matplotlib.use("Agg")

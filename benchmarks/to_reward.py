@@ -3,7 +3,7 @@
     python benchmarks/to_reward.py --algo grpo rloo --seeds 0 1 2 --out benchmarks/results/to_reward.csv
 
 benchmarks/README.md says what is the same on both sides and what cannot be. The last line is JSON; its `ratio` is the
-sum of TRL's seconds over that of ours, by algorithm, `cpu_ratio` that of the seconds of CPU.
+sum of TRL's seconds divided by that of ours, by algorithm; `cpu_ratio` is that of CPU seconds.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from race.ours_to_reward import ROOT, preset
 from race.recipe import Recipe
 from race.referee import RaceError
 
-#: The embedded model, as `model=tiny` reads it.
+#: The embedded model of `model=tiny`.
 TINY = ROOT / "src" / "policylab" / "assets" / "tiny"
 
 
 @dataclass
 class Climb:
-    """What one side did."""
+    """The results of one side."""
 
     seconds: list[float] = field(default_factory=list)  #: of each iteration
     cpu: list[float] = field(
@@ -53,10 +53,10 @@ class Climb:
 
 
 def recipe_of(config: DictConfig, trl_micro_batch: int | None, held_out: int) -> Recipe:
-    """The preset's numbers, for the other side.
+    """The preset's values, for TRL's side.
 
     Raises:
-        ValueError: for a preset that the other side cannot follow.
+        ValueError: for a preset that TRL cannot reproduce.
     """
     algo, optim, rollout = config.algo, config.optim, config.rollout
     if optim.schedule != "constant" or optim.warmup or optim.weight_decay or algo.entropy_coef:
@@ -92,7 +92,7 @@ def recipe_of(config: DictConfig, trl_micro_batch: int | None, held_out: int) ->
 def climb(
     recipe: Recipe, target: float, every: int, folder: Path, trl_python: str, say: referee.Say
 ) -> dict[str, Any]:
-    """Both sides in turn, an iteration each, until each has reached the target or done all iterations.
+    """Runs both sides in turn, one iteration each, until each has reached the target or done all iterations.
 
     Raises:
         RaceError: when a side fails, reads other prompts, or starts from other weights.
@@ -137,7 +137,7 @@ def climb(
 
 
 def shown(name: str, done: Climb) -> str:
-    """Where a side is."""
+    """The progress of a side."""
     return f"{name} {done.rewards[max(done.rewards)]:+.3f} after {sum(done.seconds):.1f} s"
 
 
@@ -173,7 +173,7 @@ def record(
 
 
 def ratio(rows: Sequence[dict[str, Any]], column: str) -> float | None:
-    """TRL's sum of a column over ours, over the seeds; None where a side did not reach the target with one of them."""
+    """TRL's sum of a column over the seeds, divided by ours; None if a side missed the target with one of them."""
     sums = [[row[f"{name}_{column}"] for row in rows] for name in ("trl", "ours")]
     return None if not rows or None in sums[0] + sums[1] else round(sum(sums[0]) / sum(sums[1]), 3)
 
@@ -188,7 +188,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=40, help="at most")
     parser.add_argument("--every", type=int, default=2, help="iterations between two evaluations")
     parser.add_argument("--held-out", type=int, default=256, help="prompts of an evaluation")
-    parser.add_argument("--trl-micro-batch", type=int, help="sequences that TRL's update takes at once; all")
+    parser.add_argument(
+        "--trl-micro-batch", type=int, help="sequences in a micro-batch of TRL's update (default: all)"
+    )
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment with TRL")
     parser.add_argument("--out", type=Path, help="a CSV to add a row to for each seed")
     return parser.parse_args(argv)
@@ -204,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for algo, seed in itertools.product(chosen.algo, chosen.seeds):
         say(f"{algo}, seed {seed}")
-        # one iteration more than are raced: a side tells of an iteration's end where the next one begins
+        # one iteration more than are raced, because a side reports an iteration's end when the next one begins
         recipe = recipe_of(preset(algo, seed, chosen.iterations + 1), chosen.trl_micro_batch, chosen.held_out)
         with tempfile.TemporaryDirectory() as folder:
             try:

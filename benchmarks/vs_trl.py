@@ -1,4 +1,4 @@
-"""Our iteration against TRL's, on the same work, on this machine: benchmarks/README.md says how it is kept fair.
+"""Our iteration against TRL's, on the same work, on this machine; benchmarks/README.md explains how it is kept fair.
 
     python benchmarks/vs_trl.py --model tiny --algo grpo --lengths fixed --precision fp32
     python benchmarks/vs_trl.py --model tiny --algo grpo --check     whether both make the same update, no timing
@@ -28,7 +28,7 @@ from race.referee import RaceError, Result
 from race.work import Work
 
 NEW_TOKENS = {"tiny": 64, "gpt2": 32, "smollm2": 32, "llama": 64}
-#: Those that ``--all`` races; llama, of 0.5 B, is for a GPU.
+#: Models of ``--all``; llama, with 0.5 B, is for a GPU.
 ALL = ("tiny", "gpt2", "smollm2")
 PRECISIONS = ("fp32", "bf16")
 
@@ -46,7 +46,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, help="a completion's; 64 for tiny, else 32")
-    parser.add_argument("--trl-micro-batch", type=int, help="sequences that TRL's update takes at once; all")
+    parser.add_argument(
+        "--trl-micro-batch", type=int, help="sequences in a micro-batch of TRL's update (default: all)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment with TRL")
     parser.add_argument("--check", action="store_true", help="compare the first update and end")
@@ -68,7 +70,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def races(chosen: argparse.Namespace) -> list[Work]:
-    """What the command line asks for."""
+    """The races of the command line."""
     sizes = {name: getattr(chosen, name) for name in ("prompts", "group_size", "trl_micro_batch")}
     if not chosen.all:
         kinds = [(chosen.model, chosen.algo, chosen.critic, chosen.lengths, chosen.precision)]
@@ -76,7 +78,7 @@ def races(chosen: argparse.Namespace) -> list[Work]:
         algos = (("grpo", "separate"), ("rloo", "separate"), ("ppo", "separate"), ("ppo", "shared"))
         grid = itertools.product(ALL, algos, ("fixed", "varied"), PRECISIONS)
         kinds = [(model, *algo, lengths, precision) for model, algo, lengths, precision in grid]
-        # Autocast gains nothing where the overhead of calls is what counts.
+        # Autocast gains nothing if the overhead of calls dominates.
         kinds = [kind for kind in kinds if kind[0] != "tiny" or kind[-1] == "fp32"]
     return [
         Work(
@@ -94,7 +96,7 @@ def races(chosen: argparse.Namespace) -> list[Work]:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """One flat row: what was raced, what came out, and on what."""
+    """One flat row: the race, its results, and the machine."""
     race, ratio = result.race, Ratio.of(result.laps)
     row: dict[str, Any] = asdict(race) | {
         "runs": len(result.laps),

@@ -2,9 +2,9 @@
 
     python benchmarks/where.py --model gpt2 --algo grpo --lengths fixed --precision fp32
 
-The work is that of vs_trl.py, our side alone. torch's profiler counts the time inside each kernel; what is left of the
-clock is Python and the calls themselves. It costs a few microseconds a call, which shows for the tiny model: seconds
-without it are those of vs_trl.py. The last line is JSON.
+The work is that of vs_trl.py, on our side alone. torch's profiler measures the time inside each kernel; the rest of the
+wall time is Python and call overhead. Profiling costs a few microseconds per call, which matters for the tiny model:
+vs_trl.py has the seconds without it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from race import ours, weights
 from race.work import Work
 
 ROOT = Path(__file__).parent.parent
-#: Kinds of work by what a kernel's name holds; the first that fits.
+#: Kinds of work by a part of the kernel's name; the first match counts.
 KINDS = (
     ("attention", ("scaled_dot_product", "flash_attention", "bmm", "aten::_softmax")),
     ("products", ("mkldnn", "linear", "addmm", "aten::mm", "onednn")),
@@ -49,7 +49,7 @@ KINDS = (
     ("copies", ("copy", "cat", "index", "gather", "scatter", "clone", "fill", "zero", "select")),
 )
 OTHER, PYTHON = "other kernels", "Python and calls"
-#: Iterations before the two that are looked at, which also fill the allocator.
+#: Iterations before the two that are profiled; they also fill the allocator.
 WARM = 2
 
 
@@ -59,14 +59,14 @@ def kind_of(kernel: str) -> str:
 
 
 class Clockless:
-    """The race's lane without a race."""
+    """Replaces the race's lane, without a race."""
 
     def clock(self, _: str) -> Any:
         return torch.autograd.profiler.record_function("rollout")
 
 
 class Scope:
-    """Profiles what happens between ``start`` and ``stop``."""
+    """Profiles the work between ``start`` and ``stop``."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -117,7 +117,7 @@ class Look(Callback):
 
 
 def look(work: Work) -> Look:
-    """Two iterations of the work, taken apart."""
+    """Profiles two iterations of the work."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights.save(work.model, folder, with_critic=work.algo == "ppo")
@@ -135,7 +135,7 @@ def look(work: Work) -> Look:
 
 
 def table(work: Work, seen: Look) -> list[dict[str, Any]]:
-    """A row for each part and kind of work."""
+    """One row for each part and kind of work."""
     rows = []
     for part, scope in (("rollout", seen.rollout), ("update", seen.rest)):
         for kind, seconds in sorted(scope.seconds.items(), key=lambda item: -item[1]):
@@ -153,7 +153,7 @@ def table(work: Work, seen: Look) -> list[dict[str, Any]]:
 
 
 def facts() -> dict[str, str]:
-    """Where and when."""
+    """Machine, versions and date."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -164,7 +164,7 @@ def facts() -> dict[str, str]:
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows to a CSV file in the place of those of the same race on the same processor."""
+    """Adds rows to a CSV file, replacing those of the same race on the same processor."""
     before = list(csv.DictReader(path.open())) if path.is_file() else []
     kept = [row for row in before if any(row[key] != rows[0][key] for key in ("race", "cpu"))]
     with path.open("w", newline="") as file:

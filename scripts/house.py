@@ -1,11 +1,11 @@
-"""The structure of the package, drawn as text: rooms by floor, who imports whom, and what breaks the rule.
+"""The structure of the package, drawn as text: rooms by floor, their imports, and violations of the rule.
 
     python scripts/house.py            rooms, their lines, and the rooms that each one imports
     python scripts/house.py ROOM       the files of one room, and what each one imports
 
 A room is a folder of ``src/policylab`` or a module beside them. It imports only from rooms on lower floors, so that
 each can be read and tested without those above. Inside a room no files import each other in a circle. The exit code is
-1 where the rule is broken; ``tests/test_imports.py`` holds it as well.
+1 if the rule is broken; ``tests/test_imports.py`` checks it too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def room_of(module: str) -> str:
 
 
 def imported(node: ast.AST, *, for_types: bool = True) -> Iterator[str]:
-    """Full dotted names that code imports, inside functions as well.
+    """Full dotted names that code imports, also inside functions.
 
     ``from policylab import models`` gives ``policylab.models``: the names count as modules.
 
@@ -61,7 +61,7 @@ def imported(node: ast.AST, *, for_types: bool = True) -> Iterator[str]:
 
 
 def files(package: Path = PACKAGE) -> dict[str, Path]:
-    """Module name below the package -> its file. A folder's ``__init__`` bears the folder's name."""
+    """Module name below the package -> its file. A folder's ``__init__`` has the folder's name."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
@@ -151,7 +151,7 @@ def draw_room(room: str, edges: Mapping[str, set[str]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Draws, then says what breaks the rule."""
+    """Draws, then prints violations of the rule."""
     edges = graph()
     if unknown := sorted({room_of(module) for module in files()} - {*FLOOR, "policylab"}):
         print(f"{', '.join(unknown)}: give each a floor in FLOORS of scripts/house.py", file=sys.stderr)

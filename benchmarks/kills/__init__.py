@@ -1,8 +1,8 @@
-"""What `benchmarks/chaos.py` is made of: small runs, ways to kill them, and a close look at what they left.
+"""The parts of `benchmarks/chaos.py`: small runs, ways to kill them, and a comparison of their files.
 
 settings.py   the runs
-attempt.py    one start of train.py, watched from outside
+attempt.py    one start of train.py, observed from outside
 kinds.py      how a run is killed, or its disk filled
-victim.py     a run that is killed and started again until it is done
-records.py    what a run left, and how two runs differ
+victim.py     a run that is killed and restarted until it is done
+records.py    the files of a run, and the differences between two runs
 """

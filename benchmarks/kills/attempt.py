@@ -1,4 +1,4 @@
-"""One start of ``train.py``, watched from outside. Linux only: it looks into /proc."""
+"""One start of ``train.py``, observed from outside. Linux only, because it reads /proc."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: In the environment of a run's processes, so that they are known by it.
+#: Environment variable of a run's processes, by which they are recognized.
 MARK = "POLICYLAB_CHAOS"
-#: Seconds between two looks.
+#: Seconds between two checks.
 LOOK = 0.02
 #: Seconds in which the processes of a run that has ended must be gone.
 GONE = 15.0
@@ -28,7 +28,7 @@ class Hangs(Exception):
 
 @dataclass(frozen=True)
 class Process:
-    """One of a run's."""
+    """A process of a run."""
 
     pid: int
     parent: int
@@ -36,12 +36,12 @@ class Process:
 
 
 class Attempt:
-    """A run that goes on in its folder, or starts there.
+    """A run that resumes in its folder, or starts there.
 
     Args:
-        words: what ``train.py`` is told, but for the folder.
+        words: arguments of ``train.py``, without the folder.
         folder: of the run.
-        output: a file; what the run says is added to it.
+        output: file to which the run's output is appended.
     """
 
     def __init__(self, words: Sequence[str], folder: Path, output: Path) -> None:
@@ -60,20 +60,20 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Seconds since the start."""
         return time.monotonic() - self.began
 
     @property
     def alive(self) -> bool:
-        """Whether the process that was started has not ended."""
+        """Whether the started process is running."""
         return self.process.poll() is None
 
     def lives_until(self, seconds: float) -> bool:
-        """Waits for a moment; whether the run is still there then."""
+        """Waits until a moment; returns whether the run is still alive."""
         return self.lives_to_see(lambda: self.seconds >= seconds)
 
     def lives_to_see(self, happened: Callable[[], bool], look: float = LOOK) -> bool:
-        """Waits for something to happen; whether it did before the run ended."""
+        """Waits for an event; returns whether it came before the run ended."""
         while self.alive:
             if happened():
                 return True
@@ -82,21 +82,21 @@ class Attempt:
 
     @property
     def rows(self) -> int:
-        """Iterations on record, that of the first validation counted."""
+        """Number of recorded iterations, the first validation included."""
         try:
             return (self.folder / "metrics.csv").read_bytes().count(b"\n") - 1
         except FileNotFoundError:
             return 0
 
     def built(self) -> bool:
-        """Whether this start has models, data and environment; what stood in the folder before does not count."""
+        """Whether this start has built model and data; earlier records in the folder do not count."""
         try:
             return (self.folder / "env.json").stat().st_mtime > self.since
         except FileNotFoundError:
             return False
 
     def listens_to(self, number: int) -> bool:
-        """Whether the process that was started has a handler for a signal."""
+        """Whether the started process has a handler for a signal."""
         try:
             lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         except OSError:
@@ -105,8 +105,8 @@ class Attempt:
         return bool(int(caught, 16) >> (number - 1) & 1)
 
     def signal(self, number: int, *, group: bool = False) -> None:
-        """To the process that was started, or to its whole group."""
-        with suppress(ProcessLookupError):  # it was quicker
+        """Sends a signal to the started process, or to its whole group."""
+        with suppress(ProcessLookupError):  # it has already ended
             (os.killpg if group else os.kill)(self.process.pid, number)
 
     def end(self, within: float) -> int:
@@ -116,7 +116,7 @@ class Attempt:
             The exit code.
 
         Raises:
-            Hangs: when it does not come in time; then the run is ended.
+            Hangs: when the run does not end in time; it is then killed.
         """
         try:
             return self.process.wait(within)
@@ -125,7 +125,7 @@ class Attempt:
             raise Hangs(f"still running after {self.seconds:.0f} s") from None
 
     def processes(self) -> list[Process]:
-        """All that carry the mark, whoever started them."""
+        """All processes with the mark, whichever process started them."""
         mark, found = f"{MARK}={self.mark}".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -134,15 +134,15 @@ class Attempt:
                     command = (entry / "cmdline").read_text().replace("\0", " ")
                     found.append(Process(int(entry.name), int(parent), command))
             except OSError:
-                continue  # it has ended, or is somebody else's
+                continue  # it has ended, or belongs to another user
         return found
 
     def ranks(self) -> list[Process]:
-        """The processes that train, where there are several."""
+        """The processes that train, if there are several."""
         return [p for p in self.processes() if p.parent == self.process.pid and "spawn_main" in p.command]
 
     def left_behind(self) -> list[str]:
-        """Commands of processes that outlive the run; they are ended."""
+        """Commands of processes that are still alive after the run; kills them."""
         deadline = time.monotonic() + GONE
         while (rest := self.processes()) and time.monotonic() < deadline:
             time.sleep(LOOK)
@@ -150,7 +150,7 @@ class Attempt:
         return [process.command for process in rest]
 
     def clear(self) -> None:
-        """Ends what is left."""
+        """Kills the remaining processes."""
         for process in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""How a run is killed, or its disk filled: each kind draws its moment, and tells what is right afterwards."""
+"""Ways to kill a run, or to fill its disk: each kind draws its moment, and knows which ends are right afterwards."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from random import Random
 
 from kills.attempt import Attempt
 
-#: Seconds in which a run that was told to stop, or that lost a process, must end.
+#: Seconds in which a run must end after a signal or the loss of a process.
 SOON = 60.0
-#: A moment is drawn up to this share of the time that a run takes: some come too late.
+#: Moments are drawn up to this share of the run's duration, so some come too late.
 LATEST = 1.03
 
 
 @dataclass(frozen=True)
 class Course:
-    """When a run that nobody disturbs comes how far: seconds since its start."""
+    """The progress of an undisturbed run: seconds since its start."""
 
     built: float  #: models, data and environment are there
     saved: float  #: the first checkpoint is
@@ -34,7 +34,7 @@ class Course:
         return self.iterations - self.done
 
     def rest(self, done: int) -> Course:
-        """The course of a run that goes on after so many iterations."""
+        """The progress of a run that resumes after this many iterations."""
         return replace(self, end=self.end - self.pace * done, done=done)
 
     @property
@@ -62,7 +62,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Hit:
-    """What was done to a run, and how it may end."""
+    """A disturbance of a run, and the ends that are right after it."""
 
     seconds: float  #: since the start
     codes: frozenset[int] | None = None  #: exit codes that are right; None: any
@@ -96,10 +96,10 @@ def killed(attempt: Attempt, *, group: bool = True) -> Hit:
 
 
 def terminate(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
-    """SIGTERM at any moment: the run says "run me again", or it was done."""
+    """SIGTERM at any moment: the run exits with 75 ("run the same command again"), or it was done."""
     if not course.reached(attempt, draw):
         return None
-    # Before Python has read the first lines, nobody listens.
+    # Before Python has read the first lines, there is no signal handler.
     deaf = set() if attempt.listens_to(signal.SIGTERM) else {-signal.SIGTERM}
     attempt.signal(signal.SIGTERM)
     return Hit(attempt.seconds, frozenset({0, os.EX_TEMPFAIL} | deaf))
@@ -128,7 +128,7 @@ def kill_writing(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
 
 
 def damage(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
-    """``kill -9``, and the newest checkpoint is cut short, or a bit of it is another one."""
+    """``kill -9``; then the newest checkpoint is truncated, or one bit of it is flipped."""
     newest, previous = (attempt.folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
     if not (course.reached(attempt, draw) and attempt.lives_to_see(previous.exists)):
         return None
@@ -136,7 +136,7 @@ def damage(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
     attempt.process.wait()
     size = newest.stat().st_size
     place = draw.randrange(size)
-    damaged = newest.with_name("damaged")  # the file may have a second name, which is left alone
+    damaged = newest.with_name("damaged")  # the file may be a hard link, whose other name must stay intact
     content = bytearray(newest.read_bytes())
     if draw.random() < 0.5:
         del content[place:]
@@ -148,12 +148,12 @@ def damage(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
 
 
 def kill_rank(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
-    """``kill -9`` of one process of several: the others do not wait for it for ever."""
+    """``kill -9`` of one of several processes: the others must not wait for it forever."""
     return one_killed(attempt, course, draw, Hit(0.0, frozenset({0, 1})))
 
 
 def kill_rank_restarting(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
-    """``kill -9`` of one process of several, where the run is to start them again by itself."""
+    """``kill -9`` of one of several processes, if the run restarts them by itself."""
     return one_killed(attempt, course, draw, Hit(0.0, frozenset({0}), within=SOON + 5 * course.end))
 
 
@@ -168,7 +168,7 @@ def one_killed(attempt: Attempt, course: Course, draw: Random, right: Hit) -> Hi
 
 
 def fill_disk(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
-    """The disk is full for a while. The run may end or go on."""
+    """The disk is full for a while. The run may end or continue."""
     hold = draw.uniform(0.5, 4.0)
     if not course.reached(attempt, draw):
         return None
@@ -179,7 +179,7 @@ def fill_disk(attempt: Attempt, course: Course, draw: Random) -> Hit | None:
 
 
 class Ballast:
-    """A file that takes all that is left of a disk, again and again while it is there."""
+    """A file that fills the rest of a disk, repeatedly, until it is removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -191,17 +191,17 @@ class Ballast:
                 try:
                     file.write(block)
                 except OSError:
-                    block = block[: len(block) // 2]  # the last corner as well
+                    block = block[: len(block) // 2]  # fills the last bytes as well
 
     def __exit__(self, *_: object) -> None:
         self.path.unlink()
 
 
 class SmallDisk:
-    """A disk in memory, at a folder. Making one takes root.
+    """A disk in memory, mounted at a folder. Needs root.
 
     Raises:
-        PermissionError: where it may not be made.
+        PermissionError: when mounting is not allowed.
     """
 
     def __init__(self, folder: Path, megabytes: int) -> None:
@@ -223,7 +223,7 @@ class SmallDisk:
 
 
 def may_mount(folder: Path) -> bool:
-    """Whether small disks can be made."""
+    """Whether small disks can be mounted."""
     try:
         with SmallDisk(folder, 1):
             return True

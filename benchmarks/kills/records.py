@@ -1,4 +1,4 @@
-"""What a run left, and how two runs differ: nothing but times may."""
+"""The files of a run, and the differences between two runs, without times."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from policylab.runs.status import read_status
 #: another one counts again. None of it acts.
 ASIDE = ("policylab/config", "loops/validate_loop", "loops/fit_loop/epoch_loop.val_loop")
 TIMES = ("wall_seconds",)
-#: Differences that are told of each file.
+#: Number of differences reported for each file.
 TOLD = 3
 
 
 def differences(reference: Path, victim: Path) -> list[str]:
-    """What is not the same in two run folders; nothing else than times and folders is left out."""
+    """The differences between two run folders, except for times and folder names."""
     found = list[str]()
     for name, read in {
         "checkpoints/last.ckpt": checkpoint,
@@ -62,7 +62,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bytes: two NaN are the same, two zeros of other signs are not."""
+    """A tensor's bytes: two NaN are equal, zeros of different signs are not."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -74,7 +74,7 @@ def short(value: Any) -> str:
 
 
 def checkpoint(path: Path) -> dict[str, Any]:
-    """All that acts in a checkpoint, by its place."""
+    """All values of a checkpoint that have an effect, by their path."""
     if not path.exists():
         return {}
     content = torch.load(path, map_location="cpu", weights_only=True)
@@ -86,7 +86,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
 
 
 def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """What nested dicts and lists hold, with its place."""
+    """The values in nested dicts and lists, with their paths."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
@@ -123,7 +123,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def status(path: Path) -> dict[str, Any]:
-    """How far the run says it is."""
+    """The progress in the run's status."""
     content = read_status(path.parent)
     return {name: content.get(name) for name in ("status", "iteration", "tokens_sampled", "exception")}
 
@@ -134,17 +134,17 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def wandb_ids(folder: Path) -> dict[str, int]:
-    """How many W&B runs there are: each start leaves a folder that ends in the run's id."""
+    """The ids of W&B runs: each start creates a folder whose name ends in the run's id."""
     return {"runs": len({p.name.rpartition("-")[2] for p in folder.glob("*run-*-*")})}
 
 
 def done(run: Path) -> int:
-    """Iterations that a run has made, as it says."""
+    """Number of iterations in the run's status."""
     return int(read_status(run).get("iteration", 0))
 
 
 def kept(run: Path) -> int:
-    """Iterations from which it would go on."""
+    """The iteration from which the run would resume."""
     try:
         found = newest_whole_checkpoint(run)
     except UserError:  # none of them can be read
@@ -153,6 +153,6 @@ def kept(run: Path) -> int:
 
 
 def whole(run: Path) -> bool:
-    """Whether the rows of all iterations are there, in order: what the uninterrupted run is held to."""
+    """Whether the rows of all iterations exist, in order; checked for the uninterrupted run."""
     with (run / "metrics.csv").open(newline="") as file:
         return [int(row["iteration"]) for row in csv.DictReader(file)] == list(range(done(run) + 1))

@@ -1,4 +1,4 @@
-"""The runs: a few seconds each, in which every part of a state matters."""
+"""The runs, of a few seconds each. Together they use every part of the state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Setting:
     processes: int = 1
 
     def command(self) -> list[str]:
-        """What ``train.py`` is told, but for the folder."""
+        """Arguments of ``train.py``, without the folder."""
         return [*COMMON, *self.overrides, f"iterations={self.iterations}"]
 
 
-#: A schedule, so that an optimizer that forgets where it was is seen; samples of every iteration.
+#: A schedule, so that a lost optimizer position is detected; samples of every iteration.
 COMMON = (
     "task=random_walks", "hardware=cpu", "optim.schedule=cosine", "optim.warmup=5", "rollout.prompts=8",
     "validation.every=6", "validation.prompts=32", "callbacks.checkpoint.every=2", "callbacks.samples.every=1",
@@ -40,7 +40,7 @@ SETTINGS = {
         Setting("trpo", ("algo=trpo",), iterations=8),
         # the order of a data set
         Setting("sft", ("algo=sft", "algo.batch_size=16"), iterations=30),
-        # a record elsewhere that must remain one run; a budget that ends it before its last iteration
+        # a W&B run that must stay one run; a budget that ends the run before its last iteration
         Setting("rloo_wandb", ("algo=rloo", "logger=wandb", "max_tokens=2000")),
         Setting("ppo_2", ("algo=ppo", *TWO), iterations=14, processes=2),
         Setting("grpo_2", ("algo=grpo", *TWO), iterations=14, processes=2),

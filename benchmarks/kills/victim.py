@@ -1,4 +1,4 @@
-"""A run that is disturbed and started again until it is done; and one that is left alone."""
+"""A run that is disturbed and restarted until it is done; and an undisturbed one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kills.kinds import Course, Kind
 from kills.records import differences, done, kept, whole
 from kills.settings import Setting
 
-#: Seconds after which a run of this size hangs.
+#: Seconds after which a run of this size counts as hanging.
 PATIENCE = 600.0
-#: Starts after which a run that nobody disturbs any more is given up.
+#: Number of starts after which a run counts as lost.
 STARTS = 10
 
 
 @dataclass
 class Fate:
-    """What became of a run."""
+    """The outcome of a run."""
 
     hits: list[float] = field(default_factory=list)  #: seconds since the start that was hit
     codes: list[int] = field(default_factory=list)  #: exit codes, one a start
@@ -38,15 +38,15 @@ class Fate:
 
     @property
     def why(self) -> str:
-        """What is wrong."""
+        """The reason, if the run was lost or is different."""
         return self.lost or "; ".join(self.apart)
 
 
 def undisturbed(setting: Setting, folder: Path) -> Course:
-    """A run that nobody disturbs.
+    """An undisturbed run.
 
     Raises:
-        RuntimeError: when even that fails.
+        RuntimeError: when it fails.
     """
     output = folder.with_suffix(".txt")
     attempt = Attempt(setting.command(), folder, output)
@@ -63,7 +63,7 @@ def undisturbed(setting: Setting, folder: Path) -> Course:
 def disturbed(
     setting: Setting, kind: Kind, folder: Path, output: Path, course: Course, hits: int, draw: Random
 ) -> Fate:
-    """A run that is hit so many times, unless it is done before, and then left alone."""
+    """A run that is hit several times, unless it is done earlier, and then finishes undisturbed."""
     fate, began = Fate(), time.monotonic()
     words = [*setting.command(), *kind.overrides]
     try:
@@ -83,14 +83,14 @@ def disturbed(
 
 
 class Lost(Exception):
-    """A run that has not done what it should."""
+    """A run that did not end correctly."""
 
 
 def one_attempt(attempt: Attempt, kind: Kind, course: Course, hits: int, draw: Random, fate: Fate) -> None:
     """One start, hit or not, to its end.
 
     Raises:
-        Lost: when it ends otherwise than it should.
+        Lost: when it does not end correctly.
         Hangs: when it does not end.
     """
     hit = kind.strike(attempt, course, draw) if len(fate.hits) < hits else None
@@ -109,12 +109,12 @@ def one_attempt(attempt: Attempt, kind: Kind, course: Course, hits: int, draw: R
 
 
 def compare(reference: Path, victim: Path, fate: Fate) -> None:
-    """Holds a run that is done against the one that nobody disturbed."""
+    """Compares a finished run with the undisturbed one."""
     if not fate.lost:
         fate.apart = differences(reference, victim)
 
 
 def tail(output: Path, count: int = 3) -> str:
-    """The last lines of what a run said."""
+    """The last lines of a run's output."""
     lines: Sequence[str] = [line.strip() for line in output.read_text(errors="replace").splitlines()]
     return " | ".join([line for line in lines if line][-count:])

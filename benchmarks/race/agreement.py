@@ -1,4 +1,4 @@
-"""Whether both sides make the same update of the same batch."""
+"""Checks that both sides make the same update with the same batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from race.work import Work
 
 @dataclass(frozen=True)
 class Limits:
-    """What still is an agreement."""
+    """Largest differences that count as agreement."""
 
     cosine: float  #: at least
     length: float  #: relative error of the gradient's length, at most
@@ -31,7 +31,7 @@ ROUNDED = Limits(0.98, 0.05, 2e-2)
 
 
 def limits(race: Work) -> Limits:
-    """Those of a race."""
+    """The limits of a race."""
     if race.precision == "bf16":
         return ROUNDED
     return ONE_MORE_VALUE if race.algo == "ppo" and race.lengths == "varied" else EXACT
@@ -39,7 +39,7 @@ def limits(race: Work) -> Limits:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the two gradients, over all parameters that both sides have."""
+    """Differences of the two gradients, over all parameters that both sides have."""
 
     cosine: float
     length: float  #: relative error of TRL's length
@@ -70,7 +70,7 @@ class Agreement:
 
 
 def compare(race: Work, losses: tuple[float, float], ours: Path, theirs: Path) -> Agreement:
-    """Holds the gradients in two folders against each other, in float64, a parameter at a time."""
+    """Compares the gradients in two folders, in float64, one parameter at a time."""
     names, others = ({file.name for file in folder.iterdir()} for folder in (ours, theirs))
     dot = own = its = 0.0
     parameters = 0

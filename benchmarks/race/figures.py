@@ -1,4 +1,4 @@
-"""Medians, ratios with their spread, tables. Nothing here runs anything."""
+"""Medians, ratios with their spread, tables. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-#: Of an iteration, in order; together they are all of it.
+#: Phases of an iteration, in order; together they are the whole iteration.
 PHASES = ("rollout", "evaluation", "loss", "backward", "optimizer")
 
 
@@ -20,7 +20,7 @@ class Lap:
     Attributes:
         rollout: inside the engine, or inside `generate`.
         evaluation: the rest before the update: old, reference and value forward passes, rewards, advantages.
-        loss: forward pass of the update, and what else there is besides backward and optimizer.
+        loss: forward pass of the update, and all other work except backward pass and optimizer.
     """
 
     seconds: float
@@ -54,7 +54,7 @@ def median_lap(laps: Sequence[Lap]) -> Lap:
 
 @dataclass(frozen=True)
 class Ratio:
-    """TRL's seconds over ours: that of the medians, and the lowest and highest of a pair."""
+    """TRL's seconds divided by ours: of the medians, and the lowest and highest of a pair."""
 
     median: float
     lowest: float
@@ -68,7 +68,7 @@ class Ratio:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns wide enough for what they hold, the first one to the left."""
+    """A text table; the first column is left-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
     return "\n".join(
@@ -99,7 +99,7 @@ def append(file: Path, record: Mapping[str, Any]) -> None:
         with file.open(newline="") as handle:
             columns = next(csv.reader(handle))
         if columns != list(record):
-            raise ValueError(f"{file} has other columns than this race gives; take a new file")
+            raise ValueError(f"{file} has other columns than this race; take a new file")
     with file.open("a", newline="") as handle:
         writer = csv.DictWriter(handle, list(record), lineterminator="\n")
         if new:

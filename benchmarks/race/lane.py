@@ -1,7 +1,7 @@
-"""A worker's end of the line: waits for the referee's word, runs one iteration, tells what it took.
+"""A worker's connection to the referee: waits for a command, runs one iteration, reports its times.
 
-Commands come in on standard input and answers go out on what was standard output, one JSON object a line. Everything
-that libraries print goes to standard error.
+Commands arrive on standard input and answers go to the original standard output, one JSON object per line. Output of
+libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 
 class Lane:
-    """One worker's line and stopwatch.
+    """One worker's connection and stopwatch.
 
     Attributes:
-        command: of the iteration under way.
+        command: of the current iteration.
         gradients: the side's gradients before an optimizer step, under names that both sides use.
-        loss: what went backward, summed, in an iteration whose gradients are wanted.
-        evaluate: the side's held-out reward, off the clock.
+        loss: sum of the losses of backward passes, in an iteration whose gradients are compared.
+        evaluate: computes the side's held-out reward; not timed.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Lane:
         self._clock[phase] = self._clock.get(phase, 0.0) + time.perf_counter() - start
 
     def loss_begins(self) -> None:
-        """The update begins: what went before was sampling, and evaluating what was sampled."""
+        """Marks the beginning of the update: the time before was sampling and evaluation of the samples."""
         self._clock.setdefault("before_loss", time.perf_counter() - self._started)
 
     def _wait(self) -> None:
@@ -83,7 +83,7 @@ class Lane:
             self.command = json.loads(sys.stdin.readline() or '{"do": "stop"}')
             if self.command["do"] == "stop":
                 self._answer({"peak_gib": peak_memory()})
-                os._exit(0)  # neither trainer has anything to finish
+                os._exit(0)  # neither trainer has work left
             if self.command["do"] != "evaluate":
                 break
             self._answer({"reward": self.evaluate()})
@@ -110,7 +110,7 @@ class Lane:
 
 
 def memory() -> float | None:
-    """GiB that this process holds, on the GPU where it uses one; None where the system does not tell."""
+    """GiB of this process, on the GPU if it uses one; None if the system does not report it."""
     if torch.cuda.is_initialized():
         return torch.cuda.memory_allocated() / 2**30
     file = Path("/proc/self/statm")
@@ -118,7 +118,7 @@ def memory() -> float | None:
 
 
 def peak_memory() -> float:
-    """GiB that this process held at most, on the GPU where it uses one."""
+    """Peak GiB of this process, on the GPU if it uses one."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,9 +25,9 @@ from race.lane import Lane
 from race.work import Work
 
 ROOT = Path(__file__).parents[2]
-#: More iterations than anybody waits for: the referee ends the run.
+#: More iterations than needed: the referee ends the run.
 ENDLESS = 10**6
-#: Far above the probability of EOS and PAD, also after some updates; too little to change much of what is sampled.
+#: Far above the probability of EOS and PAD, also after some updates, but too small to change the samples much.
 RARE = 1e-2
 
 
@@ -54,7 +54,7 @@ class Scheduled:
     """An engine whose completions end where the schedule says.
 
     The engines draw by inverse CDF, so noise of 0 draws the first id, which is EOS, and noise above the probability
-    of EOS and PAD draws neither. The engine does nothing else than it always does.
+    of EOS and PAD draws neither. The engine itself is unchanged.
     """
 
     def __init__(self, engine: Any, lane: Lane, lengths: Sequence[int]) -> None:
@@ -143,7 +143,7 @@ def config(race: Work, folder: Path, prompts: Sequence[Sequence[int]]) -> DictCo
 
 
 def gradients(module: TrainingModule) -> dict[str, Tensor]:
-    """By the names of Hugging Face's classes, which TRL's side has as well."""
+    """Gradients by parameter name in Hugging Face's classes, as on TRL's side."""
     policy = module.policy
     found = {f"policy.{name}": p.grad for name, p in policy.lm.named_parameters()}
     if policy.critic is not None:
@@ -153,7 +153,7 @@ def gradients(module: TrainingModule) -> dict[str, Tensor]:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Of this environment, for the results."""
+    """Facts of this environment, for the results."""
     environment = describe_environment(ROOT)
     return {
         "versions": {"policylab": environment["policylab"], **environment["packages"]},

@@ -1,4 +1,4 @@
-"""Our side of `benchmarks/to_reward.py`: the preset as it is shipped, with the recipe's reward."""
+"""Our side of `benchmarks/to_reward.py`: the shipped preset, with the recipe's reward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALONE = (
 
 
 def preset(algo: str, seed: int, iterations: int) -> DictConfig:
-    """The composed config of ``train.py algo=ALGO seed=SEED``, which evaluates nothing itself."""
+    """The composed config of ``train.py algo=ALGO seed=SEED``, without its own validations."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose(
             "train",

@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks/to_reward.py` do: the recipe as plain data, the reward, and the held-out evaluation.
+"""Shared by both sides of `benchmarks/to_reward.py`: the recipe as plain data, the reward, the held-out evaluation.
 
 TRL's side imports this in its own environment, which needs torch and vaderSentiment.
 """
@@ -22,7 +22,7 @@ HELD_OUT_BATCH, HELD_OUT_SEED = 128, 0
 
 @dataclass(frozen=True)
 class Recipe:
-    """A preset's numbers, and the prompts that it is trained and evaluated on."""
+    """A preset's values, and its prompts for training and evaluation."""
 
     algo: str  #: grpo, rloo
     seed: int
@@ -69,7 +69,7 @@ def _analyzer() -> SentimentIntensityAnalyzer:
 
 
 def reward(text: str) -> float:
-    """VADER's compound score, as ``reward=sentiment`` gives it."""
+    """VADER's compound score, as in ``reward=sentiment``."""
     return float(_analyzer().polarity_scores(text)["compound"])
 
 
@@ -78,7 +78,7 @@ def held_out_reward(generate: Callable[..., Any], tokenizer: Any, recipe: Recipe
     """Mean reward of one completion for each held-out prompt. Equal weights give equal figures on both sides.
 
     Args:
-        generate: the model's own.
+        generate: the model's own method.
     """
     return sum(map(reward, completions(generate, tokenizer, recipe))) / len(recipe.held_out)
 

@@ -21,19 +21,19 @@ from race.figures import Lap
 from race.work import Work
 
 BENCHMARKS = Path(__file__).parents[1]
-#: Seconds between two turns, in which the threads of the side that ran go to sleep.
+#: Seconds between two turns, in which the idle side's threads go to sleep.
 BREATH = 0.3
 
 Say = Callable[[str], None]
 
 
 class RaceError(Exception):
-    """A side failed, or the sides did not do the same."""
+    """A side failed, or the sides did different work."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a race gave. ``ours`` and ``theirs`` hold what the workers said of themselves."""
+    """The result of a race. ``ours`` and ``theirs`` hold the workers' own facts."""
 
     race: Work
     laps: list[tuple[Lap, Lap]]  #: ours and TRL's, of each pair
@@ -58,16 +58,16 @@ class Worker:
         )
 
     def answer(self) -> dict[str, Any]:
-        """The next thing that it has to say.
+        """The worker's next answer.
 
         Raises:
-            RaceError: when it is dead, with the end of what it printed.
+            RaceError: when the worker has exited, with the end of its output.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise RaceError(f"{self.name} died:\n" + "\n".join(self._log.read_text().splitlines()[-12:]))
+            raise RaceError(f"{self.name} exited:\n" + "\n".join(self._log.read_text().splitlines()[-12:]))
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -86,12 +86,12 @@ class Worker:
         return self.answer()
 
     def evaluate(self) -> float:
-        """The held-out reward of its present weights."""
+        """The held-out reward of its current weights."""
         self.send("evaluate")
         return float(self.answer()["reward"])
 
     def stop(self) -> dict[str, Any]:
-        """Its last words."""
+        """Stops the worker and returns its last answer."""
         self.send("stop")
         last = self.answer()
         self._process.wait()
@@ -107,11 +107,11 @@ class Worker:
 def workers(
     modules: tuple[str, str], arguments: list[str], folder: Path, trl_python: str
 ) -> Iterator[tuple[Worker, Worker]]:
-    """Ours and TRL's, which load their model beside each other; neither outlives the block.
+    """Our worker and TRL's, which load their models at the same time; both end with the block.
 
     Args:
         modules: of race/, ours and TRL's.
-        folder: for what they print.
+        folder: for their output.
     """
     sides = [
         Worker(
@@ -147,7 +147,7 @@ def make_model(race: Work, folder: Path) -> None:
 
 
 def run(race: Work, runs: int, folder: Path, trl_python: str, say: Say) -> Result:
-    """The whole race, in an empty folder.
+    """Runs the whole race, in an empty folder.
 
     Raises:
         RaceError: when a side fails, or when prompts, lengths or the first update differ.
@@ -165,9 +165,9 @@ def run(race: Work, runs: int, folder: Path, trl_python: str, say: Say) -> Resul
         def lap(side: Worker, **command: Any) -> dict[str, Any]:
             answer = side.run(**command)
             if answer["prompts"] != fingerprint:
-                raise RaceError(f"{side.name} read other prompts than it was given")
+                raise RaceError(f"{side.name} read other prompts than the given ones")
             if sorted(answer["lengths"]) != sorted(race.schedule()):
-                raise RaceError(f"{side.name} sampled completions of other lengths than it was to")
+                raise RaceError(f"{side.name} sampled completions of other lengths than scheduled")
             return answer
 
         agreement = first_update(race, folder, ours, theirs, lap)
@@ -187,7 +187,7 @@ def run(race: Work, runs: int, folder: Path, trl_python: str, say: Say) -> Resul
 def first_update(
     race: Work, folder: Path, ours: Worker, theirs: Worker, lap: Callable[..., dict[str, Any]]
 ) -> Agreement | None:
-    """Our side samples and makes an update; TRL's makes one of the same tokens."""
+    """Our side samples and makes an update; TRL's side makes one with the same tokens."""
     gradients = [folder / "gradients" / side for side in ("ours", "theirs")]
     for side in gradients:
         side.mkdir(parents=True)

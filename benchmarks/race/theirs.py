@@ -28,7 +28,7 @@ from race.lane import Lane
 from race.work import EOS, PAD, PROMPT_TOKENS, Work
 
 ENDLESS = 10**6
-#: Iterations before the data are read anew.
+#: Iterations before the data are read again.
 REPEATS = 100
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -53,7 +53,7 @@ class Schedule(LogitsProcessor):
 
 
 class Generation:
-    """Stands before ``model.generate``: its clock, its schedule, and for the comparison of updates its tokens."""
+    """Wraps ``model.generate``: adds its clock, its schedule and, to compare updates, its tokens."""
 
     def __init__(self, lane: Lane, model: Any, race: Work) -> None:
         self._lane, self._model, self._generate = lane, model, model.generate
@@ -95,7 +95,7 @@ class Generation:
 
 
 class TokenReward(nn.Module):
-    """The work's reward as the reward model that TRL's PPO asks for."""
+    """The work's reward, as the reward model that TRL's PPO requires."""
 
     base_model_prefix = "backbone"
 
@@ -126,7 +126,7 @@ class Racer(TrainerCallback):
 
 
 def settings(race: Work, folder: Path) -> dict[str, Any]:
-    """What all of TRL's configs take."""
+    """Settings of all TRL configs."""
     return {
         "output_dir": str(folder / "trl"), "per_device_train_batch_size": race.trl_micro_batch,
         "gradient_accumulation_steps": race.sequences // race.trl_micro_batch,
@@ -168,7 +168,7 @@ def group_trainer(
 
 
 def ppo_trainer(race: Work, folder: Path, model: Any, prompts: Sequence[Sequence[int]], racer: Racer) -> Any:
-    """PPO; each prompt as often as our side samples it."""
+    """PPO; each prompt is repeated as often as our side samples it."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     rows = [{"input_ids": list(ids)} for ids in prompts for _ in range(race.group_size)]
@@ -190,7 +190,7 @@ def ppo_trainer(race: Work, folder: Path, model: Any, prompts: Sequence[Sequence
         eval_dataset=Dataset.from_list(rows[:1]),
         callbacks=[racer],
     )  # fmt: skip
-    # Its own loader shuffles, and accelerate takes a step, whatever is to be accumulated, where a loader's data end.
+    # TRL's own loader shuffles, and accelerate makes a step at the end of a loader's data, even while accumulating.
     in_order = DataLoader(Dataset.from_list(rows * REPEATS), race.sequences, collate_fn=trainer.data_collator)
     trainer.dataloader = trainer.accelerator.prepare(in_order)
     return trainer
@@ -201,7 +201,7 @@ def load(folder: Path) -> Any:
 
 
 def gradients(model: nn.Module, critic: Any) -> Mapping[str, Tensor]:
-    """By the names of Hugging Face's classes."""
+    """Gradients by parameter name in Hugging Face's classes."""
     found = {f"policy.{name}": p.grad for name, p in model.named_parameters()}
     if critic is not None:
         for name, p in critic.named_parameters():
@@ -220,7 +220,7 @@ def main(race: Work, folder: Path) -> None:
     trainer = make(race, folder, model, prompts, Racer(lane, generation))
     critic = trainer.value_model if race.algo == "ppo" else None
     lane.gradients = lambda: gradients(model, critic)
-    # PPO's generation goes past what accelerate wraps; the whole of it under autocast is the fastest there is.
+    # PPO's generation bypasses accelerate's autocast; running all of it under autocast is fastest.
     with torch.autocast(race.device, torch.bfloat16, enabled=race.algo == "ppo" and race.precision == "bf16"):
         trainer.train()
 

@@ -22,7 +22,7 @@ from race.theirs import PACKAGES
 
 
 class Generation:
-    """Stands before ``model.generate`` and notes which prompts it reads."""
+    """Wraps ``model.generate`` and records its prompts."""
 
     def __init__(self, lane: Lane, generate: Any) -> None:
         self._lane, self.generate = lane, generate
@@ -37,10 +37,10 @@ class Generation:
 
 
 class Positions:
-    """Stands before ``model.forward`` and counts positions from each row's first token, as ``generate`` does.
+    """Wraps ``model.forward`` and counts positions from each row's first token, as ``generate`` does.
 
-    TRL's training passes give none, and a model with absolute positions then reads a left-padded prompt as if its
-    padding were words: other log-probs than those it sampled from, and another update than ours.
+    TRL's training passes give no positions. A model with absolute positions then reads left padding as if it were
+    tokens, so its log-probs differ from the sampled ones, and its update from ours.
     """
 
     def __init__(self, forward: Any) -> None:
@@ -69,8 +69,8 @@ class Racer(TrainerCallback):
 
 
 def trainer_for(recipe: Recipe, folder: Path, model: Any, racer: Racer) -> Any:
-    """The preset in TRL's words."""
-    # A constant that divides our loss: as much larger a limit and epsilon make the same steps of the undivided one.
+    """The preset as TRL's config."""
+    # A constant divides our loss. With a limit and epsilon larger by it, the undivided loss makes the same steps.
     scale = recipe.constant or 1.0
     minibatch = recipe.sequences // recipe.minibatches
     common: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""The model that both sides load: weights, a stand-in tokenizer, and for PPO a critic. Ran as a program by referee.py.
+"""The model that both sides load: weights, a stand-in tokenizer, and for PPO a critic. referee.py runs it as a program.
 
 The tokenizer reads the text "17 9 233" as these three ids, so that neither side can tokenize a prompt differently.
-The two ids that are least likely anywhere are renumbered to EOS and PAD: who wants completions of given
-lengths can then force and forbid the EOS without changing what is sampled otherwise.
+The two ids that are least likely everywhere are renumbered to EOS and PAD, so that a schedule of lengths can force
+and forbid the EOS without changing the other samples.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def load(model: str) -> LoadedModel:
-    """A model of `MODELS`, as a run would load it."""
+    """A model of `MODELS`, loaded as in a run."""
     resolvers.register(ROOT)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("train", MODELS[model])
@@ -73,7 +73,7 @@ def save(model: str, folder: Path, with_critic: bool) -> None:
 
 @torch.no_grad()
 def rarest(lm: Any) -> list[int]:
-    """The two ids whose greatest probability, over sampled and random contexts, is least."""
+    """The two ids whose largest probability, over sampled and random contexts, is smallest."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, lm.config.vocab_size, (8, PROMPT_TOKENS), generator=generator)
     tokens = lm.generate(
@@ -100,7 +100,7 @@ def renumber(lm: Any, ids: list[int]) -> None:
 
 
 def stand_in(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the decimal ids."""
+    """A tokenizer whose vocabulary is the decimal ids."""
     words = {"<eos>": EOS, "<pad>": PAD} | {str(i): i for i in range(PAD + 1, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""What both sides do, as plain data. Standard library only: TRL's side imports it in its own environment."""
+"""The work of both sides, as plain data. Standard library only: TRL's side imports it in its own environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-#: The two ids that nobody samples by chance (`weights.py` renumbers the vocabulary so). TRL needs a padding token.
+#: The two ids that are never sampled by chance (`weights.py` renumbers the vocabulary). TRL needs a padding token.
 EOS, PAD = 0, 1
 PROMPT_TOKENS = 32
 
@@ -78,19 +78,19 @@ class Work:
 
 
 def as_text(ids: Iterable[int]) -> str:
-    """What the stand-in tokenizer reads back as exactly these ids."""
+    """The text that the stand-in tokenizer reads as exactly these ids."""
     return " ".join(map(str, ids))
 
 
 def reward(ids: Sequence[int]) -> float:
-    """A sum over the tokens that looks like noise, of mean 0 and variance 1 whatever the length."""
+    """A pseudo-random sum over the tokens, with mean 0 and variance 1 for any length."""
     tokens = [i for i in ids if i not in (EOS, PAD)]
     pseudo_random = (((i * 2654435761) % 2**32) / 2**32 - 0.5 for i in tokens)
     return sum(pseudo_random) * math.sqrt(12 / max(len(tokens), 1))
 
 
 def digest(rows: Iterable[Sequence[int]]) -> str:
-    """A fingerprint of rows of ids, whatever their order."""
+    """A fingerprint of rows of ids that does not depend on their order."""
     return hashlib.sha256(json.dumps(sorted(map(list, rows))).encode()).hexdigest()[:16]
 
 
