@@ -319,7 +319,7 @@ def test_scratch_takes_other_architectures() -> None:
 
 
 def test_unknown_tokenizer_is_told(no_network: None) -> None:
-    with pytest.raises(UserError, match="tokenizer gpt2 is no embedded one"):
+    with pytest.raises(UserError, match="tokenizer gpt2 is neither an embedded one"):
         scratch(tokenizer="gpt2")
 
 
