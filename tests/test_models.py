@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import importlib.util
 import json
+import runpy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from policylab.errors import UserError
-from policylab.models import loading, smollm2, tokenizers
+from policylab.models import loading, smollm2
 from policylab.models.fingerprint import fingerprint
 from policylab.models.loading import ASSETS, LoadedModel
 from policylab.models.scratch import find_tokenizer, from_scratch
@@ -30,6 +31,7 @@ HOW: dict[str, Any] = {
     "trust_remote_code": False,
     "chat": None,
 }
+SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_tokenizers.py"))
 TINY = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64}
 
 
@@ -105,13 +107,13 @@ def test_walker_tokenizer_reads_letters() -> None:
 def test_training_a_tokenizer_twice_gives_the_same_files(tmp_path: Path) -> None:
     texts = [f"the film number {i} is good , film {i * 7} is bad" for i in range(200)]
     for name in ("a", "b"):
-        tokenizers.train_bpe(texts, 300).save_pretrained(tmp_path / name)
+        SCRIPT["train_bpe"](texts, 300).save_pretrained(tmp_path / name)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_walker_tokenizer_is_what_the_command_writes(tmp_path: Path) -> None:
-    tokenizers.main(["walks", str(tmp_path)])
+    SCRIPT["main"](["walks", str(tmp_path)])
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / file).read_bytes() == (ASSETS / "walker" / file).read_bytes()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,17 +19,15 @@ from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.critic import value_model
 from policylab.models.layers import freeze_below
-from policylab.models.meta import outline
-from policylab.models.size import Size, critic_size, size_of
+from policylab.models.size import CriticSize, Size, critic_size, size_of
 from policylab.planning.advice import helpful, knobs
 from policylab.planning.job import Hardware, Job
 from policylab.planning.memory import GIB, checkpoint_copy, moments, peak
 from policylab.planning.plan import plan_job, problem_of, rates_for
-from policylab.planning.read import describe
+from policylab.planning.read import describe, outline
 from policylab.planning.work import Rates, exchanged, work
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
-from policylab.runs.saved_config import plain
 from policylab.training.methods import Cost, Needs, method_of
 from small_runs import PRESETS, quick
 
@@ -56,7 +55,7 @@ LLAMA = {
 #: linear layers, 40 in the tied embeddings, and 24 in biases and norms.
 SIZE = Size(
     parameters=256, trained=256, adapters=0, weight_bytes=4, layers=1, hidden=4, ffn=16, gated=False, heads=2,
-    kv_heads=2, head_dim=2, vocab=10, layer_parameters=200, linear=192, qkv=48, lora=1024, tied=True, context=64,
+    kv_heads=2, head_dim=2, vocab=10, layer_parameters=200, linear=192, qkv=48, lora=1024, tied=True,
     decoder="gpt2", packs=True, eager=False,
 )  # fmt: skip
 #: Two prompts of three tokens, two completions of five each, in one update.
@@ -66,9 +65,9 @@ HARDWARE = Hardware(
     gradient_checkpointing=False,
 )  # fmt: skip
 JOB = Job(
-    SIZE, None, HARDWARE, PLAN, prompt_tokens=3.0, longest_prompt=3, new_tokens=5, needs=Needs(reference="frozen"),
-    cost=Cost(forwards=1), engine="cached", engine_share=0.0, sampling_bytes=4, micro_batch_tokens=None, max_rows=None,
-    validation=1, checkpoints=True, keys=frozenset(),
+    SIZE, CriticSize(), HARDWARE, PLAN, prompt_tokens=3.0, longest_prompt=3, new_tokens=5,
+    needs=Needs(reference="frozen"), cost=Cost(forwards=1), engine=CachedEngine(1.0, 5), sampling_bytes=4,
+    micro_batch_tokens=None, max_rows=None, validation=1, checkpoints=True, keys=frozenset(),
 )  # fmt: skip
 
 
@@ -103,9 +102,10 @@ def test_parameters_are_those_of_the_model(compose, name):
     if name == "smollm2" and not SMOLLM2.is_dir():
         pytest.skip("its weights are not here")
     task = "random_walks" if name.startswith("walker") else "reviews"
-    node = model_config(compose([f"task={task}", f"model={name}"]))
-    size = size_of(outline(plain(node)).lm)
-    assert size.parameters == sum(p.numel() for p in instantiate(node).lm.parameters())
+    config = compose([f"task={task}", f"model={name}"])
+    size = size_of(outline(config).lm)
+    loaded = instantiate(model_config(config))
+    assert size.parameters == sum(p.numel() for p in loaded.lm.parameters())
     assert size.decoder == ("llama" if name == "smollm2" else "gpt2")
 
 
@@ -193,6 +193,17 @@ def test_a_rollout_by_hand():
     assert "weights for sampling" not in parts
     on_cpu = by_moment(replace(JOB, hardware=replace(HARDWARE, gpu=False)))["rollout"]
     assert on_cpu["weights for sampling"] == (192 + 40) * 4
+
+
+def test_an_engine_states_its_own_memory():
+    engine = SimpleNamespace(
+        memory=lambda size, piece: {"tables": piece.rows},
+        reserved=lambda size, piece, device_memory: {"reserve": device_memory / 2},
+    )
+    found = by_moment(replace(JOB, engine=engine))
+    assert found["rollout"]["tables"] == 4
+    assert "KV cache" not in found["rollout"]
+    assert all(parts["reserve"] == 40 * GIB for parts in found.values())
 
 
 def test_an_update_by_hand():
@@ -296,7 +307,7 @@ def test_every_preset_is_planned(compose, preset):
 
 def test_processes_of_a_cpu_share_its_cores(compose, monkeypatch):
     """More of them than cores are no faster together than one."""
-    monkeypatch.setattr("policylab.planning.plan.probe", lambda *_: Rates(1e9, 1e9))
+    monkeypatch.setattr(Rates, "measured", lambda *_: Rates(1e9, 1e9))
     seconds = []
     for devices in (1, 8):
         config = compose(["hardware=ddp_cpu", f"hardware.devices={devices}", "plan_memory=64"])
@@ -356,10 +367,10 @@ def test_what_does_not_fit_names_the_knobs_that_help(compose, tmp_path):
         (["hardware=ddp", "plan_memory=80"], r"hardware.devices=auto, and there is no GPU here to count"),
         (["hardware=gpu", "plan_memory=80"], r"no GPU here to measure; .* plan_flops=4e14"),
         (["plan_memory=-1"], "plan_memory is -1; it must be above 0"),
-        (["plan_flops=fast"], "plan_flops=fast is not a number"),
+        (["plan_flops=fast"], "plan_flops='fast' is not a number"),
         (["plan=maybe"], "plan=maybe is neither true nor false"),
         (["model=hf", "model.name=nobody/nothing"], "nobody/nothing is not in the local cache"),
-        (["model=hf", "model.name=a", "model.path=nowhere"], "model.path=nowhere: no config.json there"),
+        (["model=hf", "model.name=a", "model.path=nowhere"], "model.path=nowhere: there is no such folder"),
         (["rollout.max_new_tokens=500"], r"need \d+ positions, but the model has 128"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +23,10 @@ from policylab.algorithms import (
 )
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
-from policylab.functional.advantages import discounted_returns
+from policylab.functional.advantages import actions_ahead, discounted_returns
 from policylab.functional.behaviour import epsilon_greedy, greedy
 from policylab.functional.q_learning import (
     LEVELS,
-    actions_ahead,
     n_step_targets,
     scale_gradient,
     taken,
@@ -34,7 +34,8 @@ from policylab.functional.q_learning import (
 )
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import REPLAY, TRAIN, VALIDATION, uniforms
-from policylab.rollouts.replay import Memory, ReplayBuffer
+from policylab.rollouts.replay import Memory
+from policylab.training.replay import ReplayMemory
 from small_runs import quick
 
 MASK = torch.tensor([[True, True, False, True, False]])
@@ -439,34 +440,36 @@ def test_the_memory_gives_back_what_it_got(sampled):
 
 def test_the_oldest_leave_first_and_the_bound_holds(sampled):
     sizes = (sampled.prompt_lengths + sampled.lengths).tolist()
-    buffer = ReplayBuffer(sum(sizes) + sum(sizes[5:]))
-    buffer.add([Memory.of(sampled, 0)])
+    capacity = sum(sizes) + sum(sizes[5:])
     halves = [sampled.select(rows) for rows in torch.arange(8).split(4)]  # of two processes
-    buffer.add([Memory.of(half, 1) for half in halves])
-    assert buffer.tokens == buffer.capacity
-    assert buffer.memory.iterations.tolist() == [0] * 3 + [1] * 8
-    last = buffer.memory.rollout(torch.tensor([0]))
+    memory = Memory.empty().join([Memory.of(sampled, 0)]).newest(capacity)
+    memory = memory.join(Memory.of(half, 1) for half in halves).newest(capacity)
+    assert len(memory.tokens) == capacity
+    assert memory.iterations.tolist() == [0] * 3 + [1] * 8
+    last = memory.rollout(torch.tensor([0]))
     assert torch.equal(last.tokens[0], sampled.tokens[5, : int(sampled.lengths[5])])
-    tight = ReplayBuffer(buffer.capacity - 1)
-    tight.load_state_dict(buffer.state_dict())
-    assert tight.tokens == buffer.capacity - sizes[5]
+    assert len(memory.newest(capacity - 1).tokens) == capacity - sizes[5]
 
 
 def test_every_sequence_is_drawn_and_none_beyond(sampled):
-    buffer = ReplayBuffer(10_000)
-    buffer.add([Memory.of(sampled, 0)])
-    drawn = buffer.draw(uniforms(0, REPLAY, 0, [0], 500)[0])
+    memory = Memory.of(sampled, 0)
+    drawn = memory.draw(uniforms(0, REPLAY, 0, [0], 500)[0])
     assert drawn.unique().tolist() == list(range(8))
-    assert buffer.draw(torch.tensor([0.0, 1 - 1e-16], dtype=torch.double)).tolist() == [0, 7]
+    assert memory.draw(torch.tensor([0.0, 1 - 1e-16], dtype=torch.double)).tolist() == [0, 7]
 
 
-def test_the_memory_is_plain_tensors(sampled, tmp_path):
-    buffer = ReplayBuffer(10_000)
-    buffer.add([Memory.of(sampled, 0)])
-    torch.save(buffer.state_dict(), tmp_path / "memory.pt")
-    other = ReplayBuffer(10_000)
-    other.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in buffer.state_dict().items())
+@pytest.mark.parametrize("capacity", [10_000, 1])
+def test_the_memory_is_saved_as_plain_tensors(sampled, tmp_path, capacity):
+    """And a smaller one keeps what it can hold."""
+    runtime, progress = SimpleNamespace(gather=lambda item: [item]), SimpleNamespace(iteration=0)
+    parts = SimpleNamespace(seed=0, runtime=runtime, recorder=None, progress=progress)
+    memories = [ReplayMemory(Replay(size, 1, 1, 1), None, parts) for size in (10_000, capacity)]
+    memories[0].add(sampled)
+    torch.save(memories[0].state(), tmp_path / "memory.pt")
+    memories[1].load(torch.load(tmp_path / "memory.pt", weights_only=True))
+    before, after = (memory.memory for memory in memories)
+    for name, value in before.newest(capacity).state().items():
+        assert torch.equal(value, after.state()[name]), name
 
 
 def test_values_do_not_depend_on_padding(tiny_policy, sampled):

@@ -129,15 +129,15 @@ def test_a_walk_stops_in_the_goal_or_at_its_maximum_length():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"nodes": 27}, "task.nodes=27; it must be 2 to 26"),
-        ({"nodes": 1}, "task.nodes=1"),
-        ({"walks": 0}, "task.walks=0; it must be at least 1"),
-        ({"max_length": 2}, "task.max_length=2; it must be at least 3"),
+        ({"nodes": 27}, "task.nodes is 27; it must be at least 2 and at most 26"),
+        ({"nodes": 1}, "task.nodes is 1"),
+        ({"walks": 0}, "task.walks is 0; it must be at least 1"),
+        ({"max_length": 2}, "task.max_length is 2; it must be at least 3"),
         ({"walks": 1, "max_length": 3, "seed": 2}, "no walk can get a reward: from none of the starts"),
-        ({"held_out": 0}, "task.held_out=0"),
-        ({"p_edge": 1.5}, "task.p_edge=1.5"),
+        ({"held_out": 0}, "task.held_out is 0"),
+        ({"p_edge": 1.5}, "task.p_edge is 1.5"),
         ({"p_edge": 0.001}, "no graph of 21 nodes .* and one into the goal at task.p_edge=0.001"),
-        ({"seed": -1}, "task.seed=-1"),
+        ({"seed": -1}, "task.seed is -1"),
     ],
 )
 def test_refuses(wrong: dict[str, Any], message: str):

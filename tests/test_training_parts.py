@@ -456,8 +456,9 @@ def test_processes_share_minibatches_of_trained_sequences():
 
 def test_the_expected_time_counts_what_the_method_states():
     pace, cost = Pace(sample=1.0, forward=0.1, tokens=5.0), Cost(forwards=2, passes=4)
-    assert pace.seconds(Needs(), cost) == pytest.approx(1.0 + 0.1 * (2 + 3 * 4))
-    assert pace.seconds(Needs(learns_from="completions"), cost) == pytest.approx(0.1 * (2 + 3 * 4))
+    plan = BatchPlan(6, 2, 1, 1, processes=3)  # 4 sequences on each
+    assert pace.seconds(Needs(), cost, plan) == pytest.approx(4 * (1.0 + 0.1 * (2 + 3 * 4)))
+    assert pace.seconds(Needs(learns_from="completions"), cost, plan) == pytest.approx(4 * 0.1 * (2 + 3 * 4))
 
 
 def test_the_parts_know_no_lightning():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from policylab.functional.conjugate_gradient import conjugate_gradient
 from policylab.rollouts.cached import CachedEngine
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.training.fisher import Actor, FisherProducts, fisher_diagonal, twice_differentiable
+from policylab.training.line_search import Outcome, search
 from policylab.training.metrics import means_of
+from policylab.training.natural_step import NaturalStep, Step
 from policylab.training.skipping import NotFinite
 from small_runs import algo as preset
 from small_runs import quick, small, train
@@ -89,6 +92,49 @@ def test_conjugate_gradients_of_nothing_and_of_no_curvature():
         torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 1.0]), diagonal=torch.tensor([1.0, 0.0])
     )
     assert unseen.x.isfinite().all()
+
+
+# -- the parts of a step, alone --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_kl", "shrink", "taken"),
+    [
+        (0.3, 0.5, (0.5, 2, 0.5)),  # the full step gains nothing
+        (0.1, 0.5, (0.25, 3, 0.25)),  # half of it is too far
+        (0.1, 0.9, (0.0, 4, None)),
+        (0.1, None, (1.0, 1, 1.0)),  # unchecked
+    ],
+)
+def test_the_first_step_that_gains_within_the_bound_is_taken(max_kl, shrink, taken):
+    """The loss is least half way, and the KL is the square of the step."""
+    moved = []
+    objective = SimpleNamespace(
+        actor=SimpleNamespace(parameters=(), flat=lambda _: torch.zeros(1), move_to=moved.append),
+        outcome=lambda new: Outcome(loss=abs(float(new) - 0.5), kl=float(new) ** 2),
+    )
+    line = None if shrink is None else LineSearch(4, shrink)
+    region = TrustRegion(max_kl, "gauss_newton", 1.0, 10, 0.0, 0.0, "none", line, 1, 1)
+    scale, tried, outcome = search(objective, Step(torch.ones(1), max_kl, 0.0), 0.5, region)
+    assert (scale, tried, float(moved[0]) if moved else None) == taken
+    assert outcome.loss == abs(scale - 0.5)
+
+
+def test_a_subset_of_the_sequences_does_not_depend_on_the_number_of_processes():
+    def taken(shares, share):
+        found = []
+        for rank, count in enumerate(shares):
+            runtime = SimpleNamespace(
+                rank=rank, world_size=len(shares), all_sum=lambda _: torch.tensor(shares)
+            )
+            step = NaturalStep(None, SimpleNamespace(runtime=runtime))
+            rows, group = step.rows(SimpleNamespace(action_mask=torch.ones(count, 1).bool()), share)
+            found += zip((rows + sum(shares[:rank])).tolist(), group.tolist(), strict=True)
+        return found
+
+    assert taken([12], 0.3) == taken([5, 7], 0.3) == taken([4, 4, 4], 0.3)
+    assert len(taken([12], 0.3)) == 4
+    assert [row for row, _ in taken([5, 7], 1.0)] == list(range(12))
 
 
 # -- products with the Fisher matrix ---------------------------------------------------------------------

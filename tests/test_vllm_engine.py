@@ -21,6 +21,8 @@ from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.behaviour import greedy
 from policylab.functional.logprobs import log_distribution
+from policylab.models.size import size_of
+from policylab.rollouts.memory import Piece
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.vllm import VllmEngine
 
@@ -229,6 +231,13 @@ class TestSampling:
         vllm.sample(tiny_policy, PROMPTS, 1, NOISE[:3])
         llm = vllm.llm
         assert (llm.dtype, llm.gpu_memory_utilization, llm.max_model_len) == ("bfloat16", 0.2, 20)
+
+    def test_it_states_its_memory(self, tiny_policy):
+        """Its share of the GPU, and the weights at least."""
+        size, piece = size_of(tiny_policy.lm), Piece(2, 4, 3.0, 3, 5, number=2, compute=4, gpu=True)
+        assert engine().memory(size, piece) == {}
+        assert engine(gpu_memory=0.25).reserved(size, piece, 8e9) == {"vLLM": 2e9}
+        assert engine(gpu_memory=0.25).reserved(size, piece, 1.0) == {"vLLM": 2 * size.parameters}
 
     @pytest.mark.slow
     def test_a_training_run(self, train_briefly):

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 
 from policylab.callbacks.metrics_csv import MetricsCSV
-from policylab.errors import UserError
+from policylab.errors import UserError, check_range
 from policylab.models.adapted import save_adapters, whole_weights
 from policylab.models.loading import quiet_bars
 from policylab.runs.checkpoints import LAST, checkpoint_iteration, link_atomically
@@ -50,8 +50,7 @@ class Checkpoint(Callback):
             raise UserError(
                 f"callbacks.checkpoint.monitor={monitor} is a loss: lower is better; take callbacks.checkpoint.mode=min"
             )
-        if every < 1:
-            raise UserError(f"callbacks.checkpoint.every is {every}; it must be at least 1")
+        check_range("callbacks.checkpoint.every", every, 1)
         self.run_dir = Path(run_dir)
         self.last = self.run_dir / "checkpoints" / LAST
         self.best = self.run_dir / "checkpoints" / "best.ckpt"
@@ -233,9 +232,8 @@ def write_policy(policy: Any, checkpoint: Path, iteration: int, target: Path) ->
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        if (
-            policy.lm.generation_config is not None
-        ):  # so that the exported policy ends completions at the same tokens
+        # so that the exported policy ends completions at the same tokens
+        if policy.lm.generation_config is not None:
             ids = list(policy.eos_ids)
             policy.lm.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
         with quiet_bars(True):

@@ -96,13 +96,9 @@ class Console(Callback):
             self.last_line = time.monotonic()
             # with a budget of tokens, the last iteration is an estimate
             about = "~" if done < last < pl_module.progress.iterations else ""
-            show = (
-                console().print if self.progress is None else console().note
-            )  # under a bar, for the log only
-            show(
-                f"iteration {done}/{about}{last}  {metrics}",
-                soft_wrap=True,
-            )
+            # under a bar, for the log only
+            show = console().print if self.progress is None else console().note
+            show(f"iteration {done}/{about}{last}  {metrics}", soft_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Removes the bar."""

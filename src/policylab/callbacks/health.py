@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -12,6 +13,7 @@ from lightning import Callback, Trainer
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Health(Callback):
     """Warns, on the console and in ``train.log``; it never stops a run.
 
@@ -26,21 +28,14 @@ class Health(Callback):
             because Adam's first steps have the same size for all weights and clip more than later ones.
     """
 
-    def __init__(
-        self,
-        quiet_iterations: int,
-        max_kl: float,
-        min_entropy_share: float,
-        min_reward_std: float,
-        min_ended_share: float,
-        max_clip_fraction: float,
-    ) -> None:
-        self.quiet_iterations = quiet_iterations
-        self.max_kl = max_kl
-        self.min_entropy_share = min_entropy_share
-        self.min_reward_std = min_reward_std
-        self.min_ended_share = min_ended_share
-        self.max_clip_fraction = max_clip_fraction
+    quiet_iterations: int
+    max_kl: float
+    min_entropy_share: float
+    min_reward_std: float
+    min_ended_share: float
+    max_clip_fraction: float
+
+    def __post_init__(self) -> None:
         self.first: dict[str, float] = {}
         self.warned_at: dict[str, int] = {}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from policylab.errors import UserError
+from policylab.errors import check_range
 
 
 class Overfit(Callback):
@@ -17,8 +17,7 @@ class Overfit(Callback):
     """
 
     def __init__(self, prompts: int) -> None:
-        if prompts < 1:
-            raise UserError(f"callbacks.overfit.prompts is {prompts}; it must be at least 1")
+        check_range("callbacks.overfit.prompts", prompts, 1)
         self.prompts = prompts
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.loggers import tolerated
 from policylab.config.hardware import backend, check_hardware, processes
-from policylab.config.signatures import check_signatures
+from policylab.config.signatures import check_signatures, target_of
 from policylab.data.rollout import Prompt
 from policylab.distributed.cluster import Cluster
 from policylab.distributed.sharded_strategy import ShardedStrategy
@@ -29,7 +29,7 @@ from policylab.models.layers import decoder_layers, freeze_below
 from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
 from policylab.rewards.scorer import Scorer
-from policylab.rollouts.engine import Engine
+from policylab.rollouts.engine import Engine, check_processes
 from policylab.rollouts.fitting import fitting
 from policylab.rollouts.products import choose_products
 from policylab.rollouts.row_limit import EVERY_ROW
@@ -72,6 +72,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     method = method_of(instantiate(config.algo))
     method.check(config)
     check_hardware(config)
+    check_processes(target_of(config.rollout, "rollout"), processes(config))
     plan = method.plan(config.rollout, processes(config))
     optim = instantiate(config.optim)
     engine = instantiate(without(config.rollout, PLANNED))

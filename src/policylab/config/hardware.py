@@ -18,10 +18,13 @@ def processes(config: DictConfig) -> int:
     return int(config.hardware.devices) * int(config.hardware.num_nodes)
 
 
-def with_devices(config: DictConfig) -> DictConfig:
+def with_devices(config: DictConfig, *, start: bool = True) -> DictConfig:
     """A copy of the config with numbers instead of ``auto`` for devices and machines.
 
     If torchrun or SLURM has started several processes, their numbers replace those of the config.
+
+    Args:
+        start: whether the run is to start here; a plan may be for devices of another machine.
 
     Raises:
         UserError: when the devices do not exist, or the settings need several processes and there is one.
@@ -29,7 +32,7 @@ def with_devices(config: DictConfig) -> DictConfig:
     hardware, here = config.hardware.copy(), world()
     if hardware.accelerator == AUTO and (here.size > 1 or hardware.devices != 1):
         hardware.accelerator = "gpu" if gpus() else "cpu"
-    if hardware.accelerator == "gpu" and not gpus():
+    if start and hardware.accelerator == "gpu" and not gpus():
         raise UserError(
             "hardware.accelerator=gpu, but torch sees no GPU; take hardware=cpu or hardware=ddp_cpu, or install a CUDA "
             "build of torch"
@@ -39,10 +42,30 @@ def with_devices(config: DictConfig) -> DictConfig:
     if hardware.num_nodes == AUTO:
         raise UserError(
             "hardware.num_nodes=auto takes the processes that SLURM has started, and there are none; start it with "
-            "srun, or with hydra/launcher=submitit_slurm and -m"
+            "srun, or with hydra/launcher=submitit_slurm and -m (plan=true takes a number)"
         )
     if hardware.devices == AUTO:
         hardware.devices = gpus() if hardware.accelerator == "gpu" else 1
+        if not hardware.devices:
+            raise UserError(
+                f"hardware.devices={AUTO}, and there is no GPU here to count; say hardware.devices=8 to plan for eight "
+                "a machine"
+            )
+    if start:
+        check_present(hardware)
+    counted = config.copy()
+    OmegaConf.update(counted, "hardware", hardware, merge=False)
+    check_hardware(counted)
+    return counted
+
+
+def check_present(hardware: DictConfig) -> None:
+    """Refuses devices that this machine lacks, and machines whose processes have not been started.
+
+    Raises:
+        UserError: saying what to take instead.
+    """
+    here = world()
     if hardware.accelerator == "gpu" and hardware.devices > gpus():
         raise UserError(
             f"hardware.devices={hardware.devices}, but torch sees {gpus()} GPUs; take at most that"
@@ -58,10 +81,6 @@ def with_devices(config: DictConfig) -> DictConfig:
             f"{hardware.num_nodes} --nproc-per-node={hardware.devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 "
             "train.py ..., or with srun"
         )
-    counted = config.copy()
-    OmegaConf.update(counted, "hardware", hardware, merge=False)
-    check_hardware(counted)
-    return counted
 
 
 def check_hardware(config: DictConfig) -> None:
@@ -91,12 +110,6 @@ def check_hardware(config: DictConfig) -> None:
                 "hardware.cpu_offload=true moves weights out of a GPU's memory, and hardware.accelerator is cpu; take "
                 "hardware.cpu_offload=false"
             )
-    # vLLM takes the first GPU in every process
-    if count > 1 and config.rollout["_target_"] == "policylab.rollouts.vllm.VllmEngine":
-        raise UserError(
-            f"rollout=vllm runs in one process, on its first GPU, and hardware sets {count} processes; take "
-            "hardware.devices=1, or rollout=cached"
-        )
 
 
 def backend(hardware: DictConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policylab.errors import UserError
+from policylab.errors import UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "group_size", "epochs", "minibatches", "processes"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+            check_range(name, getattr(self, name), 1)
         if self.prompts % self.processes:
             raise UserError(
                 f"rollout.prompts={self.prompts} cannot be shared by {self.processes} processes; "

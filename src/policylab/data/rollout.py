@@ -54,9 +54,8 @@ class Rollout:
     prompt_ids: Int[Tensor, " B"]
     logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the distribution it was sampled from
     policy_logprobs: Float[Tensor, "B T"] | None = None  #: under the training policy, if they were recomputed
-    importance: Float[Tensor, "B T"] | None = (
-        None  #: importance weight of each token; None without a correction for the sampler
-    )
+    #: importance weight of each token; None without a correction for the sampler
+    importance: Float[Tensor, "B T"] | None = None
     values: Float[Tensor, "B T"] | None = None  #: of the critic at sampling time; None without a critic
     ref_logprobs: Float[Tensor, "B T"] | None = None  #: under the reference; None without one
     exact_kl: Float[Tensor, "B T"] | None = None  #: KL(policy | reference) over the vocabulary, if requested

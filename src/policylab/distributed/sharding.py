@@ -45,9 +45,8 @@ def shard(policies: Sequence[Policy], mesh: DeviceMesh, *, offload: bool) -> Non
         UserError: when a model's layers cannot be found.
     """
     acting, *others = policies
-    vars(acting)["unsharded"] = _without_weights(
-        acting
-    )  # not registered as a submodule: it has no own weights
+    # not registered as a submodule: it has no own weights
+    vars(acting)["unsharded"] = _without_weights(acting)
     _shard_layers(acting, mesh, offload)
     vars(acting)["within"] = _call
     _declare_forward_methods(acting, FORWARD_METHODS)

@@ -20,13 +20,7 @@ def discounted_returns(
 
     Sutton & Barto, "Reinforcement Learning" (2018), eq. 3.8 and 3.9, each episode ending with its sequence.
     """
-    returns = torch.zeros_like(token_rewards)
-    following = torch.zeros_like(token_rewards[:, 0])
-    for t in reversed(range(token_rewards.shape[1])):
-        current = token_rewards[:, t] + gamma * following
-        following = torch.where(mask[:, t], current, following)
-        returns[:, t] = torch.where(mask[:, t], current, 0.0)
-    return returns
+    return gae(token_rewards, torch.zeros_like(token_rewards), mask, gamma, lam=1.0)
 
 
 def gae(
@@ -67,18 +61,21 @@ def n_step(
     arXiv:1602.01783, section 4. ``n = 1`` is the TD residual; ``n`` of the longest sequence or more gives
     return minus value.
     """
-    # actions are moved to the front of each row, so that each step is a column
-    order = (~mask).int().argsort(dim=-1, stable=True)
-    packed = mask.gather(-1, order)
-    rewards = token_rewards.gather(-1, order).masked_fill(~packed, 0.0)
-    baseline = values.gather(-1, order).masked_fill(~packed, 0.0)
     width = mask.shape[1]
-    advantages = -baseline
+    advantages = -values
     for k in range(min(n, width)):
-        advantages[:, : width - k] += gamma**k * rewards[:, k:]
+        advantages = advantages + gamma**k * actions_ahead(token_rewards, mask, k)
     if n < width:
-        advantages[:, : width - n] += gamma**n * baseline[:, n:]
-    return torch.zeros_like(values).scatter(-1, order, advantages.masked_fill(~packed, 0.0))
+        advantages = advantages + gamma**n * actions_ahead(values, mask, n)
+    return advantages.masked_fill(~mask, 0.0)
+
+
+def actions_ahead(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int) -> Float[Tensor, "B T"]:
+    """At each true position, ``x`` of ``n`` true positions later; zero where there is none."""
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)  # true positions first, in their order
+    packed = x.masked_fill(~mask, 0.0).gather(-1, order)
+    ahead = torch.nn.functional.pad(packed[:, n:], (0, min(n, x.shape[1])))
+    return torch.zeros_like(x).scatter(-1, order, ahead).masked_fill(~mask, 0.0)
 
 
 def subtract_batch_mean(

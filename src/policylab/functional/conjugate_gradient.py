@@ -65,9 +65,8 @@ def conjugate_gradient(
         if done or inverse is not None:
             curved = product(direction)
         curvature = _dot(direction, curved) + shift * _dot(direction, direction)
-        if (
-            curvature <= 0
-        ):  # rounding has made F indefinite, or b lies where F is zero; a NaN shows in the residual
+        # rounding has made F indefinite, or b lies where F is zero; a NaN shows in the residual
+        if curvature <= 0:
             break
         size = slope / curvature
         x += size * direction

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from policylab.functional.advantages import discounted_returns
+from policylab.functional.advantages import actions_ahead, discounted_returns
 
 
 def best(scores: Float[Tensor, "N V"], scale: float) -> Float[Tensor, " N"]:
@@ -72,14 +72,6 @@ def n_step_targets(
         # The whole return, less its part from t + n on, which V replaces.
         targets = targets + gamma**n * actions_ahead(values - returns, mask, n)
     return targets.masked_fill(~mask, 0.0)
-
-
-def actions_ahead(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], n: int) -> Float[Tensor, "B T"]:
-    """At each true position, ``x`` of ``n`` true positions later; zero where there is none."""
-    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)  # true positions first, in their order
-    packed = x.masked_fill(~mask, 0.0).gather(-1, order)
-    ahead = torch.nn.functional.pad(packed[:, n:], (0, min(n, x.shape[1])))
-    return torch.zeros_like(x).scatter(-1, order, ahead).masked_fill(~mask, 0.0)
 
 
 def td_loss(errors: Float[Tensor, "*B"], huber: float | None) -> Float[Tensor, "*B"]:

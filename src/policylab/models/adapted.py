@@ -62,8 +62,9 @@ def whole_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tup
     Args:
         state: weights by name, not necessarily the model's current ones.
     """
-    owners = {
-        f"{plain_name(path)}.{_adapted_name(layer)}": path for path, layer in adapted_layers(model).items()
+    owners = {  # by the name of the weight that an adapter is added to
+        f"{plain_name(path)}.{layer.parameter_name if hasattr(layer, 'num_experts') else 'weight'}": path
+        for path, layer in adapted_layers(model).items()
     }
     for name, value in state.items():
         if any(f".lora_{factor}.{NAME}." in name for factor in "AB"):
@@ -78,11 +79,6 @@ def whole_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tup
 def plain_name(name: str) -> str:
     """The name of a module or weight before PEFT wrapped it."""
     return name.replace(".base_layer", "")
-
-
-def _adapted_name(layer: Any) -> str:
-    """The name of the weight that an adapter is added to."""
-    return str(layer.parameter_name) if hasattr(layer, "num_experts") else "weight"
 
 
 def save_adapters(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:

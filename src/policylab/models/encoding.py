@@ -94,6 +94,24 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[
     return read
 
 
+def encode_prompts(
+    tokenizer: Any, texts: Sequence[str], *, chat: bool, instruction: str | None
+) -> list[list[int]]:
+    """Encodes prompts; for chat models, in the chat template.
+
+    Args:
+        instruction: for chat models, a template with ``{text}`` in it; None sends the bare text.
+
+    Raises:
+        UserError: naming the text that the tokenizer cannot read.
+    """
+    if not chat:
+        return encode(tokenizer, texts, special=True)
+    return encode_chats(
+        tokenizer, [instruction.replace("{text}", text) if instruction else text for text in texts]
+    )
+
+
 def encode_chats(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
     """Encodes user messages, each in the chat template, up to where the answer begins.
 

@@ -7,7 +7,7 @@ falls back to random weights: if a weight is missing from the checkpoint, an err
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class LoadedModel:
     """A causal language model in eval mode without dropout, its tokenizer, and where it came from."""
 
     lm: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase  #: has an EOS token; need not have a pad token
+    #: has an EOS token; need not have a pad token. None only on the meta device, for a folder without one
+    tokenizer: PreTrainedTokenizerBase
     chat: bool  #: prompts go through the tokenizer's chat template
     source: str  #: where the weights came from, for display and for the run's record
     reader: Callable[[Any], Reader] | None = None  #: its own; None: one of `policylab.models.readers`
@@ -137,56 +138,78 @@ def download(name: str, options: LoadOptions) -> LoadedModel:
         ) from error
 
 
-def load(where: str, options: LoadOptions, source: str, *, local_only: bool) -> LoadedModel:
+def on_meta() -> bool:
+    """Whether ``torch.device("meta")`` is active: models are then built from their config alone, without weights, and a
+    folder with only ``config.json`` is enough. So a run can be planned before its model is downloaded."""
+    return torch.get_default_device().type == "meta"
+
+
+def load(where: str, options: LoadOptions, source: str, *, local_only: bool, **gguf: str) -> LoadedModel:
     """Loads tokenizer and weights from a folder or hub id, and checks them.
+
+    Args:
+        gguf: ``gguf_file``, a file to read the config from; on the meta device alone.
 
     Raises:
         OSError: when the model or a file of it is not there.
         UserError: when the model cannot be used.
     """
     common = {"trust_remote_code": options.trust_remote_code, "local_files_only": local_only}
-    dtype = torch_dtype(options.dtype)
     try:
-        config = without_dropout(AutoConfig.from_pretrained(where, **common))
-        tokenizer = read_tokenizer(where, **common)
-        with quiet_bars(local_only):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where,
-                config=config,
-                dtype=dtype,
-                attn_implementation=options.attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **common,
-            )
-    except OSError:
+        config = without_dropout(AutoConfig.from_pretrained(where, **common, **gguf))
+        tokenizer: Any = None
+        with suppress(Exception) if on_meta() else nullcontext():  # without weights, it is optional
+            tokenizer = read_tokenizer(where, **common)
+        kwargs = {"dtype": torch_dtype(options.dtype), "attn_implementation": options.attn_implementation}
+        if on_meta():
+            code = options.trust_remote_code
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **kwargs)
+        else:
+            lm = read_weights(AutoModelForCausalLM, where, config=config, **kwargs, **common)
+    except (OSError, UserError):
         raise
     except Exception as error:  # any exception while loading
         raise refusal(where, error, options.attn_implementation) from error
-    lm, report = loaded
-    check_whole(where, report)
     return finished(lm, tokenizer, options.chat, source)
 
 
-def finished(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: bool | None, source: str
-) -> LoadedModel:
-    """Checks that model and tokenizer fit, and combines them.
+def read_weights(kind: Any, where: str | Path, **settings: Any) -> Any:
+    """A model of a folder or hub id, by one of transformers' auto classes.
+
+    Raises:
+        UserError: when weights are missing or have another size than the config says.
+    """
+    with quiet_bars(settings["local_files_only"]):
+        # weights of other sizes are refused below, by name
+        model, report = kind.from_pretrained(
+            where, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    check_whole(where, report)
+    return model
+
+
+def finished(lm: PreTrainedModel, tokenizer: Any, chat: bool | None, source: str) -> LoadedModel:
+    """Checks that model and tokenizer fit, and combines them. On the meta device the tokenizer may be None.
 
     Raises:
         UserError: when a weight is not finite, the tokenizer has no EOS or more ids than the model, or its chat
             template cannot be used.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{source}: the tokenizer has no EOS token, so no completion could ever end")
     embedding: Any = lm.get_input_embeddings()
-    if len(tokenizer) > (rows := embedding.num_embeddings):
-        raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}")
-    check_finite(lm, source)
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{source}: the tokenizer has no EOS token, so no completion could ever end")
+        if len(tokenizer) > (rows := embedding.num_embeddings):
+            raise UserError(
+                f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}"
+            )
+    if not on_meta():
+        check_finite(lm, source)
     # the pad token may also be a real one, such as EOS: masks come from lengths, so its embedding needs a gradient
     embedding.padding_idx = None
     with_fused_gelu(lm)
-    return LoadedModel(lm.eval(), tokenizer, takes_chat(tokenizer, chat, source), source)
+    chats = tokenizer is not None and takes_chat(tokenizer, chat, source)
+    return LoadedModel(lm.eval(), tokenizer, chats, source)
 
 
 def with_fused_gelu(model: torch.nn.Module) -> None:
@@ -210,9 +233,8 @@ def read_tokenizer(
     )
     files = sorted({*VOCABULARIES, *tokenizer.vocab_files_names.values()})
     if Path(where).is_dir() and not any((Path(where) / file).is_file() for file in files):
-        raise OSError(
-            f"no tokenizer there: none of {', '.join(files)}"
-        )  # else transformers would create an empty one
+        # transformers would create an empty one
+        raise OSError(f"no tokenizer there: none of {', '.join(files)}")
     for how_it_was_loaded in ("local_files_only", "is_local"):
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     return tokenizer

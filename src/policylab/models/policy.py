@@ -21,7 +21,7 @@ from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.models.adapted import adapted_layers, adapters_off, shared_weights
 from policylab.models.compiling import compile_layers
-from policylab.models.encoding import encode, encode_chats, end_of_answer, eos_ids
+from policylab.models.encoding import encode, encode_prompts, end_of_answer, eos_ids
 from policylab.models.readers import Pass, reader_for
 from policylab.models.readers.packed import trial_rollout
 
@@ -129,11 +129,7 @@ class Policy(nn.Module):
             UserError: naming the text that the tokenizer cannot read.
         """
         texts = [text for text, _, _ in examples]
-        if self.chat:
-            messages = [instruction.replace("{text}", text) if instruction else text for text in texts]
-            tokens = encode_chats(self.tokenizer, messages)
-        else:
-            tokens = encode(self.tokenizer, texts, special=True)
+        tokens = encode_prompts(self.tokenizer, texts, chat=self.chat, instruction=instruction)
         targets = encode(self.tokenizer, [completion for _, completion, _ in examples], special=False)
         return [
             Prompt(

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from policylab.errors import UserError
-from policylab.models.loading import quiet_bars, with_fused_gelu, without_dropout
-from policylab.models.refusals import check_finite, check_whole, refusal
+from policylab.models.loading import read_weights, with_fused_gelu, without_dropout
+from policylab.models.refusals import check_finite, refusal
 
 
 def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
@@ -26,21 +26,12 @@ def reward_model(path: str, dtype: torch.dtype, attn_implementation: str) -> Any
         config = without_dropout(AutoConfig.from_pretrained(folder, local_files_only=True))
         if config.num_labels != 1:
             raise UserError(f"{name} has {config.num_labels} outputs; a critic takes a reward model with 1")
-        with quiet_bars(True):
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                local_files_only=True,
-            )
+        kwargs = {"dtype": dtype, "attn_implementation": attn_implementation, "local_files_only": True}
+        model = read_weights(AutoModelForSequenceClassification, folder, config=config, **kwargs)
     except UserError:
         raise
     except Exception as error:  # any exception while loading
         raise UserError(f"{name} cannot be loaded: {refusal(folder, error, attn_implementation)}") from error
-    check_whole(name, report)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(
             f"{name} is a {type(model).__name__}, which has no linear score of a causal LM's states"

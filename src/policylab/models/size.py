@@ -35,7 +35,6 @@ class Size(shape.Shape):
     qkv: int  #: those of the projections to queries, keys and values
     lora: int  #: weights of rank-16 adapters on all linear layers
     tied: bool  #: whether the head shares its weights with the embeddings
-    context: int | None  #: most positions; None without a limit
     decoder: Literal["gpt2", "llama", "general"]  #: decoder that samples
     packs: bool  #: whether a prompt is read once for all its completions
     eager: bool  #: whether attention keeps its scores
@@ -68,29 +67,6 @@ class Size(shape.Shape):
         weights += outside + self.layer_parameters if gradients and not self.adapters else 0
         return float(weights * self.weight_bytes)
 
-    def layer_keeps(self, compute: int, prompt_share: float) -> float:
-        """Bytes per token that autograd saves for the backward pass of a layer.
-
-        Args:
-            compute: bytes of one number in matrix products; the residual stream is in the wider of this and the
-                weights' dtype.
-            prompt_share: length of prompt and completion over that of the completion.
-        """
-        residual = max(compute, self.weight_bytes)
-        query, keys = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
-        # Llama's norm keeps its input and the normed input; GPT-2's keeps only its input
-        norms = (4 if self.gated else 2) * self.hidden * residual
-        inputs = (
-            2 * self.hidden + query
-        ) * compute  # inputs of queries, MLP and attention's output projection
-        mlp = (4 if self.gated else 2) * self.ffn * compute
-        repeats = (
-            prompt_share if self.packs else 0
-        )  # each completion's keys are stored with a copy of its prompt's
-        attention = (2 * query + keys * (1 + repeats)) * compute
-        adapted = (3 * self.hidden + self.ffn) * FP32 if self.adapters and compute < FP32 else 0
-        return norms + inputs + mlp + attention + adapted
-
     def keeps(
         self,
         compute: int,
@@ -104,18 +80,28 @@ class Size(shape.Shape):
         """Bytes per token that a forward pass keeps for the backward pass.
 
         Args:
-            compute: bytes of one number in matrix products.
+            compute: bytes of one number in matrix products; the residual stream is in the wider of this and the
+                weights' dtype.
             prompt: mean tokens of a prompt.
             new: tokens of a completion.
             longest: most tokens of prompt and completion.
         """
-        kept = self.layer_keeps(compute, 1 + prompt / new)
-        kept += 2 * self.heads * longest * compute if self.eager else 0
         residual = max(compute, self.weight_bytes)
+        query, keys = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        wide = 4 if self.gated else 2
+        # Llama's norm keeps its input and the normed input; GPT-2's keeps only its input
+        layer = float(wide * self.hidden * residual)
+        # inputs of queries, MLP and attention's output projection, and what is inside the MLP
+        layer += (2 * self.hidden + query + wide * self.ffn) * compute
+        # attention; each completion's keys are stored with a copy of its prompt's
+        copies = 1 + prompt / new if self.packs else 0
+        layer += (2 * query + keys * (1 + copies)) * compute
+        layer += 2 * self.heads * longest * compute if self.eager else 0
+        layer += (3 * self.hidden + self.ffn) * FP32 if self.adapters and compute < FP32 else 0
         ends = 4 * self.hidden * residual  # embeddings, final norm, and hidden states at the actions
         # the inputs of all layers, and all activations of one
-        layers = self.layers * self.hidden * residual + kept if recomputes_layers else self.layers * kept
-        return ends + layers + critic_layers * kept
+        layers = self.layers * self.hidden * residual + layer if recomputes_layers else self.layers * layer
+        return ends + layers + critic_layers * layer
 
     def transient(self, number: int) -> float:
         """Bytes per token of a layer's temporary tensors; ``number``: bytes of one number."""
@@ -129,17 +115,11 @@ class Size(shape.Shape):
 
 @dataclass(frozen=True)
 class CriticSize:
-    """The sizes of a critic.
+    """The sizes of a critic; all zero without one."""
 
-    Args:
-        parameters: own parameters, including the head.
-        layers: number of own layers.
-        separate: whether it is a separate network, which reads the tokens itself.
-    """
-
-    parameters: int
-    layers: int
-    separate: bool
+    parameters: int = 0  #: own parameters, including the head
+    layers: int = 0  #: number of own layers
+    separate: bool = False  #: whether it is a separate network, which reads the tokens itself
 
 
 def size_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Size:
@@ -166,7 +146,6 @@ def size_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Siz
         qkv=numbers.layers * numbers.hidden * (numbers.heads + 2 * numbers.kv_heads) * numbers.head_dim,
         lora=LORA_RANK * sum(map(ends_of, [*(p for p in matrices if p.ndim == 2), *experts])),
         tied=lm.get_output_embeddings().weight is lm.get_input_embeddings().weight,
-        context=shape.context_of(lm),
         decoder="gpt2" if GPT2.reads(lm) else "llama" if Llama.reads(lm) else "general",
         packs=replaces_attention(lm),
         eager=shape.attention_of(lm) == "eager",
@@ -181,7 +160,7 @@ def critic_size(lm: Any, size: Size, own_layers: int | Literal["all"]) -> Critic
     """
     head = size.hidden + 1
     if own_layers == 0:
-        return CriticSize(head, 0, separate=False)
+        return CriticSize(head)
     layers = size.layers if own_layers == "all" else own_layers
     if layers > size.layers:
         raise too_many_own_layers(layers, size.layers)

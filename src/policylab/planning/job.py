@@ -9,8 +9,8 @@ from typing import Literal
 from policylab.data.plan import BatchPlan
 from policylab.models.memory import rows_at_once, tokens_a_pass
 from policylab.models.size import BF16, CriticSize, Size
-from policylab.rollouts.memory import Kind, Piece
-from policylab.training.average import average_bytes
+from policylab.rollouts.engine import Engine
+from policylab.rollouts.memory import Piece
 from policylab.training.methods import Cost, Needs
 from policylab.training.optimizer import state_bytes
 
@@ -39,20 +39,6 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Bytes of trainable weights, and of what is kept with them."""
-
-    weights: float  #: and as many of their gradients
-    state: float  #: optimizer state
-    average: float  #: fp32 averages of a network that follows them
-
-    @classmethod
-    def of(cls, count: int, number: int) -> Trained:
-        """``count`` weights of ``number`` bytes each."""
-        return cls(float(count * number), state_bytes(count, number), average_bytes(count, number))
-
-
-@dataclass(frozen=True)
 class Job:
     """A run in numbers.
 
@@ -60,18 +46,14 @@ class Job:
         prompt_tokens: mean tokens of a prompt.
         longest_prompt: tokens of the longest prompt.
         new_tokens: most tokens of a completion; the plan assumes this length for all.
-        engine: rollout engine.
-        engine_share: fraction of a GPU's memory that the engine reserves (vllm).
         sampling_bytes: bytes of one number in the engine's products.
-        limit: most tokens of a forward and backward pass.
-        rows: most completions sampled at once.
         validation: prompts of a validation batch, over all processes.
         checkpoints: whether states are saved during training.
         keys: dotted keys of the config, groups included: what a command line can change.
     """
 
     size: Size
-    critic_size: CriticSize | None
+    critic_size: CriticSize
     hardware: Hardware
     plan: BatchPlan
     prompt_tokens: float
@@ -79,8 +61,7 @@ class Job:
     new_tokens: int
     needs: Needs
     cost: Cost
-    engine: Kind
-    engine_share: float
+    engine: Engine
     sampling_bytes: int
     micro_batch_tokens: int | None
     max_rows: int | None
@@ -90,30 +71,20 @@ class Job:
 
     # -- what trains -------------------------------------------------------------------------------------
 
-    @cached_property
-    def policy(self) -> Trained:
-        """The policy's trainable weights."""
-        return Trained.of(self.size.trained, self.size.trained_bytes)
-
-    @cached_property
-    def critic(self) -> Trained:
-        """The critic's own weights."""
-        return Trained.of(self.critic_size.parameters if self.critic_size else 0, self.size.trained_bytes)
-
     @property
-    def critic_layers(self) -> int:
-        """Layers that compute only values."""
-        return self.critic_size.layers if self.critic_size else 0
+    def moved(self) -> int:
+        """Number of weights that the optimizer moves."""
+        return self.critic_size.parameters + self.size.trained * self.cost.optimizes_policy
 
     @property
     def gradients(self) -> float:
-        """Bytes of the gradients of all weights that the optimizer moves."""
-        return self.critic.weights + self.policy.weights * self.cost.optimizes_policy
+        """Bytes of their gradients."""
+        return float(self.moved * self.size.trained_bytes)
 
     @property
     def state(self) -> float:
         """Bytes of optimizer state."""
-        return self.critic.state + self.policy.state * self.cost.optimizes_policy
+        return state_bytes(self.moved, self.size.trained_bytes)
 
     @property
     def spread(self) -> int:
@@ -154,6 +125,7 @@ class Job:
 
     @cached_property
     def limit(self) -> int:
+        """Most tokens of a forward and backward pass."""
         return self.micro_batch_tokens or tokens_a_pass(
             self.size,
             whole_distributions=self.needs.whole_distributions,
@@ -163,6 +135,7 @@ class Job:
 
     @cached_property
     def rows(self) -> int:
+        """Most completions sampled at once."""
         number, memory = self.size.weight_bytes, self.hardware.memory
         return self.max_rows or rows_at_once(self.size, context=self.context, number=number, memory=memory)
 
@@ -172,13 +145,25 @@ class Job:
         return max(1, -(-self.sequences // self.rows))
 
     def largest_pieces(self) -> list[Piece]:
-        """The largest piece of training and of a validation batch."""
+        """The largest piece of a validation batch and of training."""
         rows = min(self.rows, max(1, self.validation // self.plan.processes))
         sizes = [(rows, rows)]
         if self.samples:
             rows = min(self.rows, self.sequences)
             sizes.append((min(self.prompts, -(-rows // self.plan.group_size)), rows))
-        return [Piece(*size, self.prompt_tokens, self.longest_prompt, self.new_tokens) for size in sizes]
+        return [
+            Piece(
+                prompts,
+                rows,
+                self.prompt_tokens,
+                self.longest_prompt,
+                self.new_tokens,
+                number=self.sampling_bytes,
+                compute=self.compute_bytes,
+                gpu=self.hardware.gpu,
+            )
+            for prompts, rows in sizes
+        ]
 
     def tokens(self, sequences: int) -> float:
         """Tokens that a model reads for this many sequences of the rollout; with packing, each distinct prompt once."""
@@ -193,11 +178,6 @@ class Job:
     def pass_tokens(self) -> float:
         """Tokens of the largest forward and backward pass."""
         return min(self.tokens(self.minibatch), max(self.limit, self.context))
-
-    @cached_property
-    def pass_sequences(self) -> float:
-        """Sequences of the largest forward and backward pass."""
-        return self.minibatch * min(1.0, self.pass_tokens / self.tokens(self.minibatch))
 
     @property
     def micro_batches(self) -> int:

@@ -12,6 +12,7 @@ from policylab.functional.linear_head import tables_at_once
 from policylab.models.size import FP32
 from policylab.planning.job import Job
 from policylab.rollouts.memory import sampling_memory
+from policylab.training.average import average_bytes
 
 GIB = 2**30
 #: Memory of Python, torch, Lightning and transformers before a model is loaded: measured resident memory on a CPU; on a
@@ -41,14 +42,14 @@ class Moment:
 def moments(job: Job) -> list[Moment]:
     """The moments of an iteration, in order, without those that do nothing."""
     found = {"rollout": rollout(job)}
-    if job.cost.forwards or job.critic_layers:
+    if job.cost.forwards or job.critic_size.layers:
         found["evaluation"] = evaluation(job)
     found |= {"backward": backward(job), "step": step(job)}
     result = []
     for name, parts in found.items():
         parts = held_throughout(job) | parts
         if not job.hardware.gpu:
-            parts["checkpoint copy"] = checkpoint_copy(job) if job.checkpoints else 0.0
+            parts["checkpoint copy"] = checkpoint_copy(job)
             parts["freed and kept"] = FREED + HOLES * (sum(parts.values()) - LIBRARIES)
         result.append(Moment(name, {part: size for part, size in parts.items() if size}))
     return result
@@ -59,22 +60,52 @@ def peak(job: Job) -> Moment:
     return max(moments(job), key=lambda moment: moment.total)
 
 
+# -- what is held, whole -----------------------------------------------------------------------------------------
+
+
+def networks(job: Job) -> dict[str, float]:
+    """All weights, and the optimizer's state."""
+    policy, critic, number = job.size.trained, job.critic_size.parameters, job.size.trained_bytes
+    both, moving = policy + critic, job.needs.reference == "moving"
+    copied = job.needs.reference != "none" and not job.size.adapters  # they are turned off for the reference
+    return {
+        "weights": job.size.weights,
+        "reference": copied * (policy * number + moving * average_bytes(policy, number)),
+        "critic": float(critic * number),
+        "target network": job.needs.target * (both * number + average_bytes(both, number)),
+        "optimizer": job.state,
+    }
+
+
+def checkpoint_copy(job: Job) -> float:
+    """The copy of the state in main memory while it is written in the background (see runs/writing.py)."""
+    saved = networks(job)
+    if job.size.adapters:
+        saved["weights"] = float(job.size.trained * job.size.trained_bytes)
+    if job.needs.reference != "moving":
+        del saved["reference"]
+    return sum(saved.values()) * job.checkpoints
+
+
+def main_memory(job: Job) -> float:
+    """Main memory of a machine with GPUs: its processes' libraries, a checkpoint's copy, and offloaded shards."""
+    hardware = job.hardware
+    offloaded = (sum(networks(job).values()) + job.gradients) * hardware.offload / job.plan.processes
+    return hardware.local * (4 * LIBRARIES + offloaded) + checkpoint_copy(job)
+
+
+# -- the moments -------------------------------------------------------------------------------------------------
+
+
 def held_throughout(job: Job) -> dict[str, float]:
     """Memory that is held during the whole iteration."""
-    size, hardware, policy, critic = job.size, job.hardware, job.policy, job.critic
+    hardware = job.hardware
     on_device = 0.0 if hardware.offload else 1.0 / job.spread
-    networks = {"weights": size.weights, "reference": 0.0, "critic": critic.weights, "target network": 0.0}
-    if job.needs.reference != "none" and not size.adapters:
-        networks["reference"] = policy.weights + policy.average * (job.needs.reference == "moving")
-    if job.needs.target:
-        networks["target network"] = policy.weights + critic.weights + policy.average + critic.average
-    parts = {name: weights * on_device for name, weights in (networks | {"optimizer": job.state}).items()}
+    parts = {name: size * on_device for name, size in networks(job).items()}
     if buckets(job):
         parts["gradients"] = job.gradients
-    if job.engine == "vllm":
-        # the engine's own whole copy of the weights, and its cache in the rest of its share
-        own = size.parameters * job.sampling_bytes
-        parts["vLLM"] = max(job.engine_share * hardware.memory, own)
+    if reserved := getattr(job.engine, "reserved", None):
+        parts |= reserved(job.size, job.largest_pieces()[0], hardware.memory)
     return parts | {"libraries": CONTEXT if hardware.gpu else LIBRARIES}
 
 
@@ -85,17 +116,8 @@ def buckets(job: Job) -> bool:
 
 def rollout(job: Job) -> dict[str, float]:
     """The largest piece of a rollout, in training or in a validation batch."""
-    found = [
-        sampling_memory(
-            job.engine,
-            job.size,
-            piece,
-            number=job.sampling_bytes,
-            compute=job.compute_bytes,
-            gpu=job.hardware.gpu,
-        )
-        for piece in job.largest_pieces()
-    ]
+    memory = getattr(job.engine, "memory", sampling_memory)
+    found = [memory(job.size, piece) for piece in job.largest_pieces()]
     return gathered(job, whole=True) | max(found, key=lambda parts: sum(parts.values()))
 
 
@@ -109,14 +131,15 @@ def evaluation(job: Job) -> dict[str, float]:
 def backward(job: Job) -> dict[str, float]:
     """The end of a forward pass, when it holds all activations and computes the head's gradient."""
     several, head = job.micro_batches > 1, head_gradient(job)
-    parts = a_pass(job, job.pass_tokens, job.pass_sequences, gradients=True)
+    rows = job.minibatch * min(1.0, job.pass_tokens / job.tokens(job.minibatch))
+    parts = a_pass(job, job.pass_tokens, rows, gradients=True)
     parts["activations"] = job.pass_tokens * job.size.keeps(
         job.compute_bytes,
         job.prompt_tokens,
         job.new_tokens,
         job.longest_prompt,
         recomputes_layers=job.hardware.gradient_checkpointing,
-        critic_layers=job.critic_layers,
+        critic_layers=job.critic_size.layers,
     )
     parts["work space"] += (head if several else 0) + vectors(job)
     return gradients(job, job.gradients / job.spread if several else head) | parts
@@ -124,8 +147,7 @@ def backward(job: Job) -> dict[str, float]:
 
 def step(job: Job) -> dict[str, float]:
     """The end of a backward pass and the optimizer's step: all gradients, no activations."""
-    embeddings = head_gradient(job)
-    waiting = embeddings * (2 if job.micro_batches > 1 and job.size.tied else 1)
+    waiting = head_gradient(job) * (2 if job.micro_batches > 1 and job.size.tied else 1)
     space = {"weights for products": cast_weights(job), "work space": waiting + vectors(job)}
     return gradients(job, job.gradients / job.spread) | gathered(job, gradients=True) | space
 
@@ -178,28 +200,3 @@ def cast_weights(job: Job) -> float:
     """Copies of the weights in the precision of the products, which autocast makes once per iteration."""
     casts = job.compute_bytes < job.size.weight_bytes
     return (job.size.linear + job.size.head) * job.compute_bytes if casts else 0.0
-
-
-# -- main memory -----------------------------------------------------------------------------------------------
-
-
-def checkpoint_copy(job: Job) -> float:
-    """The copy of the state in main memory while it is written in the background (see runs/writing.py)."""
-    size, policy, critic = job.size, job.policy, job.critic
-    state = job.state + critic.weights + (policy.weights if size.adapters else size.weights)
-    if job.needs.reference == "moving":
-        state += policy.weights + policy.average
-    if job.needs.target:
-        state += policy.weights + policy.average + critic.weights + critic.average
-    return state
-
-
-def main_memory(job: Job) -> float:
-    """Main memory of a machine with GPUs: its processes' libraries, a checkpoint's copy, and offloaded shards."""
-    hardware, size = job.hardware, job.size
-    total = hardware.local * 4 * LIBRARIES + (checkpoint_copy(job) if job.checkpoints else 0.0)
-    if hardware.offload:
-        state = size.parameters * size.weight_bytes + job.critic.weights + job.gradients + job.state
-        state += job.policy.weights * (job.needs.reference != "none")
-        total += state * hardware.local / job.plan.processes
-    return total

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from policylab.cli.messages import dotted_keys
 from policylab.config.build import (
@@ -19,27 +19,24 @@ from policylab.config.build import (
     model_config,
     without,
 )
-from policylab.config.hardware import AUTO, check_hardware
+from policylab.config.hardware import AUTO, processes, with_devices
+from policylab.config.signatures import target_of
 from policylab.distributed.allocator import main_memory
 from policylab.distributed.machine import gpus
-from policylab.distributed.world import world
 from policylab.errors import UserError
-from policylab.models.encoding import encode, encode_chats
-from policylab.models.loading import ASSETS, read_tokenizer
-from policylab.models.meta import Outline, outline
-from policylab.models.size import BF16, FP32, critic_size, size_of
+from policylab.models.encoding import encode, encode_prompts
+from policylab.models.loading import ASSETS, LoadedModel, read_tokenizer
+from policylab.models.shape import context_of
+from policylab.models.size import BF16, FP32, CriticSize, critic_size, size_of
 from policylab.planning.job import Hardware, Job
 from policylab.planning.memory import GIB
-from policylab.rollouts.engine import check_positions
-from policylab.rollouts.memory import Kind
+from policylab.rollouts.engine import check_positions, check_processes
 from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.tasks.base import Example, Task, examples, take_validation
 from policylab.training.methods import method_of
 
 #: Number of texts whose tokens are counted, evenly spread over the task's.
 READ = 512
-#: Engine by class; any other engine is planned like Hugging Face's generate.
-ENGINES: dict[str, Kind] = {"CachedEngine": "cached", "VllmEngine": "vllm"}
 
 
 @dataclass(frozen=True)
@@ -58,38 +55,35 @@ def describe(config: DictConfig) -> Described:
         UserError: as the run would, as far as this can be checked without weights.
     """
     check_parts(config)
-    method, (hardware, processes) = method_of(instantiate(config.algo)), hardware_of(config)
-    settled = config.copy()
-    settled.hardware.devices, settled.hardware.num_nodes = hardware.local, processes // hardware.local
-    method.check(settled)
-    check_hardware(settled)
-    needs, plan = method.needs(), method.plan(config.rollout, processes)
+    method, config = method_of(instantiate(config.algo)), with_devices(config, start=False)
+    method.check(config)
+    check_processes(target_of(config.rollout, "rollout"), processes(config))
+    needs, plan = method.needs(), method.plan(config.rollout, processes(config))
     engine = instantiate(without(config.rollout, PLANNED))
     task = instantiate(without(config.task, TAKEN_OVER))
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
-    settings: Any = OmegaConf.to_container(model_config(config), resolve=True)
-    model = outline(settings)
+    model = outline(config)
     size = size_of(model.lm, adapter_for(config), config.optim.frozen_layers)
     prompts, targets = lengths(model, task, [*train, *val])
     new_tokens = max([engine.max_new_tokens, *(targets if needs.learns_from == "completions" else [])])
-    if size.context is not None and config.task.get("too_long", "refuse") != "refuse":
-        prompts = [min(tokens, max(1, size.context - new_tokens)) for tokens in prompts]
-    check_positions(max(prompts) + new_tokens, size.context, "the model")
+    limit = context_of(model.lm)
+    if limit is not None and config.task.get("too_long", "refuse") != "refuse":
+        prompts = [min(tokens, max(1, limit - new_tokens)) for tokens in prompts]
+    check_positions(max(prompts) + new_tokens, limit, "the model")
     low_products = config.rollout.get("dtype") == "bfloat16" or config.hardware.precision == "bf16-mixed"
     full = config.hardware.precision == "32-true" and size.weight_bytes == FP32
     critic = needs.critic
     job = Job(
         size=size,
-        critic_size=None if critic is None else critic_size(model.lm, size, critic.own_layers),
-        hardware=hardware,
+        critic_size=CriticSize() if critic is None else critic_size(model.lm, size, critic.own_layers),
+        hardware=hardware_of(config),
         plan=plan,
         prompt_tokens=sum(prompts) / len(prompts),
         longest_prompt=max(prompts),
         new_tokens=new_tokens,
         needs=needs,
         cost=method.cost(plan, exact=full and engine.exact),
-        engine=ENGINES.get(config.rollout["_target_"].rsplit(".", 1)[-1], "generate"),
-        engine_share=config.rollout.get("gpu_memory", 0.0),
+        engine=engine,
         sampling_bytes=BF16 if low_products else size.weight_bytes,
         micro_batch_tokens=config.optim.micro_batch_tokens,
         max_rows=config.rollout.get("max_rows", EVERY_ROW),
@@ -100,62 +94,60 @@ def describe(config: DictConfig) -> Described:
     return Described(job, model.source, model.tokenizer is None)
 
 
-def hardware_of(config: DictConfig) -> tuple[Hardware, int]:
-    """The configured hardware, whether or not this machine has it, and the number of processes.
+def outline(config: DictConfig) -> LoadedModel:
+    """The model on torch's meta device, built from its config without weights.
 
     Raises:
-        UserError: when a number is neither configured nor known from this machine.
+        UserError: when the config cannot be read, or it is loaded by code that may read weights.
     """
-    hardware = config.hardware
-    gpu = hardware.accelerator == "gpu" or (hardware.accelerator == AUTO and gpus() > 0)
-    local, nodes = hardware.devices, hardware.num_nodes
-    if world().size > 1:
-        local, nodes = world().local_size, world().nodes
-    if local == AUTO:
-        local = gpus() if gpu else 1
-        if local == 0:
-            raise UserError(
-                f"hardware.devices={AUTO}, and there is no GPU here to count; say hardware.devices=8 to plan for eight "
-                "a machine"
-            )
-    if nodes == AUTO:
+    target = config.model["_target_"]
+    if not target.startswith("policylab."):
         raise UserError(
-            f"hardware.num_nodes={AUTO} is known under SLURM alone; say how many machines to plan for"
+            f"plan=true knows PolicyLab's own models, and model._target_ is {target}; save the model's config.json in "
+            "a folder and take model=hf model.path=FOLDER model.name=LABEL"
         )
-    memory = None if config.plan_memory is None else config.plan_memory * GIB
-    if gpu and memory is None:
-        if not gpus():
-            raise UserError(
-                "there is no GPU here to look at; say what to plan for: plan_memory=80 (GiB of a GPU) and "
-                "plan_flops=4e14 (operations a second that one reaches)"
-            )
+    with torch.device("meta"):
+        return instantiate(model_config(config))
+
+
+def hardware_of(config: DictConfig) -> Hardware:
+    """The configured hardware, whether or not this machine has it. Takes a config whose devices are counted.
+
+    Raises:
+        UserError: when the memory is neither configured nor known from this machine.
+    """
+    hardware, here = config.hardware, float(main_memory())
+    gpu = hardware.accelerator == "gpu" or (hardware.accelerator == AUTO and gpus() > 0)
+    if config.plan_memory is not None:
+        memory = float(config.plan_memory * GIB)
+    elif not gpu:
+        memory = here
+    elif gpus():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
-    here = float(main_memory())
-    settings = Hardware(
+    else:
+        raise UserError(
+            "there is no GPU here to look at; say what to plan for: plan_memory=80 (GiB of a GPU) and plan_flops=4e14 "
+            "(operations a second that one reaches)"
+        )
+    return Hardware(
         gpu=gpu,
-        memory=memory if gpu and memory else (memory or here) / local,
+        memory=memory if gpu else memory / hardware.devices,
         host_memory=here if gpu and config.plan_memory is None else None,
-        local=local,
+        local=hardware.devices,
         sharded=hardware.strategy == "fsdp",
         offload=hardware.cpu_offload,
         precision=hardware.precision,
         gradient_checkpointing=hardware.gradient_checkpointing,
     )
-    return settings, local * nodes
 
 
-def lengths(model: Outline, task: Task, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+def lengths(model: LoadedModel, task: Task, examples: Sequence[Example]) -> tuple[list[int], list[int]]:
     """Token counts of a sample of the prompts, and of their completions if they have any."""
     some = examples[:: max(1, len(examples) // READ)]
     tokenizer: Any = model.tokenizer
     if tokenizer is None:  # for English, about as many tokens as with other tokenizers, or slightly more
         tokenizer = read_tokenizer(ASSETS / "tiny", local_files_only=True, trust_remote_code=False)
     texts = [example.text for example in some]
-    if model.chat:
-        asked = [task.instruction.replace("{text}", text) if task.instruction else text for text in texts]
-        read = encode_chats(tokenizer, asked)
-    else:
-        read = encode(tokenizer, texts, special=True)
-    targets = [example.completion for example in some if example.completion]
-    written = encode(tokenizer, targets, special=False)
+    read = encode_prompts(tokenizer, texts, chat=model.chat, instruction=task.instruction)
+    written = encode(tokenizer, [e.completion for e in some if e.completion], special=False)
     return [max(1, len(tokens)) for tokens in read], [len(tokens) + 1 for tokens in written]

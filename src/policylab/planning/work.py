@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch.utils.benchmark import Timer
+
+from policylab.functional.products import linear
 from policylab.planning.job import Job
 
 #: FLOPs that an accelerator does per byte of memory traffic: 150 to 300 today. Gives the memory bandwidth if only
@@ -11,6 +15,9 @@ from policylab.planning.job import Job
 INTENSITY = 200
 #: Least seconds of Python and kernel launches per layer and forward pass.
 CALL = 2e-4
+#: Of the measurement: seconds of each of two calls; rows and columns of the matrices, on a CPU and on a GPU; bytes of a
+#: copy, more than any cache holds.
+SECONDS, SIDE, GPU_SIDE, COPIED = 0.5, 1024, 8192, 2**28
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,24 @@ class Rates:
         """An accelerator of which only the FLOPs per second are known."""
         return cls(flops, flops / INTENSITY)
 
+    @classmethod
+    def measured(cls, gpu: bool, dtype: torch.dtype) -> Rates:
+        """This machine's, from products of large matrices by the library that training uses, and from copies."""
+        device, side = ("cuda", GPU_SIDE) if gpu else ("cpu", SIDE)
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        block = torch.ones(COPIED, dtype=torch.uint8, device=device)
+        names = {"linear": linear, "a": a, "block": block, "other": torch.empty_like(block)}
+        product, copy = (
+            # the fastest call counts, so that other load on the machine matters less
+            min(
+                Timer(call, globals=names, num_threads=torch.get_num_threads())
+                .blocked_autorange(min_run_time=SECONDS)
+                .times
+            )
+            for call in ("linear(a, a, None)", "other.copy_(block)")
+        )
+        return cls(flops=2 * side**3 / product, bandwidth=2 * COPIED / copy)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -33,10 +58,6 @@ class Work:
     tokens: int  #: most tokens sampled
     flops: dict[str, float]
     seconds: dict[str, float]
-
-    @property
-    def total_flops(self) -> float:
-        return sum(self.flops.values())
 
     @property
     def total_seconds(self) -> float:
@@ -70,11 +91,9 @@ def operations(job: Job) -> dict[str, float]:
     plan, size, cost = job.plan, job.size, job.cost
     context = job.prompt_tokens + job.new_tokens / 2
     actions = plan.sequences * job.new_tokens
-    read = (
-        job.tokens(job.sequences) * plan.processes
-    )  # tokens of an iteration's sequences, as a model reads them
+    read = job.tokens(job.sequences) * plan.processes  # of an iteration's sequences
     forward = size.operations(read, size.layers, context) + 2 * size.head * actions
-    values = size.operations(read, job.critic_layers, context)
+    values = size.operations(read, job.critic_size.layers, context)
     # a backward pass costs a forward pass for the inputs, and one for the trainable weights
     weights = 0.0 if size.adapters else size.trained / size.parameters
     passes = 2 + weights + job.hardware.gradient_checkpointing

@@ -24,7 +24,7 @@ from policylab.rewards.base import (
 )
 from policylab.rewards.networks import freeze, move
 from policylab.rewards.state import load_state, state_of
-from policylab.rewards.workers import Processes, Threads, Workers
+from policylab.rewards.workers import Processes, Threads
 
 #: More would be a typing error.
 MOST_WORKERS = 1024
@@ -62,7 +62,7 @@ class Scorer:
         self.reward = reward
         self.device = "cpu"
         self.count = workers
-        self.workers: Workers | None = None
+        self.workers: Processes | Threads | None = None
         if workers:
             self.workers = Processes(reward) if pool == "process" else Threads(reward, workers)
 

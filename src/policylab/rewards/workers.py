@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any
 
 from policylab.distributed.signals import SIGNALS
 from policylab.errors import RunError, UserError
@@ -22,20 +22,8 @@ from policylab.user_code import call, said
 Answer = Callable[[], Scores]
 
 
-class Workers(Protocol):
-    """Threads or processes."""
-
-    def begin(self, shares: Sequence[ScoringBatch]) -> list[Answer]:
-        """Sends each worker its share."""
-        ...
-
-    def close(self) -> None:
-        """Ends the workers."""
-        ...
-
-
 class Threads:
-    """Workers in this process."""
+    """Workers in this process: `begin` hands each its share, `close` ends them."""
 
     def __init__(self, reward: Reward | RewardFunction, count: int) -> None:
         self.reward = reward

@@ -19,7 +19,9 @@ from policylab.functional.behaviour import Behaviour
 from policylab.functional.logprobs import log_distribution
 from policylab.models.decoders import Decoder
 from policylab.models.policy import Policy
+from policylab.models.size import Size
 from policylab.rollouts.engine import assemble, check_context, check_settings, pad_left
+from policylab.rollouts.memory import Piece, sampling_memory
 from policylab.rollouts.sampling import check_finite, draw
 
 #: Finished rows are removed once they are this fraction of the batch; about as many rows of the cache are then copied.
@@ -56,6 +58,10 @@ class CachedEngine:
         """Whether recorded log-probs are, up to rounding, those of a full forward pass in the training precision."""
         return self.dtype is None
 
+    def memory(self, size: Size, piece: Piece) -> dict[str, float]:
+        """For plans: bytes that sampling a piece allocates, by purpose."""
+        return sampling_memory(size, piece, ours=size.decoder != "general")
+
     @torch.no_grad()
     def sample(
         self,
@@ -77,12 +83,10 @@ class CachedEngine:
         check_context(policy, tokens.shape[1] + self.max_new_tokens)
         dtype = self._dtype(policy)
         decoder = policy.reader.decoder(dtype)
-        with torch.autocast(
-            device.type, dtype, enabled=dtype != policy.dtype
-        ):  # for decoders that use autocast
-            decoder.prefill(
-                tokens, lengths, prompt_of.repeat_interleave(group_size), room=self.max_new_tokens
-            )
+        rows = prompt_of.repeat_interleave(group_size)
+        # for decoders that use autocast
+        with torch.autocast(device.type, dtype, enabled=dtype != policy.dtype):
+            decoder.prefill(tokens, lengths, rows, room=self.max_new_tokens)
             tokens, logprobs, values = self._write(decoder, policy, noise.to(device), behaviour)
         check_finite(logprobs)
 
@@ -126,12 +130,8 @@ class CachedEngine:
                     still = unfinished_first(ended)
                     if len(still) < len(rows):
                         decoder.keep(still)
-                        rows, drawn, ended, uniform = (
-                            rows[still],
-                            drawn[still],
-                            ended[still],
-                            uniform[:, still],
-                        )
+                        rows, drawn, ended = rows[still], drawn[still], ended[still]
+                        uniform = uniform[:, still]
             decoder.step(drawn)
         steps = t + 1
         return tokens[:steps].T, logprobs[:steps].T, None if values is None else values[:steps].T

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from policylab.data.rollout import Prompt, Rollout
-from policylab.errors import UserError
+from policylab.errors import UserError, check_range
 from policylab.functional.behaviour import Behaviour
 from policylab.functional.masks import length_mask
 from policylab.models.policy import Policy
 
 
 class Engine(Protocol):
-    """Samples completions. Any class with these members is an engine."""
+    """Samples completions. Any class with these members is an engine.
+
+    One that does not work in any number of processes has a static ``check_processes(number)``, which raises UserError.
+    For plans it may state its memory (`policylab.rollouts.memory`).
+    """
 
     @property
     def temperature(self) -> float:
@@ -84,6 +88,16 @@ def assemble(
     )
 
 
+def check_processes(engine: Any, processes: int) -> None:
+    """Lets the class of an engine refuse the number of processes.
+
+    Raises:
+        UserError: saying what to take instead.
+    """
+    if check := getattr(engine, "check_processes", None):
+        check(processes)
+
+
 def check_settings(temperature: float, max_new_tokens: int) -> None:
     """Refuses settings that no engine supports.
 
@@ -92,8 +106,7 @@ def check_settings(temperature: float, max_new_tokens: int) -> None:
     """
     if not 0 < temperature < float("inf"):
         raise UserError(f"rollout.temperature is {temperature}; it must be above 0")
-    if max_new_tokens < 1:
-        raise UserError(f"rollout.max_new_tokens is {max_new_tokens}; it must be at least 1")
+    check_range("rollout.max_new_tokens", max_new_tokens, 1)
 
 
 def pad_left(

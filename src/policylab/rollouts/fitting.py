@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any
 
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
@@ -18,17 +18,10 @@ log = logging.getLogger(__name__)
 TOO_LONG = ("drop", "truncate", "refuse")
 
 
-class Placed(Protocol):
-    """A row that may know its position in a file."""
-
-    @property
-    def where(self) -> str: ...
-
-
 def fitting(
     policy: Policy,
     prompts: Sequence[Prompt],
-    rows: Sequence[Placed],
+    rows: Sequence[Any],
     *,
     new_tokens: int,
     instruction: str | None,
@@ -38,7 +31,7 @@ def fitting(
     """The prompts that fit the model together with ``new_tokens`` or their completion. Warns how many do not fit.
 
     Args:
-        rows: the task's rows, from which the prompts were made.
+        rows: the task's rows, from which the prompts were made; ``where`` is their position in a file, if known.
         instruction: the template of the prompts.
         split: name of the rows in messages.
         too_long: ``drop`` removes prompts, and the others keep their ids; ``truncate`` cuts the beginning of a prompt

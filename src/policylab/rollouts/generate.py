@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -81,27 +81,16 @@ class GenerateEngine:
         )
 
 
+@dataclass
 class KeyedDraw(LogitsProcessor):
     """Draws the token of this step by our noise, makes it the only possible one for ``generate``, and records its
-    log-prob.
+    log-prob."""
 
-    Args:
-        noise: noise of the completions, one column per step.
-        prompt_width: columns before the first step.
-    """
-
-    def __init__(
-        self,
-        temperature: float,
-        noise: Float[Tensor, "B T"],
-        behaviour: Behaviour | None,
-        prompt_width: int,
-    ) -> None:
-        self.temperature = temperature
-        self.noise = noise
-        self.behaviour = behaviour
-        self.prompt_width = prompt_width
-        self.logprobs: list[Float[Tensor, " B"]] = []
+    temperature: float
+    noise: Float[Tensor, "B T"]  #: of the completions, one column per step
+    behaviour: Behaviour | None
+    prompt_width: int  #: columns before the first step
+    logprobs: list[Float[Tensor, " B"]] = field(default_factory=list)
 
     def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         """``scores``: the logits of the next token."""

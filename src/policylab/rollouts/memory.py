@@ -1,13 +1,14 @@
-"""Memory of an engine while it samples, in bytes, for plans."""
+"""Memory of engines while they sample, in bytes, for plans.
+
+An engine may state its own by two methods: ``memory(size, piece)``, the bytes by purpose that it allocates for a piece
+(without it, `sampling_memory`), and ``reserved(size, piece, device_memory)``, the bytes that it holds all the time.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from policylab.models.size import FP32, Size
-
-Kind = Literal["cached", "generate", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Piece:
         prompt: mean tokens of a prompt.
         longest: tokens of the longest prompt.
         new: tokens of a completion.
+        number: bytes of one number in the products of sampling.
+        compute: bytes of one number in the products of training.
+        gpu: whether it is sampled on a GPU.
     """
 
     prompts: int
@@ -27,50 +31,39 @@ class Piece:
     prompt: float
     longest: int
     new: int
+    number: int
+    compute: int
+    gpu: bool
 
 
-def sampling_memory(
-    kind: Kind, size: Size, piece: Piece, *, number: int, compute: int, gpu: bool
-) -> dict[str, float]:
-    """Bytes that the engine allocates for a piece, by purpose. Without vLLM, which reserves its memory all the time.
+def sampling_memory(size: Size, piece: Piece, *, ours: bool = False) -> dict[str, float]:
+    """Bytes that sampling a piece allocates, by purpose.
 
     Args:
-        number: bytes of one number in the products of sampling.
-        compute: bytes of one number in the products of training.
+        ours: whether one of our decoders samples; otherwise it is transformers, with a copy of a prompt in each row.
     """
-    if kind == "vllm":
-        return {}
-    rows, context = piece.rows, piece.longest + piece.new
-    per_token = 2 * size.layers * size.kv_heads * size.head_dim
-    ours = kind == "cached" and size.decoder != "general"
-    if ours:  # on a CPU they are always in fp32 (see models/decoders)
-        kept = rows * piece.new + piece.prompts * piece.longest
-        cache = per_token * (number if gpu else FP32) * kept
-    else:
-        cache = per_token * number * rows * context
+    rows, number, context = piece.rows, piece.number, piece.longest + piece.new
+    kept = rows * piece.new + piece.prompts * piece.longest if ours else rows * context
+    of_cache = FP32 if ours and not piece.gpu else number  # see models/decoders
     # logits of this step, and those of the step before or the weights for drawing a token
     tables = 2 * FP32 + (number if number < FP32 else 0)
     reads = max(piece.prompts * piece.prompt, rows)
-    scores = 4 * rows * size.heads * context * FP32
     return {
-        "weights for sampling": copied_weights(size, ours=ours, number=number, gpu=gpu),
-        "KV cache": cache,
+        "weights for sampling": copied_weights(size, piece, ours=ours),
+        "KV cache": 2 * size.layers * size.kv_heads * size.head_dim * of_cache * kept,
         "logits": tables * rows * size.vocab,
-        "work space": reads * size.transient(max(number, compute)) + scores,
+        "work space": reads * size.transient(max(number, piece.compute))
+        + 4 * rows * size.heads * context * FP32,
     }
 
 
-def copied_weights(size: Size, *, ours: bool, number: int, gpu: bool) -> float:
-    """Bytes of the weights that a decoder copies for a rollout.
-
-    Args:
-        ours: whether one of our decoders samples.
-    """
-    casts = number != size.weight_bytes
-    if casts or (ours and not gpu):  # the fastest CPU kernel has its own weight layout
-        return float((size.linear + size.head) * number)
+def copied_weights(size: Size, piece: Piece, *, ours: bool) -> float:
+    """Bytes of the weights that a decoder copies for a rollout."""
+    casts = piece.number != size.weight_bytes
+    if casts or (ours and not piece.gpu):  # the fastest CPU kernel has its own weight layout
+        return float((size.linear + size.head) * piece.number)
     if not ours:
         return 0.0
     if size.adapters:  # merged
-        return float(size.linear * number)
-    return float(size.qkv * number) if size.decoder == "llama" else 0.0
+        return float(size.linear * piece.number)
+    return float(size.qkv * piece.number) if size.decoder == "llama" else 0.0

@@ -38,12 +38,8 @@ class Memory:
     @classmethod
     def empty(cls) -> Self:
         """No sequences."""
-        whole, number, yes = (
-            torch.zeros(0, dtype=torch.int32),
-            torch.zeros(0),
-            torch.zeros(0, dtype=torch.bool),
-        )
-        long = whole.long()
+        number = torch.zeros(0)
+        whole, long, yes = number.int(), number.long(), number.bool()
         return cls(whole, yes, number, number, long, long, long, long, number, yes)
 
     @classmethod
@@ -75,12 +71,13 @@ class Memory:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def join(self, later: Self) -> Self:
+    def join(self, later: Iterable[Self]) -> Self:
         """These sequences followed by the later ones."""
-        return type(self)(*[torch.cat([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)])
+        parts = [self, *later]
+        return type(self)(*[torch.cat([getattr(part, f.name) for part in parts]) for f in fields(self)])
 
     def newest(self, capacity: int) -> Self:
-        """The latest sequences with at most ``capacity`` tokens together."""
+        """The latest sequences with at most ``capacity`` tokens together, prompts included."""
         sizes = self.prompt_lengths + self.lengths
         from_here_on = sizes.flip(0).cumsum(0).flip(0)
         gone = int((from_here_on > capacity).sum())
@@ -119,40 +116,10 @@ class Memory:
             rewards=self.rewards[rows],
         )
 
-
-class ReplayBuffer:
-    """First in, first out, bounded in tokens.
-
-    Args:
-        capacity: tokens, prompts included. When sequences of another iteration do not fit, the oldest are dropped.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.memory = Memory.empty()
-
-    def __len__(self) -> int:
-        return len(self.memory)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the memory."""
-        return len(self.memory.tokens)
-
-    def add(self, parts: Iterable[Memory]) -> None:
-        """Adds the sequences of an iteration: those of its parts, in order."""
-        for part in parts:
-            self.memory = self.memory.join(part)
-        self.memory = self.memory.newest(self.capacity)
-
     def draw(self, uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
         """Indices of sequences, drawn uniformly with replacement, one for each uniform number in [0, 1)."""
         return (uniform * len(self)).long().clamp(max=len(self) - 1)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors."""
-        return {f.name: getattr(self.memory, f.name) for f in fields(self.memory)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads a memory, of which the newest sequences are kept within this buffer's capacity."""
-        self.memory = Memory(**{name: value.cpu() for name, value in state.items()}).newest(self.capacity)
+    def state(self) -> dict[str, Tensor]:
+        """Plain tensors, from which ``Memory(**state)`` is made again."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -65,9 +65,8 @@ def _first_above(
     own = _running_sums(within)
     # the block's own sum may differ from the cumulative one by rounding
     rest = threshold - (cdf.gather(-1, block) - sums.gather(-1, block)).squeeze(-1)
-    return (block * weights.shape[-1] + _search(own, _below(rest.clamp(min=0), own[:, -1]))).squeeze(
-        -1
-    ), total
+    token = block * weights.shape[-1] + _search(own, _below(rest.clamp(min=0), own[:, -1]))
+    return token.squeeze(-1), total
 
 
 def _running_sums(x: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:

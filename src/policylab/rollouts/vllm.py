@@ -12,6 +12,7 @@ import importlib
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +24,12 @@ from policylab.errors import UserError, check_range
 from policylab.functional.behaviour import Behaviour, greedy
 from policylab.models.adapted import whole_weights
 from policylab.models.policy import Policy
+from policylab.models.size import Size
 from policylab.rollouts.engine import assemble, check_context, check_settings
+from policylab.rollouts.memory import Piece
 
 
+@dataclass
 class VllmEngine:
     """Samples completions (see `policylab.rollouts.engine.Engine`).
 
@@ -44,28 +48,42 @@ class VllmEngine:
         UserError: when vLLM is not installed, or a setting is out of its bounds.
     """
 
+    temperature: float
+    max_new_tokens: int
+    gpu_memory: float
+    dtype: str | None
+    context: int | None
+    sleep: bool
+
     exact: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        temperature: float,
-        max_new_tokens: int,
-        gpu_memory: float,
-        dtype: str | None,
-        context: int | None,
-        sleep: bool,
-    ) -> None:
-        check_settings(temperature, max_new_tokens)
-        check_range("rollout.gpu_memory", gpu_memory, 0, 1, above=True)
-        check_range("rollout.context", context, 2)
-        self.temperature = temperature
-        self.max_new_tokens = max_new_tokens
-        self.gpu_memory = gpu_memory
-        self.dtype = dtype
-        self.context = context
-        self.sleep = sleep
+    def __post_init__(self) -> None:
+        check_settings(self.temperature, self.max_new_tokens)
+        check_range("rollout.gpu_memory", self.gpu_memory, 0, 1, above=True)
+        check_range("rollout.context", self.context, 2)
         self.vllm = import_vllm()
         self.llm: Any = None  #: the running vLLM; None before the first rollout
+
+    @staticmethod
+    def check_processes(processes: int) -> None:
+        """Refuses several processes, because vLLM takes the first GPU in every process.
+
+        Raises:
+            UserError: saying what to take instead.
+        """
+        if processes > 1:
+            raise UserError(
+                f"rollout=vllm runs in one process, on its first GPU, and hardware sets {processes} processes; take "
+                "hardware.devices=1, or rollout=cached"
+            )
+
+    def memory(self, size: Size, piece: Piece) -> dict[str, float]:
+        """For plans: nothing, as vLLM works in what it has reserved."""
+        return {}
+
+    def reserved(self, size: Size, piece: Piece, device_memory: float) -> dict[str, float]:
+        """For plans: the share of the GPU, which holds vLLM's own whole copy of the weights and its cache."""
+        return {"vLLM": max(self.gpu_memory * device_memory, size.parameters * piece.number)}
 
     @torch.no_grad()
     def sample(

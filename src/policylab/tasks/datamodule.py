@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning import LightningDataModule
@@ -20,6 +21,7 @@ from policylab.tasks.shuffle import permutation
 Share = Callable[[Sequence[int]], list[int]]  # of a batch's rows, those of this process
 
 
+@dataclass(eq=False)
 class IterationSampler(Sampler[list[int]]):
     """Rows of each iteration, in a new order every epoch. A batch may span two epochs, so that no row is dropped.
 
@@ -30,15 +32,12 @@ class IterationSampler(Sampler[list[int]]):
         start: the first iteration to yield.
     """
 
-    def __init__(
-        self, rows: int, batch_size: int, seed: int, iterations: int, start: int, share: Share
-    ) -> None:
-        self.rows = rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.iterations = iterations
-        self.start = start
-        self.share = share
+    rows: int
+    batch_size: int
+    seed: int
+    iterations: int
+    start: int
+    share: Share
 
     def __iter__(self) -> Iterator[list[int]]:
         for iteration in range(self.start, self.iterations):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from policylab.data.rollout import Completion
-from policylab.errors import UserError
+from policylab.errors import UserError, check_range
 from policylab.rewards.base import score
 from policylab.rewards.optimality import Map, optimality
 from policylab.tasks.base import Example
@@ -50,10 +50,12 @@ class RandomWalks:
     def __init__(
         self, name: str, nodes: int, p_edge: float, walks: int, max_length: int, held_out: int, seed: int
     ) -> None:
-        _check(
-            nodes=(nodes, 2, len(ascii_lowercase)), walks=(walks, 1, None), max_length=(max_length, 3, None)
-        )
-        _check(held_out=(held_out, 1, None), p_edge=(p_edge, 0.0, 1.0), seed=(seed, 0, 2**32 - 1))
+        check_range("task.nodes", nodes, 2, len(ascii_lowercase))
+        check_range("task.walks", walks, 1)
+        check_range("task.max_length", max_length, 3)
+        check_range("task.held_out", held_out, 1)
+        check_range("task.p_edge", p_edge, 0, 1)
+        check_range("task.seed", seed, 0, 2**32 - 1)
         self.name = name
         random = RandomState(seed)
         neighbours = draw_graph(random, nodes, p_edge)
@@ -136,10 +138,3 @@ def shortest_lengths(neighbours: Neighbours, max_length: int) -> list[int]:
 
 def _letters(nodes: Sequence[int]) -> str:
     return "".join(ascii_lowercase[node] for node in nodes)
-
-
-def _check(**bounds: tuple[float, float, float | None]) -> None:
-    for name, (value, low, high) in bounds.items():
-        if value < low or (high is not None and value > high):
-            bounds_text = f"at least {low}" if high is None else f"{low} to {high}"
-            raise UserError(f"task.{name}={value}; it must be {bounds_text}")

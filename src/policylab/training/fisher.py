@@ -82,32 +82,22 @@ class Actor:
         )
 
 
+@dataclass
 class FisherProducts:
     """``v -> F v`` over some sequences of all processes, one micro-batch at a time.
 
     The graph of a single micro-batch is kept between products. With several micro-batches each graph is rebuilt, so
     that memory does not grow with the number of sequences.
-
-    Args:
-        pieces: this process's micro-batches.
-        actions: number of actions in the pieces of all processes.
-        kind: see :class:`~policylab.algorithms.TrustRegion`.
     """
 
-    def __init__(
-        self,
-        actor: Actor,
-        pieces: Sequence[Rollout],
-        actions: float,
-        kind: Literal["gauss_newton", "exact_kl"],
-        all_sum: AllSum,
-    ) -> None:
-        self.actor = actor
-        self.pieces = pieces
-        self.actions = actions
-        self.all_sum = all_sum
-        self.kind = kind
-        self.of_piece = {"gauss_newton": gauss_newton, "exact_kl": exact_kl}[kind]
+    actor: Actor
+    pieces: Sequence[Rollout]  #: this process's micro-batches
+    actions: float  #: number of actions in the pieces of all processes
+    kind: Literal["gauss_newton", "exact_kl"]  #: see :class:`~policylab.algorithms.TrustRegion`
+    all_sum: AllSum
+
+    def __post_init__(self) -> None:
+        self.of_piece = {"gauss_newton": gauss_newton, "exact_kl": exact_kl}[self.kind]
         self._kept: Product | None = None
 
     def __call__(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -41,7 +41,7 @@ class MinibatchUpdater(Updater[MinibatchEpochs | SingleStep]):
         ratio_max, limit = self.ratio_max, self.settings.kl_stop
         added = self.stepper.accumulate(rollout, rows, lambda piece: self.loss(piece, denominator))
         if limit is not None and added.mean("train/kl_old", self.runtime.all_sum) > limit:
-            self.stepper.drop_gradients()
+            self.runtime.optimizer.zero_grad(set_to_none=True)
             recorder.add("train/kl_stopped", torch.ones(1, device=device))
             return False
         if self.stepper.apply_gradients(rollout, rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from typing import Any
 
@@ -10,10 +9,8 @@ import torch
 from lightning import LightningModule
 
 from policylab.data.rollout import PromptBatch, Rollout, Sample
-from policylab.errors import UserError
 from policylab.rollouts.noise import TRAIN, VALIDATION, seed_libraries
-from policylab.training.means import SAMPLED, TRAINED, Total
-from policylab.training.metrics import Numbers, means_of, on_host
+from policylab.training.metrics import Numbers
 from policylab.training.parts import Parts
 from policylab.training.passes import Passes
 from policylab.training.preflight import PROMPTS, preflight
@@ -49,20 +46,17 @@ class TrainingModule(LightningModule):
         self.reference = None if parts.needs.reference == "none" else parts.policy.frozen_copy()
         self.reference_moves = parts.needs.reference == "moving"
         self.parts = parts
-        self.optim = parts.optim
         self.plan = parts.plan
-        self.seed = parts.seed
         self.compiles_layers = self.sharded = False
         self.progress = Progress(parts.iterations, parts.max_tokens)
         self.runtime = Runtime(self)
         self.recorder = Recorder(self.runtime)
-        passes = Passes(
+        self.passes = passes = Passes(
             self.policy,
             parts.optim.micro_batch_tokens,
             self.recorder,
             whole_distributions=parts.needs.whole_distributions,
         )
-        self.passes = passes
         self.stepper = Stepper(parts.optim, passes, self.progress)
         self.sampler = Sampler(parts, self.reference, passes, self.progress)
         self.validator = Validator(self.sampler, parts.task, parts.val)
@@ -80,7 +74,7 @@ class TrainingModule(LightningModule):
         return self.progress.iteration
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optim.build(self.policy)
+        return self.parts.optim.build(self.policy)
 
     # -- training --------------------------------------------------------------------------------------
 
@@ -92,7 +86,7 @@ class TrainingModule(LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Seeds each iteration, because checkpoints hold no random state."""
-        seed_libraries(self.seed, TRAIN, self.iteration, self.global_rank)
+        seed_libraries(self.parts.seed, TRAIN, self.iteration, self.global_rank)
 
     def finish_iteration(self, metrics: Numbers, started: float) -> None:
         """Counts the iteration, records its metrics, and ends the run when its budget is spent.
@@ -101,19 +95,8 @@ class TrainingModule(LightningModule):
             metrics: those that are not means, and ``tokens`` for the speed.
             started: ``time.perf_counter()`` at the start of the iteration.
         """
-        totals, seconds = self.recorder.finish()
-        numbers = on_host(metrics)
-        generated, elapsed = numbers.pop("tokens"), time.perf_counter() - started
-        perf = {f"perf/{name}_s": value for name, value in seconds.items()}
-        perf |= {"perf/tokens_per_s": generated / elapsed, "perf/iteration_s": elapsed}
-        progress, none = self.progress, Total(0.0, 0.0)
-        progress.iteration += 1
-        progress.tokens_sampled += int(totals.pop(SAMPLED, none).sum)
-        progress.tokens_trained += int(totals.pop(TRAINED, none).sum)
         skipped = self.stepper.take_skipped()
-        counts = {"train/skipped_updates": skipped, "train/tokens": progress.tokens_sampled}
-        counted = {name: float(count) for name, count in counts.items() if count}
-        self.metrics = {**means_of(totals), **numbers, **counted, **perf}
+        self.metrics = self.recorder.finish(metrics, started, self.progress, skipped)
         self.sampler.agree_on_cuts()
         self.record(self.metrics)
         self._stop_when_budget_is_spent()
@@ -131,7 +114,7 @@ class TrainingModule(LightningModule):
 
     def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Seeds every validation equally, like its sampling noise."""
-        seed_libraries(self.seed, VALIDATION, batch_idx, self.global_rank)
+        seed_libraries(self.parts.seed, VALIDATION, batch_idx, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
         self.validator.begin()
@@ -151,11 +134,7 @@ class TrainingModule(LightningModule):
         checkpoint["policylab"] = self.run_state.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "policylab" not in checkpoint:
-            raise UserError(
-                "the checkpoint was not written by policylab; take one of a run's checkpoints/ folder"
-            )
-        self.run_state.load(checkpoint["policylab"])
+        self.run_state.load(checkpoint.get("policylab"))
         own, given = self.state_dict(), self.given_weights()
         checkpoint["state_dict"].update({n: v for n, v in own.items() if n in given})
 
@@ -172,7 +151,7 @@ class TrainingModule(LightningModule):
 
     def _prepare(self) -> None:
         """Once per run: compiles, compares sampling with recomputation, and estimates the longest time of the run."""
-        self.sampler.move_reward()
+        self.sampler.scorer.move(self.runtime.device)
         if self._checked:
             return
         with self.trainer.precision_plugin.forward_context():
@@ -181,11 +160,9 @@ class TrainingModule(LightningModule):
             pace = preflight(self.sampler, self.parts.train[:PROMPTS])
         self._checked = True
         self.progress.expected_tokens = pace.tokens * self.plan.sequences
-        sequences = (
-            (self.progress.last_iteration - self.iteration) * self.plan.sequences / self.plan.processes
-        )
         cost = self.parts.cost(self.sampler.records_exactly)
-        self.expected_seconds = sequences * pace.seconds(self.parts.needs, cost)
+        iterations = self.progress.last_iteration - self.iteration
+        self.expected_seconds = iterations * pace.seconds(self.parts.needs, cost, self.plan)
 
     def _stop_when_budget_is_spent(self) -> None:
         if self.progress.budget_is_spent:

@@ -33,8 +33,7 @@ class Parts:
     max_rows: int | None
     seed: int  #: seed of the sampling noise and the order of minibatches
     iterations: int  #: length of the whole run
-    max_tokens: (
-        int | None
-    )  #: limit on tokens sampled in training; it may end the run before its last iteration
+    #: limit on tokens sampled in training; it may end the run before its last iteration
+    max_tokens: int | None
     resolved_config: str  #: YAML; with it, a checkpoint can be loaded without the run folder
     data: str  #: fingerprint of the task's examples

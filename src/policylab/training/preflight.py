@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from policylab.data.plan import BatchPlan
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.functional.masks import masked_sum
@@ -38,10 +39,11 @@ class Pace:
     forward: float  #: seconds
     tokens: float  #: sampled tokens
 
-    def seconds(self, needs: Needs, cost: Cost) -> float:
-        """Upper bound per sequence of an iteration; a backward pass costs about two forward passes."""
+    def seconds(self, needs: Needs, cost: Cost, plan: BatchPlan) -> float:
+        """Upper bound for an iteration; a backward pass costs about two forward passes."""
         sampled = self.sample * (needs.learns_from == "rollouts")
-        return sampled + (cost.forwards + 3 * cost.passes) * self.forward
+        a_sequence = sampled + (cost.forwards + 3 * cost.passes) * self.forward
+        return a_sequence * plan.sequences / plan.processes
 
 
 @torch.no_grad()
@@ -56,9 +58,7 @@ def preflight(sampler: Sampler, prompts: Sequence[Prompt]) -> Pace:
     """
     precise = TOLERANCE if sampler.in_full_precision else LOW_PRECISION_TOLERANCE
     limit = precise if sampler.engine.exact else LOW_PRECISION_TOLERANCE
-    sampler.generate(
-        prompts[:1], 1, PREFLIGHT, [0]
-    )  # the first pass through a model is slower than later ones
+    sampler.generate(prompts[:1], 1, PREFLIGHT, [0])  # the first pass is slower than later ones
     start = time.perf_counter()
     rollout = sampler.add_values(sampler.generate(prompts, 1, PREFLIGHT, range(len(prompts))))
     sampled = time.perf_counter()

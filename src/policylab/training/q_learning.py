@@ -35,7 +35,7 @@ class QTraining(TrainingModule):
     def __init__(self, algorithm: QLearning, parts: Parts) -> None:
         super().__init__(parts)
         self.algorithm = algorithm
-        self.target = None if algorithm.target is None else target_of(parts.policy)
+        self.target = target_of(parts.policy) if parts.needs.target else None
         self.average = None if self.target is None else Average(self.target, self.policy)
         self.sampler.behaviour = self.behaviour
         self.collector = Collector(self.sampler, parts.plan, parts.train)
@@ -118,7 +118,7 @@ class QTraining(TrainingModule):
         self.rollout = rollout
         measure(rollout, self.recorder.means, "train")
         metrics = of_iteration(rollout, self.runtime.all_sum)
-        metrics["train/replay_tokens"] = float(self.replay.buffer.tokens)
+        metrics["train/replay_tokens"] = float(len(self.replay.memory.tokens))
         return metrics | self.algorithm.exploration.metrics(self.iteration)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from policylab.training.means import Means, Total
+from policylab.training.metrics import Numbers, means_of, on_host
+from policylab.training.run_state import Progress
 from policylab.training.runtime import Runtime
 
 
@@ -63,11 +65,31 @@ class Recorder:
         names = set().union(*self.runtime.gather(set(means.names)))
         return means.reduce(self.runtime.all_sum, names)
 
-    def finish(self) -> tuple[dict[str, Total], dict[str, float]]:
-        """Ends the iteration: its totals, and the times of its phases."""
+    def finish(self, metrics: Numbers, started: float, progress: Progress, skipped: int) -> dict[str, float]:
+        """Ends the iteration, and counts it.
+
+        Args:
+            metrics: those that are not means, and ``tokens`` for the speed.
+            started: ``time.perf_counter()`` at the start of the iteration.
+            skipped: number of updates that were skipped.
+
+        Returns:
+            All metrics of the iteration.
+        """
         totals, seconds = self.totals(self.means), self.seconds
         self.means, self.seconds = Means(), {}
-        return totals, seconds
+        numbers = on_host(metrics)
+        generated, elapsed = numbers.pop("tokens"), time.perf_counter() - started
+        progress.count(totals)
+        counts = {"train/skipped_updates": skipped, "train/tokens": progress.tokens_sampled}
+        return {
+            **means_of(totals),
+            **numbers,
+            **{name: float(count) for name, count in counts.items() if count},
+            **{f"perf/{name}_s": value for name, value in seconds.items()},
+            "perf/tokens_per_s": generated / elapsed,
+            "perf/iteration_s": elapsed,
+        }
 
     def _wait(self) -> None:
         if self.runtime.device.type == "cuda":

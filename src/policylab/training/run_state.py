@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from policylab.errors import UserError
 from policylab.functional import products
 from policylab.models.fingerprint import fingerprint
+from policylab.training.means import SAMPLED, TRAINED, Total
 from policylab.training.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,13 @@ class Progress:
         left = math.ceil((self.max_tokens - self.tokens_sampled) / max(tokens, 1.0))
         return min(self.iterations, self.iteration + max(left, 0))
 
+    def count(self, totals: dict[str, Total]) -> None:
+        """Counts a finished iteration; takes the counters of tokens out of its totals."""
+        none = Total(0.0, 0.0)
+        self.iteration += 1
+        self.tokens_sampled += int(totals.pop(SAMPLED, none).sum)
+        self.tokens_trained += int(totals.pop(TRAINED, none).sum)
+
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SAVED}
 
@@ -103,12 +111,16 @@ class RunState:
             state |= own
         return state
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Continues from a saved state.
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Continues from a saved state; None where a checkpoint has none.
 
         Raises:
-            UserError: when the state belongs to another run.
+            UserError: when the state belongs to another run, or there is none.
         """
+        if state is None:
+            raise UserError(
+                "the checkpoint was not written by policylab; take one of a run's checkpoints/ folder"
+            )
         self.check_origin(state)
         for part in self.stateful:
             part.load(state)

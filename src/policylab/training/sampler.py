@@ -45,9 +45,8 @@ class Sampler:
         self.progress = progress
         self.row_limit = RowLimit(parts.max_rows)
         self.behaviour: Callable[[int], Behaviour | None] = lambda stream: None
-        self._reward_before: tuple[int, Any] | None = (
-            None  # iteration of the last validation, and the reward's state before it
-        )
+        # iteration of the last validation, and the reward's state before it
+        self._reward_before: tuple[int, Any] | None = None
         self._reward_is_loaded = False
 
     def generate(
@@ -149,10 +148,6 @@ class Sampler:
     def records_exactly(self) -> bool:
         """Whether log-probs recorded while sampling equal those of a full forward pass, up to rounding."""
         return self.engine.exact and self.in_full_precision
-
-    def move_reward(self) -> None:
-        """Moves networks of the reward to the policy's device, unless worker processes have them."""
-        self.scorer.move(self.runtime.device)
 
     def agree_on_cuts(self) -> None:
         """All processes adopt the smallest micro-batch and row limit."""

@@ -6,6 +6,7 @@ A skipped update does not change weights, optimizer or checkpoints. Several in a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,12 @@ NAMED = 3
 
 class NotFinite(Exception):
     """A number computed by an update is NaN or infinite."""
+
+
+def check_finite(value: Tensor | float, what: str) -> None:
+    """Raises NotFinite for a NaN or an infinity, before it reaches the weights."""
+    if not math.isfinite(value):
+        raise NotFinite(f"the {what}")
 
 
 @dataclass(frozen=True)

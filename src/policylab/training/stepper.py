@@ -136,10 +136,6 @@ class Stepper:
             return {"grad_norm": policy.actor_parameters() + policy.critic_parameters()}
         return {"grad_norm": policy.actor_parameters(), "critic_grad_norm": policy.critic_parameters()}
 
-    def drop_gradients(self) -> None:
-        """Clears the accumulated gradient."""
-        self.runtime.optimizer.zero_grad(set_to_none=True)
-
     def skip_update(self, rollout: Rollout, rows: Tensor, what: str, computed: list[str]) -> None:
         """Skips an update: counts it, saves its batch, and reports the cause.
 

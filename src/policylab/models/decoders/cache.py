@@ -40,9 +40,8 @@ class SharedPromptCache:
         """Allocates room for rows of the prompts that `read_prompt` reads next."""
         self.width = int(lengths.max())
         self.mask = length_mask(lengths, self.width)
-        self.place = (
-            self.mask.flatten().nonzero().squeeze(-1)
-        )  #: index of each real token in the right-padded layout
+        #: index of each real token in the right-padded layout
+        self.place = self.mask.flatten().nonzero().squeeze(-1)
         self.prompt_of = prompt_of
         shape = (self.layers, 2, len(prompt_of), self.kv_heads, room, self.head_dim)
         self.own = torch.empty(shape, dtype=self.dtype, device=lengths.device)

@@ -6,6 +6,7 @@ Attention is in the cache, so prompts and single tokens use the same code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,13 +16,8 @@ from torch import Tensor
 from policylab.functional.masks import length_mask
 from policylab.models.decoders.cache import SharedPromptCache
 
-
-class Attend(Protocol):
-    """Attention of one layer: from queries, keys and values of ``R`` tokens to its output."""
-
-    def __call__(
-        self, layer: int, q: Float[Tensor, "R KQ D"], kv: Float[Tensor, "R 2 K D"], /
-    ) -> Float[Tensor, "R H"]: ...
+#: Attention of one layer: from its number, queries, keys and values of ``R`` tokens to its output.
+Attend = Callable[[int, Float[Tensor, "R KQ D"], Float[Tensor, "R 2 K D"]], Float[Tensor, "R H"]]
 
 
 class Network(Protocol):

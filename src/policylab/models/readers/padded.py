@@ -36,9 +36,8 @@ class Layout:
     positions: Int[Tensor, "R S"]
     attention: Bool[Tensor, "R S"] | None  #: false at padding; None without any
     packing: Packing | None  #: layout of a packed row; None for separate rows
-    chosen_at: Int[
-        Tensor, " N"
-    ]  #: flat position of the token before each action, in order of the action mask
+    #: flat position of the token before each action, in order of the action mask
+    chosen_at: Int[Tensor, " N"]
     actions: Int[Tensor, " N"]  #: the tokens chosen there
 
     def through(self, model: nn.Module) -> Any:

@@ -29,12 +29,10 @@ class Pass:
     logits: Float[Tensor, "N V"]  #: no rows if logits were not requested
     actions: Int[Tensor, " N"]  #: the chosen tokens
     calls: Sequence[LayerCall]  #: calls of the watched layers, in order
-    again: Callable[
-        [], AbstractContextManager[None]
-    ]  #: creates the context in which layers can run on the same input again
-    at_actions: Callable[
-        [Float[Tensor, "R S H"]], Float[Tensor, "N H"]
-    ]  #: selects a layer's output at the actions
+    #: creates the context in which layers can run on the same input again
+    again: Callable[[], AbstractContextManager[None]]
+    #: selects a layer's output at the actions
+    at_actions: Callable[[Float[Tensor, "R S H"]], Float[Tensor, "N H"]]
 
 
 class Reader(Protocol):

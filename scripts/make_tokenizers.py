@@ -1,7 +1,7 @@
 """The tokenizers of the embedded models, each built by one command.
 
-    python -m policylab.models.tokenizers reviews data/vader/movie_reviews.jsonl src/policylab/assets/tiny
-    python -m policylab.models.tokenizers walks src/policylab/assets/walker
+    python scripts/make_tokenizers.py reviews data/vader/movie_reviews.jsonl src/policylab/assets/tiny
+    python scripts/make_tokenizers.py walks src/policylab/assets/walker
 
 Both prepend ``<|endoftext|>`` (id 0, both beginning and end) to a text, so that a model also predicts the first word,
 and an empty prompt has one token. The same input gives the same files, byte for byte.
@@ -23,7 +23,7 @@ from policylab.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 REVIEW_VOCABULARY = 2048
 WALK_NODES = "abcdefghijklmnopqrstu"
-USAGE = "usage: python -m policylab.models.tokenizers (reviews TEXTS.jsonl | walks) FOLDER"
+USAGE = "usage: python scripts/make_tokenizers.py (reviews TEXTS.jsonl | walks) FOLDER"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
