@@ -103,8 +103,8 @@ def outline(config: DictConfig) -> LoadedModel:
     target = config.model["_target_"]
     if not target.startswith("policylab."):
         raise UserError(
-            f"plan=true supports PolicyLab's own models, and model._target_ is {target}; save the model's config.json in "
-            "a folder and take model=hf model.path=FOLDER model.name=LABEL"
+            f"plan=true supports PolicyLab's own models, and model._target_ is {target}; save the model's config.json "
+            "in a folder and take model=hf model.path=FOLDER model.name=LABEL"
         )
     with torch.device("meta"):
         return instantiate(model_config(config))
