@@ -29,7 +29,7 @@ FLOORS = (
     ("training",),
     ("config",),
     ("cli",),
-    ("planning",),
+    ("planning", "sweeps"),
     ("launch",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

@@ -221,6 +221,11 @@ QUICK = {
          "--folder", "OUT/runs", "--out", "OUT/chaos.csv"),
         slow=True,
     ),
+    "sweep_kills": Quick(
+        ("--axes", "algo=ppo,rloo", "seed=0", "--iterations", "2", "--kills", "1", "--folder", "OUT/runs",
+         "--out", "OUT/sweep_kills.csv"),
+        slow=True,
+    ),
     "estimator_variance": Quick(smaller={"WORLDS": range(1), "ESTIMATORS": estimator_variance.ESTIMATORS[:1]}),
     "faithfulness": Quick(("--out", "OUT/x.csv"), {"PROMPTS": 2, "GROUP": 2, "NEW_TOKENS": 8}),
     "gpu_wheels": Quick(

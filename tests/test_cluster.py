@@ -251,8 +251,8 @@ def test_a_multirun_has_one_folder_a_job_and_leaves_nothing_behind(folder: Path)
     assert run.told() == ""
     jobs = sorted(path.parent for path in folder.rglob("status.json"))
     assert [job.relative_to(folder).as_posix() for job in jobs] == [
-        "sweep/random_walks/ppo-walker_scratch/0_s0",
-        "sweep/random_walks/rloo-walker_scratch/1_s0",
+        "sweep/ppo",
+        "sweep/rloo",
     ]
     for job in jobs:
         assert read_status(job)["status"] == "done"
@@ -411,7 +411,7 @@ def test_submitit_runs_each_job_in_processes_of_its_own(folder):
     run = Running([TRAIN, *DDP, "iterations=1", *launcher, *sweep], folder)
     assert run.wait() == 0, run.told()
     jobs = sorted(path.parent for path in folder.rglob("status.json"))
-    assert [job.name for job in jobs] == ["0_s0", "1_s1"]
+    assert len(jobs) == 2
     for job in jobs:
         assert read_status(job)["status"] == "done"
         assert json.loads((job / "env.json").read_text())["processes"] == 2

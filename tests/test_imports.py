@@ -25,7 +25,7 @@ OWNERS = {
         *("distributed/cluster.py", "distributed/sharded_strategy.py"),
     ),
     "transformers": ("models/", "rollouts/"),
-    "hydra": ("config/", "cli/", "launch/", "runs/"),
+    "hydra": ("config/", "cli/", "launch/", "runs/", "sweeps/"),
     # nothing else asks what kind of algorithm it has: `policylab.training.methods` answers
     "policylab.algorithms": ("algorithms/", "training/"),
     "policylab.training": ("training/", "config/build.py", "planning/"),

@@ -89,7 +89,8 @@ def check_training(arguments: list[str], compose: Compose) -> None:
 
 
 def jobs(arguments: list[str]) -> list[list[str]]:
-    """Overrides of each job that a command starts."""
+    """Overrides of each job that a command starts; ``sweep=`` says only where."""
+    arguments = [word for word in arguments if not word.startswith("sweep=")]
     return every_value(arguments) if "-m" in arguments or "--multirun" in arguments else [arguments]
 
 

@@ -36,12 +36,12 @@ class Process:
 
 
 class Attempt:
-    """A run that resumes in its folder, or starts there.
+    """A start of ``train.py``.
 
     Args:
-        words: arguments of ``train.py``, without the folder.
-        folder: of the run.
-        output: file to which the run's output is appended.
+        words: arguments of ``train.py``.
+        folder: of the run or the sweep.
+        output: file to which the output is appended.
     """
 
     def __init__(self, words: Sequence[str], folder: Path, output: Path) -> None:
@@ -50,7 +50,7 @@ class Attempt:
         self.began, self.since = time.monotonic(), time.time()
         with output.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "train.py", *words, f"hydra.run.dir={folder}", "resume=auto"],
+                [sys.executable, "train.py", *words],
                 cwd=ROOT,
                 env={**os.environ, MARK: self.mark},
                 stdout=out,

@@ -49,7 +49,7 @@ def undisturbed(setting: Setting, folder: Path) -> Course:
         RuntimeError: when it fails.
     """
     output = folder.with_suffix(".txt")
-    attempt = Attempt(setting.command(), folder, output)
+    attempt = Attempt(in_folder(setting.command(), folder), folder, output)
     built, saved = (
         attempt.seconds if attempt.lives_to_see((folder / name).exists) else 0.0
         for name in ("env.json", "checkpoints/last.ckpt")
@@ -70,7 +70,7 @@ def disturbed(
         while not fate.codes or fate.codes[-1] != 0:
             if len(fate.codes) == STARTS:
                 raise Lost(f"not done after {STARTS} starts")
-            attempt = Attempt(words, folder, output)
+            attempt = Attempt(in_folder(words, folder), folder, output)
             try:
                 one_attempt(attempt, kind, course.rest(kept(folder)), hits, draw, fate)
             finally:
@@ -80,6 +80,11 @@ def disturbed(
     fate.fallbacks = output.read_text(errors="replace").count("the one before it")
     fate.seconds = time.monotonic() - began
     return fate
+
+
+def in_folder(words: Sequence[str], folder: Path) -> list[str]:
+    """The words of a run that goes on in its folder, or starts there."""
+    return [*words, f"hydra.run.dir={folder}", "resume=auto"]
 
 
 class Lost(Exception):

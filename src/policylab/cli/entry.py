@@ -17,10 +17,10 @@ from policylab.cli.help import help_page
 from policylab.cli.logs import escape_unprintable
 from policylab.config import resolvers
 from policylab.distributed.allocator import keep_freed_memory
-from policylab.distributed.signals import INTERRUPTED, stop_on_signals
+from policylab.distributed.signals import INTERRUPTED, stop_on_signals, stop_with_sweep
 from policylab.distributed.world import world
 from policylab.errors import ProcessFailed, UserError
-from policylab.runs.command import NothingLeft, with_command_of
+from policylab.runs.command import MULTIRUN, NothingLeft, with_command_of, with_sweep
 from policylab.runs.redaction import redact_text
 from policylab.runs.words import typed
 
@@ -69,7 +69,9 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
     os.environ[FULL_ERROR] = "1"  # otherwise Hydra prints errors itself and exits with 1
     try:
         stop_on_signals()
-        sys.argv[1:] = flags_first(with_command_of([typed(word, free_text) for word in sys.argv[1:]]))
+        stop_with_sweep()
+        sys.argv[1:] = flags_first([typed(word, free_text) for word in sys.argv[1:]])
+        sys.argv[1:] = with_command_of(with_sweep(sys.argv[1:]))
         check_one_choice(sys.argv[1:], Path(sys.argv[0]).resolve().parent / "configs")
         main()
     except NothingLeft as done:
@@ -88,13 +90,12 @@ def flags_first(words: list[str]) -> list[str]:
     Raises:
         UserError: under torchrun or srun, where each process would sweep.
     """
-    multirun = ("-m", "--multirun")
-    if world().size > 1 and not set(words).isdisjoint(multirun):
+    if world().size > 1 and not set(words).isdisjoint(MULTIRUN):
         raise UserError(
             f"-m under torchrun or srun would run the sweep {world().size} times; start it without them, with "
             "hardware=ddp or hardware=ddp_cpu"
         )
-    return sorted(words, key=lambda word: word not in multirun)
+    return sorted(words, key=lambda word: word not in MULTIRUN)
 
 
 def check_one_choice(words: Sequence[str], configs: Path) -> None:

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from policylab.cli.messages import one_line
+from policylab.runs.find import SWEEP_FILE
 from policylab.runs.redaction import redact_file, redact_text, redact_words
 
 
@@ -52,7 +53,7 @@ class Redacted(Callback):
 def tidy(file: Path) -> None:
     """At the end of a multirun: hides secrets in its file, and removes its folder if it has no job folders."""
     redact_file(file)
-    if file.is_file() and list(file.parent.iterdir()) == [file]:
+    if file.parent.is_dir() and {path.name for path in file.parent.iterdir()} <= {file.name, SWEEP_FILE}:
         shutil.rmtree(file.parent)
 
 

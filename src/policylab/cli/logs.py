@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from policylab.distributed.signals import in_sweep
 from policylab.distributed.world import world
 from policylab.runs.redaction import redact_text
 
@@ -38,8 +39,10 @@ class ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        # Only rank 0 writes to the console; all ranks write train.log.
-        self.addFilter(lambda record: world().main and not getattr(record, "file_only", False))
+        # All ranks write train.log. Only rank 0 writes to the console, which is that same file in a job of a sweep.
+        self.addFilter(
+            lambda record: world().main and not in_sweep() and not getattr(record, "file_only", False)
+        )
 
     @property
     def stream(self) -> TextIO:

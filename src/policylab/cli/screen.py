@@ -10,6 +10,7 @@ from rich.text import Text
 
 from policylab import __version__
 from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, to_copy
+from policylab.distributed.signals import in_sweep
 from policylab.distributed.world import world
 from policylab.runs.environment import git_state
 from policylab.runs.saved_config import plain
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 class Screen:
     """Prints header, config, plan and results; the console callback prints the training in between.
 
-    Prints nothing if ``callbacks.console`` is off.
+    Prints nothing if ``callbacks.console`` is off, and in a job of a sweep; ``train.log`` has it all the same.
     """
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
         self.config = config
         self.run_dir = run_dir
         self.console = console()
-        self.console.quiet = OmegaConf.select(config, "callbacks.console") is None or not world().main
+        off = OmegaConf.select(config, "callbacks.console") is None
+        self.console.quiet = off or in_sweep() or not world().main
 
     def opening(self, overrides: list[str]) -> None:
         """Header and config."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -16,6 +19,9 @@ PASSED_ON = signal.SIGURG
 ECHO = 1.0
 #: Exit codes. 75 is EX_TEMPFAIL of sysexits.h: nothing is lost, run the same command again.
 INTERRUPTED, AGAIN = 130, 75
+#: In the environment of a job of a sweep: the id of the process that runs the sweep, until the job has read it.
+SWEEP = "POLICYLAB_SWEEP"
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,3 +54,27 @@ def stop_on_signals() -> None:
 def stop_at_once(signum: int, _: FrameType | None) -> None:
     """A signal handler."""
     raise Interrupted(signum)
+
+
+def end_with(parent: int, signum: int) -> None:
+    """Has the system send a signal to this process when its parent ends, even by ``kill -9``. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+        if os.getppid() != parent:  # it has ended already
+            os.kill(os.getpid(), signum)
+
+
+def stop_with_sweep() -> None:
+    """In a job of a sweep: stops as after SIGTERM when the process that runs the sweep ends.
+
+    Call it after `stop_on_signals`. Processes that this one starts are not stopped by it.
+    """
+    parent = os.environ.get(SWEEP, "")
+    if parent.isdigit():
+        os.environ[SWEEP] = "joined"
+        end_with(int(parent), signal.SIGTERM)
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a sweep: what it prints goes to its ``train.log``."""
+    return SWEEP in os.environ

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -14,14 +13,13 @@ from threading import Thread
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.cli.logs import escape_unprintable
-from policylab.distributed.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, stop_at_once
+from policylab.distributed.signals import AGAIN, PASSED_ON, SIGNALS, Interrupted, end_with, stop_at_once
 from policylab.errors import RunError, UserError
 from policylab.launch.failures import read_error, write_error
 from policylab.runs.saved_config import learn_secrets
 
 Train = Callable[..., float | None]
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 #: A file beside those with errors: processes that start later exit at once.
 STOP = "stop"
 
@@ -53,7 +51,7 @@ def work(job: Job) -> Outcome:
     from hydra.core.utils import configure_log
 
     escape_unprintable()
-    die_with(job.launcher)
+    end_with(job.launcher, signal.SIGKILL)
     end_on_sigterm_of(job.launcher)
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -81,14 +79,6 @@ def from_yaml(text: str) -> DictConfig:
     config = OmegaConf.create(text)
     assert isinstance(config, DictConfig)
     return config
-
-
-def die_with(launcher: int) -> None:
-    """Makes the system kill this process when the launcher ends, even by ``kill -9``. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it has ended already
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_on_sigterm_of(launcher: int) -> None:

@@ -9,19 +9,39 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import UserError
-from policylab.runs.find import find_run
+from policylab.runs.find import find_run, find_sweep
 from policylab.runs.places import PLACES, texts_of_reward
 from policylab.runs.redaction import HIDDEN
 from policylab.runs.saved_config import load_config
 from policylab.runs.status import DONE, read_status
 from policylab.runs.words import counted, override, override_key, read
 
+#: Hydra's flags of a multirun.
+MULTIRUN = ("-m", "--multirun")
 #: ``resume=auto``: resume the run if it exists, else start it.
 AUTO = "auto"
 
 
 class NothingLeft(Exception):
     """``resume=auto`` has found a run that is done."""
+
+
+def with_sweep(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command; in a multirun, ``sweep=SWEEP`` becomes what lets the launcher go on with that sweep.
+
+    Raises:
+        UserError: when there is no such sweep, or with ``resume=``, which is for one run.
+    """
+    if set(arguments).isdisjoint(MULTIRUN):
+        return list(arguments)
+    if any(word.startswith("resume=") for word in arguments):
+        raise UserError("resume= goes on with one run; -m goes on with a sweep by sweep=PATH or sweep=latest")
+    sweep, logs = last_value(arguments, "sweep"), last_value(arguments, "paths.logs")
+    if sweep is None:
+        return list(arguments)
+    folder = find_sweep(sweep, Path(logs) if logs else None)
+    rest = [word for word in arguments if not word.startswith(("sweep=", "hydra.sweep.dir="))]
+    return [*rest, override("hydra.sweep.dir", folder), "hydra.launcher.resume=true"]
 
 
 def with_command_of(arguments: Sequence[str]) -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from policylab.errors import UserError
 
 LATEST = "latest"
+#: The link to the newest sweep, and the file that every sweep has.
+LATEST_SWEEP, SWEEP_FILE = "latest_sweep", "sweep.jsonl"
 
 
 def logs_folder() -> Path:
@@ -41,6 +43,29 @@ def find_run(run: str | Path, logs: Path | None = None) -> Path:
         if (folder / "config.yaml").is_file() and (folder / "status.json").is_file():
             return folder
     raise UserError(f"{path} is not a run folder: it has no config.yaml with a status.json beside it")
+
+
+def find_sweep(sweep: str | Path, logs: Path | None = None) -> Path:
+    """The folder of a sweep.
+
+    Args:
+        sweep: the folder, or "latest".
+        logs: where "latest" is looked for; None takes ``logs/`` of the repository.
+
+    Raises:
+        UserError: when there is no such folder, or no sweep in it.
+    """
+    latest = str(sweep) == LATEST
+    path = (logs or logs_folder()) / LATEST_SWEEP if latest else Path(str(sweep)).expanduser()
+    if latest and not path.exists():
+        raise UserError(
+            f"sweep=latest, but {path} does not exist; start one first, or give the folder of a sweep"
+        )
+    if not (path / SWEEP_FILE).is_file():
+        raise UserError(
+            f"{path.absolute()} is no sweep: it has no {SWEEP_FILE}; give the folder of a multirun, or sweep=latest"
+        )
+    return path.resolve()
 
 
 def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:

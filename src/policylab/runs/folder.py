@@ -34,7 +34,7 @@ def claim(path: Path) -> Path:
             return candidate
     except OSError as error:
         raise UserError(
-            f"cannot make the run folder {path}: {error.strerror}; set hydra.run.dir=PATH"
+            f"cannot make the run folder {path}: {error.strerror}; set hydra.run.dir=PATH, with -m hydra.sweep.dir=PATH"
         ) from None
     raise AssertionError("unreachable")
 
@@ -122,21 +122,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_link(latest: Path) -> None:
-    """Refuses to start if ``logs/latest`` exists and is not a link.
+    """Refuses to start if a link such as ``logs/latest`` exists and is not a link.
 
     Raises:
         UserError: naming it.
     """
     if latest.exists() and not latest.is_symlink():
         raise UserError(
-            f"{latest} is used as a link to the newest run, but it is a folder or file; move it away"
+            f"{latest} is used as a link to the newest one, but it is a folder or file; move it away"
         )
 
 
-def point_latest(run_folder: Path, logs: Path) -> None:
-    """Points the link ``logs/latest`` at a run, atomically."""
+def point_latest(folder: Path, logs: Path, name: str = "latest") -> None:
+    """Points the link ``logs/NAME`` at a folder, atomically."""
     logs.mkdir(parents=True, exist_ok=True)
-    temporary = logs / f".latest.{os.getpid()}"
+    temporary = logs / f".{name}.{os.getpid()}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(run_folder, logs), target_is_directory=True)
-    os.replace(temporary, logs / "latest")
+    temporary.symlink_to(os.path.relpath(folder, logs), target_is_directory=True)
+    os.replace(temporary, logs / name)

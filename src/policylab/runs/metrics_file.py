@@ -11,13 +11,28 @@ from pathlib import Path
 from policylab.runs.folder import write_atomically
 
 Row = Mapping[str, float]
+#: Bytes at the end of a file that `read_tail` reads.
+TAIL = 2**15
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
     """All whole rows, without empty values and without a row that a crash has cut short."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+def read_tail(path: Path) -> list[dict[str, float]]:
+    """The last rows: quick, however long the file is."""
+    with path.open("rb") as file:
+        header = file.readline()
+        file.seek(max(len(header), path.stat().st_size - TAIL))
+        cut = file.tell() > len(header)  # the first line is not whole
+        lines = file.read().split(b"\n")[cut:]
+    return _parsed((header + b"\n".join(lines)).decode())
+
+
+def _parsed(text: str) -> list[dict[str, float]]:
     whole = text[: text.rfind("\n") + 1]
     rows = []
     for row in csv.DictReader(io.StringIO(whole)):

@@ -36,9 +36,10 @@ def find_start(config: DictConfig, run_folder: Path, resume: str) -> Path | None
     checkpoint = checkpoint_to_resume(resume)
     check_not_running(run_folder)
     check_own_folder(run_folder, checkpoint, resume)
-    check_same_values(OmegaConf.to_container(load_config(run_folder)), plain(config))
+    before = load_config(run_folder)
+    check_same_values(OmegaConf.to_container(before), plain(config))
     if checkpoint is None:
-        check_nothing_done(run_folder)
+        check_nothing_done(run_folder, saves=OmegaConf.select(before, "callbacks.checkpoint") is not None)
         log.warning("%s has saved no state yet; it starts from the beginning", run_folder)
     else:
         check_something_left(config, run_folder, checkpoint)

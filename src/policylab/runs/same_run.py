@@ -92,14 +92,17 @@ def check_something_left(config: DictConfig, run_folder: Path, checkpoint: Path)
         )
 
 
-def check_nothing_done(run_folder: Path) -> None:
+def check_nothing_done(run_folder: Path, *, saves: bool = True) -> None:
     """Refuses to restart a run whose checkpoints are lost, because its records would be lost as well.
 
     A run that was killed while it wrote its first checkpoint may restart; it has left the unfinished file.
+
+    Args:
+        saves: whether the run writes checkpoints; if not, it can only restart.
     """
     writing = (run_folder / "checkpoints" / f".{LAST}").exists()
     done = max((int(row["iteration"]) for row in read_rows(run_folder / "metrics.csv")), default=0)
-    if read_status(run_folder).get("status") == DONE or (done > 0 and not writing):
+    if read_status(run_folder).get("status") == DONE or (saves and done > 0 and not writing):
         raise UserError(
             f"{run_folder} has done {counted(done, 'iteration')}, but checkpoints/{LAST} and {PREVIOUS} are "
             "missing; put one of them back, name another file with resume=, or start a new run"

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 #: Keys whose value is a path, whether or not it exists.
-PATHS = ("run", "resume", "checkpoint", "out", "hydra.run.dir", "hydra.sweep.dir", "paths.logs")
+PATHS = ("run", "resume", "sweep", "checkpoint", "out", "hydra.run.dir", "hydra.sweep.dir", "paths.logs")
 #: ``~`` at the start of a value or of a list's element; a shell does not expand it there.
 HOME = re.compile(r"(?<=[=,\[])~(?=/)")
 #: Result of `read` for a sweep, and for an argument that Hydra cannot read.

@@ -1,0 +1,168 @@
+"""Runs the jobs of a sweep, several at once, as long as there are any."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+
+from policylab.distributed.signals import AGAIN, ECHO, INTERRUPTED, SIGNALS, Interrupted, can_listen
+from policylab.runs import status
+from policylab.runs.words import counted
+from policylab.sweeps.jobs import Job
+from policylab.sweeps.process import JobProcess, is_alive
+from policylab.sweeps.progress import is_done
+from policylab.sweeps.slots import Slot, Slots
+from policylab.sweeps.table import View
+
+#: Seconds between two looks at the jobs.
+LOOK = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    job: Job
+    state: str  #: done | failed | interrupted
+    reason: str = ""  #: of a failure
+
+
+class Pool:
+    """Runs jobs.
+
+    Args:
+        start: starts a job on its share of the machine.
+        slots: shares of the machine.
+        view: what people see of it.
+        fail_fast: whether a failure stops the other jobs.
+    """
+
+    def __init__(
+        self, start: Callable[[Job, Slot], JobProcess], slots: Slots, view: View, *, fail_fast: bool
+    ) -> None:
+        self.start = start
+        self.slots = slots
+        self.view = view
+        self.fail_fast = fail_fast
+        self.running = dict[JobProcess, Slot]()
+        self.waiting = deque[Job]()  #: taken from the source, and no room yet
+        self.elsewhere = list[Job]()  #: processes of an earlier session still run them
+        self.stopping = False
+
+    def run(self, source: Iterable[Job]) -> Iterator[Outcome]:
+        """Takes a job whenever there is room for one, and yields each as soon as it has ended.
+
+        One that is done is not run again. One that another session still runs is waited for: it stops by itself after
+        its iteration, as its sweep is gone.
+
+        Raises:
+            Interrupted: after a signal, when all jobs have stopped. The second signal kills them.
+        """
+        jobs = iter(source)
+        with Asked() as asked, self.view:
+            try:
+                more = True
+                while more or self.running:
+                    if asked.signum is not None:
+                        self.stop("interrupted")
+                    more = not self.stopping and (yield from self.fill(jobs))
+                    yield from self.ended()
+                    self.view.show()
+                    time.sleep(LOOK)
+            finally:
+                for process in self.running:
+                    process.kill()
+            if asked.signum is not None:
+                raise Interrupted(asked.signum)
+
+    def fill(self, jobs: Iterator[Job]) -> Generator[Outcome, None, bool]:
+        """Starts jobs as long as there is room.
+
+        Returns:
+            Whether there may be more.
+        """
+        free = [job for job in self.elsewhere if not is_alive(job.folder)]
+        self.elsewhere = [job for job in self.elsewhere if job not in free]
+        self.waiting.extendleft(free)
+        while job := self.waiting.popleft() if self.waiting else next(jobs, None):
+            progress = self.view.progress(job)
+            if is_done(job.folder):
+                progress.state = status.DONE
+                yield Outcome(job, status.DONE)
+            elif is_alive(job.folder):
+                if progress.state != "elsewhere":
+                    self.view.say(job, "still runs, started by another session; waiting for its end")
+                progress.state = "elsewhere"
+                self.elsewhere.append(job)
+            elif slot := self.slots.take(job):
+                self.running[self.start(job, slot)] = slot
+                progress.start()
+                self.view.started(job, slot.gpus)
+            else:
+                self.waiting.appendleft(job)
+                return True
+        return bool(self.elsewhere)
+
+    def ended(self) -> Iterator[Outcome]:
+        """Those that have ended since the last call."""
+        for process, slot in list(self.running.items()):
+            for warning in process.log.warnings():
+                self.view.say(process.job, f"warning: {warning}")
+            if (code := process.code()) is not None:
+                del self.running[process]
+                self.slots.free(slot)
+                process.log.warnings()
+                outcome = outcome_of(process, code)
+                self.view.ended(outcome.job, outcome.state, outcome.reason)
+                if outcome.state == status.FAILED and self.fail_fast:
+                    self.stop("a job has failed")
+                yield outcome
+
+    def stop(self, why: str) -> None:
+        """Starts no more jobs, and asks those that run to stop."""
+        if not self.stopping and self.running:
+            count = counted(len(self.running), "job")
+            self.view.say(None, f"{why}: {count} will stop after this iteration; Ctrl-C stops at once")
+        if not self.stopping:
+            for process in self.running:
+                process.stop()
+        self.stopping = True
+
+
+def outcome_of(process: JobProcess, code: int) -> Outcome:
+    """What an exit code means."""
+    job = process.job
+    if code == 0 and is_done(job.folder):
+        return Outcome(job, status.DONE)
+    if code in (AGAIN, INTERRUPTED):
+        return Outcome(job, status.INTERRUPTED)
+    return Outcome(job, status.FAILED, process.log.reason(code))
+
+
+class Asked:
+    """Notes the first signal that asks to stop; the second one raises. A context manager."""
+
+    signum: int | None = None
+
+    def __enter__(self) -> Self:
+        self.previous: dict[int, Any] = {}
+        self.at = 0.0
+        if can_listen():
+            self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, signum: int, _: FrameType | None) -> None:
+        """The signal handler."""
+        if self.signum is None:
+            self.signum, self.at = signum, time.monotonic()
+        elif time.monotonic() - self.at > ECHO:
+            raise Interrupted(signum)

@@ -1,0 +1,221 @@
+"""A sweep: what Hydra's launcher does with the jobs of a multirun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from policylab.cli.hydra_files import sweep_file
+from policylab.config.checks import check, check_switch, check_whole
+from policylab.distributed.machine import cores
+from policylab.errors import RunError
+from policylab.runs import status
+from policylab.runs.find import LATEST_SWEEP
+from policylab.runs.folder import check_link, point_latest
+from policylab.runs.redaction import redact, redact_file, redact_words
+from policylab.runs.words import counted, leaves, override, override_key
+from policylab.sweeps import ending
+from policylab.sweeps.choices import Choices, sweep_words
+from policylab.sweeps.index import Index
+from policylab.sweeps.jobs import SIDE, Job
+from policylab.sweeps.pool import Outcome, Pool
+from policylab.sweeps.process import JobProcess
+from policylab.sweeps.progress import is_done
+from policylab.sweeps.slots import Slot, Slots, need_of
+from policylab.sweeps.table import View
+from policylab.user_code import short_path
+
+#: Overrides of Hydra's own that are about the multirun, not about its jobs.
+OF_THE_MULTIRUN = (
+    *("hydra.sweep.", "hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper", "hydra.mode"),
+    "hydra.run.",
+)
+#: Hydra's flags that choose the configs.
+CONFIG_FLAGS = ("config_path", "config_name", "config_dir")
+
+
+class Sweep:
+    """Runs the jobs of a multirun, on record in its folder.
+
+    Args:
+        config: of the multirun: values that all jobs share, and Hydra's own.
+        context, task: Hydra's.
+        jobs, threads, fail_fast, resume: values of ``hydra.launcher``.
+
+    Raises:
+        UserError: when a value is wrong, or ``sweep=`` names another sweep than this command's.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        context: HydraContext,
+        task: TaskFunction,
+        *,
+        jobs: int | None,
+        threads: int,
+        fail_fast: bool,
+        resume: bool,
+    ) -> None:
+        for name, number in (("jobs", jobs), ("threads", threads)):
+            if name != "jobs" or number is not None:
+                check_whole(f"hydra.launcher.{name}", number, 1)
+        check_switch("hydra.launcher.fail_fast", fail_fast)
+        self.config, self.context, self.task = config, context, task
+        self.threads = threads
+        self.slots = Slots(jobs, threads)
+        self.view = View()
+        self.pool = Pool(self.start, self.slots, self.view, fail_fast=fail_fast)
+        words = sweep_words(config.hydra.sweeper.get("params"), config.hydra.overrides.task)
+        self.choices = Choices(words, context.config_loader)
+        self.folder = Path(config.hydra.sweep.dir).absolute()
+        if not config.plan:
+            self.index = Index(self.folder, resume=resume)
+            self.index.begin(self.choices.shared, self.choices.swept, self.values)
+
+    def values(self, words: Sequence[str]) -> dict[str, Any]:
+        """What decides the results of jobs with such words, by dotted key; nothing is resolved, no secret is in it."""
+        config = self.context.config_loader.load_sweep_config(self.config, list(words))
+        content: Any = OmegaConf.to_container(config, resolve=False)
+        own = {key: value for key, value in content.items() if key not in SIDE}
+        return dict(leaves(redact(own))) | {"hydra.launcher.threads": self.threads}
+
+    def launch(self, overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """Runs a batch of jobs, and says how they ended."""
+        if self.config.plan:
+            return self.plan([self.choices.own(words) for words in overrides])
+        jobs = [self.job(words) for words in overrides]
+        self.announce(jobs)
+        outcomes = dict[str, Outcome]()
+        try:
+            for outcome in self.outcomes(dict.fromkeys(jobs)):
+                outcomes[outcome.job.label] = outcome
+        finally:
+            self.end(jobs, outcomes)
+        missing = [
+            job.label for job in jobs if job.label not in outcomes or outcomes[job.label].state != status.DONE
+        ]
+        error = RunError(
+            f"{len(missing)} of {counted(len(jobs), 'job')} did not finish: {', '.join(missing)}"
+        )
+        return [returned(job, outcomes.get(job.label), error) for job in jobs]
+
+    def announce(self, jobs: Sequence[Job]) -> None:
+        """Prints what there is to do."""
+        states = Counter(self.view.progress(job).state for job in jobs)
+        count = ", ".join(f"{number} {state}" for state, number in states.items())
+        at_once = (
+            f"{self.slots.jobs} at once"
+            if self.slots.jobs
+            else f"as many at once as {cores()} cores or the GPUs carry"
+        )
+        self.view.say(
+            None, f"sweep {short_path(self.folder)}: {counted(len(jobs), 'job')} ({count}), {at_once}"
+        )
+        for job in jobs:
+            if job.label in self.index.failed and not is_done(job.folder):
+                self.view.say(job, f"failed before: {self.index.failed[job.label]}")
+
+    def each(self, overrides: Iterable[Sequence[str]]) -> Iterator[JobReturn]:
+        """Runs jobs of which the next is taken when there is room for it; gives each back when it has ended."""
+        for outcome in self.outcomes(map(self.job, overrides)):
+            yield returned(
+                outcome.job, outcome, RunError(f"{outcome.job.label} {outcome.state}: {outcome.reason}")
+            )
+
+    def outcomes(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        """How jobs end, with failures on record."""
+        redact_file(sweep_file(self.config))
+        for outcome in self.pool.run(jobs):
+            if outcome.state == status.FAILED:
+                self.index.add_failure(outcome.job, outcome.reason)
+            yield outcome
+
+    def job(self, words: Sequence[str]) -> Job:
+        """The job that some words mean.
+
+        Raises:
+            UserError: when a value is wrong, or the machine has not what its hardware says.
+        """
+        own = self.choices.own(words)
+        config = self.context.config_loader.load_sweep_config(self.config, own)
+        label = self.index.label(own)
+        with open_dict(config):
+            config.hydra.job.id = label
+            place = self.folder / str(config.hydra.sweep.subdir)
+            del config.hydra
+        check(config)
+        return Job(label, tuple(own), place, *need_of(config))
+
+    def start(self, job: Job, slot: Slot) -> JobProcess:
+        """Starts the process of a job, which goes on with what its folder holds."""
+        logs = Path(self.config.paths.logs)
+        check_link(logs / LATEST_SWEEP)
+        point_latest(self.folder, logs, LATEST_SWEEP)
+        return JobProcess(job, self.command(job), self.slots.environment(slot))
+
+    def command(self, job: Job) -> list[str]:
+        """The command of a job: this one, as a single run."""
+        from hydra._internal.utils import get_args_parser
+
+        given = vars(get_args_parser().parse_args(sys.argv[1:]))
+        flags = [f"--{name.replace('_', '-')}={given[name]}" for name in CONFIG_FLAGS if given[name]]
+        of_hydra = list(self.config.hydra.overrides.hydra)
+        of_jobs = [word for word in of_hydra if not override_key(word).startswith(OF_THE_MULTIRUN)]
+        place = override("hydra.run.dir", job.folder)
+        return [sys.executable, sys.argv[0], *flags, *job.words, *of_jobs, place, "resume=auto"]
+
+    def plan(self, overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """Plans each job in this process, with Hydra's own launcher."""
+        from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+        launcher = BasicLauncher()
+        launcher.setup(hydra_context=self.context, task_function=self.task, config=self.config)
+        return launcher.launch(overrides, 0)
+
+    def end(self, jobs: Sequence[Job], outcomes: dict[str, Outcome]) -> None:
+        """Prints results, failures and the next commands."""
+        done = sorted(job.folder for job in jobs if is_done(job.folder))
+        failed = {label: o.reason for label, o in outcomes.items() if o.state == status.FAILED}
+        lines = [*(ending.results(done) if done else []), *ending.failures(failed)]
+        if len(done) < len(jobs):
+            lines.append(
+                f"go on   {ending.same_command(sys.argv[0], redact_words(sys.argv[1:]), self.folder)}"
+            )
+        self.view.say(None, "\n" + "\n".join(lines))
+
+
+class Returned(JobReturn):
+    """What a sweeper gets of a job. Hydra's own class prints the overrides of one that failed, secrets and all."""
+
+    @property  # type: ignore[misc]  # Hydra's has a setter, which nothing here needs
+    def return_value(self) -> Any:
+        """The best value of the monitored metric; raises where the job failed."""
+        if self.status != JobStatus.COMPLETED:
+            raise self._return_value
+        return self._return_value
+
+
+def returned(job: Job, outcome: Outcome | None, error: RunError) -> JobReturn:
+    """How a job ended, for Hydra."""
+    done = outcome is not None and outcome.state == status.DONE
+    return Returned(
+        overrides=redact_words(job.words),
+        working_dir=str(job.folder),
+        status=JobStatus.COMPLETED if done else JobStatus.FAILED,
+        _return_value=best_of(job.folder) if done else error,
+    )
+
+
+def best_of(folder: Path) -> float | None:
+    """The best value of the monitored metric of a job that is done."""
+    best = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["best"]
+    return best["value"] if best else None

@@ -1,0 +1,566 @@
+"""Sweeps: which jobs there are, which of them run, how they end, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from policylab.cli.messages import improve
+from policylab.distributed.signals import Interrupted
+from policylab.errors import UserError
+from policylab.runs.command import with_sweep
+from policylab.runs.find import SWEEP_FILE, find_sweep
+from policylab.runs.folder import write_json
+from policylab.runs.metrics_file import read_rows, read_tail
+from policylab.runs.status import read_status
+from policylab.sweeps import pool, slots
+from policylab.sweeps.choices import Choices, sweep_words
+from policylab.sweeps.ending import same_command, selection
+from policylab.sweeps.index import Index
+from policylab.sweeps.jobs import Job, identity, label_of
+from policylab.sweeps.pool import Outcome, Pool
+from policylab.sweeps.process import JobProcess, is_alive
+from policylab.sweeps.progress import Progress
+from policylab.sweeps.slots import Slots
+from policylab.sweeps.table import View, table
+
+ROOT = Path(__file__).parent.parent
+
+
+# -- what a job is ----------------------------------------------------------------------------------------
+
+
+def test_a_job_is_its_words_in_any_order_and_not_where_it_writes():
+    assert identity(["seed=0", "algo=ppo"]) == identity(
+        ["algo=ppo", "seed=0", "logger=wandb", "paths.logs=x"]
+    )
+    assert identity(["seed=0"]) != identity(["seed=1"])
+    assert "SECRET" not in identity(["+reward.api_key=SECRET1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        (["seed=3", "algo=ppo"], "ppo_s3"),
+        (["seed=0", "model=tiny", "algo=ppo", "task=reviews"], "reviews_ppo_tiny_s0"),
+        (["optim.lr=0.001", "algo/kl=none", "seed=0"], "lr-0.001_kl-none_s0"),
+        (["+model.architecture={n_layer:1}"], "architecture--n_layer-1"),
+        (["debug=fast"], "job"),
+        (["~algo_model="], "algo_model"),
+        (["reward.words='a b/c'"], "words-a-b-c"),
+        (["reward._target_=mine.brief"], "reward-mine.brief"),
+    ],
+)
+def test_the_label_says_what_sets_a_job_apart(words, label):
+    assert label_of(words, ["debug=fast"], {}) == label
+
+
+def test_labels_are_never_shared_and_never_too_long():
+    first = label_of(["optim.lr=1"], [], {})
+    second = label_of(["algo.critic.lr=1"], [], {first: identity(["optim.lr=1"])})
+    assert (first, second[:5]) == ("lr-1", "lr-1_")
+    assert label_of(["optim.lr=1"], [], {first: identity(["optim.lr=1"])}) == first, "its own"
+    assert len(label_of([f"name.x={'a' * 300}", "seed=0"], [], {})) < 100
+
+
+class Loader:
+    """Knows config groups, as Hydra's does."""
+
+    def get_group_options(self, group: str, results_filter: Any = None) -> list[str]:
+        return {"algo": ["ppo", "rloo", "grpo"], "model": ["tiny"]}.get(group, [])
+
+
+def test_each_algorithm_gets_its_own_value():
+    words = ["algo=ppo,rloo", "seed=0,1", "iterations=5", "optim.lr={ppo:7e-4,rloo:3e-4}"]
+    choices = Choices(words, Loader())
+    assert choices.shared == ["iterations=5"]
+    assert choices.swept == {"algo", "seed", "optim.lr"}
+    for algo, rate in (("ppo", "0.0007"), ("rloo", "0.0003")):
+        job = [f"algo={algo}", "seed=0", "iterations=5", "optim.lr={ppo:0.0007,rloo:0.0003}"]
+        assert choices.own(job) == [f"algo={algo}", "seed=0", "iterations=5", f"optim.lr={rate}"]
+
+
+def test_values_by_choice_may_leave_choices_out_and_name_no_others():
+    choices = Choices(["algo=ppo,rloo", "optim.lr={ppo:7e-4}"], Loader())
+    assert choices.own(["algo=rloo", "optim.lr={ppo:0.0007}"]) == ["algo=rloo"], "what its config says"
+    choices = Choices(["algo=ppo,rloo", "optim.lr={ppo:7e-4,grpo:1e-3}"], Loader())
+    with pytest.raises(UserError, match=r"optim\.lr has a value for grpo, and this sweep has algo=ppo,rloo"):
+        choices.own(["algo=ppo", "optim.lr={ppo:0.0007,grpo:0.001}"])
+
+
+def test_a_dict_that_names_no_choice_is_a_value():
+    word = "model.architecture={n_layer:1,n_head:2}"
+    choices = Choices(["algo=ppo,rloo", word], Loader())
+    assert choices.own(["algo=ppo", word]) == ["algo=ppo", word]
+    assert choices.shared == [word]
+
+
+def test_the_command_line_overrides_the_recipe():
+    words = sweep_words({"algo": "ppo,rloo", "seed": "0,1,2"}, ["seed=0"])
+    assert Choices(words, Loader()).shared == ["seed=0"]
+    assert Choices(["optim.lr=interval(1,2)"], Loader()).values == {"optim.lr": []}
+
+
+# -- its record -------------------------------------------------------------------------------------------
+
+
+def begun(folder: Path, shared: list[str], swept: set[str], *, resume: bool = False, **values: Any) -> Index:
+    index = Index(folder, resume=resume)
+    try:
+        index.begin(shared, swept, lambda _: {"optim.lr": 1e-3, **values})
+    except UserError:
+        index.close()
+        raise
+    return index
+
+
+def test_jobs_keep_their_folder_whatever_the_command_sweeps_next(tmp_path):
+    index = begun(tmp_path, ["algo=ppo"], {"seed"})
+    assert [index.label(["algo=ppo", f"seed={seed}"]) for seed in (0, 1)] == ["s0", "s1"]
+    index.add_failure(Job("s1", (), tmp_path), "why")
+    index.close()
+    with (tmp_path / SWEEP_FILE).open("a") as file:
+        file.write('{"job": "torn')
+    index = begun(tmp_path, [], {"algo", "seed"}, resume=True)
+    assert index.failed == {"s1": "why"}
+    assert index.label(["seed=1", "algo=ppo"]) == "s1"
+    assert index.label(["seed=1", "algo=rloo"]) == "rloo_s1"
+    index.close()
+    index = begun(tmp_path, ["seed=7"], {"algo"}, resume=True)  # one value of what was swept
+    assert index.label(["seed=7", "algo=rloo"]) == "rloo_s7"
+    assert all(json.loads(line) for line in (tmp_path / SWEEP_FILE).read_text().splitlines())
+
+
+def test_another_base_is_refused_and_listed(tmp_path):
+    begun(tmp_path, ["iterations=5", "debug=fast"], {"seed"}).close()
+    before = (tmp_path / SWEEP_FILE).read_text()
+    with pytest.raises(UserError) as told:
+        begun(tmp_path, ["iterations=6", "task=reviews"], {"seed"}, resume=True)
+    for difference in (
+        *(
+            "iterations=5 then, iterations=6 now",
+            "debug=fast then, no debug now",
+            "no task then, task=reviews now",
+        ),
+    ):
+        assert difference in str(told.value)
+    with pytest.raises(
+        UserError, match=r"is another sweep .*: kl was None, is 2; give it the same words and files"
+    ):
+        begun(tmp_path, ["iterations=5", "debug=fast"], {"seed"}, resume=True, kl=2)
+    assert (tmp_path / SWEEP_FILE).read_text() == before
+
+
+def test_one_process_at_a_time_and_nothing_is_overwritten(tmp_path):
+    index = begun(tmp_path, [], {"seed"})
+    for resume in (True, False):
+        with pytest.raises(UserError, match=rf"is running, as process {os.getpid()} of .*; wait for its end"):
+            Index(tmp_path, resume=resume)
+    index.close()
+    with pytest.raises(UserError, match=r"already holds a sweep; go on with it: sweep="):
+        Index(tmp_path, resume=False)
+
+
+# -- the word sweep= --------------------------------------------------------------------------------------
+
+
+def test_the_word_sweep_names_a_folder(tmp_path):
+    begun(tmp_path / "sweep", [], set()).close()
+    words = with_sweep(["-m", "seed=0,1", f"sweep={tmp_path}/sweep", "hydra.sweep.dir=x"])
+    assert words == ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", "hydra.launcher.resume=true"]
+    (tmp_path / "latest_sweep").symlink_to("sweep")
+    assert find_sweep("latest", tmp_path) == tmp_path / "sweep"
+    assert with_sweep(["seed=0", "resume=latest"]) == ["seed=0", "resume=latest"]
+
+
+def test_what_is_no_sweep_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"is no sweep: it has no sweep\.jsonl; give the folder of a multirun"
+    ):
+        find_sweep(tmp_path)
+    with pytest.raises(UserError, match=r"sweep=latest, but .*latest_sweep does not exist"):
+        find_sweep("latest", tmp_path)
+    with pytest.raises(
+        UserError, match=r"resume= goes on with one run; -m goes on with a sweep by sweep=PATH"
+    ):
+        with_sweep(["-m", "resume=latest"])
+    told = "Could not override 'sweep'.\nTo append to your config use +sweep=latest"
+    assert improve(told) == "sweep= goes on with a multirun: give it beside -m and the words of that multirun"
+
+
+# -- the machine's shares ---------------------------------------------------------------------------------
+
+
+def job(label: str = "a", folder: Path = Path(), processes: int = 1, on_gpus: bool = False) -> Job:
+    return Job(label, (f"x={label}",), folder, processes, on_gpus)
+
+
+def test_the_cores_carry_so_many_jobs(monkeypatch):
+    monkeypatch.setattr(slots, "cores", lambda: 4)
+    shares = Slots(None, threads=1)
+    first = shares.take(job(processes=2))
+    assert shares.take(job())
+    assert shares.take(job(processes=2)) is None
+    shares.free(first)
+    assert shares.take(job(processes=3))
+    assert Slots(None, threads=8).take(job()), "too large for the machine: alone"
+    few = Slots(1, threads=1)
+    assert few.take(job())
+    assert few.take(job()) is None
+
+
+def test_gpus_are_pinned_and_shared_only_if_asked(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    shares = Slots(None, threads=1)
+    first, second = shares.take(job(on_gpus=True)), shares.take(job(on_gpus=True))
+    assert shares.environment(first) == {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "3"}
+    assert second.gpus == ("5",)
+    assert shares.take(job(on_gpus=True)) is None
+    shares = Slots(3, threads=1)
+    assert [shares.take(job(on_gpus=True)).gpus for _ in range(3)] == [("3",), ("5",), ("3",)]
+    assert Slots(None, threads=1).take(job(processes=2, on_gpus=True)).gpus == ("3", "5")
+
+
+# -- which jobs run ---------------------------------------------------------------------------------------
+
+
+class Pretended:
+    """A process that ends as it is told, at the second look."""
+
+    def __init__(self, job: Job, code: int) -> None:
+        self.job, self.final, self.looks = job, code, 0
+        self.log = SimpleNamespace(
+            warnings=lambda: [] if self.looks else ["careful"], reason=lambda code: f"code {code}"
+        )
+
+    def code(self) -> int | None:
+        self.looks += 1
+        if self.looks < 2:
+            return None
+        if self.final == 0:
+            put_status(self.job.folder, "done")
+        return self.final
+
+    def stop(self) -> None:
+        self.final = 75
+
+    def kill(self) -> None:
+        self.final = -9
+
+
+def put_status(folder: Path, state: str, iteration: int = 2, **more: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "status.json", {"status": state, "iteration": iteration, "iterations": 2, **more})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs jobs with such exit codes in a pool of two; gives outcomes and the labels of those that were started."""
+    monkeypatch.setattr(pool, "LOOK", 0)
+
+    def run_all(codes: dict[str, int], fail_fast: bool = False) -> tuple[dict[str, str], list[str]]:
+        started = list[str]()
+
+        def start(one: Job, slot: Any) -> Any:
+            started.append(one.label)
+            return Pretended(one, codes[one.label])
+
+        jobs = [job(label, tmp_path / label) for label in codes]
+        runs = Pool(start, Slots(2, 1), View(), fail_fast=fail_fast).run(iter(jobs))
+        return {outcome.job.label: outcome.state for outcome in runs}, started
+
+    return run_all
+
+
+def test_done_jobs_are_skipped_and_failures_leave_the_others_alone(run, tmp_path, capsys):
+    put_status(tmp_path / "a", "done")
+    put_status(tmp_path / "b", "failed", 1)
+    put_status(tmp_path / "c", "interrupted", 1)
+    states, started = run({"a": 0, "b": 0, "c": 2, "d": 0})
+    assert states == {"a": "done", "b": "done", "c": "failed", "d": "done"}
+    assert started == ["b", "c", "d"]
+    said = capsys.readouterr().out.splitlines()
+    assert "b  goes on after iteration 1 of 2" in said
+    assert "c  failed: code 2" in said
+    assert "d  warning: careful" in said
+
+
+def test_fail_fast_stops_the_others(run):
+    states, started = run({"a": 1, "b": 0, "c": 0}, fail_fast=True)
+    assert started == ["a", "b"]
+    assert states["a"] == "failed"
+    assert "c" not in states
+
+
+def test_a_signal_stops_all_and_starts_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "LOOK", 0)
+
+    def start(one: Job, slot: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Pretended(one, 0)
+
+    runs = Pool(start, Slots(1, 1), View(), fail_fast=False).run(
+        [job("a", tmp_path / "a"), job("b", tmp_path / "b")]
+    )
+    outcomes = list[Outcome]()
+    with pytest.raises(Interrupted):
+        outcomes.extend(runs)
+    assert [(outcome.job.label, outcome.state) for outcome in outcomes] == [("a", "interrupted")]
+
+
+def test_a_job_that_another_session_runs_is_waited_for(run, tmp_path, monkeypatch):
+    looks = iter([True, True, True])
+    monkeypatch.setattr(pool, "is_alive", lambda folder: folder.name == "a" and next(looks, False))
+    states, started = run({"a": 0, "b": 0})
+    assert started == ["b", "a"]
+    assert states == {"a": "done", "b": "done"}
+
+
+def test_the_next_job_is_taken_when_there_is_room_for_it(tmp_path, monkeypatch):
+    """So that a sweeper can choose it by what others gave."""
+    monkeypatch.setattr(pool, "LOOK", 0)
+    told = list[str]()
+
+    def jobs() -> Iterator[Job]:
+        for label in "abc":
+            told.append(f"take {label}")
+            yield job(label, tmp_path / label)
+
+    for outcome in Pool(lambda one, _: Pretended(one, 0), Slots(1, 1), View(), fail_fast=False).run(jobs()):
+        told.append(f"tell {outcome.job.label}")
+    assert told.index("tell a") < told.index("take c")
+
+
+# -- one process ------------------------------------------------------------------------------------------
+
+
+def started(folder: Path, code: str) -> JobProcess:
+    return JobProcess(job("a", folder), [sys.executable, "-c", code], {"OMP_NUM_THREADS": "7"})
+
+
+def ended(process: JobProcess) -> int:
+    while process.code() is None:
+        time.sleep(0.01)
+    return process.code()
+
+
+def test_what_a_job_prints_stays_in_its_log_and_warnings_are_passed_on(tmp_path):
+    (tmp_path / "train.log").write_text("[2026-01-01 00:00:00,000 WARNING x] of before\n")
+    line = "[2026-01-01 00:00:00,000 WARNING a.b] look out"
+    process = started(
+        tmp_path, f"import os; print({line!r}); print(os.environ['OMP_NUM_THREADS'], 'threads')"
+    )
+    assert ended(process) == 0
+    assert process.log.warnings() == ["look out"]
+    assert (tmp_path / "train.log").read_text().splitlines()[1:] == [line, "7 threads"]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import sys; print('error: x is wrong'); print('bye'); sys.exit(2)", "x is wrong"),
+        ("raise ValueError('odd')", "ValueError: odd"),
+        ("import os; os._exit(3)", "exit code 3, without a word"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL, as the system does when memory runs out"),
+    ],
+)
+def test_why_a_job_failed(tmp_path, code, reason):
+    process = started(tmp_path, code)
+    code = ended(process)
+    process.log.warnings()
+    assert process.log.reason(code) == reason
+
+
+def test_a_job_is_alive_as_long_as_one_of_its_processes(tmp_path):
+    assert not is_alive(tmp_path)
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    process = started(tmp_path, child)
+    process.process.wait()
+    assert is_alive(tmp_path)
+    assert process.code() == 0, "what it has left is killed with its group"
+    deadline = time.monotonic() + 5
+    while is_alive(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, env={**__import__("os").environ,
+    "POLICYLAB_SWEEP": str(__import__("os").getpid())})
+child.stdout.readline()
+__import__("os").kill(__import__("os").getpid(), 9)
+"""
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from policylab.distributed.signals import Interrupted, in_sweep, stop_on_signals, stop_with_sweep
+stop_on_signals()
+try:
+    stop_with_sweep()
+    assert in_sweep()
+    print("ready", flush=True)
+    time.sleep(20)
+except Interrupted as stopped:
+    Path(sys.argv[1] if len(sys.argv) > 1 else os.environ["PLACE"]).write_text(f"{stopped.exit_code}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a signal")
+def test_a_job_stops_when_its_sweep_is_killed(tmp_path):
+    place = tmp_path / "stopped"
+    subprocess.run([sys.executable, "-c", PARENT, CHILD], env={**os.environ, "PLACE": str(place)}, timeout=20)
+    deadline = time.monotonic() + 10
+    while not (place.exists() and place.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert place.read_text() == "75"
+
+
+# -- what people see --------------------------------------------------------------------------------------
+
+
+def test_progress_comes_from_the_folder(tmp_path):
+    put_status(tmp_path, "running", 1)
+    (tmp_path / "metrics.csv").write_text("iteration,train/reward,val/reward\n0,,0.25\n1,0.5,\n2,0.7")
+    progress = Progress(tmp_path)
+    assert (progress.state, progress.iteration, progress.reward, progress.share) == ("started", 1, 0.25, 0.5)
+    progress.start()
+    progress.began -= 10
+    assert progress.seconds_left is None
+    put_status(tmp_path, "running", 1, max_tokens=100, tokens_sampled=75)
+    progress.iteration = 0
+    progress.look()
+    assert progress.seconds_left == pytest.approx(10, rel=0.1), "half of what was left took ten seconds"
+    assert Progress(tmp_path / "none").state == "waiting"
+
+
+def test_the_end_of_a_long_file_is_read(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("iteration,x\n" + "".join(f"{n},{n / 3}\n" for n in range(5000)) + "5000,")
+    rows = read_tail(path)
+    assert rows == read_rows(path)[-len(rows) :]
+    assert 1000 < len(rows) < 5000
+    path.write_text("iteration,x\n1,2\n")
+    assert read_tail(path) == [{"iteration": 1, "x": 2}]
+
+
+def test_the_table_has_a_row_a_job_and_those_that_run_where_there_is_no_room():
+    from rich.console import Console
+
+    jobs = {f"job{n}": Progress(Path("nowhere")) for n in range(6)}
+    for name, state in (("job1", "running"), ("job2", "done"), ("job3", "failed")):
+        jobs[name].state = state
+    jobs["job1"].iteration, jobs["job1"].iterations, jobs["job1"].reward = 3, 20, 0.51234
+    console = Console(width=80)
+
+    def text(height: int) -> str:
+        with console.capture() as page:
+            console.print(table(jobs, height))
+        return page.get()
+
+    assert [word in text(10) for word in ("job0", "job5", "3/20", "0.5123")] == [True] * 4
+    assert "6 jobs: 3 waiting, 1 running, 1 done, 1 failed" in text(10)
+    assert ["job1" in text(2), "job3" in text(2), "job0" in text(2), "job2" in text(2)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_the_commands_at_the_end_can_be_pasted(tmp_path, monkeypatch):
+    words = [
+        "-m",
+        "algo=ppo,rloo",
+        "hydra.sweep.dir=x",
+        "hydra.launcher.resume=true",
+        "optim.lr={ppo:1,rloo:2}",
+    ]
+    assert shlex.split(same_command("train.py", words, tmp_path)) == [
+        *("python", "train.py", "-m", "algo=ppo,rloo", "optim.lr={ppo:1,rloo:2}", f"sweep={tmp_path}")
+    ]
+    folders = [tmp_path / name for name in ("a_s0", "a_s1", "b_s0")]
+    assert selection("a", folders, folders) == f'runs="{tmp_path}/*"'
+    assert selection("a", folders[:2], folders) == f'runs="{tmp_path}/a_*"'
+    assert selection("x", folders[1:], folders) == f"runs=[{tmp_path}/a_s1,{tmp_path}/b_s0]"
+
+
+# -- from the command line --------------------------------------------------------------------------------
+
+REWARDS = """
+from pathlib import Path
+
+def length(completions):
+    return [float(len(completion.tokens)) for completion in completions]
+
+def broken(completions):
+    print("the reward prints this")
+    if not Path("mended").exists():
+        raise RuntimeError("no luck")
+    return length(completions)
+"""
+
+
+@pytest.mark.slow
+def test_failures_are_told_and_mended_by_the_same_command(tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    sizes = [
+        "debug=fast",
+        "task=random_walks",
+        "model=walker_scratch",
+        "hardware=cpu",
+        "callbacks.checkpoint.every=1",
+    ]
+    words = ["-m", "reward._target_=mine.broken,mine.length", *sizes, f"paths.logs={tmp_path}/logs"]
+
+    def train(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "train.py"), *words, *more]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    first = train("iterations=3")
+    assert first.returncode == 1, first.stderr
+    assert first.stderr == "error: 1 of 2 jobs did not finish: reward-mine.broken\n"
+    assert "reward-mine.length  done: reward" in first.stdout
+    reason = "reward broken failed at mine.py:10: RuntimeError: no luck"
+    assert [line for line in first.stdout.splitlines() if line.startswith("failed")] == [
+        f"failed  reward-mine.broken: {reason}"
+    ] or reason in first.stdout
+    sweep = (tmp_path / "logs" / "latest_sweep").resolve()
+    log = (sweep / "reward-mine.broken" / "train.log").read_text()
+    assert "the reward prints this" in log
+    assert "Traceback" in log
+    assert "PolicyLab" in log, "what a run shows on the console"
+    finished = (sweep / "reward-mine.length" / "status.json").read_text()
+
+    other = train("iterations=4", "sweep=latest")
+    assert other.returncode == 2
+    assert "iterations=3 then, iterations=4 now; give it the same words" in other.stderr
+
+    (tmp_path / "mended").touch()
+    second = train("iterations=3", "sweep=latest")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert (sweep / "reward-mine.length" / "status.json").read_text() == finished
+    assert read_status(sweep / "reward-mine.broken")["status"] == "done"
+    assert {path.name for path in sweep.iterdir()} == {
+        *("reward-mine.broken", "reward-mine.length", "sweep.jsonl", "multirun.yaml")
+    }
+    report = next(line for line in second.stdout.splitlines() if line.startswith("report "))
+    assert shlex.split(report)[1:] == [
+        *("python", "report.py", f'runs="{short(sweep, tmp_path)}/*"', f"out={short(sweep, tmp_path)}/report")
+    ]
+
+
+def short(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder))
