@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -41,3 +42,13 @@ def check_range(
     if high < math.inf:
         bounds += f" and at most {high:g}"
     raise UserError(f"{name} is {value}; it must be {bounds}")
+
+
+def named(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, as text.
+
+    >>> named(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

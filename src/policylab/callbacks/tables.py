@@ -16,6 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from policylab.distributed.world import world
+from policylab.user_code import cut
 
 if TYPE_CHECKING:
     from policylab.data.rollout import Sample
@@ -185,8 +186,7 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Tab
 
 def one_line(text: str, limit: int = SAMPLE_WIDTH) -> str:
     """Text on one line, shortened to a limit."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return cut(" ".join(text.split()), limit)
 
 
 def pick(samples: Sequence[Sample], count: int) -> list[Sample]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from policylab.errors import UserError
+from policylab.errors import UserError, named
 
 #: First bytes of every Git LFS pointer.
 LFS = b"version https://git-lfs"
@@ -28,12 +28,12 @@ def refusal(where: str | Path, error: Exception, attention: str | None = None) -
     files = sorted(file for file in folder.glob("*") if file.is_file())
     if pointers := [file.name for file in files if is_lfs_pointer(file)]:
         return UserError(
-            f"{folder}: {_some(set(pointers))}: a Git LFS pointer, not the file itself; run git lfs pull where it was "
+            f"{folder}: {named(pointers)}: a Git LFS pointer, not the file itself; run git lfs pull where it was "
             "cloned, or download the file"
         )
     if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError):
         weights = [file.name for file in files if file.suffix in (".safetensors", ".bin")]
-        what = f"a file of weights ({_some(set(weights))})" if weights else "a file of weights"
+        what = f"a file of weights ({named(weights)})" if weights else "a file of weights"
         reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
         return UserError(
             f"{where}: {what} is damaged or holds more than tensors{reason}; copy or download it again"
@@ -65,7 +65,9 @@ def check_whole(where: str | Path, report: Mapping[str, Any]) -> None:
         UserError: naming weights that are missing or have another size.
     """
     if report["missing_keys"]:
-        raise UserError(f"{where} lacks weights: {_some(report['missing_keys'])}; take a whole checkpoint")
+        raise UserError(
+            f"{where} lacks weights: {named(sorted(report['missing_keys']))}; take a whole checkpoint"
+        )
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
         raise UserError(
@@ -81,10 +83,10 @@ def check_finite(model: torch.nn.Module, source: str) -> None:
     Raises:
         UserError: naming them.
     """
-    bad = {name for name, weight in model.named_parameters() if not weight.isfinite().all()}
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
         raise UserError(
-            f"{source}: the weights hold NaN or infinity in {_some(bad)}; take an intact checkpoint, or a wider "
+            f"{source}: the weights hold NaN or infinity in {named(bad)}; take an intact checkpoint, or a wider "
             "model.dtype if they are too large for this one"
         )
 
@@ -101,10 +103,3 @@ def first_line(error: Exception) -> str:
     if first.endswith(":"):
         first = f"{first} {rest.strip().partition(chr(10))[0]}"
     return first or type(error).__name__
-
-
-def _some(names: set[str]) -> str:
-    """The first few names, as text."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
-    return ", ".join(ordered[:4]) + more

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from policylab.data.rollout import Rollout
+from policylab.errors import named
 
 log = logging.getLogger(__name__)
 
 #: Number of batches that each process keeps in ``dumps/``; older ones are deleted.
 KEPT = 8
-#: Most names in one message.
-NAMED = 3
 
 
 class NotFinite(Exception):
@@ -89,16 +88,6 @@ def not_finite_fields(rollout: Rollout) -> list[str]:
             if not is_finite(value[rollout.action_mask] if counts else value):
                 bad.append(field.name)
     return bad
-
-
-def named(names: list[str]) -> str:
-    """The first few names, as text.
-
-    >>> named(["a", "b", "c", "d"])
-    'a, b, c and 1 more'
-    """
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def dump(folder: Path, name: str, suffix: str, content: dict[str, Any], rollout: Rollout) -> None:

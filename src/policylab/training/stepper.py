@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from policylab.data.rollout import Rollout
 from policylab.distributed.sharding import whole
-from policylab.errors import RunError
+from policylab.errors import RunError, named
 from policylab.models.policy import Policy
 from policylab.training.means import Means
 from policylab.training.optimizer import AdamW
 from policylab.training.passes import Passes
 from policylab.training.run_state import Progress
-from policylab.training.skipping import WEIGHTS, cause_of, dump, is_finite, named
+from policylab.training.skipping import WEIGHTS, cause_of, dump, is_finite
 
 log = logging.getLogger(__name__)
 

@@ -24,20 +24,19 @@ class SharedPromptCache:
     Args:
         layers: number of layers.
         heads: number of query heads; a multiple of those of keys and values.
-        scale: factor of the attention scores.
         dtype: dtype of the cache. On a CPU it is always fp32, because attention in bf16 is twice as slow.
     """
 
-    def __init__(
-        self, layers: int, heads: int, kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
-    ) -> None:
-        self.layers, self.scale, self.dtype = layers, scale, dtype
+    def __init__(self, layers: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.layers, self.scale, self.dtype = layers, head_dim**-0.5, dtype
         self.kv_heads, self.queries, self.head_dim = kv_heads, heads // kv_heads, head_dim
         self.prompts: list[tuple[Tensor, Tensor]] = []  #: keys and values of each layer, [N * K, P, D]
         self.written = 0  #: number of tokens that each row has appended
 
     def open(self, lengths: Int[Tensor, " N"], prompt_of: Int[Tensor, " B"], room: int) -> None:
         """Allocates room for rows of the prompts that `read_prompt` reads next."""
+        if lengths.device.type == "cpu":
+            self.dtype = torch.float32
         self.width = int(lengths.max())
         self.mask = length_mask(lengths, self.width)
         #: index of each real token in the right-padded layout

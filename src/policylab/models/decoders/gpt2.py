@@ -47,8 +47,7 @@ class GPT2:
 
     def cache(self) -> SharedPromptCache:
         heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
-        dtype = torch.float32 if self.words.device.type == "cpu" else self.dtype
-        return SharedPromptCache(len(self.blocks), heads, heads, width, width**-0.5, dtype)
+        return SharedPromptCache(len(self.blocks), heads, heads, width, self.dtype)
 
     def hidden(
         self, tokens: Int[Tensor, " R"], positions: Int[Tensor, " R"], attend: Attend

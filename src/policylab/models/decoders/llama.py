@@ -58,10 +58,7 @@ class Llama:
         )
 
     def cache(self) -> SharedPromptCache:
-        dtype = torch.float32 if self.words.device.type == "cpu" else self.dtype
-        return SharedPromptCache(
-            len(self.blocks), self.heads, self.kv_heads, self.head_dim, self.head_dim**-0.5, dtype
-        )
+        return SharedPromptCache(len(self.blocks), self.heads, self.kv_heads, self.head_dim, self.dtype)
 
     def hidden(
         self, tokens: Int[Tensor, " R"], positions: Int[Tensor, " R"], attend: Attend
