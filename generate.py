@@ -1,7 +1,7 @@
-"""Let a trained policy write.
+"""Generate completions with a trained policy.
 
 python generate.py run=latest prompt="the film was"
-python generate.py run=latest              asks for prompts, one after the other
+python generate.py run=latest              asks for one prompt after another
 """
 
 from __future__ import annotations

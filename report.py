@@ -1,4 +1,4 @@
-"""Sum up finished runs over their seeds: metrics.csv, curve.png, table.md and config.yaml in one folder.
+"""Summarize finished runs over their seeds: metrics.csv, curve.png, table.md and config.yaml in one folder.
 
 python report.py "runs='logs/reviews/ppo-tiny/*'" out=experiments/results/NAME
 python report.py runs=[PATH,PATH] out=/tmp/report title="'PPO on reviews'" metrics=[val/reward,val/kl]

@@ -1,13 +1,13 @@
-"""Train a policy. Pick one of each group; change any value.
+"""Train a policy. Choose one option of each group; override any value.
 
 python train.py                            PPO on the embedded model: a minute on a laptop
 python train.py algo=reinforce seed=1      another algorithm, another seed
 python train.py experiments=NAME           a recipe from experiments/
-python train.py -m algo=ppo,reinforce seed=0,1,2          a sweep: several jobs at once
-python train.py -m algo=ppo,reinforce seed=0,1,2 sweep=latest     go on with it
-python train.py plan=true                  what the run would take, in place of running
-python train.py debug=fast                 two iterations, to see that all works
-python train.py resume=latest              go on with the newest run
+python train.py -m algo=ppo,reinforce seed=0,1,2                   a sweep: several jobs at once
+python train.py -m algo=ppo,reinforce seed=0,1,2 sweep=latest      resumes it
+python train.py plan=true                  prints memory and time of the run, and does not start it
+python train.py debug=fast                 two iterations, to check that everything works
+python train.py resume=latest              resumes the newest run
 """
 
 from __future__ import annotations

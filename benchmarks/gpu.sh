@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What this project promises, tried on one NVIDIA GPU; ten minutes on one of 80 GB. Results are written as it goes.
+# Tests and measurements on one NVIDIA GPU: ten minutes on one of 80 GB. Each result is written at once.
 #
 #   benchmarks/gpu.sh                  everything, into benchmarks/results/gpu
 #   benchmarks/gpu.sh FOLDER           into another folder
 #   SECONDS_IN_ALL=480 benchmarks/gpu.sh
 #
-# Where nothing can be installed from a network, pack the missing packages beforehand, on a machine that has one:
+# For a machine without a network, download the missing packages beforehand on a machine that has one:
 #
 #   python benchmarks/gpu_wheels.py --python 3.12 --without numpy scipy     into data/wheels, which git ignores
 #
-# and take that folder along: it is used when it is there. torch itself must be on the machine.
+# and copy that folder too: the script uses it if it exists. torch itself must be installed on the machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-benchmarks/results/gpu}
@@ -25,7 +25,7 @@ if [ -d data/wheels ]; then
 fi
 
 failed=0
-# step NAME MOST COMMAND: at most MOST seconds, and none that are not left
+# step NAME MOST COMMAND: runs COMMAND for at most MOST seconds, or for the seconds that are left
 step() {
     local name=$1 most=$2 left=$((limit - SECONDS))
     shift 2
@@ -41,10 +41,10 @@ step() {
 : >"$out/steps.txt"
 step machine 30 bash -c 'nvidia-smi; '"$python"' -c "import torch, transformers, lightning; print(torch.__version__, torch.version.cuda, transformers.__version__, lightning.__version__, torch.cuda.get_device_name())"'
 step rates 40 "$python" benchmarks/gpu.py rates --out "$out"
-# what must hold: every decoder and the packed update, every preset, resume, LoRA, precisions, FSDP
+# correctness: every decoder and the packed update, every preset, resume, LoRA, precisions, FSDP
 step paths 150 "$python" -m pytest -m gpu -n 0 -q -rA tests/gpu/test_gpu_paths.py
 step runs 200 "$python" -m pytest -m gpu -n 0 -q -rA tests/gpu/test_gpu_runs.py
-# what it costs
+# speed and memory
 step decode 120 "$python" benchmarks/gpu.py decode syncs tf32 --out "$out"
 step plan 120 "$python" benchmarks/gpu.py runs --out "$out"
 for model in gpt2 llama; do
