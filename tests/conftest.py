@@ -1,4 +1,4 @@
-"""What the tests share: checked shapes, no network, one thread, composed configs, small policies."""
+"""Shared by all tests: shape checks, no network, one thread, composed configs, small policies."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before anything imports a library that reads them.
+# Must be set before the import of the libraries that read them.
 os.environ.update(
     {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 )
 os.environ["POLICYLAB_PRODUCTS"] = (
-    "onednn"  # golden metrics hang on it, and no test should measure the machine
+    "onednn"  # fixed: golden metrics depend on it, and no test should measure the machine
 )
 
 from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
-# Shapes in signatures are checked by tests only: a run of the program does not pay for it.
+# The shapes in signatures are checked only in tests, because the checks take time.
 install_import_hook(
     ["policylab.functional", "policylab.algorithms", "policylab.data.rollout"], "typecheck.check"
 )
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 
-torch.set_num_threads(1)  # small tensors: threads cost more than they gain, and sums keep their order
+torch.set_num_threads(1)  # small tensors are slower with threads, and sums must keep their order
 resolvers.register(ROOT)
 products.use(products.ONEDNN)
 
@@ -52,7 +52,7 @@ Compose = Callable[..., DictConfig]
 Train = Callable[[Sequence[str]], Path]
 
 
-#: Their subject is pure functions.
+#: Tests of pure functions.
 OF_FUNCTIONS = {
     *("test_functional", "test_advantages", "test_surrogates", "test_q_learning", "test_trust_region"),
     *("test_training", "test_enumeration"),
@@ -61,13 +61,13 @@ OF_FUNCTIONS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Checks shapes in the slow tests and in those of functions. In whole runs it takes a fifth of the time."""
+    """Checks shapes in slow tests and in tests of functions only: in whole runs the checks take a fifth of the time."""
     checks = "slow" in item.keywords or item.path.stem in OF_FUNCTIONS
     shape_checks.update("jaxtyping_disable", not checks)
 
 
 def pytest_collection_finish() -> None:
-    """Imported modules stay: the garbage collector skips them from here on."""
+    """Imported modules are never freed, so the garbage collector may skip them."""
     gc.freeze()
 
 
@@ -94,7 +94,7 @@ def compose(tmp_path: Path) -> Compose:
 
 
 def composed(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
-    """What Hydra composes: it composes the same choices once, and sets single values in a copy, which is far faster."""
+    """The config as Hydra composes it. For speed, it composes the same choices once, and sets values in a copy."""
     choices = tuple(word for word in overrides if is_choice(word))
     config = deepcopy(chosen(config_name, choices))
     values = [word for word in overrides if not is_choice(word)]
@@ -104,13 +104,13 @@ def composed(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
 
 @lru_cache(maxsize=64)
 def chosen(config_name: str, choices: tuple[str, ...]) -> DictConfig:
-    """What Hydra composes of such choices."""
+    """Hydra's config of these choices, composed once."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return hydra_compose(config_name, list(choices), return_hydra_config=True)
 
 
 def is_choice(override: str) -> bool:
-    """Whether an override picks a file, or is about Hydra itself; others set a value."""
+    """Whether an override selects a file or is one of Hydra's own; all others set a value."""
     key = override.partition("=")[0].lstrip("+~")
     folders = ROOT / "configs" / key, ROOT / key
     return key.startswith("hydra.") or "@" in key or any(folder.is_dir() for folder in folders)
@@ -118,7 +118,7 @@ def is_choice(override: str) -> bool:
 
 @pytest.fixture
 def train_briefly(compose: Compose, tmp_path: Path) -> Train:
-    """``train_briefly(["algo=ppo"])`` trains two small iterations in this process; gives the run folder."""
+    """``train_briefly(["algo=ppo"])`` trains two small iterations in this process and returns the run folder."""
 
     def train(overrides: Sequence[str]) -> Path:
         from policylab.config.settle import settle
@@ -133,7 +133,7 @@ def train_briefly(compose: Compose, tmp_path: Path) -> Train:
 
 
 def brief(config: DictConfig) -> DictConfig:
-    """Any training config, made small: two iterations of four prompts, and completions of eight tokens."""
+    """Reduces a training config to two iterations of four prompts, with completions of eight tokens."""
     config.iterations = 2
     config.validation.every = 2
     config.validation.prompts = 4
@@ -144,13 +144,13 @@ def brief(config: DictConfig) -> DictConfig:
 
 @pytest.fixture(scope="session")
 def tiny() -> LoadedModel:
-    """The smallest GPT-2 that still has heads and layers, with random weights and the tiny tokenizer."""
+    """The smallest GPT-2 with several heads and layers, with random weights and the tiny tokenizer."""
     return scratch_model(model_type="gpt2", n_layer=2, n_embd=32, n_head=2, n_positions=64)
 
 
 @pytest.fixture(scope="session")
 def llama() -> LoadedModel:
-    """The same size in Llama's architecture: rotary positions, grouped keys, no position table."""
+    """A Llama of the same size: rotary positions, grouped keys, no position table."""
     return scratch_model(
         model_type="llama",
         hidden_size=32,
@@ -190,7 +190,7 @@ def llama_policy(llama: LoadedModel) -> Policy:
 
 
 def fresh_policy(loaded: LoadedModel, own_layers: int | str = 0) -> Policy:
-    """A policy on a copy of the model, its value head not zero, so that values are told apart."""
+    """A policy on a copy of the model, with a random value head, so that values differ."""
     from dataclasses import replace
 
     from policylab.models.critic import value_model

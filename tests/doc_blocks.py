@@ -1,4 +1,4 @@
-"""Code blocks of Markdown pages, and the commands in them, for the tests that run the documentation."""
+"""Finds the code blocks of Markdown pages and the commands in them, for the tests that run the documentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block; ``where`` is its page and line, such as ``README.md:12``."""
+    """A fenced block; ``where`` is its page and line, such as ``README.md:12``."""
 
     where: str
     language: str
@@ -24,13 +24,13 @@ class Block:
 
     @property
     def file_name(self) -> str | None:
-        """The file that the block shows: named alone in a comment on its first line, else None."""
+        """Name of the file that the block shows: a comment alone on its first line; None without one."""
         match = re.fullmatch(r"# ([\w./-]+\.(?:py|yaml))", self.text.partition("\n")[0])
         return match[1] if match else None
 
     @property
     def commands(self) -> list[list[str]]:
-        """The commands as words, without comments, ``VAR=value`` before them, and what a pipe leads to."""
+        """The arguments of each command, without comments, leading ``VAR=value`` and commands after a pipe."""
         found = []
         for line in self.text.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars="&;|")

@@ -1,11 +1,11 @@
-"""Golden metrics: what three iterations of each preset on ``model=tiny`` measure, to the last bit.
+"""Golden metrics: the metrics of three iterations of each preset on ``model=tiny``, to the last bit.
 
-A refactor that changes no number leaves ``tests/golden/`` as it is. After a change that is meant to change numbers::
+A refactor must not change ``tests/golden/``. After a change that is meant to change numbers::
 
     python tests/golden_metrics.py            # all presets
     python tests/golden_metrics.py ppo grpo   # some
 
-Bits depend on the machine and on the libraries: each file names its own.
+The last bits depend on the machine and on the libraries, so each file names them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.update(
     {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "POLICYLAB_PRODUCTS": "onednn"}
-)  # before the libraries that read them
+)  # before the import of the libraries that read them
 
 import torch
 import transformers
@@ -29,13 +29,13 @@ from small_runs import PRESETS, algo, assemble, base, train
 
 FOLDER = Path(__file__).parent / "golden"
 
-#: All numbers that a preset does not set itself, so that no default of another group matters.
+#: All settings outside the preset, so that defaults of other groups can change.
 SETTING = {
     "iterations": 3,
     "seed": 0,
     "task.source": "default",
     "task.prompt_words": 4,
-    "task.held_out": 1700,  # what is held out is not read
+    "task.held_out": 1700,  # held-out rows are not read
     "rollout.prompts": 4,
     "rollout.group_size": 2,
     "rollout.max_new_tokens": 8,
@@ -53,8 +53,8 @@ SETTING = {
 
 
 def run(preset: str) -> list[dict[str, float]]:
-    """Metrics of each iteration; and how far the weights have moved, which the metrics of the last do not show."""
-    # The openings have no completions, which supervised training needs.
+    """Metrics of each iteration; in the last one also the norm of the weights, because no metric shows its update."""
+    # Supervised training needs completions, which the embedded openings do not have.
     supervised = preset == "sft"
     task = ["task=random_walks", "model=walker"] if supervised else ["task=reviews", "model=tiny"]
     setting = {k: v for k, v in SETTING.items() if not (supervised and k.startswith("task."))}
@@ -64,7 +64,7 @@ def run(preset: str) -> list[dict[str, float]]:
 
 
 def fingerprint() -> dict[str, str]:
-    """The libraries and the machine on which these bits hold."""
+    """The libraries and the machine that these bits depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -76,7 +76,7 @@ def fingerprint() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Model of the CPU: libraries choose their kernels by it."""
+    """Model of the CPU, by which libraries choose their kernels."""
     info = Path("/proc/cpuinfo")
     fields = dict[str, str]()
     for line in info.read_text().split("\n\n")[0].splitlines() if info.exists() else []:
@@ -96,7 +96,7 @@ def read(preset: str) -> dict[str, Any]:
 
 
 def write(preset: str, metrics: list[dict[str, float]], platform: Mapping[str, str]) -> None:
-    """As JSON; its floats are read back exactly."""
+    """Writes JSON, from which floats are read back exactly."""
     FOLDER.mkdir(exist_ok=True)
     text = json.dumps({"platform": platform, "metrics": metrics}, indent=1, sort_keys=True, allow_nan=False)
     file_of(preset).write_text(text + "\n")
@@ -108,10 +108,10 @@ def main(presets: list[str]) -> None:
         metrics = run(preset)
         same = file_of(preset).exists() and read(preset)["metrics"] == metrics
         write(preset, metrics, fingerprint())
-        print(f"{preset}: {'as it was' if same else 'written'}")
+        print(f"{preset}: {'unchanged' if same else 'written'}")
     for stale in set(FOLDER.glob("*.json")) - set(map(file_of, PRESETS)):
         stale.unlink()
-        print(f"{stale.stem}: gone")
+        print(f"{stale.stem}: deleted")
 
 
 if __name__ == "__main__":

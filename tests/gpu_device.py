@@ -1,7 +1,7 @@
-"""The device of the tests in tests/gpu: a GPU; or, for a rehearsal of their code, the CPU.
+"""The device of the tests in tests/gpu: a GPU, or the CPU to check that the tests themselves run.
 
 pytest -m gpu tests/gpu                              on a machine with a GPU
-POLICYLAB_REHEARSE=1 pytest -m gpu tests/gpu         anywhere: whether the tests themselves still run
+POLICYLAB_REHEARSE=1 pytest -m gpu tests/gpu         on any machine, to check the tests' code
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 REHEARSAL = os.environ.get("POLICYLAB_REHEARSE") == "1"
 CUDA = torch.cuda.is_available() and not REHEARSAL
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-#: As ``hardware.accelerator`` names it.
+#: Its name in ``hardware.accelerator``.
 ACCELERATOR = "gpu" if CUDA else "cpu"
 
-#: For the modules of tests/gpu.
+#: Marks of every module in tests/gpu.
 MARKS = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (CUDA or REHEARSAL), reason="torch sees no GPU"),

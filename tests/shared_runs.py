@@ -1,6 +1,6 @@
-"""The same small training on one process and on two, with a record of each for comparison.
+"""Runs the same small trainings on one process and on two, and records both for comparison.
 
-The two processes start once and go through all cases in turn, as the start takes longer than any case.
+The two processes start only once, for all cases, because a start takes longer than any case.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Case:
     """A training of five iterations.
 
     Attributes:
-        options: of the preset's axes, such as ``algo/kl=none``.
-        changes: to the small config; ``shared``: more of them where processes share the work.
-        twist: name of a function below that changes the module before it trains, on two processes or everywhere.
-        validates: with preflight, validation and samples, as a run has them.
-        resumes: from the third iteration on, on another number of processes; "NAME resumed" has seen what came after.
+        options: other options of the preset's axes, such as ``algo/kl=none``.
+        changes: overrides of the small config; ``shared``: additional ones on two processes.
+        twist: name of a function below that changes the module before training; on one process only if it is in
+            `EVERYWHERE`.
+        validates: whether to run with preflight, validation and samples, as a real run does.
+        resumes: whether to resume after the third iteration on another number of processes; the record "NAME resumed"
+            has the iterations after it.
     """
 
     preset: str
@@ -48,17 +50,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Record:
-    """What one process recorded.
+    """The record of one process.
 
     Attributes:
-        rollouts: of each iteration, a row a sequence: prompt, tokens, reward.
-        gradients: of each step, flat.
-        metrics: of each iteration and validation, without timings.
-        start: all weights before training, those of reference and target network among them; ``end``: after it.
-        memory: of Q-learning.
-        passes: through the language model, for gradients.
+        rollouts: prompt, tokens and reward of each sequence, by iteration.
+        gradients: gradient of each step, flat.
+        metrics: metrics of each iteration and validation, without timings.
+        start: all weights before training, also of the reference and the target network; ``end``: after training.
+        memory: replay memory of Q-learning.
+        passes: number of forward passes of the language model with gradients.
         samples: lines of ``samples.jsonl``.
-        micro_batch_tokens: at the end.
+        micro_batch_tokens: token budget of a micro-batch at the end.
     """
 
     rollouts: list[list[tuple[int, list[int], float]]]
@@ -73,7 +75,7 @@ class Record:
 
 
 class Half(Callback):
-    """Keeps the state after the third iteration."""
+    """Saves the state after the third iteration."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / CHECKPOINT
@@ -84,7 +86,7 @@ class Half(Callback):
 
 
 def run(case: Case, folder: Path, processes: int, checkpoint: Path | None = None) -> Record:
-    """Trains as one of so many processes."""
+    """Trains as one of this many processes."""
     from policylab.callbacks.samples import Samples
     from policylab.config.build import build
 
@@ -131,7 +133,7 @@ def run(case: Case, folder: Path, processes: int, checkpoint: Path | None = None
 
 
 def watch(module: Any, record: Record) -> list[None]:
-    """Makes the module record what it does. The list grows by one with each forward pass for gradients."""
+    """Makes the module fill the record. The returned list grows by one with each forward pass with gradients."""
     note, step, passes = module.record, module.stepper.apply_gradients, list[None]()
 
     def noted(metrics: dict[str, float]) -> None:
@@ -148,7 +150,7 @@ def watch(module: Any, record: Record) -> list[None]:
     module.policy.lm.register_forward_pre_hook(
         lambda *_: passes.append(None) if torch.is_grad_enabled() else None
     )
-    if hasattr(getattr(module, "updater", None), "natural_step"):  # whose gradient never lies in ``.grad``
+    if hasattr(getattr(module, "updater", None), "natural_step"):  # its gradient is never in ``.grad``
         natural_step = module.updater.natural_step
 
         def directed(actor: Any, rollout: Any, gradient: Tensor) -> Any:
@@ -160,7 +162,7 @@ def watch(module: Any, record: Record) -> list[None]:
 
 
 def sequences(rollout: Any) -> list[tuple[int, list[int], float]]:
-    """A rollout row by row."""
+    """Prompt, tokens and reward of each row of a rollout."""
     rows = zip(rollout.prompt_ids, rollout.tokens, rollout.lengths, rollout.rewards, strict=True)
     return [(int(p), tokens[:length].tolist(), float(reward)) for p, tokens, length, reward in rows]
 
@@ -169,12 +171,12 @@ def sequences(rollout: Any) -> list[tuple[int, list[int], float]]:
 
 
 def sums_are_local(module: Any) -> None:
-    """Each process sums over its own part only. Gradients are still averaged."""
+    """Each process sums only over its own part. Gradients are still averaged."""
     module.runtime._reduce = lambda x, operation: x
 
 
 def memory_runs_out(module: Any) -> None:
-    """On the second process, in the third update, before it has begun to send gradients."""
+    """Raises an out-of-memory error on the second process, in the third update, before it sends gradients."""
     loss, calls = module.updater.loss, []
 
     def tight(rollout: Any, denominator: Tensor) -> Tensor:
@@ -188,12 +190,12 @@ def memory_runs_out(module: Any) -> None:
 
 
 def passes_are_shared(module: Any) -> None:
-    """As with sharded weights, where every forward pass needs all processes."""
+    """Behaves as with sharded weights, where every forward pass needs all processes."""
     module.sharded = True
 
 
-def a_row_is_no_number(module: Any) -> None:
-    """The advantages of the first sequence of the second iteration are not finite."""
+def a_row_is_not_finite(module: Any) -> None:
+    """Makes the advantages of the first sequence of the second iteration infinite or NaN."""
     update = module.updater.update
 
     def broken(rollout: Any) -> None:
@@ -205,15 +207,15 @@ def a_row_is_no_number(module: Any) -> None:
     module.updater.update = broken
 
 
-TWISTS = {f.__name__: f for f in (sums_are_local, memory_runs_out, passes_are_shared, a_row_is_no_number)}
-EVERYWHERE = ("a_row_is_no_number",)
+TWISTS = {f.__name__: f for f in (sums_are_local, memory_runs_out, passes_are_shared, a_row_is_not_finite)}
+EVERYWHERE = ("a_row_is_not_finite",)
 
 
 # -- two processes ---------------------------------------------------------------------------------------
 
 
 def on_both(cases: Mapping[str, Case], folder: Path) -> tuple[dict[str, Record], list[dict[str, Record]]]:
-    """What one process alone, and each of two, has seen of every case."""
+    """Runs every case on one process and on two; returns the records of the one, and of each of the two."""
     resumed = [name for name, case in cases.items() if case.resumes]
     alone = {name: run(cases[name], folder / "alone" / name, 1) for name in resumed}
     work = partial(take_part, cases=cases, folder=folder)
@@ -231,7 +233,7 @@ def on_both(cases: Mapping[str, Case], folder: Path) -> tuple[dict[str, Record],
 
 
 def take_part(rank: int, cases: Mapping[str, Case], folder: Path) -> None:
-    """One of the processes."""
+    """The work of one of the two processes."""
     size = {"WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES, "RANK": rank, "LOCAL_RANK": rank}
     here = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update(here | {name: str(value) for name, value in size.items()})
@@ -249,7 +251,7 @@ def take_part(rank: int, cases: Mapping[str, Case], folder: Path) -> None:
 
 
 def joined(parts: Sequence[Record]) -> list[list[tuple[int, list[int], float]]]:
-    """The rollouts of all processes, row after row."""
+    """The rollouts of all processes, concatenated by iteration."""
     return [
         [row for part in rollouts for row in part]
         for rollouts in zip(*(p.rollouts for p in parts), strict=True)

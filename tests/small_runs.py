@@ -1,7 +1,7 @@
-"""Training in this process, so small that a preset takes a quarter of a second; what it did, to the bit.
+"""Trains in this process, so small that a preset takes a quarter of a second, and returns metrics and weights.
 
-One base config serves all presets, and only its ``algo`` differs: what is compared does not hang on numbers that are
-tuned for a pair of algorithm and model.
+All presets share one base config and differ only in ``algo``, so comparisons do not depend on numbers that are tuned
+for a pair of algorithm and model.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ OF_EACH_KIND = ("ppo", "dapo", "trpo", "dqn", "sft")
 
 
 def quick(values: Iterable[str], in_all_runs: Iterable[str] = OF_EACH_KIND) -> list[Any]:
-    """Values for ``parametrize``, those that are not named left to the slow tests."""
+    """Values for ``parametrize``; those that are not named run only in the slow tests."""
     named = set(in_all_runs)
     return [value if value in named else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-#: A policy of 4,000 weights on 22 letters, whose completions end or are cut, about half of them each. Adam with so
-#: large an epsilon follows the size of the gradient, which Adam otherwise forgets: a factor before the loss acts.
+#: A policy of 4,000 weights on 22 letters. About half of its completions end, the others are cut. With so large an
+#: epsilon, Adam's step depends on the size of the gradient, so a factor of the loss has an effect.
 SMALL = {
     "iterations": 3,
     "seed": 0,
@@ -68,13 +68,13 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run has done.
+    """The results of a run.
 
     Attributes:
-        metrics: of each iteration, without timings.
-        policy: all weights of the language model after the last one, flat.
-        critic: of the critic; empty without one.
-        passes: forward passes of the language model.
+        metrics: metrics of each iteration, without timings.
+        policy: all weights of the language model after the last iteration, flat.
+        critic: all weights of the critic, flat; empty without a critic.
+        passes: number of forward passes of the language model.
     """
 
     metrics: list[dict[str, float]]
@@ -83,7 +83,7 @@ class Trace:
     passes: int
 
     def distance(self, other: Self) -> float:
-        """Largest difference of two weights of the policy."""
+        """The largest difference between the policies' weights."""
         return float((self.policy - other.policy).abs().max())
 
 
@@ -96,7 +96,7 @@ def algo(preset: str, *overrides: str) -> DictConfig:
 
 @cache
 def base(*overrides: str) -> DictConfig:
-    """A training config to put an ``algo`` into. It watches nothing and writes nothing."""
+    """A training config without its ``algo``, and without callbacks and loggers, so that it writes no file."""
     quiet = ["callbacks=none", "callbacks.checkpoint=null", "logger.csv=null", "hardware=cpu", "~algo_model"]
     nowhere = ["paths.run=nowhere", "validation.prompts=1"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -108,7 +108,7 @@ def assemble(start: DictConfig, algo: DictConfig, changes: Mapping[str, Any]) ->
     config = copy.deepcopy(start)
     with open_dict(config):
         config.algo = copy.deepcopy(algo)
-        if "replay" in algo:  # 64 sequences an update are most of what a small run would do
+        if "replay" in algo:  # 64 sequences per update would be most of a small run's time
             config.algo.replay.batch_size = 12
         for path, value in changes.items():
             OmegaConf.update(config, path, value, merge=False)
@@ -121,7 +121,7 @@ def small(algo: DictConfig, changes: Mapping[str, Any]) -> DictConfig:
 
 
 def levels(completions: Sequence[Completion]) -> list[float]:
-    """A reward of three levels by the sum of token ids: most groups have spread, and some have none."""
+    """A reward with three levels, by the sum of token ids: most groups have different rewards, some have equal ones."""
     return [(0.0, 0.0, 1.0, 0.3)[sum(completion.tokens) % 4] for completion in completions]
 
 
@@ -142,7 +142,7 @@ class Changed:
 
 
 class Drifting(Changed):
-    """Records log-probs that are wrong by up to 0.7 nats: the sampler differs from the policy."""
+    """Records log-probs that are wrong by up to 0.7 nats, as if the sampler differed from the policy."""
 
     def change(self, rollout: Rollout) -> Rollout:
         place = torch.arange(rollout.logprobs.numel()).reshape(rollout.logprobs.shape)
@@ -158,7 +158,7 @@ class Broken(Changed):
 
 
 class Padded(Changed):
-    """Three more columns of completion, two more of prompt, and tokens in the padding that mean something."""
+    """Adds three columns of padding to completions and two to prompts, with tokens that are not pad tokens."""
 
     def change(self, rollout: Rollout) -> Rollout:
         present = [
@@ -178,8 +178,8 @@ def train(
     """Trains in this process, without validation and preflight.
 
     Args:
-        reward: None takes the config's.
-        engine: what becomes of the config's engine.
+        reward: None for the config's.
+        engine: wraps the config's engine.
 
     Raises:
         UserError: when the config is refused.
@@ -210,7 +210,7 @@ def train(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what Lightning prints about each trainer; hundreds of them are made here."""
+    """Silences Lightning's output about each trainer; the tests create hundreds."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -221,7 +221,7 @@ def quiet() -> Iterator[None]:
 
 
 def flat(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """All in one vector; of weights that are sharded, all of all processes."""
+    """All parameters in one vector; sharded ones are gathered from all processes."""
     from policylab.distributed.sharding import whole
 
     return torch.cat([torch.zeros(0), *(whole(parameter.detach()).flatten() for parameter in parameters)])

@@ -404,7 +404,7 @@ def test_nobody_has_a_second_copy_of_the_weights(preset, changes):
 
 
 def test_a_reward_model_as_critic_is_adapted_too(tmp_path):
-    from knobs import save_reward_model
+    from fields import save_reward_model
 
     save_reward_model(tmp_path, 0)
     module, before = trained("ppo", **{"algo.critic.own_layers": "all", "algo.critic.init": str(tmp_path)})
@@ -424,12 +424,12 @@ def usual_loss() -> float:
     [
         ("rank", 3),
         *(
-            pytest.param(*knob, marks=pytest.mark.slow)
-            for knob in [("alpha", 8), ("target_modules", ["c_attn"]), ("seed", 1)]
+            pytest.param(*field, marks=pytest.mark.slow)
+            for field in [("alpha", 8), ("target_modules", ["c_attn"]), ("seed", 1)]
         ),
     ],
 )
-def test_no_knob_is_dead(key, value):
+def test_every_field_has_an_effect(key, value):
     other, _ = trained("grpo", **{"model.adapter": {**RUN, key: value}})
     assert other.metrics["train/loss"] != usual_loss()
 

@@ -1,4 +1,4 @@
-"""All presets, by glob: no field is dead, no refactor goes unnoticed, and how the work is cut makes no difference."""
+"""All presets, by glob: every field has an effect, metrics stay the same, and micro-batches do not change results."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import yaml
 from omegaconf import DictConfig
 
 import golden_metrics
-from knobs import Engine, Knob, Turn, knobs, save_reward_model, turns, values
+from fields import Engine, Field, Variation, fields, save_reward_model, values, variations
 from policylab.config.build import instantiate
 from policylab.errors import RunError, UserError
 from small_runs import CONFIGS, OF_EACH_KIND, PRESETS, Drifting, Padded, Trace, algo, quick, small, train
 
 #: ``axis/option`` of every file below ``configs/algo``.
 OPTIONS = sorted(f"{path.parent.name}/{path.stem}" for path in (CONFIGS / "algo").glob("*/*.yaml"))
-#: Presets with several updates a rollout and penalties, in which most options have something to do.
+#: Presets with several updates per rollout and penalties, in which most options have an effect.
 FIRST_HOSTS = ("ppo", "cispo")
-#: Options that are to leave the weights alone: one measures less; of the other, a single update has the gradient that
-#: it has of a ratio.
+#: Options that must not change the weights: the first only measures less; the second has the same gradient as the
+#: ratio in a single update.
 SAME_WEIGHTS = {"reference/none", "surrogate/logprob"}
-#: A difference of two weights that is rounding at most, and one that is no rounding.
+#: Differences between weights: at most this much is rounding, more than this much is an effect.
 ROUNDING, VISIBLE = 1e-4, 1e-4
 
 
-Models = tuple[Path, Path]  # two reward models that a critic may start as
+Models = tuple[Path, Path]  # two reward models that a critic can be initialized from
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """A preset, as it is or with one option of an axis (``advantage/vtrace``) in place of its own."""
+    """A preset, unchanged or with another option of one axis (``advantage/vtrace``)."""
 
     preset: str
     option: str = ""
@@ -50,39 +50,39 @@ class Specimen:
 
     @property
     def node(self) -> str:
-        """Where the option stands in the config, or the whole preset."""
+        """Config path of the option, or of the whole preset."""
         axis = self.option.split("/")[0]
         return "algo.kl.reference" if axis == "reference" else f"algo.{axis}".rstrip(".")
 
     def needs(self, models: Models) -> dict[str, Any]:
-        """What must be given for the option to be complete and to act."""
+        """Settings without which the option is incomplete or has no effect."""
         if self.option == "critic/reward_model":
             return {"algo.critic.init": str(models[0])}
-        # Completions are of 8 tokens: with as many rewards counted, the target network has no say.
+        # Completions have 8 tokens: with n_step of 8 or more, the target network is not used.
         return {"algo.n_step": 2} if self.option.startswith("target/") else {}
 
-    def knobs(self, models: Models) -> list[Knob]:
-        """Those of the whole ``algo``."""
-        return list(knobs(small(self.algo, self.needs(models)).algo, "algo"))
+    def fields(self, models: Models) -> list[Field]:
+        """Fields of the whole ``algo``."""
+        return list(fields(small(self.algo, self.needs(models)).algo, "algo"))
 
-    def own_knobs(self, models: Models) -> list[Knob]:
-        """Those of the option."""
-        return [knob for knob in self.knobs(models) if f"{knob.path}.".startswith(f"{self.node}.")]
+    def own_fields(self, models: Models) -> list[Field]:
+        """Fields of the option."""
+        return [field for field in self.fields(models) if f"{field.path}.".startswith(f"{self.node}.")]
 
 
 def own_options(preset: str) -> dict[str, str]:
-    """The option of each axis that a preset takes, by its YAML."""
+    """The option of each axis that the preset's YAML selects."""
     defaults = yaml.safe_load((CONFIGS / "algo" / f"{preset}.yaml").read_text()).get("defaults", [])
     return {axis: option for entry in defaults if isinstance(entry, dict) for axis, option in entry.items()}
 
 
 @cache
 def host(option: str) -> Specimen | None:
-    """The first preset that takes another option of the axis, and goes together with this one."""
+    """The first preset that selects another option of the axis and also works with this one."""
     axis, name = option.split("/")
     for preset in (*FIRST_HOSTS, *PRESETS):
         own = own_options(preset).get(axis, name)
-        # Without an advantage that reads values, no critic is built.
+        # A preset without a critic has no advantage that reads values, so the critic would not be built.
         if own != name and (axis, own) != ("critic", "none"):
             specimen = Specimen(preset, option)
             try:
@@ -103,12 +103,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @cache
 def before(specimen: Specimen, changes: str, engine: Engine | None) -> Trace | str:
-    """As :func:`outcome`, once for all knobs that start from the same run; the changes as JSON."""
+    """:func:`outcome`, cached, because many fields are compared with the same run; the changes as JSON."""
     return outcome(specimen, json.loads(changes), engine)
 
 
 def outcome(specimen: Specimen, changes: Mapping[str, Any], engine: Engine | None) -> Trace | str:
-    """A small run; or what is said when the config is refused, or the run cannot go on."""
+    """A small run; or the message, if the config is refused or the run fails."""
     try:
         return train(small(specimen.algo, changes), engine=engine or (lambda engine: engine))
     except (UserError, RunError) as error:
@@ -116,77 +116,79 @@ def outcome(specimen: Specimen, changes: Mapping[str, Any], engine: Engine | Non
 
 
 def untouched(preset: str) -> Trace:
-    """A small run of a preset as it is."""
+    """A small run of an unchanged preset."""
     trace = before(Specimen(preset), "{}", None)
     assert isinstance(trace, Trace), trace
     return trace
 
 
-def verdict(specimen: Specimen, knob: Knob, turn: Turn, given: Mapping[str, Any]) -> str:
+def verdict(specimen: Specimen, field: Field, variation: Variation, given: Mapping[str, Any]) -> str:
     """The result of changing a field: ``acts``, ``refused``, or a sentence that says what is wrong."""
-    given = {**given, **turn.given}
-    candidates = values(knob) if turn.value is None else [turn.value]
-    results = [outcome(specimen, {**given, knob.path: value}, turn.engine) for value in candidates]
-    old = before(specimen, json.dumps(given), turn.engine)
+    given = {**given, **variation.given}
+    candidates = values(field) if variation.value is None else [variation.value]
+    results = [outcome(specimen, {**given, field.path: value}, variation.engine) for value in candidates]
+    old = before(specimen, json.dumps(given), variation.engine)
     accepted = [result for result in results if isinstance(result, Trace)]
     if not accepted:
-        explained = all(knob.node in str(result) for result in results)
-        return "refused" if explained else f"{specimen}: {knob.path} cannot be {candidates}: {results}"
-    if isinstance(old, str) or all(acts(turn, old, new) for new in accepted):
+        explained = all(field.node in str(result) for result in results)
+        return "refused" if explained else f"{specimen}: {field.path} cannot be {candidates}: {results}"
+    if isinstance(old, str) or all(acts(variation, old, new) for new in accepted):
         return "acts"
     moved = ", ".join(f"{new.distance(old):.1e}" for new in accepted)
-    return f"{specimen}: {knob.path}={knob.value} -> {candidates} moves weights by {moved}"
+    return f"{specimen}: {field.path}={field.value} -> {candidates} moves weights by {moved}"
 
 
-def acts(turn: Turn, old: Trace, new: Trace) -> bool:
-    """Whether the difference is where it should be, and nowhere else."""
+def acts(variation: Variation, old: Trace, new: Trace) -> bool:
+    """Whether the runs differ where they should, and nowhere else."""
     distance = old.distance(new)
-    if turn.seen_in == "weights":
+    if variation.seen_in == "weights":
         return distance > VISIBLE
-    if turn.seen_in == "rounding":
+    if variation.seen_in == "rounding":
         return 0 < distance <= ROUNDING
-    if turn.seen_in == "passes":
+    if variation.seen_in == "passes":
         return old.passes != new.passes and distance <= ROUNDING
     return old.metrics != new.metrics and distance == 0
 
 
-def verdicts(specimen: Specimen, chosen: list[Knob], models: Models) -> dict[str, str]:
-    """By path of the knob."""
-    table, given = turns(models[1]), specimen.needs(models)
-    return {knob.path: verdict(specimen, knob, table.get(knob.kind, Turn()), given) for knob in chosen}
+def verdicts(specimen: Specimen, chosen: list[Field], models: Models) -> dict[str, str]:
+    """Verdict of each field, by path."""
+    table, given = variations(models[1]), specimen.needs(models)
+    return {
+        field.path: verdict(specimen, field, table.get(field.kind, Variation()), given) for field in chosen
+    }
 
 
-# -- no dead knobs -----------------------------------------------------------------------------------
+# -- every field has an effect ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_every_kind_of_knob_acts(models):
-    """Each field of each part, in the first preset or option that takes another value for it."""
+def test_every_kind_of_field_acts(models):
+    """Each field of each part, in the first preset or option that accepts another value for it."""
     hosts = [specimen for option in OPTIONS if (specimen := host(option)) is not None]
     said = dict[str, str]()  # by kind
     for specimen in [*map(Specimen, PRESETS), *hosts]:
-        fresh = [knob for knob in specimen.knobs(models) if said.get(knob.kind, "refused") == "refused"]
+        fresh = [field for field in specimen.fields(models) if said.get(field.kind, "refused") == "refused"]
         of_path = verdicts(specimen, fresh, models)
-        said |= {knob.kind: of_path[knob.path] for knob in fresh}
+        said |= {field.kind: of_path[field.path] for field in fresh}
     assert {kind: text for kind, text in said.items() if text != "acts"} == {}
-    unused = turns(models[1]).keys() - said.keys()
+    unused = variations(models[1]).keys() - said.keys()
     assert all(kind.startswith("AdamW.") for kind in unused), unused
 
 
 @pytest.mark.parametrize("preset", quick(OF_EACH_KIND, ["ppo"]))
-def test_every_knob_of_a_preset_acts(preset, models):
-    """Where its other values make no sense, they are refused with the reason."""
+def test_every_field_of_a_preset_acts(preset, models):
+    """Or its other values are refused, with the reason."""
     specimen = Specimen(preset)
-    assert set(verdicts(specimen, specimen.knobs(models), models).values()) <= {"acts", "refused"}
+    assert set(verdicts(specimen, specimen.fields(models), models).values()) <= {"acts", "refused"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_acts(option, models):
-    """Taking it changes what a preset does, and so does each of its fields."""
+    """An option changes the training of a preset, and so does each of its fields."""
     specimen = host(option)
     if specimen is None:
-        # Some presets take it themselves: other options are held against it there.
+        # The option is the own one of some preset, where the other options are compared with it.
         axis, name = option.split("/")
         assert name in {own_options(preset).get(axis) for preset in PRESETS}
         return
@@ -199,43 +201,43 @@ def test_every_option_acts(option, models):
     assert isinstance(with_it, Trace), with_it
     assert without.metrics != with_it.metrics
     assert without.distance(with_it) > VISIBLE or option in SAME_WEIGHTS
-    assert set(verdicts(specimen, specimen.own_knobs(models), models).values()) <= {"acts", "refused"}
+    assert set(verdicts(specimen, specimen.own_fields(models), models).values()) <= {"acts", "refused"}
 
 
 @pytest.mark.slow
-def test_every_knob_of_the_optimizer_acts(models):
+def test_every_field_of_the_optimizer_acts(models):
     specimen = Specimen("ppo")
-    found = verdicts(specimen, list(knobs(small(specimen.algo, {}).optim, "optim")), models)
+    found = verdicts(specimen, list(fields(small(specimen.algo, {}).optim, "optim")), models)
     assert set(found.values()) == {"acts"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_name_names_the_run(preset):
+def test_the_run_is_named_after_the_algorithm(preset):
     names = {small(algo(preset), {"algo.name": name}).paths.run_name for name in (preset, "other")}
     assert len(names) == 2
 
 
-def test_a_dead_knob_is_found():
-    """A bound that is never reached is one."""
+def test_a_field_without_effect_is_found():
+    """Here: a bound that is never reached."""
     specimen = Specimen("grpo")
-    knob = Knob("algo.update", "MinibatchEpochs", "kl_stop", float | None, None)
-    assert verdict(specimen, knob, Turn(1e9), {}).endswith("moves weights by 0.0e+00")
+    field = Field("algo.update", "MinibatchEpochs", "kl_stop", float | None, None)
+    assert verdict(specimen, field, Variation(1e9), {}).endswith("moves weights by 0.0e+00")
 
 
-def test_the_small_runs_give_each_knob_a_chance():
+def test_the_small_runs_have_all_cases():
     metrics = untouched("dapo").metrics
     assert all(0 < row["train/ended"] < 1 for row in metrics)
     assert any(0 < row["train/flat_groups"] < 1 for row in metrics)
     assert all(0 < row["train/clip_fraction"] < 1 for row in metrics)
 
 
-# -- the same answer however the work is cut ----------------------------------------------------------
+# -- micro-batches and padding do not change results ---------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 30])
 @pytest.mark.parametrize("preset", quick(PRESETS))
 def test_size_of_micro_batches_changes_nothing(preset, tokens):
-    """One token: a sequence a pass."""
+    """With a budget of one token, each pass has one sequence."""
     whole = untouched(preset)
     cut = outcome(Specimen(preset), {"optim.micro_batch_tokens": tokens}, None)
     assert isinstance(cut, Trace), cut
@@ -251,7 +253,7 @@ def test_padding_changes_nothing(preset):
 
 
 def check_same(one: Trace, other: Trace) -> None:
-    """All weights and the metrics of all iterations, up to rounding."""
+    """Asserts the same weights and the same metrics in all iterations, up to rounding."""
     torch.testing.assert_close(one.policy, other.policy, rtol=0, atol=ROUNDING)
     torch.testing.assert_close(one.critic, other.critic, rtol=0, atol=ROUNDING)
     for a, b in zip(one.metrics, other.metrics, strict=True):
@@ -263,15 +265,15 @@ def check_same(one: Trace, other: Trace) -> None:
 
 @pytest.mark.parametrize("preset", quick(PRESETS))
 def test_metrics_are_those_on_file(preset):
-    """To the last bit on a machine like that of the file. Elsewhere, the first iteration up to rounding: in later ones
-    a token may be sampled differently."""
+    """Equal to the last bit on a machine like that of the file. On others, only the first iteration is compared, up to
+    rounding: later ones may sample another token."""
     golden, metrics = golden_metrics.read(preset), golden_metrics.run(preset)
-    mend = f"if the change is meant: python tests/golden_metrics.py {preset}"
-    assert [row.keys() for row in metrics] == [row.keys() for row in golden["metrics"]], mend
+    update = f"if the change is intended: python tests/golden_metrics.py {preset}"
+    assert [row.keys() for row in metrics] == [row.keys() for row in golden["metrics"]], update
     if golden["platform"] == golden_metrics.fingerprint():
-        assert metrics == golden["metrics"], mend
+        assert metrics == golden["metrics"], update
     else:
-        assert metrics[0] == pytest.approx(golden["metrics"][0], rel=1e-3, abs=1e-4), mend
+        assert metrics[0] == pytest.approx(golden["metrics"][0], rel=1e-3, abs=1e-4), update
 
 
 def test_there_is_a_file_for_each_preset():

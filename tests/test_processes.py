@@ -50,7 +50,7 @@ CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} 
     "validated": Case("ppo", validates=True),
     "validated sft": Case("sft", (), SIZES["sft"], validates=True),
     "sums are local": Case("reinforce", twist="sums_are_local"),
-    "broken": Case("ppo", (), {"algo.update.minibatches": 3}, twist="a_row_is_no_number"),
+    "broken": Case("ppo", (), {"algo.update.minibatches": 3}, twist="a_row_is_not_finite"),
 }  # fmt: skip
 SAME = [name for name in CASES if name not in ("sums are local", "broken")]
 #: In the fast tests: several updates, a number that is not finite, and that the tests notice a difference.
