@@ -1,4 +1,4 @@
-"""Returns and advantages: literals with the calculation beside them, identities, and what must change nothing."""
+"""Returns and advantages: hand-computed numbers, identities, and changes that must not change the result."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ close = torch.testing.assert_close
 
 
 def same(x: Tensor) -> Tensor:
-    """One process: the sum over processes is the tensor itself."""
+    """The sum over processes, with one process."""
     return x
 
 
@@ -72,7 +72,7 @@ def true(width: int) -> Tensor:
 
 
 def rollout_of(mask: Tensor, token_rewards: Tensor, group_ids: Tensor, **columns: Tensor) -> Rollout:
-    """What advantages read of a rollout; the rest is empty."""
+    """A rollout with the fields that advantages read; the others are empty."""
     n, width = mask.shape
     positions = torch.arange(1, width + 1)
     return Rollout(
@@ -91,7 +91,7 @@ def rollout_of(mask: Tensor, token_rewards: Tensor, group_ids: Tensor, **columns
 
 @pytest.fixture
 def rollout() -> Rollout:
-    """Seven sequences of three groups, mixed up, with an environment's words in between. All random, in float64."""
+    """Seven random sequences of three groups, in mixed order, with tokens of an environment in between. In float64."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -111,7 +111,7 @@ def rows_of(rollout: Rollout, rows: Tensor) -> Rollout:
 
 
 def agree(rollout: Rollout, one: Advantage, other: Advantage) -> None:
-    """Both give the same credits and targets."""
+    """Asserts that both have the same credits and targets."""
     for name in ("advantages", "returns"):
         close(getattr(one(rollout, same), name), getattr(other(rollout, same), name))
 
@@ -123,7 +123,7 @@ class TestReturns:
         # 4; 2 + 4/2 = 4; 1 + 4/2 = 3
         assert discounted_returns(row(1.0, 2.0, 4.0), true(3), 0.5).tolist() == [[3.0, 4.0, 4.0]]
 
-    def test_positions_of_others_are_skipped(self):
+    def test_positions_of_an_environment_are_skipped(self):
         mask = torch.tensor([[True, False, True]])
         # the middle is an environment's word: one discount between the two actions, not two
         assert discounted_returns(row(1.0, 9.0, 4.0), mask, 0.5).tolist() == [[3.0, 0.0, 4.0]]
@@ -165,7 +165,7 @@ class TestNStep:
         # gamma 1/2, n 2: 1 + 2/2 + 2/4 - 0.5 = 2; 2 + 4/2 + 3/4 - 1 = 3.75; 4 + 8/2 - 2 = 6; 8 - 3 = 5
         close(n_step(rewards, values, true(4), 0.5, 2), row(2.0, 3.75, 6.0, 5.0))
 
-    def test_the_words_of_others_are_no_steps(self):
+    def test_tokens_of_an_environment_are_no_steps(self):
         rewards, values = row(1.0, 9.0, 2.0, 4.0, 9.0, 8.0), row(0.5, 9.0, 1.0, 2.0, 9.0, 3.0)
         mask = torch.tensor([[True, False, True, True, False, True]])
         close(n_step(rewards, values, mask, 0.5, 2), row(2.0, 0.0, 3.75, 6.0, 0.0, 5.0))
@@ -195,7 +195,7 @@ class TestVTrace:
         close(advantages, row(0.1875, 0.375))
         close(targets, row(0.5, 0.625))
 
-    def test_the_bounds_are_apart(self):
+    def test_the_bounds_are_independent(self):
         # c <= 0.4 in place of 1: v_0 = 0.5 - 0.375 + 0.4 * 0.375 = 0.275
         _, targets = vtrace(self.rewards, self.values, self.ratio, true(2), 1.0, 1.5, 0.4)
         close(targets, row(0.275, 0.625))
@@ -241,17 +241,17 @@ class TestGroups:
         result = best_of_group(self.x, self.group_ids, self.present)
         assert result.tolist() == [0.0, 0.0, 0.0, 0.0, 3.0, 0.0]
 
-    def test_of_two_that_are_best_the_first_is_taken(self):
+    def test_of_two_best_the_first_is_taken(self):
         x, ids = torch.tensor([1.0, 4.0, 4.0]), torch.zeros(3, dtype=torch.long)
         assert best_of_group(x, ids, torch.ones(3, dtype=torch.bool)).tolist() == [0.0, 3.0, 0.0]
 
     def test_rounding_selects_nothing(self):
-        """A KL that is zero but for rounding, taken from equal rewards: no best, or the first."""
+        """Equal rewards minus a KL of almost zero: no best, or the first."""
         x = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0]) + torch.tensor([0.0, 3e-6, 0.0, 1e-6, 2e-6])
         ids = torch.tensor([0, 0, 1, 1, 1])
         assert best_of_group(x, ids, torch.ones(5, dtype=torch.bool)).tolist() == [0.0, 0.0, 0.0, 3.0, 0.0]
 
-    def test_a_row_that_is_left_out_is_no_peer(self):
+    def test_an_excluded_row_is_not_compared_with(self):
         present = torch.tensor([True, True, True, True, False, True])
         # group 0 without the 6: 1 - 2 and 2 - 1
         result = leave_one_out(self.x, self.group_ids, present)
@@ -272,7 +272,7 @@ class TestGroups:
         close(leave_one_out(x, *group), size / (size - 1) * group_centered(x, *group))
 
     def test_at_constant_length_grpo_without_std_is_dr_grpo_but_for_a_constant(self, rollout):
-        """Mean over the tokens of a sequence against their sum over a constant: ``constant / length``."""
+        """The mean over a sequence's tokens differs from their sum over a constant by ``constant / length``."""
         length, constant = 5, 20.0
         mask = torch.ones(7, length, dtype=torch.bool)
         rollout = rollout_of(mask, rollout.token_rewards, rollout.group_ids)
@@ -296,7 +296,7 @@ class TestExplainedVariance:
 
 
 class TestInvariances:
-    """What holds of every advantage."""
+    """Properties of every advantage."""
 
     def test_the_list_is_complete(self):
         public = {c for c in vars(policylab.algorithms).values() if isinstance(c, type)}
@@ -310,7 +310,7 @@ class TestInvariances:
 
     @every
     def test_more_padding_and_more_words_between_change_nothing(self, rollout, advantage):
-        """Whatever stands there, NaN included."""
+        """Whatever the values there, also NaN."""
         at = torch.tensor([0, 2, 3, 6, 7])
         wide = {}
         for field in fields(rollout):
@@ -329,7 +329,7 @@ class TestInvariances:
         close(advantage(rows_of(rollout, order), same).advantages, advantage(rollout, same).advantages[order])
 
     @every
-    def test_a_row_left_out_is_a_row_not_there(self, rollout, advantage):
+    def test_an_excluded_row_has_no_influence(self, rollout, advantage):
         kept = torch.tensor([True, True, False, True, True, True, False])
         estimate = advantage(rollout.replace(kept=kept), same)
         alone = advantage(rows_of(rollout, kept.nonzero().squeeze(-1)), same)
@@ -338,7 +338,7 @@ class TestInvariances:
         assert (estimate.advantages[~kept] == 0).all()
 
     @every
-    def test_a_row_without_actions_is_a_row_not_there(self, rollout, advantage):
+    def test_a_row_without_actions_has_no_influence(self, rollout, advantage):
         mask = rollout.action_mask.clone()
         mask[2] = False
         others = torch.tensor([0, 1, 3, 4, 5, 6])
@@ -346,7 +346,7 @@ class TestInvariances:
         close(estimate.advantages[others], advantage(rows_of(rollout, others), same).advantages)
 
     @every
-    def test_nothing_kept_is_nothing(self, rollout, advantage):
+    def test_without_included_rows_all_advantages_are_zero(self, rollout, advantage):
         estimate = advantage(rollout.replace(kept=torch.zeros(7, dtype=torch.bool)), same)
         assert (estimate.advantages == 0).all()
         assert (estimate.returns == 0).all()
@@ -361,15 +361,15 @@ class TestInvariances:
     @pytest.mark.parametrize("advantage", GROUP, ids=repr)
     @pytest.mark.parametrize("reward", [0.0, 0.1, 0.7, -1e30])
     @pytest.mark.parametrize("size", [2, 3, 7, 11])
-    def test_a_group_of_equal_rewards_gets_nothing(self, advantage, reward, size):
-        """Exactly nothing: a rounding error over a standard deviation of nearly zero would be noise of full size."""
+    def test_a_group_of_equal_rewards_gets_zero(self, advantage, reward, size):
+        """Exactly zero: a rounding error divided by a standard deviation of almost zero would be large noise."""
         rewards = torch.full((size, 1), reward)
         group = torch.zeros(size, dtype=torch.long)
         estimate = advantage(rollout_of(torch.ones(size, 1, dtype=torch.bool), rewards, group), same)
         assert (estimate.advantages == 0).all()
 
     @pytest.mark.parametrize("advantage", GROUP, ids=repr)
-    def test_groups_do_not_see_each_other(self, rollout, advantage):
+    def test_groups_are_independent(self, rollout, advantage):
         one = (rollout.group_ids == 4).nonzero().squeeze(-1)
         close(advantage(rollout, same).advantages[one], advantage(rows_of(rollout, one), same).advantages)
 

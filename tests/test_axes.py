@@ -1,4 +1,4 @@
-"""Sampling, truncation, importance and reference: what these axes do to a rollout, by hand."""
+"""Sampling, truncation, importance and reference: the effect of these axes on a rollout, by hand."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def test_overlong_penalty_by_hand():
     assert penalty.penalty(rollout).tolist() == [0.0, 0.0, -0.25, -0.5]
     shaped = reinforce(truncation=penalty).shape_rewards(rollout, 0.0)
     assert shaped.token_rewards.sum(-1).tolist() == [1.0, 1.0, 0.75, 0.5]
-    assert shaped.rewards.tolist() == [1.0] * 4  # what is reported stays the task's
+    assert shaped.rewards.tolist() == [1.0] * 4  # the reported reward is still the task's
 
 
 def test_overlong_penalty_does_not_count_the_words_of_an_environment():
-    """Four positions, of which the policy chose the first and the last: no more than its two free tokens."""
+    """The policy chose two of the four positions, the first and the last: no more than the two free tokens."""
     rollout = rollout_of([4], [1.0], [0])
     talk = rollout.replace(action_mask=torch.tensor([[True, False, False, True]]))
     penalty = OverlongPenalty(limit=4, buffer=2, scale=0.5)
@@ -117,7 +117,7 @@ def test_importance_weights_by_hand():
 
 
 def test_exact_kl_in_the_reward_by_hand():
-    """Each action pays its own k1 and the exact KL of what follows: the sums from t on are 0.5+2+3, 1+3, -1."""
+    """An action is charged its own k1 and the exact KL of later ones: the sums from t on are 0.5+2+3, 1+3, -1."""
     mask = torch.tensor([[True, True, False, True]])  # an environment's word in between
     k1 = torch.tensor([[0.5, 1.0, 9.0, -1.0]])
     exact = torch.tensor([[1.0, 2.0, 9.0, 3.0]])
@@ -183,7 +183,7 @@ def test_groups_are_required():
 
 
 class Flat:
-    """A reward that is the same for the prompts of some slots in the first round."""
+    """A reward that is equal within the groups of the first slots, in the first round only."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -240,8 +240,8 @@ def test_flat_groups_are_replaced(compose, tmp_path):
     assert all(sample.kl is not None for sample in module.samples)
 
 
-def test_what_stays_flat_is_left_out_and_nothing_to_learn_is_no_step(compose, tmp_path):
-    """A reward that never varies: no update at all, no NaN, and the weights stay as they are."""
+def test_groups_that_stay_flat_are_excluded_and_without_others_there_is_no_step(compose, tmp_path):
+    """With a constant reward there is no update and no NaN, and the weights do not change."""
     from policylab.rewards.base import Score
 
     experiment = module_of(compose, tmp_path, ["algo=dapo"])

@@ -1,4 +1,4 @@
-"""A wrong config says so in one line, before a model loads."""
+"""A wrong config gives a message of one line, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_refused(compose, tmp_path, overrides, message):
 def test_a_module_that_cannot_be_imported_is_blamed_once(
     compose, tmp_path, monkeypatch, caplog, request, module, message
 ):
-    """The module that is missing is named, not the one that asks for it; and Hydra adds nothing of its own."""
+    """The message names the missing module, not the one that imports it, and has no text of Hydra's."""
     from policylab.config.build import build
 
     name = f"broken_{request.node.callspec.indices['module'] + 1}"
@@ -121,7 +121,7 @@ def test_a_module_that_cannot_be_imported_is_blamed_once(
     assert not caplog.records
 
 
-def test_what_a_class_of_ones_own_raises_while_it_is_built_is_one_line(compose, tmp_path):
+def test_an_error_of_a_users_class_while_it_is_built_is_one_line(compose, tmp_path):
     from policylab.config.build import build
 
     mine = ["reward._target_=test_bad_config.Unbuilt", "reward._partial_=false"]
@@ -147,7 +147,7 @@ class Unbuilt:
         (["hardware=cpu", "hardware.strategy=fsdp"], "and there is one; take hardware.devices=2 or more"),
     ],
 )
-def test_processes_that_cannot_be_are_refused(compose, monkeypatch, overrides, message):
+def test_impossible_numbers_of_processes_are_refused(compose, monkeypatch, overrides, message):
     monkeypatch.setattr(hardware, "gpus", lambda: 0)
     with pytest.raises(UserError, match=message):
         hardware.with_devices(compose(overrides))

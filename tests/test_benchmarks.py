@@ -1,4 +1,4 @@
-"""Every command of benchmarks/ and scripts/ in a quick form, and the parts that need no clock."""
+"""Every command of benchmarks/ and scripts/ in a quick form, and tests of their parts that measure no time."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ ELSEWHERE = {"gpu"}
 COMMANDS = sorted(
     {p.stem for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()} - ELSEWHERE
 )
-#: In the place of an interpreter that has TRL: our side once more.
+#: Replaces an interpreter with TRL: runs our side once more.
 STAND_IN = f"""#!{sys.executable}
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What watches a run: each callback alone, on a module that holds what it reads."""
+"""Each callback alone, on a stub of the module with the fields that it reads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rendered(renderable: object) -> str:
 
 @pytest.fixture
 def trainer(tmp_path):
-    """As much of a trainer as callbacks touch; saves a file that tells the iteration."""
+    """A stub of the trainer for callbacks; saves a file with the iteration."""
     trainer = SimpleNamespace(
         is_global_zero=True,
         sanity_checking=False,
@@ -85,7 +85,7 @@ def trainer(tmp_path):
 
 @pytest.fixture
 def module(trainer):
-    """As much of a module as callbacks touch."""
+    """A stub of the module for callbacks."""
 
     class Exported:
         generation_config = None
@@ -213,7 +213,7 @@ def test_wandb_table_grows(tmp_path, monkeypatch, trainer, module):
 
 @pytest.fixture
 def run(tmp_path, trainer, module):
-    """Plays iterations with given validation rewards; returns which iterations ``last`` and ``best`` hold."""
+    """Simulates iterations with these validation rewards; returns the iterations in ``last`` and ``best``."""
 
     def play(rewards: dict[int, float], iterations: int, every: int, mode: str = "max", stop_at: int = 0):
         module.progress.iterations = iterations
@@ -342,11 +342,11 @@ def test_each_sign_has_its_advice(health, sick, sign, advice):
     assert advice in found[sign]
 
 
-def test_nothing_is_said_of_metrics_that_are_not_there(health):
+def test_missing_metrics_give_no_advice(health):
     assert health.examine({"train/loss": 1.0}) == {}
 
 
-def test_completions_that_never_end_by_themselves_are_left_alone(health):
+def test_completions_that_cannot_end_give_no_advice(health):
     health.first = HEALTHY | {"train/ended": 0.0}
     assert health.examine(HEALTHY | {"train/ended": 0.0}) == {}
 
@@ -361,7 +361,7 @@ def test_a_warning_is_not_repeated_at_once(health, trainer, module, caplog):
     assert [record.args[0] for record in caplog.records] == [1, 6, 11]
 
 
-def test_clipping_is_judged_from_the_second_iteration_on(health, trainer, module, caplog):
+def test_clipping_is_checked_from_the_second_iteration_on(health, trainer, module, caplog):
     caplog.set_level(logging.WARNING)
     for module.iteration in (1, 2):
         module.metrics = HEALTHY | {"train/clip_fraction": 0.6}
@@ -389,7 +389,7 @@ def save(content: object) -> io.BytesIO:
 
 @pytest.fixture
 def screen(monkeypatch):
-    """The console, as text, no terminal."""
+    """The console's output as text, without a terminal."""
     screen = RichConsole(file=io.StringIO(), width=120, highlight=False)
     for name in ("console", "samples"):
         monkeypatch.setattr(f"policylab.callbacks.{name}.console", lambda: screen)

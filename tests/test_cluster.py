@@ -1,6 +1,6 @@
-"""Runs of several real processes: how they start, agree on settings, and end together.
+"""Runs of several real processes: they start, agree on settings, and end together.
 
-Each test pays for the imports of at least two processes; so there are few tests, and they share runs.
+Each test takes the time to import everything in at least two processes, so there are few tests, and they share runs.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ SMALL = [
     "reward._target_=unlucky.length",
 ]
 DDP = ["hardware=ddp_cpu", *SMALL]
-#: Long enough to be stopped on the way.
+#: Long enough to be stopped before it ends.
 LONG = "iterations=1000"
-#: Rewards, of which some end their process.
+#: Rewards; some end their process.
 REWARDS = '''
 import os, signal, time
 from pathlib import Path
@@ -94,13 +94,13 @@ def witness():
 
 
 class Running:
-    """A command with a mark in its environment, so that every process it starts can be found.
+    """A command with a mark in its environment, by which all processes that it starts are found.
 
     Args:
-        arguments: behind the interpreter.
-        folder: the current one of the command; its output is kept there.
-        name: before the names of the files with its output.
-        variables: of the environment, beside what is there.
+        arguments: arguments of the Python interpreter.
+        folder: current folder of the command; files with its output are written there.
+        name: prefix of the names of these files.
+        variables: added to the environment.
     """
 
     def __init__(self, arguments: Sequence[str], folder: Path, name: str = "", **variables: str) -> None:
@@ -119,7 +119,7 @@ class Running:
             )
 
     def members(self) -> list[int]:
-        """All its processes that live."""
+        """All its live processes."""
         found = []
         for environment in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):  # of another user, or it has ended meanwhile
@@ -128,7 +128,7 @@ class Running:
         return found
 
     def wait(self, seconds: float = 400) -> int:
-        """The exit code; whatever is left is ended."""
+        """Waits for the exit code, then ends all remaining processes."""
         try:
             return self.process.wait(seconds)
         finally:
@@ -141,13 +141,13 @@ class Running:
         self.process.wait()
 
     def told(self) -> str:
-        """What stands on standard error."""
+        """The text of standard error."""
         return self.errors.read_text()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A current folder with the rewards in it."""
+    """A current folder that holds the rewards."""
     (tmp_path / "unlucky.py").write_text(REWARDS)
     return tmp_path
 
@@ -182,7 +182,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(one: Path, other: Path) -> None:
-    """Demands that two runs have the same weights and metrics, to the bit."""
+    """Asserts that two runs have the same weights and metrics, to the bit."""
     states = [
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (one, other)
     ]
@@ -199,7 +199,7 @@ def same(one: Path, other: Path) -> None:
 
 
 def until(condition: Callable[[], Any], seconds: float = 300) -> None:
-    """Waits for something to come true."""
+    """Waits until a condition is true."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come true"
@@ -218,7 +218,7 @@ def saved_iteration(run: Path) -> int:
 # -- started by train.py itself -----------------------------------------------------------------------------------
 
 
-#: Runs train.py as a command line would, in a process that can be looked at afterwards.
+#: Runs train.py as a command line does, in a process whose state can be read afterwards.
 LOOK = """
 import json, multiprocessing, os, runpy, signal, sys
 from pathlib import Path
@@ -274,18 +274,18 @@ def test_one_process_evaluates_what_two_have_trained(uninterrupted, monkeypatch)
 
 
 def interrupt_group(running: Running) -> None:
-    """As a terminal does at Ctrl-C."""
+    """Sends SIGINT to the group, as a terminal does at Ctrl-C."""
     os.killpg(running.process.pid, signal.SIGINT)
 
 
 def terminate_all(running: Running) -> None:
-    """As SLURM and systemd do: every process gets it."""
+    """Sends SIGTERM to every process, as SLURM and systemd do."""
     for pid in running.members():
         os.kill(pid, signal.SIGTERM)
 
 
 def terminate_launcher(running: Running) -> None:
-    """As Kubernetes does: the first process of the container gets it."""
+    """Sends SIGTERM to the first process of the container, as Kubernetes does."""
     running.process.send_signal(signal.SIGTERM)
 
 
@@ -342,7 +342,7 @@ def test_a_rank_that_is_killed_is_named(start):
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, restarts: int = 0) -> None:
-    """Makes this process one of two that torchrun has started."""
+    """Sets the variables of a process that torchrun has started as one of two."""
     variables = {
         "TORCHELASTIC_RUN_ID": "test",
         "TORCHELASTIC_RESTART_COUNT": str(restarts),
@@ -427,10 +427,10 @@ def free_port() -> int:
 
 
 def two_nodes(start: Callable[..., Running], *overrides: str, others: Sequence[str] = ()) -> list[Running]:
-    """Two agents on this machine that meet as those of two machines do.
+    """Starts two agents on this machine that connect as those of two machines do.
 
     Args:
-        others: overrides of the second one alone.
+        others: overrides of the second agent only.
     """
     torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--local-addr=localhost"]
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=test"]
@@ -481,7 +481,7 @@ def test_a_multirun_under_torchrun_is_refused(monkeypatch):
 
 
 def step(rank: int, tasks: int = 2, nodes: int = 1, nodelist: str = "localhost") -> dict[str, str]:
-    """What srun tells a task, as far as we look."""
+    """The variables of srun that we read."""
     return {
         "SLURM_JOB_ID": "4217",
         "SLURM_NTASKS": str(tasks),

@@ -1,4 +1,4 @@
-"""Any option of any axis goes with any preset, or is refused with the reason."""
+"""Any option of any axis works with any preset, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from policylab.errors import UserError
 from small_runs import algo, small
 
 ALGO = Path(__file__).parent.parent / "configs" / "algo"
-#: Axes of Q-learning alone; test_q_learning.py combines them.
+#: Axes that only Q-learning has; test_q_learning.py combines them.
 Q_AXES = {"backup", "dueling", "exploration", "target"}
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in ALGO.glob("*/*.yaml") if path.parent.name not in Q_AXES
@@ -31,7 +31,7 @@ REASONS = (
 
 
 def build_algo(overrides: list[str]) -> object:
-    """``["algo=ppo", ...]``: without composing the other groups, which takes longest."""
+    """Builds ``["algo=ppo", ...]`` without composing the other groups, which would take most of the time."""
     preset = overrides[0].removeprefix("algo=")
     return instantiate(small(algo(preset, *overrides[1:]), {}).algo)
 
@@ -41,7 +41,7 @@ def build_algo(overrides: list[str]) -> object:
 def test_an_option_fits_or_is_refused_with_the_reason(preset, option):
     needed = ["algo.critic.init=some/folder"] if option == "critic=reward_model" else []
     config = small(algo(preset, f"algo/{option}", *needed), {})
-    check_parts(config)  # no key of the preset is left over where the option has none
+    check_parts(config)  # no key of the preset remains if the option has none
     try:
         instantiate(config.algo)
         refusal = ""
@@ -84,8 +84,8 @@ def test_what_makes_no_sense_is_refused(overrides, reason):
         build_algo(overrides)
 
 
-def test_without_a_line_search_the_log_prob_will_do():
-    """Its gradient is the ratio's."""
+def test_without_a_line_search_the_log_prob_is_allowed():
+    """Its gradient equals the ratio's."""
     build_algo(["algo=npg", "algo/surrogate=logprob"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
-#: Trains without sampling, so that tokens sampled are no measure of it.
+#: Trains without sampling, so sampled tokens do not measure its cost.
 SAMPLES_NOTHING = {"sft"}
 
 

@@ -1,4 +1,4 @@
-"""Every config file, by glob: a new file is tested by existing."""
+"""Every config file, by glob: a new file is tested without another entry."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ SMALL = [
     "callbacks.checkpoint=null",
     "hardware=cpu",
 ]
-#: Texts to continue, which the openings that come with PolicyLab are not.
+#: Texts for supervised training: the embedded data set has only openings, without completions.
 TEXTS = Path(__file__).parent / "texts.jsonl"
-#: Models whose weights are not here: composed, not run.
+#: Models without local weights: composed, not run.
 REMOTE = {"model/gpt2", "model/gpt2-medium", "model/hf", "model/smollm2"}
 #: 124 M parameters: composed, not run, in the fast tests.
 LARGE = {"model/gpt2_scratch"}
 #: Axes of Q-learning alone.
 Q_AXES = {"backup", "dueling", "exploration", "target"}
-#: Needs a GPU and an optional package: test_vllm_engine.py runs it on a stand-in.
+#: Needs a GPU and an optional package: test_vllm_engine.py runs it on a stub.
 NEEDS_GPU = {"rollout/vllm"}
-#: Loggers of optional packages or with files of their own: their own tests run them.
+#: Loggers that need optional packages or write files: other tests run them.
 LOGGERS = {"logger/mlflow", "logger/wandb", "logger/tensorboard", "logger/all"}
 #: Several processes, which test_cluster.py and test_sharding.py start: composed here, not run.
 SEVERAL = {f"hardware/{option}" for option in ("ddp", "ddp_cpu", "ddp_multinode", "fsdp", "slurm")}
-#: Presets that run with the numbers tuned for them: composed on their own, not run.
+#: Presets that run with their tuned numbers (algo_model): composed alone, not run.
 PAIRED = {f"algo/{path.stem.rsplit('_', 1)[0]}" for path in (CONFIGS / "algo_model").glob("*_tiny.yaml")}
-#: An algorithm's axes: test_presets.py trains with every option, and turns its fields.
+#: An algorithm's axes: test_presets.py trains with every option and changes each of its fields.
 AXES = {f"algo/{path.parent.name}/{path.stem}" for path in (CONFIGS / "algo").glob("*/*.yaml")}
-#: Single values that go with another choice, with which they run.
+#: Options that are run together with another choice.
 GO_WITH = {"algo_monitor": "algo", "model_optim": "model"}
 VALUES = {f"{group}/{path.stem}" for group in GO_WITH for path in (CONFIGS / group).glob("*.yaml")}
-#: Runs in the fast tests: presets of each kind, and what no other run has. README's test trains the default.
+#: Runs of the fast tests: presets of each kind, and options that no other test runs. README's test trains the default.
 QUICK = {
     *("algo_model/dapo_walker", "algo_model/trpo_walker", "algo_model/dqn_walker", "algo_model/sft_tiny"),
     *("hardware/gpu", "model/adapter/lora", "reward/optimality", "rollout/generate"),
@@ -61,16 +61,16 @@ def choices() -> list[str]:
 
 
 def selecting(choice: str) -> list[str]:
-    """Overrides that pick ``group/option`` in a combination that makes sense."""
+    """Overrides that select ``group/option`` in a valid combination."""
     group, option = choice.rsplit("/", 1)
     pick = f"{group}={option}"
     if group in GO_WITH:
         return [f"{GO_WITH[group]}={option}"]
     if group == "model":
-        # The walker's letters know no reviews.
+        # The walker's vocabulary cannot spell reviews.
         task = "random_walks" if option.startswith("walker") else "reviews"
         return [f"task={task}", pick, *(["model.name=org/model"] if option == "hf" else [])]
-    if group == "algo_model":  # numbers for a pair, picked by picking both
+    if group == "algo_model":  # numbers for a pair of algorithm and model, selected by selecting both
         algo, model = option.rsplit("_", 1)
         return [
             f"task={'random_walks' if model == 'walker' else 'reviews'}",
@@ -101,7 +101,7 @@ def selecting(choice: str) -> list[str]:
 
 
 def one_iteration(config: DictConfig, folder: Path) -> tuple[Trainer, dict[str, float]]:
-    """Builds and trains as ``train.py`` does, without its console."""
+    """Builds and trains one iteration as ``train.py`` does, without the console."""
     from policylab.config.build import build
 
     Path(config.paths.run).mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def one_iteration(config: DictConfig, folder: Path) -> tuple[Trainer, dict[str, 
     "choice", quick([c for c in choices() if c in NOT_RUN], NOT_RUN - AXES - VALUES - PAIRED)
 )
 def test_choice_composes(compose, choice):
-    """No interpolation is left open, and the whole config can be written down; so it is of those that run.
+    """All interpolations resolve, and the whole config can be saved. Choices that run check this while they run.
 
     The fast tests compose presets and axes without the other groups, in test_presets.py and test_combinations.py.
     """
@@ -149,7 +149,7 @@ def test_supervised_training_is_judged_by_its_loss_and_models_from_scratch_have_
 
 
 @pytest.mark.parametrize(("algo", "direction"), [("ppo", "maximize"), ("sft", "minimize")])
-def test_a_search_goes_where_the_best_is(algo, direction):
+def test_a_search_optimizes_the_metric_of_the_best_checkpoint(algo, direction):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     sweeper = composed("train", ("hparams_search=optuna", f"algo={algo}")).hydra.sweeper
     assert OmegaConf.to_container(sweeper, resolve=True)["direction"] == direction
@@ -158,7 +158,7 @@ def test_a_search_goes_where_the_best_is(algo, direction):
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "experiments").glob("*.yaml")))
 def test_recipe_composes_and_names_its_command(compose, recipe):
-    """Hydra wants the package in the first line; the command is the second."""
+    """Hydra needs the package in the first line; the command is in the second."""
     OmegaConf.to_yaml(compose([f"experiments={recipe}"]), resolve=True)
     second = (ROOT / "experiments" / f"{recipe}.yaml").read_text().splitlines()[1]
     assert second.startswith("# python train.py")

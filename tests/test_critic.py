@@ -1,4 +1,4 @@
-"""Critics: what they read, what their loss moves, how they start, and that all of it survives a run."""
+"""Critics: their inputs, the parameters that their loss trains, their start, and saving and resuming them."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def loaded(request):
 
 
 def sampled(policy: Policy) -> Rollout:
-    """Rows of several lengths behind prompts of several lengths."""
+    """Completions of different lengths after prompts of different lengths."""
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight[policy.eos_id] *= 80
     return CachedEngine(1.0, 10).sample(policy, PROMPTS, 2, uniforms(0, TRAIN, 0, range(8), 10))
 
 
 def touched(policy: Policy, values: torch.Tensor) -> set[str]:
-    """Names of the parameters that feel a loss of the values."""
+    """Names of the parameters with a gradient of a loss of the values."""
     policy.zero_grad()
     values.square().sum().backward()
     return {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
 
 
 def moved(policy: Policy) -> None:
-    """Makes policy and critic differ from what they were copied from."""
+    """Makes policy and critic differ from the weights that they were copied from."""
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -65,7 +65,7 @@ def moved(policy: Policy) -> None:
 
 @pytest.mark.parametrize("own_layers", OWN)
 def test_at_the_start_own_layers_see_what_the_lm_head_sees(loaded, own_layers):
-    """Left padding included: the rows' prompts differ in length."""
+    """Also with left padding: the rows' prompts differ in length."""
     policy = fresh_policy(loaded, own_layers)
     rollout = sampled(policy)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_the_value_loss_moves_exactly_what_it_should(loaded, own_layers):
     policy = fresh_policy(loaded, own_layers)
     rollout = sampled(policy)
     own = {f"critic.{name}" for name, _ in policy.critic.named_parameters()}
-    # Positions that no action reads and words that no row contains have no gradient, but their tables have.
+    # Positions that no action reads and tokens that no row contains have no gradient, but their tables have one.
     trunk = {f"lm.{name}" for name, _ in policy.lm.named_parameters() if not name.startswith("lm_head")}
     evaluation = policy.evaluate(rollout, 1.0, entropy_gradient=False, reference=None)
     beside = touched(policy, evaluation.values)
@@ -217,7 +217,7 @@ def reward_model(family: str, folder: Path, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_reward_model_scores_every_prefix(tiny, tmp_path, family):
-    """Its family and size are its own; a value is what it says of the text so far."""
+    """It may have another family and size; a value is its score of the text so far."""
     judge = reward_model(family, tmp_path)
     policy = Policy(tiny, value_model(tiny.lm, "all", str(tmp_path))).eval()
     rollout = sampled(fresh_policy(tiny))
@@ -273,7 +273,7 @@ def test_reward_models_that_do_not_fit_are_refused(tiny, tmp_path):
 
 
 def test_a_reward_model_for_shorter_texts_is_refused(tiny, tmp_path):
-    """Its own table of positions is what counts."""
+    """Its own table of positions sets the limit."""
     reward_model("gpt2", tmp_path, n_positions=12)
     policy = Policy(copy.deepcopy(tiny), value_model(tiny.lm, "all", str(tmp_path))).eval()
     with pytest.raises(UserError, match=r"need 15 positions, but the critic has 12"):
@@ -332,9 +332,9 @@ def test_a_wrong_config_says_so(compose, tmp_path, overrides, message):
         build(compose(small), tmp_path)
 
 
-def test_an_architecture_that_cannot_be_taken_apart_is_named(tiny):
+def test_an_architecture_that_cannot_be_split_is_named(tiny):
     class Scaled(type(tiny.lm)):
-        """Says the same but for a factor that stands in no module."""
+        """Gives the same values times a factor that is in no module."""
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             kwargs.pop("use_cache", None)
@@ -370,7 +370,7 @@ def test_an_architecture_that_cannot_be_taken_apart_is_named(tiny):
     ids=lambda a: a["model_type"],
 )  # fmt: skip
 def test_other_architectures(architecture):
-    """Projections after the norm, windows that differ by layer, experts: nothing here knows of them."""
+    """Projections after the norm, windows that differ by layer, experts: none of them needs code of its own."""
     loaded = scratch_model(**architecture)
     for own_layers in (1, 2, "all"):
         policy = fresh_policy(loaded, own_layers)
@@ -424,7 +424,7 @@ def variant(request, tmp_path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
-    """Two iterations, bit for bit; and what a run leaves can be evaluated and asked, its critic left behind."""
+    """Two iterations, bit for bit; and the run can be evaluated and used to generate, without its critic."""
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
@@ -458,7 +458,7 @@ def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
 
 
 def test_a_run_measures_its_critic(compose, tmp_path, variant):
-    """The preflight has held its values against recomputed ones, and both norms are on record."""
+    """The preflight has compared its values with recomputed ones, and both norms are logged."""
     from policylab.config.build import build
 
     (tmp_path / "run").mkdir()
@@ -488,7 +488,7 @@ def test_a_preflight_finds_a_critic_that_reads_otherwise(compose, tmp_path, monk
         experiment.trainer.fit(experiment.module, datamodule=experiment.data)
 
 
-def test_validation_does_not_pay_for_the_critic(compose, tmp_path, monkeypatch):
+def test_validation_does_not_compute_the_critic(compose, tmp_path, monkeypatch):
     from policylab.config.build import build
 
     (tmp_path / "run").mkdir()

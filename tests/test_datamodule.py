@@ -1,4 +1,4 @@
-"""Which prompts an iteration holds: a pure function of seed and iteration, shared among processes."""
+"""The prompts of an iteration: a pure function of seed and iteration, split among processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def data(train: int = 6, val: int = 10, rank: int = 0, processes: int = 1, **changes: Any) -> PromptData:
-    """The module as in a run; its trainer knows the rank."""
+    """A data module as in a run, with a trainer of this rank."""
     module = PromptData(train=prompts(train), val=prompts(val), **(DEFAULTS | changes))
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank, world_size=processes, lightning_module=SimpleNamespace(iteration=3)
@@ -33,7 +33,7 @@ def ids(loader: Any) -> list[list[int]]:
 
 
 def test_batches_are_pinned():
-    """A change here changes every published run."""
+    """Another order would change every published run."""
     assert ids(data().train_dataloader()) == [
         [0, 3, 5, 1],
         [2, 4, 3, 4],
@@ -73,7 +73,7 @@ def test_resume_reads_on():
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_each_batch(processes: int):
-    """Parts in the order of ranks are the batch of one process."""
+    """The parts in the order of ranks equal the batch of one process."""
     whole = ids(data(train=9).train_dataloader())
     parts = [
         ids(data(train=9, rank=rank, processes=processes).train_dataloader()) for rank in range(processes)
@@ -87,7 +87,7 @@ def test_validation_is_in_order():
 
 @pytest.mark.parametrize(("prompts", "processes"), [(11, 2), (11, 3), (9, 4), (4, 4), (5, 3)])
 def test_processes_share_the_validation(prompts: int, processes: int):
-    """Parts in the order of ranks are all prompts; none is without prompts as long as another has some."""
+    """The parts in the order of ranks are all prompts; all processes have as many batches, and no batch is empty."""
     parts = [
         ids(data(val=prompts, rank=rank, processes=processes).val_dataloader()) for rank in range(processes)
     ]

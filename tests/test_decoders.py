@@ -1,4 +1,4 @@
-"""Decoders: each writes what the model's plain forward pass would, and no variant takes a path made for another."""
+"""Decoders: each samples the tokens of the model's plain forward pass, and model variants use the general decoder."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def loaded(name: str):
 
 
 def policy_of(name: str):
-    """A model of which no part is neutral: random biases and norms as well."""
+    """A model in which every parameter has an effect: biases and norms are random too."""
     policy = fresh_policy(loaded(name))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -96,12 +96,12 @@ def engine():
 
 
 def often_ending(logp):
-    """An EOS every fifth time, so that rows end at different lengths. Its id is 0."""
+    """Raises the probability of EOS (id 0) to a fifth, so that rows end at different lengths."""
     return (0.8 * logp.exp() + 0.2 * (torch.arange(logp.shape[-1]) == 0)).log()
 
 
 def check_same(policy, rollout, behaviour=often_ending, *, tokens: bool = True, tolerance: float = 1e-4):
-    """One row at a time, without cache, padding or batch."""
+    """Compares with a forward pass of each row alone, without cache, padding or batch."""
     for row in range(len(rollout)):
         prompt, length = PROMPTS[row // GROUP].tokens, int(rollout.lengths[row])
         written = rollout.tokens[row, :length]
@@ -131,7 +131,7 @@ class TestTokens:
     @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
     @pytest.mark.parametrize("threshold", [0.01, 2.0])
     def test_whenever_rows_leave(self, name, threshold, monkeypatch, engine):
-        """At once, so that prompts leave with their last row; or never."""
+        """Finished rows leave the batch at once, and prompts with their last row; or rows never leave."""
         monkeypatch.setattr(cached, "COMPACT_AT", threshold)
         policy = policy_of(name)
         check_same(policy, engine.sample(policy, PROMPTS, GROUP, NOISE, often_ending))
@@ -203,7 +203,7 @@ class TestLowPrecision:
         assert type(decoder_for(policy_of(name).lm.double(), torch.float64)) is GeneralDecoder
 
     def test_under_autocast_weights_are_cast_once(self, monkeypatch, engine):
-        """With ``hardware.precision=bf16-mixed`` training computes in bf16, and so does sampling."""
+        """With ``hardware.precision=bf16-mixed`` both training and sampling compute in bf16."""
         policy, casts, init = policy_of("llama"), [], linear.Linear.__init__
 
         def spy(self, weight, bias, dtype, *then):
@@ -301,7 +301,7 @@ class TestDraw:
 
 
 def test_running_sums_by_a_triangle_are_running_sums():
-    """The form without a scan, which CUDA takes where deterministic algorithms are asked for."""
+    """The form without a scan, which CUDA uses with deterministic algorithms."""
     weights = torch.rand(3, 300)
     weights[:, 7] = 0.0
     sums = by_triangle(weights)

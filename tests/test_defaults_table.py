@@ -1,4 +1,4 @@
-"""docs/defaults.md says of our presets what the composed YAML says, and leaves no preset out."""
+"""docs/defaults.md has the values of the composed YAML, for every preset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CODE = re.compile(r"`([^`]+)`")
 EVERY = "every"  # in the first column: each preset that has the key, and no row of its own on it
 OURS = "ours"
 DEFAULT = "ppo"  # has each key of such rows, so that a misspelt one is found
-# Methods that learn from data instead of from rollouts: the page is about the others.
+# Methods that learn from data instead of rollouts are not on the page.
 OTHERS = {"sft", "reward_model", "dpo"}
 PRESETS = sorted({path.stem for path in (ROOT / "configs" / "algo").glob("*.yaml")} - OTHERS)
 
@@ -31,7 +31,7 @@ Compose = Callable[..., DictConfig]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: the presets and other overrides it holds for, the keys it is about, our values."""
+    """A table row: its presets and other overrides, its keys, and our values."""
 
     line: int
     presets: list[str]
@@ -47,7 +47,7 @@ def cells(line: str) -> list[str]:
 
 
 def rows(text: str) -> list[Row]:
-    """The rows of every table with a column of ours."""
+    """The rows of every table that has a column with our values."""
     found, ours = list[Row](), -1
     for number, line in enumerate(text.splitlines(), 1):
         if not line.startswith("|"):
@@ -68,7 +68,7 @@ ROWS = rows(PAGE.read_text())
 
 
 def presets_of(row: Row) -> list[str]:
-    """The presets that a row speaks of."""
+    """The presets of a row."""
     if EVERY not in row.presets:
         return row.presets
     others = [other for other in ROWS if set(other.keys) & set(row.keys) and other.overrides == row.overrides]
@@ -78,14 +78,14 @@ def presets_of(row: Row) -> list[str]:
 
 @dataclass(frozen=True)
 class Composed:
-    """A config, and the file that was chosen of each of its groups."""
+    """A config, and the option that was chosen of each group."""
 
     config: DictConfig
     choices: dict[str, Any]
 
 
 def composed_value(composed: Composed, key: str) -> Any:
-    """The value of a key; the file chosen of a config group (``algo/kl``); a constant (``policylab.x.Y``).
+    """The value of a key; or the chosen option of a config group (``algo/kl``), or a constant (``policylab.x.Y``).
 
     Raises:
         KeyError: the preset has no such key.
@@ -132,7 +132,7 @@ def test_our_figures_are_those_of_the_config(compose: Compose, preset: str) -> N
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"line{row.line}")
 def test_every_row_names_what_it_is_about(row: Row) -> None:
-    """A figure of ours that no key stands for would not be checked."""
+    """Without a key, a value would not be checked."""
     assert row.presets, f"docs/defaults.md:{row.line}: no preset in backticks"
     unknown = set(row.presets) - {EVERY, *PRESETS}
     assert not unknown, f"docs/defaults.md:{row.line}: no preset is called {unknown}"
@@ -144,7 +144,7 @@ def test_every_row_names_what_it_is_about(row: Row) -> None:
 
 
 def test_the_reader_of_tables_reads() -> None:
-    """The parser reads a known table, so that the tests above cannot pass on an empty one."""
+    """The parser is tested on a known table, so that the tests above cannot pass because it finds no rows."""
     page: Sequence[str] = (
         "| preset | what | paper | ours | why |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""How often an iteration would wait for an accelerator, counted on the CPU with tensors that stand for its own."""
+"""How often an iteration would wait for an accelerator, counted on the CPU with a tensor class in its place."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from policylab.functional import ragged
 from small_runs import algo, quiet, small
 
-#: What hands a number or a table to Python, or makes a tensor whose size Python must know.
+#: Functions that return a number or a list to Python, or a tensor whose size depends on values.
 WAITS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "nonzero", "cpu")
 
 
 class Host(torch.Tensor):
-    """A tensor that was copied to the CPU, and what is computed from such: it waits for nothing."""
+    """A tensor that was copied to the CPU, or is computed from one: reading it does not wait."""
 
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Counts by function of ours, the last one before torch."""
+    """Counts the waits by the last function of ours in the call stack."""
     counted = Counter()
 
     def count():
@@ -76,7 +76,7 @@ def waits(monkeypatch):
 
 
 def iteration(preset, waits, prompts):
-    """The counts of the second iteration, those of sampling apart."""
+    """The counts of the second iteration, with sampling separate."""
     from policylab.config.build import build
 
     sizes = {"iterations": 2, "rollout.prompts": prompts, "rollout.group_size": 4}
@@ -131,7 +131,7 @@ def test_waits_of_ppo_by_hand(waits):
 
 @pytest.mark.parametrize("preset", ["ppo", "dapo", "dr_grpo", "dqn"])
 def test_as_many_whatever_the_number_of_sequences(waits, preset):
-    """A count that grew with them would be a question for each."""
+    """The count must not grow with them: that would be one wait per sequence."""
     few, _ = iteration(preset, waits, 4)
     many, _ = iteration(preset, waits, 16)
     assert few["sampler.completions"] == many["sampler.completions"]
@@ -139,7 +139,7 @@ def test_as_many_whatever_the_number_of_sequences(waits, preset):
 
 
 def test_a_samples_length_counts_the_policys_tokens_alone(tmp_path):
-    """The first position counts as written by an environment."""
+    """Here an environment wrote the first position."""
     from policylab.config.build import build
     from policylab.rewards.base import Scores
     from policylab.rollouts.noise import TRAIN

@@ -1,4 +1,4 @@
-"""The examples in README and docs run as they stand.
+"""The examples in README and docs run unchanged.
 
 A block whose first line names a file (``# my_reward.py``, ``# configs/model/mine.yaml``) is written to a
 folder, as are those after it, until a bash block uses them in a ``python train.py``: that command is trained

@@ -1,4 +1,4 @@
-"""What a policy reads, and what ends what it writes: control tokens are the tokenizer's and the template's alone."""
+"""Tokens that a policy reads, and those that end a completion: control tokens come only from tokenizer and template."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read(policy: Policy, text: str) -> list[int]:
 
 
 def two_ends() -> Policy:
-    """Each EOS ends about a third of the completions."""
+    """A policy with two EOS tokens, of which each ends about a third of the completions."""
     model = loaded()
     model.lm.generation_config = GenerationConfig(eos_token_id=[END, OTHER])
     policy = Policy(model, critic=None).eval()

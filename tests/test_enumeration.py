@@ -1,8 +1,8 @@
-"""Exactness: vocabulary 3, length 3, every completion listed.
+"""Exact expected gradients, by enumerating all completions of length 3 over a vocabulary of 3.
 
-The expected gradient of an estimator is a sum over all batches of probability x gradient of its loss. Where theory
-says that it is unbiased, it equals the gradient of the expected reward, which autograd finds without sampling.
-Where theory knows a bias, the expected gradient equals that of what is climbed instead.
+The expected gradient of an estimator is the sum over all batches of probability x gradient of its loss. For an unbiased
+estimator it equals the gradient of the expected reward, which autograd computes without sampling. For a biased one it
+equals the gradient of the objective that theory gives.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ close = torch.testing.assert_close
 
 @pytest.fixture
 def world() -> World:
-    """Logits, reference, rewards and critic, all random."""
+    """A world with random logits, reference, rewards and critic."""
     return World.random()
 
 
 @pytest.fixture
 def off_policy(world) -> World:
-    """The same, sampled by another policy."""
+    """The same world, with another policy that samples."""
     return world.replace(sampler=World.random(seed=1).logits.detach())
 
 
 def distance(gradient: Tensor, truth: Tensor) -> float:
-    """How far a gradient is from the true one, relative to the length of that."""
+    """Distance of a gradient from the true one, relative to the length of the true one."""
     return float((gradient - truth).norm() / truth.norm())
 
 
@@ -83,8 +83,8 @@ def rewarded(world: World, beta: float = 0.0) -> Rollout:
 
 
 def local_objective(world: World, action_values: Tensor) -> Tensor:
-    """``sum_s d(s) sum_a pi(a | s) Q(s, a)``: the policy is free in every state that the sampler visits, and changes
-    nothing about which states those are. TRPO's approximation, arXiv:1502.05477, eq. 3."""
+    """``sum_s d(s) sum_a pi(a | s) Q(s, a)``: the policy chooses actions in the states that the sampler visits, but does
+    not change which states are visited. TRPO's approximation, arXiv:1502.05477, eq. 3."""
     return (
         occupancy(world.sampling_logits)[:, None] * world.logits.softmax(-1) * action_values.detach()
     ).sum()
@@ -92,7 +92,7 @@ def local_objective(world: World, action_values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_batches_are_all_there(world, size):
-    """15 completions are all 27 strings of three tokens, those cut that hold an end; 15^n ordered batches."""
+    """The 27 strings of three tokens, cut after an EOS, give 15 completions, and 15^n ordered batches."""
     rows, orders = enumeration.batches(size)
     assert orders.sum() == len(COMPLETIONS) ** size
     close((orders * probabilities(world.logits)[rows].prod(-1)).sum().item(), 1.0)
@@ -100,12 +100,12 @@ def test_the_batches_are_all_there(world, size):
 
 @pytest.fixture
 def any_combination(monkeypatch):
-    """Lets through what is refused, to show why."""
+    """Allows refused combinations, to show why they are refused."""
     monkeypatch.setattr("policylab.algorithms.algorithm.check_combination", lambda *_: None)
 
 
 class TestUnbiased:
-    """The expected gradient is that of the expected reward, the price of the KL in it included."""
+    """The expected gradient is that of the expected reward, including the KL in the reward."""
 
     ESTIMATORS = (
         pytest.param(PLAIN, 1, id="return to go"),
@@ -142,7 +142,7 @@ class TestUnbiased:
 
     @pytest.mark.parametrize("beta", [0.0, 0.3])
     def test_sequence_ratio_at_ratio_one(self, world, beta):
-        """With one credit a sequence, and the sum over its tokens in place of the paper's mean."""
+        """With one credit per sequence, and the sum over its tokens instead of the paper's mean."""
         algo = algorithm(LeaveOneOut(), SequenceRatio(3e-4, 4e-4), kl=penalty(beta))
         close(expected_gradient(algo, world, 2), true_gradient(world, beta))
 
@@ -168,8 +168,8 @@ class TestKnownFactor:
 
 class TestBiasOfAdvantages:
     def test_group_standard_deviation_in_pairs_is_a_ranking(self, world):
-        """In a group of two only the sign of the difference is left: what rises is the probability of winning against
-        another sample, ``P(r > r') - P(r < r')``, and not the reward. The size of the reward is lost."""
+        """In a group of two only the sign of the difference remains: the objective is the probability to win against
+        another sample, ``P(r > r') - P(r < r')``, not the reward. The size of the reward is lost."""
         p = probabilities(world.logits)
         wins = (world.rewards[:, None] - world.rewards).sign() @ p.detach()
         gradient = expected_gradient(algorithm(GroupBaseline(normalize=True)), world, 2)
@@ -178,8 +178,8 @@ class TestBiasOfAdvantages:
 
     @pytest.mark.parametrize("size", [2, 3])
     def test_best_of_group_imitates_the_best_of_n(self, world, size):
-        """The expected gradient is that of the log-likelihood of the best of n samples, held fixed, less the groups
-        that hold one completion n times: there nothing was selected."""
+        """The expected gradient is that of the log-likelihood of the best of n samples, held fixed, without the groups
+        that consist of n equal completions, in which none is selected."""
         p = probabilities(world.logits).detach()
         # P(the best of n is x) = P(all n at most as good) - P(all n worse)
         at_most = (world.rewards[:, None] >= world.rewards).double() @ p
@@ -189,8 +189,8 @@ class TestBiasOfAdvantages:
         close(gradient, gradient_of(objective, world))
 
     @pytest.mark.parametrize("advantage", [GAE(1.0, 0.0, False), NStep(1.0, 1, False)], ids=repr)
-    def test_a_wrong_critic_is_believed(self, world, advantage):
-        """lambda 0, n 1: the critic's opinion of the next state stands in for all that follows."""
+    def test_the_bias_of_a_wrong_critic(self, world, advantage):
+        """lambda 0, n 1: the critic's value of the next state replaces all later rewards."""
         believed = local_objective(world, world.action_values(world.values))
         gradient = expected_gradient(algorithm(advantage), world, 1)
         close(gradient, gradient_of(believed, world))
@@ -211,8 +211,8 @@ class TestBiasOfAdvantages:
         "advantage", [ReturnToGo(1.0, "none", True), GAE(1.0, 1.0, True), NStep(1.0, 3, True)], ids=repr
     )
     def test_whitening_couples_the_sequences_of_a_batch(self, world, advantage):
-        """Its mean and its variance hold the sample itself, token by token: another direction, and the less so the
-        larger the batch."""
+        """The mean and the variance include the sample itself, token by token, which changes the direction: the less,
+        the larger the batch."""
         truth = true_gradient(world)
         gradients = [expected_gradient(algorithm(advantage), world, size) for size in (2, 3, 4)]
         cosines = [float((g * truth).sum() / g.norm() / truth.norm()) for g in gradients]
@@ -220,9 +220,9 @@ class TestBiasOfAdvantages:
         assert cosines[-1] < 0.99
 
     @pytest.mark.usefixtures("any_combination")
-    def test_a_credit_a_sequence_loses_its_own_token_of_the_exact_kl(self, world):
-        """Exact KL in the reward charges an action with its own k1 and with the expected KL of what follows. The sum
-        over the sequence holds the k1 of the first action alone: all others are not charged for themselves."""
+    def test_one_credit_per_sequence_omits_part_of_the_exact_kl(self, world):
+        """Exact KL in the reward charges an action with its own k1 and with the expected KL of later actions. The sum
+        over the sequence contains only the k1 of the first action, so the k1 of all others is missing."""
         algo = algorithm(LeaveOneOut(), kl=penalty(0.3, estimator="exact"))
         assert distance(expected_gradient(algo, world, 2), true_gradient(world, 0.3)) > 0.05
 
@@ -230,7 +230,7 @@ class TestBiasOfAdvantages:
 class TestBiasOfReductions:
     @pytest.mark.parametrize("reduction", [SequenceMean(), TokenMean()])
     def test_the_mean_over_tokens_climbs_reward_over_length(self, world, reduction):
-        """Of one sequence. A long bad sequence is punished less than a short bad one: lengths grow."""
+        """For one sequence. A long bad sequence is punished less than a short bad one, so lengths grow."""
         objective = (probabilities(world.logits) * world.rewards / LENGTHS).sum()
         gradient = expected_gradient(algorithm(PLAIN, reduction=reduction), world, 1)
         close(gradient, gradient_of(objective, world))
@@ -247,11 +247,12 @@ class TestBiasOfReductions:
 
 
 class TestOffPolicy:
-    """Sampled by one policy, trained another."""
+    """One policy samples, another one is trained."""
 
     @pytest.mark.parametrize("surrogate", [Ratio(), CISPO(None, 1e9), ClippedRatio(1.0, 1e9, None)], ids=repr)
     def test_a_ratio_climbs_the_local_objective(self, off_policy, surrogate):
-        """Each action is corrected, the states it leads to are not: TRPO's surrogate, with the sampler's values."""
+        """The ratio corrects each action, but not the states that it leads to: TRPO's surrogate, with the sampler's
+        values."""
         sampler = off_policy.replace(logits=off_policy.sampling_logits)
         objective = local_objective(off_policy, off_policy.action_values(sampler.true_values()))
         gradient = expected_gradient(algorithm(PLAIN, surrogate), off_policy, 1)
@@ -270,7 +271,7 @@ class TestOffPolicy:
         close(gradient, gradient_of(objective, off_policy))
         assert distance(gradient, expected_gradient(algorithm(PLAIN, Ratio()), off_policy, 1)) > 0.1
 
-    def test_the_dual_clip_silences_more(self, off_policy):
+    def test_the_dual_clip_removes_more_gradients(self, off_policy):
         new, old = logprobs_of(off_policy.logits), logprobs_of(off_policy.sampling_logits)
         credit = off_policy.rewards[:, None].expand_as(new)
         plain, dual = (ClippedRatio(0.2, 0.2, bound).clipped(new, old, credit, MASK) for bound in (None, 2.0))
@@ -279,7 +280,7 @@ class TestOffPolicy:
 
     @pytest.mark.usefixtures("any_combination")
     def test_sequence_ratio_averages_credits(self, world):
-        """Credits that differ within a sequence act through their mean, which is not the policy gradient."""
+        """Credits that differ within a sequence are averaged, which is not the policy gradient."""
         credit = PLAIN(rewarded(world, 0.3), one_process).advantages.sum(-1) / LENGTHS
         p = probabilities(world.logits)
         algo = algorithm(PLAIN, SequenceRatio(3e-4, 4e-4), kl=penalty(0.3))
@@ -288,14 +289,14 @@ class TestOffPolicy:
         assert distance(gradient, true_gradient(world, 0.3)) > 0.05
 
     def test_vtrace_values_the_trained_policy(self, off_policy):
-        """Without clips, ``v`` of the first action is an unbiased estimate of the trained policy's value, whatever
-        the critic."""
+        """Without clips, ``v`` of the first action is an unbiased estimate of the trained policy's value, for any
+        critic."""
         targets = VTrace(1.0, FREE, FREE, False)(rewarded(off_policy), one_process).returns
         expected = probabilities(off_policy.sampling_logits) @ targets[:, 0]
         close(expected, off_policy.true_values()[0])
 
     def test_vtrace_climbs_the_local_objective_of_the_trained_policy(self, off_policy):
-        """Action and value are corrected, the states of the sampler stay (arXiv:1802.01561, section 4.2)."""
+        """Action and value are corrected, the visited states are not (arXiv:1802.01561, section 4.2)."""
         objective = local_objective(off_policy, off_policy.action_values(off_policy.true_values()))
         gradient = expected_gradient(algorithm(VTrace(1.0, FREE, FREE, False)), off_policy, 1)
         close(gradient, gradient_of(objective, off_policy))
@@ -312,16 +313,16 @@ class TestOffPolicy:
 
 class TestKLInTheLoss:
     def gradient(self, world, estimator: str) -> Tensor:
-        """Expected gradient of the penalty alone: the loss with it minus the loss without."""
+        """Expected gradient of the penalty alone: of the loss with it minus the loss without it."""
         with_kl = expected_gradient(algorithm(PLAIN, kl=penalty(0.3, "loss", estimator)), world, 1)
         return with_kl - expected_gradient(algorithm(PLAIN), world, 1)
 
     def test_k2_has_the_gradient_of_the_exact_kl(self, world):
-        """Of the KL in the states that were visited; the effect on which states are visited is left out."""
+        """Of the KL in the visited states; the effect on which states are visited is ignored."""
         close(self.gradient(world, "k2"), self.gradient(world, "exact"))
 
     def test_near_the_reference_all_are_the_whole_penalty(self, world):
-        """To first order in the distance, what is left out vanishes: it is a KL times a gradient."""
+        """The ignored part is a KL times a gradient, so it vanishes to first order in the distance."""
         noise = torch.randn(world.logits.shape, dtype=torch.double, generator=torch.Generator())
         world = world.replace(ref_logits=world.logits.detach() + 1e-3 * noise)
         whole = true_gradient(world, 0.3) - true_gradient(world)
@@ -330,7 +331,7 @@ class TestKLInTheLoss:
 
 
 def test_logprob_reads_no_ratio(off_policy):
-    """REINFORCE off policy is not corrected: what it climbs is weighted by the sampler's probabilities."""
+    """REINFORCE is not corrected off policy: its objective is weighted by the sampler's probabilities."""
     objective = (probabilities(off_policy.sampling_logits) * off_policy.rewards) @ logprobs_of(
         off_policy.logits
     ).sum(-1)

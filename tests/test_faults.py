@@ -52,13 +52,13 @@ def full_disk(*_: object, **__: object) -> None:
 
 
 def state(iteration: int, weight: float = 0.0) -> dict[str, Any]:
-    """As much of a checkpoint as its readers look at."""
+    """A checkpoint with the entries that its readers use."""
     numbers = {"iteration": iteration, "tokens_sampled": 0}
     return {"policylab": numbers, "state_dict": {"w": torch.full((300,), weight or float(iteration))}}
 
 
 def experiment(folder: Path, algorithm: DictConfig, **changes: Any) -> Any:
-    """A small run that keeps metrics and checkpoints, each iteration; neither preflight nor validation."""
+    """A small run that saves metrics and checkpoints in each iteration, without preflight and validation."""
     from policylab.config.build import build
 
     parts = {
@@ -96,7 +96,7 @@ def weights(module: Any) -> torch.Tensor:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run with the states of iterations 1 and 2, and its best from 1."""
+    """A run folder with the states of iterations 1 and 2; the best is that of 1."""
     (tmp_path / "config.yaml").write_text("seed: 0")
     (tmp_path / "status.json").write_text("{}")
     for iteration in (1, 2):
@@ -125,12 +125,12 @@ def emptied(content: bytearray) -> bytearray:
 
 
 def zeroed(content: bytearray) -> bytearray:
-    """A file whose blocks never reached the disk."""
+    """Zeroes a file, as if its blocks had not reached the disk."""
     return bytearray(len(content))
 
 
 def flipped(content: bytearray) -> bytearray:
-    """A bit of a weight."""
+    """Flips a bit of a weight."""
     content[content.index(torch.full((1,), 2.0).numpy().tobytes() * 20) + 100] ^= 4
     return content
 
@@ -182,7 +182,7 @@ def test_what_is_wrong_elsewhere_is_no_damage(run_folder, monkeypatch, error):
 
 
 def test_the_state_before_the_last_one_stays_another_file(run_folder):
-    """One bad sector must not take both."""
+    """One bad sector must not damage both."""
     become_newest(run_folder, run_folder / "checkpoints" / "last.ckpt")
     assert files(run_folder) == {"last": 2, "previous": 1, "best": 1}
 
@@ -195,8 +195,8 @@ def test_a_damaged_file_is_set_aside(run_folder):
     assert last.with_name("last.ckpt.damaged").read_bytes() == b"half of it"
 
 
-def test_what_passes_as_whole_is_whole(tmp_path):
-    """Each bit of the archive's directory and some of the rest: a flip is found, or changes nothing."""
+def test_every_flipped_bit_is_found_or_harmless(tmp_path):
+    """Flips each bit of the archive's directory and some others: a flip is found, or changes nothing."""
     path, good = tmp_path / "x.ckpt", state(3)
     torch.save(good, path)
     content = path.read_bytes()
@@ -214,7 +214,7 @@ def test_what_passes_as_whole_is_whole(tmp_path):
 
 
 def test_a_run_that_goes_back_stays_there(run_folder):
-    """Killed again before the next state is written, it goes on from where its records end."""
+    """If it is killed again before it saves the next state, it resumes from the state that its records end at."""
     become_newest(run_folder, run_folder / "checkpoints" / "best.ckpt")
     assert files(run_folder) == {"last": 1, "previous": 1, "best": 1}
     write_state(state(2), run_folder / "checkpoints" / "last.ckpt")
@@ -223,7 +223,7 @@ def test_a_run_that_goes_back_stays_there(run_folder):
 
 @pytest.mark.parametrize("step", range(5))
 def test_there_is_no_moment_without_a_whole_file(run_folder, monkeypatch, step):
-    """The process may end at any of its calls that change the folder."""
+    """The process is ended at each of its calls that change the folder."""
     calls = iter(range(100))
 
     def dying(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -352,7 +352,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def killed(iteration: int, moment: str) -> None:
-    """From here on, ``kill -9`` comes while the state of this iteration is written."""
+    """Simulates ``kill -9`` while the state of this iteration is written."""
     dump, replace = torch.save, os.replace
 
     def half(content: Any, file: Any) -> None:
@@ -395,7 +395,7 @@ def train_until_killed(folder: Path, algorithm: DictConfig, moment: str) -> None
     ],
 )
 def test_killed_while_a_checkpoint_is_written(tmp_path, name, moment):
-    """The run goes on from the state before, and ends with the same weights and metrics, to the bit."""
+    """The run resumes from the state before, and ends with the same weights and metrics, to the bit."""
     algorithm = METHODS[name]
     whole, run = tmp_path / "whole", tmp_path / "run"
     expected = fit(experiment(whole, algorithm, iterations=6))
@@ -420,7 +420,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, name, moment):
 
 
 class Moody:
-    """A reward that draws numbers, and remembers how often it was asked."""
+    """A reward that uses random numbers and counts its calls."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -437,7 +437,7 @@ class Moody:
         self.asked = state["asked"]
 
 
-def test_rewards_that_draw_and_remember_are_resumed_exactly(tmp_path):
+def test_random_rewards_with_state_are_resumed_exactly(tmp_path):
     def run(folder: str, iterations: int, checkpoint: Path | None = None) -> Any:
         built = experiment(tmp_path / folder, algo("reinforce"), iterations=iterations)
         built.module.sampler.scorer.reward = Moody()
@@ -450,8 +450,8 @@ def test_rewards_that_draw_and_remember_are_resumed_exactly(tmp_path):
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
-    """The first state is written after the validation that precedes it, and so may the best one be."""
+def test_a_repeated_validation_counts_once(tmp_path):
+    """The first state, and here the best one too, is written after a validation, which a resumed run repeats."""
 
     def session(checkpoint: Path | None = None) -> Any:
         built = experiment(tmp_path, algo("reinforce"), iterations=2, **{"callbacks.checkpoint.every": 100})
@@ -474,7 +474,7 @@ def test_a_validation_that_is_done_again_is_remembered_once(tmp_path):
         assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_a_memory_that_cannot_be_kept_is_told_at_the_start(tmp_path):
+def test_state_that_cannot_be_saved_is_told_at_the_start(tmp_path):
     built = experiment(tmp_path, algo("reinforce"))
     built.module.sampler.scorer.reward = Moody()
     built.module.sampler.scorer.reward.asked = np.zeros(2)
@@ -492,12 +492,12 @@ def test_workers_keep_no_state():
 def best_of(
     folder: Path, checkpoint: Path | None = None, iterations: int = 3, preset: str = "reinforce"
 ) -> Any:
-    """A run that validates each iteration, the better the longer it is, and exports."""
+    """A run that validates in each iteration, improves each time, and exports its best policy."""
     return fit(improving(folder, iterations, preset), checkpoint)
 
 
 def improving(folder: Path, iterations: int, preset: str) -> Any:
-    """Such a run before it trains."""
+    """Such a run, not yet trained."""
     built = experiment(folder, algo(preset), iterations=iterations)
     built.trainer.limit_val_batches = 1
     built.trainer.val_check_interval = 1
@@ -510,7 +510,7 @@ def improving(folder: Path, iterations: int, preset: str) -> Any:
 
 
 def validated(module: Any, reward: Callable[[], float]) -> None:
-    """Every validation records this reward."""
+    """Sets the reward that every validation records."""
     record = module.record
 
     def recorded(metrics: dict[str, float]) -> None:
@@ -521,7 +521,7 @@ def validated(module: Any, reward: Callable[[], float]) -> None:
     module.record = recorded
 
 
-def test_a_best_that_a_kill_left_behind_is_made_right(tmp_path):
+def test_a_best_checkpoint_that_a_kill_left_outdated_is_corrected(tmp_path):
     best_of(tmp_path)
     best, model = tmp_path / "checkpoints" / "best.ckpt", tmp_path / "model"
     assert files(tmp_path) == {"last": 3, "previous": 2, "best": 3}
@@ -538,18 +538,18 @@ def test_a_best_that_a_kill_left_behind_is_made_right(tmp_path):
 
 
 @pytest.mark.parametrize("validates", [True, False])
-def test_a_best_of_a_dropped_future_goes_with_it(tmp_path, validates):
+def test_a_best_checkpoint_after_the_resumed_iteration_is_deleted(tmp_path, validates):
     best_of(tmp_path)
     become_newest(tmp_path, tmp_path / "checkpoints" / "previous.ckpt")
     rewind(tmp_path, 2, validates=validates)
     best_of(tmp_path, tmp_path / "checkpoints" / "last.ckpt", iterations=2)
-    best = {} if validates else {"best": 2}  # the validation there is done again first, or is on record
+    best = {} if validates else {"best": 2}  # its validation is repeated first, or is recorded
     assert files(tmp_path) == {"last": 2, "previous": 2} | best
     stamps = [json.loads(path.read_text()) for path in tmp_path.glob("model/best/policylab.json")]
     assert stamps == [{"iteration": iteration} for iteration in best.values()]
 
 
-def test_a_policy_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     module, target, rename = best_of(tmp_path), tmp_path / "model" / "best", Path.rename
     before = (target / "model.safetensors").read_bytes()
 
@@ -583,7 +583,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Leaves no room at all."""
+    """Fills the disk completely."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         size = 2**20
@@ -596,7 +596,7 @@ def fill(folder: Path) -> Path:
 
 
 class BrieflyFull:
-    """A disk that refuses the next few writes of each kind."""
+    """A disk on which the next few writes of each kind fail."""
 
     WRITES = (
         (samples, "append_whole"),
@@ -653,12 +653,12 @@ def test_records_that_could_not_be_written_are_an_error_in_the_end(tmp_path, mon
     monkeypatch.setattr(metrics_csv, "write_rows", full_disk)
     logger = MetricsCSV(str(tmp_path))
     logger.log_metrics({"x": 0.0}, step=0)
-    logger.finalize("failed")  # what went wrong is told already
+    logger.finalize("failed")  # the error is already reported
     with pytest.raises(RunError, match=r"metrics\.csv: 1 rows are missing"):
         logger.finalize("success")
 
 
-def test_no_longer_than_a_while_is_room_waited_for(monkeypatch):
+def test_waiting_for_disk_space_ends_after_a_while(monkeypatch):
     monkeypatch.setattr(retry, "TIMEOUT", 0.02)
     monkeypatch.setattr(retry, "PAUSE", 0.001)
     calls = list[int]()
@@ -676,7 +676,7 @@ def test_no_longer_than_a_while_is_room_waited_for(monkeypatch):
 
 
 def test_a_run_outlives_a_full_disk(small_disk, caplog, monkeypatch):
-    """Full from the first iteration to the third, longer than is waited; afterwards nothing is missing."""
+    """Full from the first iteration to the third, longer than the run waits; afterwards nothing is missing."""
     monkeypatch.setattr(retry, "TIMEOUT", 0.0)
     built = experiment(small_disk, algo("ppo"), iterations=5)
     module, filler = built.module, list[Path]()
@@ -725,7 +725,7 @@ def test_metrics_wait_in_memory_and_in_the_checkpoint(tmp_path, monkeypatch, cap
     unwritten = torch.load(save(logger.unwritten, tmp_path / "x"), weights_only=True)
     expected = [{"iteration": 0, "x": 0}, *({"iteration": i, "x": i, "y": -i} for i in (1, 2))]
     assert read_rows(tmp_path / "metrics.csv") == expected[:1]
-    again = MetricsCSV(str(tmp_path))  # of a process that goes on after a kill
+    again = MetricsCSV(str(tmp_path))  # of a process that resumes after a kill
     for _ in range(2):  # Lightning restores for a validation and for training
         again.restore(unwritten)
     assert read_rows(tmp_path / "metrics.csv") == expected
@@ -774,7 +774,7 @@ def test_a_log_without_room_is_told_once(tmp_path, capsys, monkeypatch):
 
 
 class Lost(Logger):
-    """A logger that has lost its server."""
+    """A logger whose server is unreachable."""
 
     name, version = "lost", ""
 

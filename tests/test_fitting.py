@@ -1,4 +1,4 @@
-"""task.too_long: rows that do not fit the model are left out, cut or refused, and it is said how many."""
+"""task.too_long: rows that are too long for the model are left out, cut or refused, and their number is printed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_row_is_named_where_it_is_refused(tiny_policy):
     assert len(fitted(tiny_policy, [ROWS[0], ROWS[3]], "refuse")) == 2
 
 
-def test_dropped_rows_are_counted_and_the_others_keep_their_noise(tiny_policy, caplog):
+def test_dropped_rows_are_counted_and_other_rows_keep_their_noise(tiny_policy, caplog):
     assert [prompt.id for prompt in fitted(tiny_policy, ROWS, "drop")] == [0, 3]
     assert caplog.messages[0].startswith("2 of 4 rows of train do not fit")
     assert caplog.messages[0].endswith("they are left out (task.too_long=drop)")
@@ -77,7 +77,7 @@ def test_what_leaves_no_room_is_refused_in_any_case(tiny_policy):
 
 
 def test_the_rest_of_an_instruction_is_not_cut(tiny_policy):
-    """Braces of its own are the instruction's business; the text alone is shortened."""
+    """Only the text is shortened; other braces of the instruction stay."""
     chat = replace_chat(tiny_policy)
     ask = 'answer as {"json": true}: {text}'
     (short,) = fitted(chat, [ROWS[0]], "refuse", instruction=ask)

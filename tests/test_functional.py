@@ -1,4 +1,4 @@
-"""The pure maths, against hand-computed literals and identities."""
+"""The pure functions, against hand-computed numbers and identities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from policylab.functional.reduction import sequence_mean_sum, token_sum
 
 
 def same(x):
-    """One process: the sum over processes is the tensor itself."""
+    """The sum over processes, with one process."""
     return x
 
 
@@ -84,7 +84,7 @@ class TestKL:
         assert kl.k3(p, q).item() == pytest.approx(0.5 - 1 + math.log(2))
 
     def test_k3_stays_finite_however_unlikely_the_token(self):
-        """Beyond a log-ratio of 20 it goes on along its tangent: e^20 - 1 - 20 + (e^20 - 1) (90 - 20)."""
+        """Beyond a log-ratio of 20 it is its tangent: e^20 - 1 - 20 + (e^20 - 1) (90 - 20)."""
         p = torch.tensor([[-91.0, -21.0, -1.0]], requires_grad=True)
         value = kl.k3(p, torch.full_like(p, -1.0))
         far, at = 71 * math.expm1(20.0) - 20, math.expm1(20.0) - 20

@@ -1,4 +1,4 @@
-"""rollout=generate: Hugging Face ``generate`` gives the rollout of our own engine."""
+"""rollout=generate: Hugging Face ``generate`` samples the same rollout as our own engine."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_defaults_of_a_checkpoint_do_not_mix_in(policy):
 
 
 def test_values_are_computed_afterwards(tiny_policy):
-    """The shared trunk's values come with cached sampling, and from a forward pass here: they are the same."""
+    """Values of the shared trunk, which cached sampling gives, equal those of the forward pass here."""
     cached = CachedEngine(1.0, WIDTH).sample(tiny_policy, PROMPTS, GROUP, NOISE)
     generated = GenerateEngine(1.0, WIDTH).sample(tiny_policy, PROMPTS, GROUP, NOISE)
     assert generated.values is None

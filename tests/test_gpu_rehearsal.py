@@ -1,4 +1,4 @@
-"""The tests and measurements for a GPU still run, on a CPU. They show nothing about a GPU here."""
+"""Runs the tests and measurements for a GPU on a CPU, which only checks their code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The import rule: each part of the package knows only what it may know, and a help page costs no torch."""
+"""The import rule: each part of the package imports only what it may, and ``--help`` does not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 HEAVY = ("torch", "lightning", "transformers", "torchmetrics", "matplotlib", "scipy", "wandb")
 
-# library -> the only places that may import it
+# library -> the only files that may import it
 OWNERS = {
     "lightning": (
         *("training/", "callbacks/", "launch/", "config/build.py", "tasks/datamodule.py", "runs/writing.py"),
@@ -26,12 +26,12 @@ OWNERS = {
     ),
     "transformers": ("models/", "rollouts/"),
     "hydra": ("config/", "cli/", "launch/", "runs/", "sweeps/"),
-    # nothing else asks what kind of algorithm it has: `policylab.training.methods` answers
+    # other parts must not depend on the kind of algorithm: they use `policylab.training.methods`
     "policylab.algorithms": ("algorithms/", "training/"),
     "policylab.training": ("training/", "config/build.py", "planning/"),
 }
 
-# part of the package -> all it may import beside the standard library
+# part of the package -> all that it may import besides the standard library
 MAY_IMPORT = {
     "functional/": ("torch", "jaxtyping", "policylab.functional"),
     "algorithms/": (
@@ -119,7 +119,7 @@ def f():
     ],
 )
 def test_light_modules_load_nothing_heavy(code: str) -> None:
-    """What ``--help``, ``--cfg job`` and tab completion load: seconds if a heavy library came along."""
+    """``--help``, ``--cfg job`` and tab completion load only these; a heavy library would take seconds."""
     check = f"{code}; import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -127,7 +127,7 @@ def test_light_modules_load_nothing_heavy(code: str) -> None:
 
 
 def test_no_tracked_file_names_a_path_of_one_machine() -> None:
-    """Evidence, configs and docs must read the same on everyone's machine."""
+    """Results, configs and docs must be the same on every machine."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")

@@ -1,4 +1,4 @@
-"""The walks of docs/inside.md pass functions that exist, where it says, and at most a dozen each."""
+"""The walks of docs/inside.md name at most a dozen functions each, and these exist in the named files."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def script(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def make_run(folder: Path, **config: object) -> Path:
-    """A folder that looks like that of a run."""
+    """A folder with the files of a run."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config or {"seed": 0})))
     (folder / "status.json").write_text('{"status": "done"}')
@@ -84,7 +84,7 @@ def test_run_dir_resolves_to_the_same_folder_again(tmp_path):
 
 
 def test_run_dir_is_absolute(tmp_path, monkeypatch):
-    """Hydra puts a relative one of a multirun below the folder of the multirun, which is part of it already."""
+    """In a multirun Hydra appends a relative path to the multirun's folder, which the path already contains."""
     monkeypatch.chdir(tmp_path)
     resolvers.run_dir.cache_clear()
     assert resolvers.run_dir(None, "out/run") == str(tmp_path / "out" / "run")
@@ -262,7 +262,7 @@ def test_suggestions(word, meant):
     assert nearest(word, known) == (f"did you mean {meant}? " if meant else "")
 
 
-def test_a_keyword_of_ones_own_is_suggested_where_it_is_taken():
+def test_arguments_of_a_users_class_are_suggested():
     config = OmegaConf.create({"reward": {"_target_": f"{__name__}.make_run", "workers": 0}, "seed": 0})
     assert (
         new_keyword(config, "reward.folder")
@@ -349,7 +349,7 @@ def test_free_text_needs_no_quotes(text):
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
 
 
-def test_other_words_are_left_alone():
+def test_other_arguments_are_unchanged():
     assert typed("algo=ppo", ["prompt"]) == "algo=ppo"
     assert typed("debug=nan") == 'debug="nan"', "a name, not a number"
     assert flags_first(["algo=ppo", "-m", "seed=0,1"]) == ["-m", "algo=ppo", "seed=0,1"]
@@ -418,7 +418,7 @@ def test_a_resumed_run_repeats_its_command(tmp_path):
     assert with_command_of(["algo=ppo"]) == ["algo=ppo"]
 
 
-def test_a_group_that_a_resume_chooses_replaces_what_was_set_in_it(tmp_path):
+def test_a_group_chosen_at_a_resume_replaces_the_values_set_in_it(tmp_path):
     run = make_run(tmp_path / "run")
     before = ["hardware.devices=2", "reward._target_=my.r", "algo/kl=none", "algo.kl.x=1", "seed=3"]
     (run / "env.json").write_text(json.dumps({"overrides": before}))
@@ -426,8 +426,8 @@ def test_a_group_that_a_resume_chooses_replaces_what_was_set_in_it(tmp_path):
     assert with_command_of(now) == ["seed=3", *now]
 
 
-def test_places_are_those_that_the_run_was_started_with(tmp_path):
-    """Not what a link or a relative path means now; a run folder of any name is reached."""
+def test_paths_mean_what_they_meant_at_the_start(tmp_path):
+    """Not what a link or a relative path means now; any folder name works."""
     reward = {"path": "/judge", "key": "${oc.env:A_KEY}"}
     run = make_run(
         tmp_path / "a b=1,[c]", model={"path": "/first"}, task={"source": "default"}, reward=reward
@@ -445,7 +445,7 @@ def test_places_are_those_that_the_run_was_started_with(tmp_path):
     assert with_command_of([f"resume={tmp_path / 'link'}", "model.path=x"])[-2:] == [resume, "model.path=x"]
 
 
-def test_what_a_reward_reads_is_settled_at_the_start(tmp_path, monkeypatch):
+def test_files_of_a_reward_are_resolved_at_the_start(tmp_path, monkeypatch):
     (tmp_path / "judge").mkdir()
     (tmp_path / "latest").symlink_to("judge")
     monkeypatch.setenv("A_KEY", f"{tmp_path}/latest")
@@ -464,7 +464,7 @@ def test_what_a_reward_reads_is_settled_at_the_start(tmp_path, monkeypatch):
     assert f"++reward.parts.a.path={place}" in with_command_of([f"resume={run}"])
 
 
-def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_done(tmp_path):
+def test_one_command_starts_a_run_resumes_it_and_finds_it_finished(tmp_path):
     run = tmp_path / "run"
     command = ["algo=ppo", "iterations=10", f"hydra.run.dir={run}", "resume=auto"]
     with pytest.raises(UserError, match=r"resume=auto needs hydra\.run\.dir=FOLDER"):
@@ -562,7 +562,7 @@ def test_another_run_cannot_be_resumed(tmp_path):
         ("callbacks.checkpoint.monitor", "val/kl", "=val/reward, the command says val/kl;"),
     ],
 )
-def test_what_makes_another_run_of_it_is_refused_at_a_resume(compose, key, value, message):
+def test_settings_that_would_make_another_run_are_refused_at_a_resume(compose, key, value, message):
     config = compose([])
     before = plain(config)
     with open_dict(config):
@@ -571,8 +571,8 @@ def test_what_makes_another_run_of_it_is_refused_at_a_resume(compose, key, value
         check_same_values(before, plain(config))
 
 
-def test_a_run_of_before_a_key_is_resumed_and_evaluated_as_it_was(compose, tmp_path):
-    """Keys that came later are filled in with what such a run did; any other is named."""
+def test_a_run_older_than_a_key_is_resumed_and_evaluated_unchanged(compose, tmp_path):
+    """Newer keys get the value of the older behaviour; any other missing key is named."""
     before = OmegaConf.create(plain(compose([])))
     for key in ADDED:
         group, _, name = key.rpartition(".")
@@ -585,13 +585,13 @@ def test_a_run_of_before_a_key_is_resumed_and_evaluated_as_it_was(compose, tmp_p
     check_same_values(OmegaConf.to_container(loaded), plain(compose(["hardware=cpu"])))
 
 
-def test_a_key_that_a_run_of_before_lacks_is_named(monkeypatch):
+def test_a_key_that_an_older_run_lacks_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py")])
     told = improve("Missing key every\n    full_key: validation.every\n    object_type=dict")
     assert told == "the run is older than validation.every: add it to its config.yaml (a new run has 5 there)"
 
 
-def test_what_does_not_may_change_at_a_resume(compose):
+def test_other_settings_may_change_at_a_resume(compose):
     changed = [
         *("iterations=9", "max_tokens=99", "name=x", "tags=[x]", "hardware=ddp_cpu", "callbacks=none"),
         *(
@@ -682,7 +682,7 @@ def test_a_run_leaves_all_its_files(train, caplog, tmp_path):
         assert line in said, "what the console would have shown, in the log"
 
 
-def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
+def test_ctrl_c_saves_and_the_run_can_be_resumed(train, tmp_path):
     from policylab.distributed.signals import Interrupted
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -710,7 +710,7 @@ def test_ctrl_c_saves_and_the_run_can_go_on(train, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
-    """Bit for bit, whether it was cut between two checkpoints or had finished and is prolonged."""
+    """Bit for bit, whether it was stopped between two checkpoints, or had finished and is extended."""
 
     def state(run: Path) -> dict[str, torch.Tensor]:
         return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -738,7 +738,7 @@ def test_a_resumed_run_equals_one_that_went_through(train, tmp_path):
     [["iterations=2"], ["iterations=9", "max_tokens=1"]],
 )
 def test_a_run_killed_after_its_last_iteration_is_finished(train, length):
-    """Its validation, summary and models are what is left to do."""
+    """Only its validation, summary and models are missing."""
     run = train(["validation.every=2", *length])
     results = ("summary.json", "model/final/model.safetensors")
     expected = read_rows(run / "metrics.csv")
@@ -753,7 +753,7 @@ def test_a_run_killed_after_its_last_iteration_is_finished(train, length):
 
 @pytest.mark.slow
 def test_the_validation_of_an_earlier_end_stays(train):
-    """Whatever became of the session that was to prolong the run."""
+    """Also if the session that was to extend the run failed."""
     run = train(["iterations=1", "validation.every=2"])
     (_, end) = read_rows(run / "metrics.csv")
     write_json(run / "status.json", read_status(run) | {"status": "running"})
@@ -807,7 +807,7 @@ def test_a_failure_is_on_record(train, tmp_path):
 
 
 def test_processes_that_do_not_meet_are_on_record(train, tmp_path, monkeypatch, caplog):
-    """A new run can be resumed, and a run keeps the status that it had."""
+    """A new run can be resumed, and an older run keeps its status."""
 
     def connect(*_):
         raise RuntimeError("no such interface")
@@ -938,7 +938,7 @@ def test_an_evaluation_leaves_the_log_of_the_run_alone(tmp_path, compose, monkey
 
 @pytest.mark.slow
 def test_settings_given_at_a_resume_take_effect(train):
-    """The optimizer's state comes with the settings of old; the command's are the ones that count."""
+    """The optimizer's state contains the old settings, but those of the command are used."""
     run = train(["iterations=2", "callbacks.checkpoint.every=1"])
     train([f"resume={run}", "iterations=3", "optim.lr=1e-6", "optim.weight_decay=0.01"])
     optimizer = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
@@ -948,8 +948,8 @@ def test_settings_given_at_a_resume_take_effect(train):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_weights_and_data_whatever_their_places_become(train, tiny, tmp_path, monkeypatch):
-    """Links and relative paths are resolved at the start; from then on contents are compared."""
+def test_a_run_keeps_its_weights_and_data_if_their_paths_change(train, tiny, tmp_path, monkeypatch):
+    """Links and relative paths are resolved at the start; later the contents are compared."""
     from policylab.launch.evaluate import evaluate
 
     def save(weights: float, name: str) -> None:
@@ -1059,7 +1059,7 @@ def test_printed_commands_reach_a_folder_of_any_name(name, tmp_path, monkeypatch
     assert (before, find_run(OmegaConf.create({"x": read(resume)}).x)) == ("seed=1", run)
 
 
-def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
+def test_a_path_that_exists_is_taken_literally(tmp_path):
     (tmp_path / "a,b").mkdir()
     assert read(typed(f"model.path={tmp_path}/a,b")) == f"{tmp_path}/a,b"
     assert typed("seed=0,1") == "seed=0,1"
@@ -1069,7 +1069,7 @@ def test_a_path_that_exists_is_taken_as_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding):
+def test_a_terminal_without_utf8_shows_the_characters_that_it_has(encoding):
     code = (
         "from policylab.cli.entry import prepare; prepare('train.py');"
         "from policylab.callbacks.tables import config_tree, console, before_after;"

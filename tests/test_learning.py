@@ -1,7 +1,7 @@
-"""Every algorithm learns, and does not when it should not.
+"""Every algorithm learns, and does not learn from noise.
 
-The embedded policies, a real reward, a threshold; and a negative control with the same reward shuffled among the
-completions, which carries no information and must teach nothing.
+Trains the embedded policies with a real reward up to a threshold. Negative control: the same rewards, shuffled among
+the completions, carry no information, so the policy must not learn.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Shuffled:
 
 
 def gain(config, shuffled: bool) -> float:
-    """What the task's own metric has gained on the held-out prompts."""
+    """The gain of the task's metric on the held-out prompts."""
     from policylab.config.build import build
 
     folder = Path(config.paths.run)
@@ -62,7 +62,7 @@ def gain(config, shuffled: bool) -> float:
 
 @pytest.mark.parametrize("algo", quick(["ppo", "reinforce"], ["ppo"]))
 def test_random_walks_get_shorter(compose, algo):
-    """From 0.79; a gain of 0.1 is half of what there is to gain."""
+    """The start is 0.79, so a gain of 0.1 is half of the possible gain."""
     overrides = [*WALKS, f"algo={algo}"] + (["iterations=25", "optim.lr=1e-3"] if algo == "reinforce" else [])
     assert gain(compose(overrides), shuffled=False) > 0.1
 
@@ -71,14 +71,14 @@ def test_random_walks_get_shorter(compose, algo):
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
 def test_a_shuffled_reward_teaches_nothing(compose, algo):
     overrides = [*WALKS, f"algo={algo}"] + (["iterations=25", "optim.lr=1e-3"] if algo == "reinforce" else [])
-    # It may well unlearn: noise pushes a good policy nowhere good.
+    # It may get worse, as random updates of a good policy do.
     assert gain(compose(overrides), shuffled=True) < 0.05
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffled", [False, True], ids=["reward", "shuffled"])
 def test_the_default_run_learns_kindness(compose, shuffled):
-    """The recipe of README's first minute; its negative control moves by less than noise would."""
+    """The recipe at the start of README; the negative control changes by less than noise."""
     rise = gain(compose(["hardware=cpu", "callbacks=none", "callbacks.checkpoint=null"]), shuffled)
     assert rise < 0.15 if shuffled else rise > 0.4
 
@@ -136,7 +136,7 @@ def group_gain(compose, algo, shuffled):
     ],
 )
 def test_every_other_preset_learns(compose, algo):
-    """With the rates of ``algo_model``; from 0.76, a gain of 0.1 is two fifths of what there is to gain."""
+    """With the rates of ``algo_model``; the start is 0.76, so a gain of 0.1 is two fifths of the possible gain."""
     assert group_gain(compose, algo, shuffled=False) > 0.1
 
 

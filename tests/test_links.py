@@ -1,4 +1,4 @@
-"""No link between the pages is dead, anchors included, and every page of docs/ is in its index."""
+"""All links between the pages work, also to anchors, and the index of docs/ has every page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: the language model keeps its weights and is the reference; all that reads it reads the adapters as well."""
+"""Adapters: the model keeps its weights and without adapters is the reference; engines and exports use the adapters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ NOISE = uniforms(0, TRAIN, 0, range(len(PROMPTS) * GROUP), WIDTH)
 def adapted(
     name: str, *, moved: bool, own_layers: int | str = 0, dtype: torch.dtype = torch.float32
 ) -> Policy:
-    """A policy with adapters, as they start or some way from there, and a critic."""
+    """A policy with a critic and adapters, either at their start or trained."""
     loaded = scratch_model(**MODELS[name])
     lm = loaded.lm.to(dtype)
     LORA.adapt(lm)
@@ -307,7 +307,7 @@ def other(kind: str) -> LoadedModel:
 
 
 @pytest.mark.parametrize("kind", list(OTHERS))
-def test_experts_are_adapted_and_what_rests_is_told(
+def test_experts_are_adapted_and_layers_without_adapters_are_told(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from peft import PeftModel
@@ -364,7 +364,7 @@ def built(preset: str, *overrides: str, **changes: object):
 
 
 def trained(preset: str, *overrides: str, **changes: object):
-    """The module after a small run, its preflight included; and what it was before."""
+    """The module after a small run with preflight, and its state before."""
     experiment = built(preset, *overrides, **changes)
     before = copy.deepcopy(experiment.module.policy.state_dict())
     with quiet():
@@ -393,8 +393,8 @@ def test_every_preset_trains_adapters_alone(preset):
     ],
     ids=str,
 )
-def test_nobody_has_a_second_copy_of_the_weights(preset, changes):
-    """Reference, critic and target network hold the policy's own tensors, or adapters of their own."""
+def test_no_network_has_a_second_copy_of_the_weights(preset, changes):
+    """Reference, critic and target network share the policy's tensors, and have only their own adapters."""
     module = built(preset, **changes).module
     base = {id(p) for n, p in module.policy.lm.named_parameters() if "lora_" not in n}
     names = dict(module.named_parameters(remove_duplicate=False))
@@ -454,7 +454,7 @@ def train(compose, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_resumed_evaluated_and_asked(train, tmp_path):
-    """Bit for bit, from a file that holds adapters and critic alone; not beside other weights."""
+    """Bit for bit, from a file with only adapters and critic; refused with other weights."""
     from omegaconf import OmegaConf
 
     from policylab.launch.evaluate import evaluate
@@ -506,7 +506,7 @@ def test_a_run_is_resumed_evaluated_and_asked(train, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffled", [False, True], ids=["reward", "shuffled"])
 def test_adapters_learn_and_not_from_noise(compose, shuffled):
-    """The walks of test_learning.py, at ten times their rate."""
+    """The random walks of test_learning.py, at ten times the learning rate."""
     from test_learning import WALKS, gain
 
     words = [word for word in WALKS if not word.startswith("optim.lr")]

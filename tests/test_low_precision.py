@@ -1,4 +1,4 @@
-"""hardware.precision=bf16-true: weights move as they do in fp32, because steps add up in an fp32 copy."""
+"""hardware.precision=bf16-true: weights change as in fp32, because steps are added to an fp32 copy."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What saves memory or time and must not change a number: layers that run again, that never train, that are compiled;
-log-probs that are computed anew only where they must be."""
+"""Options that save memory or time and must not change results: layers that are recomputed, frozen or compiled, and
+log-probs that are recomputed only when necessary."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_layers_that_run_again_give_the_same_gradient(request, model, own_layers
 
 
 def test_layers_keep_their_input_alone(tiny_policy):
-    """What autograd saves shrinks."""
+    """Autograd saves less."""
     kept = {}
     rollout = CachedEngine(1.0, 10).sample(tiny_policy, PROMPTS, 2, uniforms(0, TRAIN, 0, range(8), 10))
     for again in (False, True):
@@ -157,7 +157,7 @@ torch.testing.assert_close(gradient(True), gradient(False), atol=1e-4, rtol=1e-4
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_gradient():
-    """In a process without the tests' type checks, which torch cannot compile."""
+    """In a process without the tests' type checks, because torch cannot compile these."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -225,12 +225,12 @@ def test_bad_values_are_refused(compose, build_run, overrides, message):
     ],
 )
 def test_old_logprobs_are_computed_anew_where_sampling_drifts(build_run, overrides, passes):
-    """In bf16, unless the update's only pass tells them."""
+    """In bf16, unless the update has only one pass, which computes them."""
     experiment = build_run(*overrides)
     module, calls = experiment.module, []
     recompute = module.sampler.recompute
     module.sampler.recompute = lambda rollout: calls.append(None) or recompute(rollout)
-    module._checked = True  # the preflight computes them in any case
+    module._checked = True  # the preflight always computes them
     weights(experiment)
     assert len(calls) == passes * module.iteration
 
@@ -244,7 +244,7 @@ def test_in_bf16_the_first_ratio_is_one(build_run):
 
 # -- memory over a run -------------------------------------------------------------------------------------
 
-#: Prints the MiB that a run of 30 iterations, whose rows have another length in each, grows by after the fifth.
+#: Runs 30 iterations with different row lengths, and prints by how many MiB memory grows after the fifth.
 GROWTH = """
 import re, sys
 from pathlib import Path
@@ -277,7 +277,7 @@ print("grows by", memory[-1] - memory[4])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize(("products", "most"), [("pytorch", 60), ("onednn", 250)])
 def test_memory_does_not_grow_with_the_iterations(tmp_path, products, most):
-    """oneDNN keeps kernels for each number of rows; without common lengths it grew by 600 MiB here."""
+    """oneDNN keeps kernels for each number of rows; without common lengths, memory grew by 600 MiB here."""
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(Path(__file__).parents[1]), str(tmp_path), products],
         capture_output=True, text=True,

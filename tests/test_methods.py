@@ -1,4 +1,4 @@
-"""Families of methods: one table says who answers for an algorithm, and each family answers for itself."""
+"""Families of methods: one table maps an algorithm to its family, and each family states its needs and costs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_preset_has_a_family(compose, preset):
         (
             ["algo=ppo", "algo/advantage=group_mean"],
             Needs(reference="frozen"),
-        ),  # its critic would have no use
+        ),  # its critic would not be used
         (["algo=trpo"], Needs(critic=CriticNeed(0), reference="frozen", whole_distributions=True)),
         (
             ["algo=dqn", "algo/target=none", "algo/dueling=none", "algo.backup.double=false"],
@@ -79,7 +79,7 @@ def test_costs_by_hand(compose):
 
 @dataclass(frozen=True)
 class Mine:
-    """An algorithm of a family that nobody knows."""
+    """An algorithm of an unregistered family."""
 
 
 class MineMethod(Method[Mine]):

@@ -1,4 +1,4 @@
-"""metrics.csv: one row an iteration, whatever arrives when, and whole after any crash."""
+"""metrics.csv: one row per iteration, in whatever order metrics arrive, and intact after a crash."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ NAMES = ("val/reward/short, plain", 'val/reward/a "b"', "val/reward/;' #", "val/
 
 
 def test_any_name_of_a_metric_is_written_and_read(tmp_path, path):
-    """Commas and quotes in names shift no column; a run that goes on keeps all rows."""
+    """Commas and quotes in names shift no column; a resumed run keeps all rows."""
     rows = [{"iteration": step} | {name: step + i / 8 for i, name in enumerate(NAMES)} for step in range(3)]
     for part in (rows[:2], rows[2:]):  # two sessions
         logger = MetricsCSV(str(tmp_path))
@@ -117,7 +117,7 @@ def test_a_step_is_required(tmp_path):
 
 @pytest.mark.slow
 def test_kill_loses_the_current_iteration_at_most(tmp_path, path):
-    """A process logs as fast as it can and tells each finished step; after ``kill -9`` all told steps are there."""
+    """A process logs without pause and prints each finished step; after ``kill -9`` the file has all printed steps."""
     script = (
         "from policylab.callbacks.metrics_csv import MetricsCSV\n"
         f"logger = MetricsCSV({str(tmp_path)!r})\n"

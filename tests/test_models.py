@@ -1,4 +1,4 @@
-"""Models: where they come from, what is refused, and how a person hears of it."""
+"""Models: where they are loaded from, what is refused, and the messages."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ def test_smollm2_from_the_package_can_add(no_network: None, tmp_path: Path) -> N
     assert json.loads((tmp_path / "smollm2" / "config.json").read_text())["model_type"] == "llama"
 
 
-# What the rollout engine relies on
+# Assumptions of the rollout engine
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -407,7 +407,7 @@ OPTIONS = loading.LoadOptions(**HOW)
 
 
 def changed(folder: Path, **values: Any) -> None:
-    """Other values in a folder's config."""
+    """Changes values in a folder's config."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
 

@@ -1,4 +1,4 @@
-"""The update's short cuts give what the long way gives: no padding, a prompt once, the head in chunks."""
+"""The update's optimizations do not change its result: no padding, each prompt once, the head in chunks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from small_runs import quick
 
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
 
-#: One of each kind that goes packed: learned positions, parallel blocks, grouped keys, biases, norms of queries.
+#: One of each kind that can be packed: learned positions, parallel blocks, grouped keys, biases, norms of queries.
 ARCHITECTURES = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
     "gpt_neox": {"model_type": "gpt_neox", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
@@ -40,7 +40,7 @@ ARCHITECTURES = {
 
 
 def sampled(policy, group_size=3):
-    """Completions of unequal lengths: random weights seldom end one, so some are cut."""
+    """Completions of different lengths: some are cut, because random weights rarely end one."""
     rows = len(PROMPTS) * group_size
     whole = CachedEngine(1.0, 10).sample(policy, PROMPTS, group_size, uniforms(0, TRAIN, 0, range(rows), 10))
     lengths = torch.minimum(whole.lengths, torch.tensor([10, 3, 1, 7, 2, 9]).repeat(rows)[:rows])
@@ -53,7 +53,7 @@ def sampled(policy, group_size=3):
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_filler_behind_a_row_changes_nothing(monkeypatch, name, exact):
-    """Where oneDNN multiplies, rows come in a few lengths only, so that it does not keep a kernel for each length."""
+    """For oneDNN, rows are filled up to a few lengths, so that it does not keep a kernel for each length."""
     policy = fresh_policy(scratch_model(**ARCHITECTURES[name]))
     rollout = sampled(policy)
     found, fillers = [], []
@@ -101,7 +101,7 @@ def test_a_full_grid_is_a_view():
 
 
 @pytest.mark.parametrize("way", ["pad", "pack"])
-def test_both_ways_have_their_derivatives(way):
+def test_both_directions_have_derivatives(way):
     ragged = Ragged.of(torch.tensor([2, 0, 3]), 3)
     shape = (5, 2) if way == "pad" else (3, 3, 2)
     x = torch.randn(shape, dtype=torch.double, requires_grad=True)
@@ -148,7 +148,7 @@ def test_completions_of_one_token_alone(tiny_policy):
 
 
 def test_derivatives_that_a_trust_region_takes(tiny_policy):
-    """Forward mode and second derivatives go through the packed row as through rows apart."""
+    """Forward mode and second derivatives through the packed row equal those through separate rows."""
     rollout = sampled(tiny_policy)
     weight = tiny_policy.lm.transformer.h[0].mlp.c_fc.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
@@ -193,8 +193,8 @@ def test_eager_attention_packs_too(tiny):
     torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), expected, atol=1e-5, rtol=0)
 
 
-def test_a_sliding_window_goes_in_rows_apart():
-    """And gives what it recorded while sampling all the same."""
+def test_a_sliding_window_is_not_packed():
+    """And still gives the log-probs recorded while sampling."""
     loaded = scratch_model(
         model_type="mistral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, sliding_window=4,
@@ -205,8 +205,8 @@ def test_a_sliding_window_goes_in_rows_apart():
     torch.testing.assert_close(policy.logprobs_of(rollout, 1.0), rollout.logprobs, atol=1e-5, rtol=0)
 
 
-def test_a_model_that_mixes_tokens_elsewhere_is_found_out(tiny):
-    """Whatever looks at neighbours outside of attention must not be packed, and is tried, not presumed."""
+def test_a_model_that_mixes_tokens_outside_attention_is_not_packed(tiny):
+    """A model that reads neighbouring tokens outside of attention must not be packed. A trial pass finds it."""
     policy = fresh_policy(tiny)
     mlp = policy.lm.transformer.h[0].mlp
     mlp.register_forward_hook(lambda _, __, out: out + 0.1 * out.cumsum(1))
@@ -273,8 +273,8 @@ def test_the_head_in_chunks(with_other, entropy_gradient, chunk, bias, temperatu
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_in_bf16_a_policy_is_at_itself():
-    """Both heads are cast, in the forward and in the backward pass: no KL, and no slope of it."""
+def test_in_bf16_a_policy_has_no_kl_to_itself():
+    """Both heads are cast, in the forward and the backward pass: the KL and its gradient are zero."""
     states = torch.randn(7, 5, requires_grad=True)
     head = Head(torch.randn(13, 5), None, 0.7)
     with torch.autocast("cpu", torch.bfloat16):
@@ -295,7 +295,7 @@ def test_a_second_backward_pass_finds_what_the_first_found():
     torch.testing.assert_close(first, second)
 
 
-def test_logits_that_are_changed_after_the_head_go_the_long_way():
+def test_logits_that_are_changed_after_the_head_are_not_chunked():
     """Granite divides its logits: the head alone would be wrong."""
     loaded = scratch_model(
         model_type="granite", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -326,7 +326,7 @@ def test_micro_batches_keep_their_budget_and_every_row(tiny_policy):
 
 
 def test_short_sequences_are_not_padded_to_a_long_one(tiny_policy, monkeypatch):
-    """Attention's scores are on a grid: a cut that lets them grow with the square of the longest is none."""
+    """Attention scores are a grid, so one long sequence must not enlarge it for all short ones."""
     monkeypatch.setattr(micro_batches, "SCORES", 200)
     rollout = sampled(tiny_policy)
     for part in cut(rollout, torch.arange(12), 10_000, packs=True):

@@ -1,4 +1,4 @@
-"""The preflight passes what rounding does, however confident the policy, and finds what is wrong."""
+"""The preflight accepts rounding differences, however confident the policy, and finds errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from policylab.errors import UserError
 from policylab.training.preflight import preflight
 from small_runs import Changed
 
-#: Factors of the logits: the policy as it is, and more and more certain of each token.
+#: Factors of the logits: the unchanged policy, and more and more confident ones.
 SHARP = (1.0, 4.0, 30.0)
 
 
 @pytest.fixture(scope="module")
 def built():
-    """Modules around the trained embedded model, by precision, each built once."""
+    """Modules with the trained embedded model, built once per precision."""
     from pathlib import Path
 
     from conftest import composed
@@ -40,7 +40,7 @@ def built():
 
 @pytest.fixture(params=["32-true", "bf16-true"])
 def checked(request, built):
-    """``checked(engine, sharp)`` does the preflight, the policy's logits times ``sharp``."""
+    """``checked(engine, sharp)`` runs the preflight with the policy's logits times ``sharp``."""
     module, prompts = built[request.param]
     own = module.sampler.engine
     weights = deepcopy(module.state_dict())
@@ -60,7 +60,7 @@ def checked(request, built):
 
 
 class Sampler(Changed):
-    """An engine in which something is wrong while it samples, and which says nothing of it."""
+    """An engine that applies a fault only while it samples."""
 
     def __init__(self, engine, module):
         super().__init__(engine)
@@ -90,7 +90,7 @@ class ShiftedMask(Sampler):
 
 
 class WrongAdapter(Sampler):
-    """Adapters are a low-rank change of the products."""
+    """Adds a low-rank change to the products, as wrong adapters would."""
 
     def sample(self, policy, *args):
         other = deepcopy(policy)
@@ -131,7 +131,7 @@ def test_an_engine_that_is_not_exact_is_warned_of(checked, fault):
         checked(inexact)
 
 
-def test_no_numbers_are_found(checked):
+def test_nan_is_found(checked):
     class NoNumbers(Sampler):
         def change(self, rollout):
             return rollout.replace(logprobs=rollout.logprobs / 0.0)

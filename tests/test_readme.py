@@ -1,10 +1,10 @@
-"""README's commands work: each is run at a reduced size, or checked as far as this machine can go.
+"""README's commands work: each is run at a reduced size, or checked as far as possible on this machine.
 
-- ``python train.py``: composed and checked, a multirun for each value. Where its model and data lie in the repository,
-  it is trained for two small iterations; most of these runs are slow tests. ``plan=true`` plans.
+- ``python train.py``: composed and checked; a multirun with each value. If its model and data are in the repository,
+  it is trained for two small iterations, mostly in slow tests. ``plan=true`` prints a plan.
 - ``python evaluate.py | generate.py | report.py``: composed.
-- ``make``, ``pip``, ``pytest``: the targets, extras and files they name exist.
-- Anything else has no rule, and that is a failure.
+- ``make``, ``pip``, ``pytest``: the named targets, extras and files exist.
+- Any other command is an error, because no rule checks it.
 """
 
 from __future__ import annotations

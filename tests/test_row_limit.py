@@ -1,4 +1,4 @@
-"""Rollouts in pieces: whatever the cut, the same tokens; when memory runs out, smaller pieces."""
+"""Rollouts in pieces: any cut gives the same tokens, and pieces become smaller when memory runs out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def policy(request):
 
 
 def often_ending(logp):
-    """An EOS every fifth time, so that rows and pieces end at different lengths. Its id is 0."""
+    """Raises the probability of EOS (id 0) to a fifth, so that rows and pieces end at different lengths."""
     return (0.8 * logp.exp() + 0.2 * (torch.arange(logp.shape[-1]) == 0)).log()
 
 
@@ -56,7 +56,7 @@ def check_same(cut, whole):
 
 
 class Tight(Changed):
-    """An engine on a GPU that has room for a few rows."""
+    """An engine with GPU memory for only a few rows."""
 
     room = 4
 
@@ -70,7 +70,7 @@ class Tight(Changed):
 @pytest.mark.parametrize("name", list(ENGINES))
 @pytest.mark.parametrize("behaviour", [pytest.param(None, marks=pytest.mark.slow), often_ending])
 def test_every_cut_gives_the_same_rollout(policy, name, behaviour):
-    """Single rows, parts of a group, groups with a remainder, and none."""
+    """Cuts into single rows, parts of a group, several groups with a remainder; and no cut."""
     engine = ENGINES[name](1.3, WIDTH)
     whole = engine.sample(policy, PROMPTS, GROUP, NOISE, behaviour)
     for rows in (1, 2, 7, EVERY_ROW):
@@ -123,7 +123,7 @@ def test_long_contexts_and_little_memory_give_fewer_rows(policy, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:out of memory")
 def test_preflight_validation_and_training_are_cut(tmp_path):
-    """ReMax samples greedily beside."""
+    """With ReMax, which also samples greedily."""
     from policylab.config.build import build
 
     def train(engine, max_rows=None):
@@ -155,7 +155,7 @@ def test_preflight_validation_and_training_are_cut(tmp_path):
 
 
 def test_a_plan_counts_as_the_run_does(compose):
-    """And a smaller limit takes less memory and more time."""
+    """A smaller limit takes less memory and more time."""
     from policylab.config.build import build_policy
     from policylab.planning.memory import moments
     from policylab.planning.work import Rates, work

@@ -1,4 +1,4 @@
-"""Secrets stay out of what is kept, and a run folder decides nothing that the present command has to."""
+"""Secrets are not saved, and a run folder cannot decide what only the command may decide."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from policylab.runs.status import RunStatus, read_status
 
 @pytest.fixture(autouse=True)
 def forgetful(monkeypatch):
-    """What one test calls a secret is none in the next."""
+    """Forgets the secrets of a test before the next one."""
     monkeypatch.setattr(redaction, "_known", set())
 
 
 class Paid:
-    """A reward that needs a key."""
+    """A reward with an API key."""
 
     def __init__(self, api_key: str, password: object = None, headers: object = None) -> None:
         self.api_key = api_key
@@ -91,7 +91,7 @@ def test_a_command_line_without_secrets(word, kept):
     assert redact_words([word]) == [kept]
 
 
-def test_a_secret_is_hidden_wherever_else_it_stands(monkeypatch):
+def test_a_secret_is_hidden_at_every_other_place(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     before = {
         "logger": {"wandb": {"api_key": "sk-SECRET", "project": "p"}},
@@ -118,7 +118,7 @@ def test_the_reason_of_a_failure_holds_no_secret(tmp_path):
     assert read_status(tmp_path)["exception"] == f"ValueError: 401 for {HIDDEN}"
 
 
-def test_a_saved_config_refers_to_the_environment_and_resolves_all_else(monkeypatch):
+def test_a_saved_config_refers_to_the_environment_and_resolves_all_other_values(monkeypatch):
     monkeypatch.setenv("KEY", "sk-SECRET")
     monkeypatch.setenv("NUMBER", "5")
     monkeypatch.setenv("HF_TOKEN", "hf-SECRET")
@@ -150,13 +150,13 @@ def test_a_saved_config_refers_to_the_environment_and_resolves_all_else(monkeypa
     assert "SECRET" not in json.dumps(saved)
 
 
-def test_a_reference_on_the_command_line_is_recorded_as_it_stands(monkeypatch):
+def test_a_reference_on_the_command_line_is_recorded_unresolved(monkeypatch):
     monkeypatch.setenv("KEY", "sk-SECRET")
     words = ["+reward.api_key=${oc.env:KEY}", "seed=1"]
     assert redact_words(task_overrides(OmegaConf.create({"overrides": {"task": words}}))) == words
 
 
-def test_what_was_not_kept_is_not_worked_with(monkeypatch, tmp_path):
+def test_a_secret_that_was_not_saved_is_not_used(monkeypatch, tmp_path):
     monkeypatch.delenv("KEY", raising=False)
     config = OmegaConf.create({"reward": {"api_key": HIDDEN}, "model": {"key": "${oc.env:KEY}"}, "n": 1})
     OmegaConf.save(config, tmp_path / "config.yaml")
@@ -209,7 +209,7 @@ def test_each_job_of_a_multirun_that_fails_is_named(capsys):
 
 
 def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
-    """In no file, of a logger's either, and what stands in the environment is known again at evaluation."""
+    """In no file, also of loggers; a secret from the environment is read again at evaluation."""
     from policylab.launch.evaluate import evaluate
     from policylab.runs.find import find_checkpoint
 
@@ -242,7 +242,7 @@ def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
 # -- code that comes with a model ---------------------------------------------------------------------------
 
 
-def test_consent_of_the_present_command_alone_counts():
+def test_only_this_command_can_allow_remote_code():
     config = OmegaConf.create({"model": {"trust_remote_code": True}, "reward": [{"trust_remote_code": True}]})
     changed = with_consent(config, False)
     assert not changed.model.trust_remote_code
@@ -262,7 +262,7 @@ def test_consent_of_the_present_command_alone_counts():
 
 
 def test_a_run_s_folder_cannot_have_code_run(tmp_path, monkeypatch):
-    """A model whose folder brings its own code runs it for whoever says so now, whatever config.yaml says."""
+    """Code in a model's folder runs only if this command allows it, whatever config.yaml says."""
     from policylab.launch.generate import load_policy
 
     folder = tmp_path / "model" / "best"

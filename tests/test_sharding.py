@@ -1,6 +1,6 @@
-"""hardware.strategy=fsdp: two processes with half of the weights each equal one process with all of them.
+"""hardware.strategy=fsdp: two processes, each with half of the weights, train as one process with all of them.
 
-The two start once and go through all runs in turn, as the start takes longer than any run.
+The two processes start only once, for all runs, because a start takes longer than any run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from policylab.errors import UserError
 from policylab.runs.checkpoints import LAST, PREVIOUS
 from small_runs import algo, flat, levels, quiet, small
 
-#: Adam's first steps divide by little where there is hardly a gradient, and make much of its rounding.
+#: Adam's first steps divide by the size of the gradient, which enlarges the rounding of tiny gradients.
 ROUNDING = 1e-4
 #: Micro-batches of about two sequences, so that processes need different numbers of passes.
 CUT = {"optim.micro_batch_tokens": 45}
@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...], Mapping[str, Any]]] = {
     "separate critic": ("ppo", ("algo/critic=separate",), {"hardware.gradient_checkpointing": True}),
     "grpo": ("grpo", ("algo.kl.estimator=exact", "algo/reference=moving"), LLAMA),
     "sft": ("sft", (), {}),
-    # where more is asked for
+    # slow tests only
     "own layers": ("ppo", ("algo/critic=own_layers",), {}),
     "refills": ("dapo", (), {}),
     "dqn": ("dqn", (), {}),
@@ -56,7 +56,7 @@ EACH = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 @dataclass(frozen=True)
 class Seen:
-    """What one process has seen of a run of three iterations.
+    """The record of one process of a run of three iterations.
 
     Attributes:
         gradients: of each step, whole.

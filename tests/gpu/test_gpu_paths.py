@@ -1,4 +1,4 @@
-"""On a GPU, every decoder and the packed update against the plain fp32 forward and backward pass."""
+"""On a GPU: compares every decoder and the packed update with a plain fp32 forward and backward pass."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_update_bf16(policy, packs):
 
 
 def test_tokens_are_those_of_the_cpu(policy):
-    """Noise is data: the same tokens on every device, but for boundaries within rounding."""
+    """The same noise gives the same tokens on every device, except at boundaries within rounding."""
     prompts = [Prompt(0, "", (5, 9, 11), None, ()), Prompt(1, "", (7,), None, ())]
     noise = uniforms(0, TRAIN, 0, range(8), 16)
     engine = CachedEngine(1.0, 16)
@@ -99,7 +99,7 @@ def test_tokens_are_those_of_the_cpu(policy):
 @needs_cuda
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 def test_a_step_does_not_wait(name):
-    """The CPU waits for the GPU once in eight positions, and a few times at start and end."""
+    """The CPU waits for the GPU once per eight positions, and a few times at the start and the end."""
     from gpu import synchronizations
 
     policy, steps = policy_of(name).to(DEVICE), 48

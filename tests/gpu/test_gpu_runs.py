@@ -1,4 +1,4 @@
-"""On a GPU: every preset, precision and adapter trains, a run goes on as if it had never stopped, and FSDP."""
+"""On a GPU: every preset, precision and adapter trains, a resumed run equals an uninterrupted one, and FSDP works."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(words, tmp_path):
 
 
 def test_fsdp_of_one_process_equals_none(monkeypatch):
-    """The collectives are NCCL's, the weights sharded over one process."""
+    """With NCCL's collectives and weights sharded over one process."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29517")
     plain = train(small(algo("grpo"), HERE))
@@ -107,7 +107,7 @@ def test_fsdp_of_one_process_equals_none(monkeypatch):
 
 @needs_cuda
 def test_memory_that_runs_out_halves_the_micro_batches(monkeypatch):
-    """With the GPU's own error."""
+    """With the error of a real GPU."""
     from policylab.training.passes import Passes
 
     cut = Passes.cut
