@@ -83,8 +83,8 @@ def rewarded(world: World, beta: float = 0.0) -> Rollout:
 
 
 def local_objective(world: World, action_values: Tensor) -> Tensor:
-    """``sum_s d(s) sum_a pi(a | s) Q(s, a)``: the policy chooses actions in the states that the sampler visits, but does
-    not change which states are visited. TRPO's approximation, arXiv:1502.05477, eq. 3."""
+    """``sum_s d(s) sum_a pi(a | s) Q(s, a)``: the policy chooses the actions, but the sampler decides which states are
+    visited. TRPO's approximation, arXiv:1502.05477, eq. 3."""
     return (
         occupancy(world.sampling_logits)[:, None] * world.logits.softmax(-1) * action_values.detach()
     ).sum()

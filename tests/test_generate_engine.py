@@ -22,7 +22,7 @@ NOISE = uniforms(0, TRAIN, 0, range(len(PROMPTS) * GROUP), WIDTH)
 
 @pytest.fixture(params=["tiny_policy", "llama_policy"])
 def policy(request: pytest.FixtureRequest):
-    """A policy that says EOS often, so that rows end at different lengths."""
+    """A policy that often samples EOS, so that rows end at different lengths."""
     policy = request.getfixturevalue(request.param)
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight[policy.eos_id] *= 80

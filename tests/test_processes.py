@@ -1,4 +1,4 @@
-"""The same answer at any size: one process and two, which cut their work differently, do the same training."""
+"""One process and two, which split the work differently, do the same training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from filelock import FileLock
 from shared_runs import Case, Record, joined, on_both
 from small_runs import PRESETS, quick
 
-#: Rounding: of a gradient (over its largest entry), of a metric, of a weight after five iterations.
+#: Allowed rounding of a gradient (relative to its largest entry), of a metric, and of a weight after five iterations.
 ROUNDING, FIGURE, DRIFT = 1e-4, 1e-4, 1e-5
-#: And one that is none.
+#: A difference that is more than rounding.
 VISIBLE = 1e-2
 
-#: Whose own size is for real models.
+#: A smaller value, because the preset's is for real models.
 SIZES = {"sft": {"algo.batch_size": 12}}
 
 CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} | {
-    # Two sequences a minibatch: often both are of one process. The KL ends some iterations early.
+    # With two sequences per minibatch, both are often on one process. The KL ends some iterations early.
     "stopped": Case(
         "ppo",
         ("algo/kl=in_reward_adaptive", "algo/reference=moving"),
@@ -32,7 +32,7 @@ CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} 
         },
         resumes=True,
     ),
-    # A minibatch may have nothing to learn from, on one process or on both.
+    # A minibatch may have no sequence to learn from, on one process or on both.
     "masked": Case("dapo", ("algo/truncation=mask",), {"algo.update.minibatches": 3}),
     "exact": Case("grpo", ("algo/kl=in_loss", "algo/critic=none"), {"algo.kl.estimator": "exact"}),
     "diagonal": Case("trpo", (), {"algo.update.preconditioner": "diagonal", "algo.update.fisher_share": 0.5}),
@@ -53,7 +53,7 @@ CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} 
     "broken": Case("ppo", (), {"algo.update.minibatches": 3}, twist="a_row_is_not_finite"),
 }  # fmt: skip
 SAME = [name for name in CASES if name not in ("sums are local", "broken")]
-#: In the fast tests: several updates, a number that is not finite, and that the tests notice a difference.
+#: Cases of the fast tests: several updates, a number that is not finite, and a difference that must be noticed.
 QUICK = {"stopped", "broken", "sums are local"}
 
 Seen = tuple[dict[str, Record], list[dict[str, Record]]]
@@ -61,7 +61,7 @@ Seen = tuple[dict[str, Record], list[dict[str, Record]]]
 
 @pytest.fixture(scope="module")
 def look(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[bool], Seen]:
-    """Records of one process and of each of two, for the quick cases or for the others; pytest's workers share them."""
+    """Records of one process and of each of two, for the quick cases or the others; pytest's workers share them."""
     folder = tmp_path_factory.getbasetemp()
 
     @cache
@@ -96,20 +96,20 @@ def parts(seen: Seen, case: str) -> list[Record]:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of two entries, at most."""
+    """The largest difference between two entries."""
     return float((a - b).abs().max())
 
 
 @pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_rollouts(case, alone, parts):
-    """To the token."""
+    """Equal in every token."""
     assert joined(parts) == alone.rollouts
     assert len(alone.rollouts) == (0 if CASES[case].preset == "sft" else 5)
 
 
 @pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_gradients(alone, parts):
-    """Of every step; as many steps, wherever the KL has ended them."""
+    """Of every step, also if the KL has ended the updates early."""
     for part in parts:
         assert len(part.gradients) == len(alone.gradients) >= 5
         for ours, theirs in zip(part.gradients, alone.gradients, strict=True):
@@ -118,7 +118,7 @@ def test_the_same_gradients(alone, parts):
 
 @pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_metrics(alone, parts):
-    """Of training and validation; the processes agree to the bit, as decisions hang on them."""
+    """Of training and validation. Processes agree to the bit, because decisions depend on metrics."""
     assert parts[0].metrics == parts[1].metrics
     for ours, theirs in zip(parts[0].metrics, alone.metrics, strict=True):
         assert ours == pytest.approx(theirs, rel=FIGURE, abs=FIGURE)
@@ -126,7 +126,7 @@ def test_the_same_metrics(alone, parts):
 
 @pytest.mark.parametrize("case", quick(SAME, QUICK))
 def test_the_same_weights(alone, parts):
-    """After five iterations; those of reference and target network among them."""
+    """After five iterations, also those of the reference and the target network."""
     assert torch.equal(parts[0].end, parts[1].end)
     assert torch.equal(parts[0].start, alone.start)
     assert difference(alone.start, alone.end) > VISIBLE
@@ -135,7 +135,7 @@ def test_the_same_weights(alone, parts):
 
 @pytest.mark.parametrize("case", quick(["forgetful"], QUICK))
 def test_the_same_memory(alone, parts):
-    """Each process holds all of it, so that a checkpoint does."""
+    """Each process has the whole memory, so that a checkpoint has it too."""
     for part in parts:
         assert part.memory.keys() == alone.memory.keys()
         for name, theirs in alone.memory.items():
@@ -146,7 +146,7 @@ def test_the_same_memory(alone, parts):
 
 @pytest.mark.parametrize("case", quick(["validated", "validated sft"], QUICK))
 def test_the_same_samples(alone, parts):
-    """Of three batches of validation, of unequal size; written by the first process alone."""
+    """Of three validation batches of different size; only the first process writes them."""
 
     def lines(part):
         return [{**json.loads(line), "kl": None} for line in part.samples.splitlines()]
@@ -158,7 +158,7 @@ def test_the_same_samples(alone, parts):
 
 @pytest.mark.parametrize("case", quick(["stopped", "forgetful"], QUICK))
 def test_resumed_on_another_number_of_processes(seen, case):
-    """From the third iteration on: on two what one has begun, and the other way round."""
+    """From the third iteration on: from one process to two, and from two to one."""
     through, others = (
         seen[0][case],
         [seen[0][f"{case} resumed"], *(part[f"{case} resumed"] for part in seen[1])],
@@ -173,7 +173,7 @@ def test_resumed_on_another_number_of_processes(seen, case):
 
 @pytest.mark.parametrize("case", ["broken"])
 def test_an_update_is_left_out_by_all(alone, parts):
-    """Only one process has the sequence that is not finite; it is in one minibatch of three, each epoch."""
+    """Only one process has the sequence that is not finite, in one of the three minibatches of each epoch."""
     for metrics in (alone.metrics, *(part.metrics for part in parts)):
         assert [row.get("train/skipped_updates") for row in metrics] == [None, 2, None, None, None]
     assert torch.equal(parts[0].end, parts[1].end)
@@ -185,14 +185,14 @@ def test_an_update_is_left_out_by_all(alone, parts):
 
 @pytest.mark.parametrize("case", ["sums are local"])
 def test_sums_that_are_local_are_noticed(alone, parts):
-    """The same tests fail when each process sums over its own part; only gradients are still averaged."""
+    """The tests above fail when each process sums only over its own part and only gradients are averaged."""
     assert difference(parts[0].gradients[0], alone.gradients[0]) > VISIBLE
     assert difference(parts[0].end, alone.end) > VISIBLE
     assert parts[0].metrics != parts[1].metrics
 
 
 @pytest.mark.parametrize("case", ["stopped"])
-def test_the_kl_decides_something(alone):
+def test_the_kl_ends_some_updates(alone):
     assert any(0 < metrics["train/kl_stopped"] < 1 for metrics in alone.metrics)
     assert len({metrics["train/kl_coef"] for metrics in alone.metrics}) > 2, "it went up and down"
 
@@ -203,12 +203,12 @@ def test_some_groups_are_sampled_anew(alone):
 
 
 @pytest.mark.parametrize("case", quick(["out of memory"], QUICK))
-def test_all_take_what_fits_on_one(alone, parts):
+def test_all_use_the_micro_batch_that_fits_on_one(alone, parts):
     assert parts[0].micro_batch_tokens == parts[1].micro_batch_tokens < alone.micro_batch_tokens
 
 
 @pytest.mark.parametrize("case", quick(["sharded ppo", "sharded dqn", "sharded sft"], QUICK))
-def test_shared_passes_are_as_many_on_all(look, case, parts):
+def test_shared_passes_are_equally_many_on_all(look, case, parts):
     assert parts[0].passes == parts[1].passes
     if case == "sharded sft":
         alone = look("sft" in QUICK)

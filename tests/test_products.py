@@ -1,4 +1,4 @@
-"""oneDNN's products are the products, with all their derivatives."""
+"""oneDNN's matrix products and all their derivatives are correct."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def choice_of_tests():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The products that oneDNN was asked for, however small they are."""
+    """Records the products given to oneDNN, with no minimum size."""
     calls = []
     own = products._onednn
     monkeypatch.setattr(products, "WORTH_A_CALL", 1)
@@ -55,7 +55,7 @@ def test_the_product_and_its_gradient(seen, inner, outer, bias):
 
 
 def test_second_derivatives_and_forward_mode(seen):
-    """oneDNN multiplies in fp32, so these are compared with PyTorch's own gradients, not with differences."""
+    """oneDNN computes in fp32, so gradients are compared with PyTorch's own, not with finite differences."""
     leaves = [torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)]
     found = []
     for function in (linear, F.linear):
@@ -90,7 +90,7 @@ def test_layers_of_models_multiply_by_it(seen, layer):
     assert len(seen) == 1
 
 
-def test_what_it_is_not_for_stays_as_it_was(seen):
+def test_other_inputs_use_pytorch(seen):
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     with FastProducts(), torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x, weight).dtype == torch.bfloat16
@@ -110,7 +110,7 @@ def test_small_products_are_not_worth_a_call(monkeypatch):
 
 # -- operands of any strides -------------------------------------------------------------------------------
 
-#: Ways in which a matrix of a shape can lie.
+#: Memory layouts of a matrix of a given shape.
 LAYOUTS = {
     "contiguous": lambda m, n: torch.randn(m, n),
     "transposed": lambda m, n: torch.randn(n, m).t(),
@@ -130,7 +130,7 @@ BIASES = {
 
 
 def check_fast(calls):
-    """oneDNN was given only what it has kernels for: anything else takes its reference kernel, minutes for a layer."""
+    """Asserts that oneDNN has fast kernels for its inputs: its reference kernel takes minutes for a layer."""
     for _, weight, bias in calls:
         assert weight.is_contiguous() or weight.t().is_contiguous()
         assert bias is None or bias.is_contiguous()
@@ -157,15 +157,15 @@ def test_any_strides_in_both_directions(seen, operand, lies, n, i, o):
 
 @pytest.mark.parametrize("lies", BIASES)
 def test_a_bias_of_any_stride(seen, lies):
-    """oneDNN reads a bias as if it were contiguous: one of another stride gave numbers from beyond its end."""
+    """oneDNN reads a bias as contiguous: with another stride it read memory beyond the end."""
     x, weight, bias = torch.randn(6, 5), torch.randn(9, 5), BIASES[lies](9)
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
     torch.testing.assert_close(Linear(weight, bias, torch.float32)(x), F.linear(x, weight, bias))
     check_fast(seen)
 
 
-def test_the_sum_of_a_layer_has_a_gradient_in_no_time(seen):
-    """Its gradient is one number, expanded."""
+def test_the_gradient_of_a_sum_is_fast(seen):
+    """Its gradient is an expanded scalar."""
     layer, x = nn.Linear(5, 9), torch.randn(2, 6, 5, requires_grad=True)
     with FastProducts():
         found = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
@@ -191,7 +191,7 @@ def test_each_product_goes_to_the_library_of_its_class(seen, onednn, calls):
     assert len(seen) == calls
 
 
-def test_products_of_pytorch_are_its_bits(seen):
+def test_pytorchs_products_are_equal_to_the_bit(seen):
     products.use(PYTORCH)
     x, weight = torch.randn(60, 50, requires_grad=True), torch.randn(90, 50, requires_grad=True)
     assert torch.equal(linear(x, weight, None), F.linear(x, weight))
@@ -216,7 +216,7 @@ def test_decoding_by_either_library(choice, then, lies):
         torch.testing.assert_close(layer.onto(x, residual), residual + expected)
 
 
-def test_a_class_that_is_none_is_refused():
+def test_an_unknown_class_is_refused():
     with pytest.raises(ValueError, match="no classes of products"):
         products.use(Choice("test", frozenset({"rows/huge"})))
 
@@ -226,7 +226,7 @@ def test_a_class_that_is_none_is_refused():
 
 @pytest.fixture
 def measurements(monkeypatch):
-    """How often the machine was measured; oneDNN takes ``rows/small`` after the first time, all after others."""
+    """Counts the measurements. By the first, oneDNN wins only for ``rows/small``; by later ones, for every class."""
     count = []
 
     def measured():
@@ -245,7 +245,7 @@ def test_a_machine_is_measured_once(measurements, tmp_path):
     assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".json"]
 
 
-def test_of_two_processes_the_first_to_write_has_chosen_for_both(measurements, tmp_path, monkeypatch):
+def test_of_two_processes_the_first_to_write_chooses_for_both(measurements, tmp_path, monkeypatch):
     ours = choosing.measured
 
     def meanwhile_another():
@@ -261,7 +261,7 @@ def test_of_two_processes_the_first_to_write_has_chosen_for_both(measurements, t
 @pytest.mark.parametrize(
     "content", ["", "{}", '{"onednn": ["rows/huge"]}', '{"onednn": 3}', "[]", '{"onednn": [[]]}']
 )
-def test_a_damaged_choice_is_made_anew_and_says_so(measurements, tmp_path, caplog, content):
+def test_a_damaged_choice_is_measured_again_with_a_message(measurements, tmp_path, caplog, content):
     choosing.choice_of_machine(tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_text(content)
@@ -269,7 +269,7 @@ def test_a_damaged_choice_is_made_anew_and_says_so(measurements, tmp_path, caplo
     assert "is damaged; the products are measured again" in caplog.text
 
 
-def test_what_cannot_be_kept_is_not_measured_every_time_but_said(measurements, tmp_path, caplog):
+def test_a_choice_that_cannot_be_saved_is_told(measurements, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert choosing.choice_of_machine(tmp_path / "file").onednn == PYTORCH.onednn
     assert "hardware.products=pytorch or onednn" in caplog.text
@@ -286,17 +286,17 @@ def test_measuring_leaves_threads_and_choice_as_they_were(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "shape"), [*choosing.SHAPES.items(), *choosing.DECODING.items()])
-def test_what_is_measured_is_of_the_class_that_it_stands_for(name, shape):
+def test_measured_products_belong_to_their_class(name, shape):
     n, i, o = shape
     rows = products.PACKED_ROWS if (n, i, o) in choosing.DECODING.values() else n
     assert products.size_of(rows * i * o) == name
     assert n * i * o >= products.WORTH_A_CALL
 
 
-def test_a_resumed_run_multiplies_as_it_did_before():
+def test_a_resumed_run_uses_the_same_library():
     products.use(Choice("this machine", frozenset({"rows/small"})))
     kept = products.chosen().plain()
-    products.use(Choice("this machine", frozenset()))  # whatever the cache says by now
+    products.use(Choice("this machine", frozenset()))  # although the cache has changed
     products.restore(kept)
     assert products.chosen().onednn == {"rows/small"}
     products.use(Choice("another machine", frozenset()))

@@ -1,4 +1,4 @@
-"""Q-learning on tokens: formulas by hand, optima by dynamic programming, the memory, and a whole run."""
+"""Q-learning on tokens: formulas by hand, optima by dynamic programming, the replay memory, and a whole run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REWARDS = torch.tensor([[1.0, 2.0, 9.0, 4.0, 9.0]])  # 9: never looked at
 VALUES = torch.tensor([[10.0, 20.0, 9.0, 30.0, 9.0]])
 PATH = torch.tensor([[-1.0, -2.0, 9.0, -3.0, 9.0]])
 NONE = torch.zeros(1, 5)
-#: ``n_step``: the fast tests take the general one.
+#: ``n_step``; the fast tests run only the general case.
 STEPS = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(None, marks=pytest.mark.slow)]
 
 
@@ -93,7 +93,7 @@ def test_targets_to_the_end_are_returns():
 
 
 def test_corrected_targets_are_one_step_targets_plus_later_errors():
-    """Q(lambda) with off-policy corrections at lambda 1, written out as its paper has it."""
+    """Q(lambda) with off-policy corrections at lambda 1, written as in its paper."""
     generator = torch.Generator().manual_seed(0)
     rewards, values, path = torch.randn(3, 4, 6, generator=generator, dtype=torch.double)
     mask = torch.ones(4, 6, dtype=torch.bool)
@@ -112,7 +112,7 @@ def test_actions_ahead_skips_what_is_masked():
     assert actions_ahead(VALUES, MASK, 7).tolist() == [[0, 0, 0, 0, 0]]
 
 
-def test_worth_of_a_state_by_hand():
+def test_value_of_a_state_by_hand():
     q = torch.tensor([[1.0, 3.0]], dtype=torch.double).log() * 2  # exp(q / 2): 1 and 3
     assert LEVELS["max"](q, 2.0).item() == pytest.approx(2 * math.log(3))
     assert LEVELS["mean"](q, 2.0).item() == pytest.approx(math.log(3))
@@ -149,7 +149,7 @@ def test_double_asks_the_online_network_which_and_the_target_how_much():
 
 
 @pytest.mark.parametrize("level", ["max", "mean", "logsumexp"])
-def test_what_the_value_head_says_is_the_level_of_q(level):
+def test_the_value_head_gives_the_level_of_q(level):
     """V = max Q, mean Q or scale logsumexp(Q / scale); the differences between tokens are the LM head's."""
     z = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).repeat_interleave(5, 0)
     values = torch.tensor([3.0, -1.0]).repeat_interleave(5)  # two states, all five tokens
@@ -221,7 +221,7 @@ LIVE = sorted({int(s) for s in STATES[ACTIONS]})  # prefixes in which an action 
 
 
 def world() -> tuple[Rollout, Tensor, Tensor]:
-    """All 27 sequences with rewards of their visible part, the reference's table, and some table to start from."""
+    """All 27 sequences with rewards of the part up to EOS, the reference's table, and a random table to start from."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(V + 1, V + 1, V + 1, generator=generator, dtype=torch.double)
     visible = torch.where(ACTIONS, SEQUENCES, V)
@@ -235,7 +235,7 @@ def world() -> tuple[Rollout, Tensor, Tensor]:
 
 
 def optimal_q(rollout: Rollout, scale: float, log_prior: Tensor | None) -> Tensor:
-    """By dynamic programming from the last tokens back: ``[13, 3]``. ``scale`` 0 is the hard maximum."""
+    """Optimal Q ``[13, 3]`` by dynamic programming backwards from the last tokens. ``scale`` 0 is the hard maximum."""
     q = torch.full((len(PREFIXES), V), float("nan"), dtype=torch.double)
     rewards = {
         tuple(s[:n].tolist()): r for s, n, r in zip(SEQUENCES, ACTIONS.sum(-1), rollout.rewards, strict=True)
@@ -256,7 +256,7 @@ def optimal_q(rollout: Rollout, scale: float, log_prior: Tensor | None) -> Tenso
 
 
 def fitted(algorithm: QLearning, rollout: Rollout, start: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor]:
-    """Score and value tables after some target networks' lives, each fitted until nothing moves."""
+    """Score and value tables after several target networks, each fitted until convergence."""
     z = start.clone().requires_grad_()
     v = torch.zeros(len(PREFIXES), dtype=torch.double, requires_grad=True)
     states, parameters = STATES[ACTIONS], [z, v] if algorithm.dueling else [z]
@@ -281,7 +281,7 @@ def fitted(algorithm: QLearning, rollout: Rollout, start: Tensor, rounds: int = 
 
 
 def learned_q(algorithm: QLearning, z: Tensor, v: Tensor) -> Tensor:
-    """Q of every token in every state that matters, as the algorithm reads it off the tables."""
+    """Q of every token in every reachable state, as the algorithm computes it from the tables."""
     states = torch.tensor(LIVE).repeat_interleave(V)
     rollout = of_tokens(torch.arange(V).repeat(len(LIVE))[:, None])
     reference = world()[1].log_softmax(-1)[LIVE].reshape(-1, 1)
@@ -299,7 +299,7 @@ def learned_q(algorithm: QLearning, z: Tensor, v: Tensor) -> Tensor:
     ],
 )
 def test_q_learning_finds_the_best_q(level, double, corrected, n):
-    """From sequences of all kinds alike, most of them far from the best."""
+    """From all sequences equally, most of them far from the best."""
     rollout, _, start = world()
     dueling = level and Dueling(level, 1.0, 0)
     algorithm = dqn(backup=HardBackup(double, corrected), dueling=dueling, n_step=n)
@@ -308,7 +308,7 @@ def test_q_learning_finds_the_best_q(level, double, corrected, n):
 
 
 def test_uncorrected_steps_learn_what_the_sampling_policy_gets():
-    """The documented bias of Rainbow's n-step targets: to the end, they are plain returns of who sampled."""
+    """The documented bias of Rainbow's n-step targets: with n to the end, they are returns of the sampling policy."""
     rollout, _, start = world()
     algorithm = dqn(backup=HardBackup(False, False), dueling=None, n_step=None, target=None)
     q = learned_q(algorithm, *fitted(algorithm, rollout, start, rounds=1))
@@ -425,7 +425,7 @@ def sampled(tiny_policy) -> Rollout:
     return rollout.replace(rewards=torch.linspace(-1, 1, 8), ref_logprobs=rollout.logprobs * 2)
 
 
-def test_the_memory_gives_back_what_it_got(sampled):
+def test_the_memory_returns_the_stored_sequences(sampled):
     memory = Memory.of(sampled, 3)
     assert len(memory.tokens) == int((sampled.prompt_lengths + sampled.lengths).sum())
     rows = torch.tensor([5, 0, 5])
@@ -473,7 +473,7 @@ def test_the_memory_is_saved_as_plain_tensors(sampled, tmp_path, capacity):
 
 
 def test_values_do_not_depend_on_padding(tiny_policy, sampled):
-    """Scores of a sequence are the same alone and among longer ones."""
+    """Scores of a sequence are the same alone and in a batch with longer ones."""
     together = tiny_policy.scores_of(sampled, 0.7)
     alone = [tiny_policy.scores_of(sampled.select(torch.tensor([row])), 0.7) for row in range(8)]
     for part in (0, 1):
@@ -511,7 +511,7 @@ def test_updates_do_not_depend_on_the_micro_batch(compose, tmp_path, name):
     whole = flat(trained(compose, tmp_path, f"algo={name}").policy)
     cut = flat(trained(compose, tmp_path, f"algo={name}", "optim.micro_batch_tokens=40").policy)
     other = flat(trained(compose, tmp_path, f"algo={name}", "seed=1").policy)
-    assert (whole - cut).abs().max() < 2e-4  # AdamW makes much of rounding where there is hardly a gradient
+    assert (whole - cut).abs().max() < 2e-4  # AdamW enlarges the rounding of tiny gradients
     assert (whole - other).abs().max() > 1e-3
 
 
@@ -566,7 +566,7 @@ def test_every_metric_is_in_the_glossary(compose, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_equals_one_that_went_through(compose, tmp_path, name):
-    """Weights, target network, memory and metrics, bit for bit; the memory is full, so that its order matters."""
+    """Weights, target network, memory and metrics, bit for bit; the memory is full, so its order matters."""
     from policylab.config.settle import settle
     from policylab.launch.run import train
     from policylab.runs.command import with_command_of
@@ -602,7 +602,7 @@ def test_a_resumed_run_equals_one_that_went_through(compose, tmp_path, name):
 
 
 def of_tokens(tokens: Tensor, mask: Tensor | None = None) -> Rollout:
-    """A rollout of these tokens with as little else as may be."""
+    """A rollout of these tokens with only the required fields."""
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     n = len(tokens)
     return Rollout(

@@ -1,4 +1,4 @@
-"""trlX's toy: the same seed gives the same graph, walks and scores.
+"""trlX's toy task: the same seed gives the same graph, walks and scores.
 
 The literals were taken from trlX's own ``generate_random_walks(seed=1002)``. It was run beside this code on
 five seeds and three sizes of graph with 3,300 walks each: all walks and scores were equal (to 1e-6), but for
@@ -37,7 +37,7 @@ def task() -> RandomWalks:
 
 
 def finished(task: Task, text: str) -> Completion:
-    """A walk as the policy would hand it in."""
+    """A walk as a completion of the policy."""
     references = {example.text: example.reference for example in task.train}
     return Completion(text[0], text[1:], references[text[0]], tokens=(1,), ended=True)
 
@@ -52,7 +52,7 @@ def test_the_walks_are_those_of_trlx(task: RandomWalks):
 def test_the_graph_is_that_of_trlx(task: RandomWalks):
     reference = task.train[0].reference
     assert sum(len(ends) for ends in reference["edges"].values()) == 43
-    assert reference["edges"]["a"] == "a"  # the goal leads to itself alone
+    assert reference["edges"]["a"] == "a"  # the goal leads only to itself
     shortest = {example.text: example.reference["shortest"] for example in task.train}
     assert [shortest[node] for node in "bcdefghijklmnopqrstu"] == [
         *(2, 3, 3, 5, 5, 3, 4, 4, 4, 2),
@@ -78,14 +78,14 @@ def test_scores_are_those_of_trlx(task: RandomWalks, walk: str, expected: float)
 
 
 def test_a_random_policy_scores_079(task: RandomWalks):
-    """The walks are what a policy does that picks any edge; trlX's code gives them 0.79018 as well."""
+    """The walks are those of a policy that takes random edges; trlX's code scores them 0.79018 too."""
     metrics = task.metrics([finished(task, e.text + e.completion) for e in task.train])
     assert metrics.keys() == {"optimality", "valid", "reached"}
     means = {name: sum(values) / 1000 for name, values in metrics.items()}
     assert means == pytest.approx({"optimality": 0.79018, "valid": 1.0, "reached": 0.985}, abs=1e-5)
 
 
-def test_validation_goes_round_the_start_nodes(task: RandomWalks):
+def test_validation_cycles_through_the_start_nodes(task: RandomWalks):
     starts = [example.text for example in task.val]
     assert starts[:21] == [*"bcdefghijklmnopqrstu", "b"]
     assert set(Counter(starts).values()) == {12, 13}
@@ -108,7 +108,7 @@ def test_another_seed_is_another_graph_and_the_same_seed_the_same():
 
 
 def test_every_graph_has_a_way_to_its_goal():
-    """In 30 of 300 seeds, 42 among them, nothing leads to the goal of the first graph that is drawn."""
+    """For 30 of 300 seeds, one of them 42, the goal of the first graph cannot be reached."""
     task = RandomWalks(**{**DEFAULTS, "seed": 42})
     assert min(example.reference["shortest"] for example in task.train) == 2
     assert max(task.metrics([finished(task, e.text + e.completion) for e in task.train])["optimality"]) == 1.0
@@ -116,7 +116,7 @@ def test_every_graph_has_a_way_to_its_goal():
         assert [0] in [ends[:1] for ends in draw_graph(RandomState(seed), 21, 0.1)[1:]]
 
 
-def test_a_walk_stops_in_the_goal_or_at_its_maximum_length():
+def test_a_walk_stops_at_the_goal_or_at_its_maximum_length():
     random = RandomState(0)
     neighbours = draw_graph(random, nodes=8, p_edge=0.3)
     for walk in (draw_walk(random, neighbours, max_length=5) for _ in range(50)):

@@ -1,4 +1,4 @@
-"""How language models read a rollout: who chooses, who knows a config, whose weights are read."""
+"""Readers of rollouts: the choice of a reader, the sizes in configs, and the weights of frozen copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: statistics by hand-computed numbers, and a whole report from small run folders."""
+"""The report: statistics against hand-computed numbers, and a whole report from small run folders."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_estimate_of_five_seeds() -> None:
 
 
 def test_estimate_of_two_seeds() -> None:
-    # mean 1; s = sqrt(2); s/sqrt(2) = 1; t(0.975, 1) = 12.7062: two seeds say next to nothing, and it shows
+    # mean 1; s = sqrt(2); s/sqrt(2) = 1; t(0.975, 1) = 12.7062: the interval shows how little two seeds tell
     seeds = estimate([0.0, 2.0])
     assert seeds.low == pytest.approx(-11.7062, abs=1e-4)
     assert seeds.high == pytest.approx(13.7062, abs=1e-4)
 
 
-def test_iqm_ignores_one_stray_seed_and_the_mean_does_not() -> None:
+def test_iqm_ignores_an_outlier_and_the_mean_does_not() -> None:
     seeds = estimate([0.5, 0.5, 0.5, 0.5, -9.5])
     assert (seeds.mean, seeds.iqm) == (-1.5, 0.5)
 
@@ -85,13 +85,13 @@ def test_holm() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
-def test_estimate_refuses_what_has_no_mean(values: list[float]) -> None:
+def test_estimate_refuses_values_without_a_mean(values: list[float]) -> None:
     with pytest.raises(ValueError, match="at least one finite value"):
         estimate(values)
 
 
 def make_run(folder: Path, seed: int, after: float, status: str = "done", **changes: Any) -> Path:
-    """A run folder as `train.py` leaves it: baseline 0.1 at iteration 0, ``after`` at iteration 4."""
+    """A run folder as `train.py` writes it: baseline 0.1 at iteration 0, ``after`` at iteration 4."""
     folder.mkdir(parents=True)
     config = OmegaConf.create(
         {
@@ -163,7 +163,7 @@ def test_whole_report(tmp_path: Path) -> None:
     assert "paths" not in config
 
 
-def test_groups_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+def test_groups_are_named_by_their_differences(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / f"a_s{seed}", seed, 0.5)
         make_run(tmp_path / f"b_s{seed}", seed, 0.5, optim__lr=2e-3)
@@ -179,7 +179,7 @@ def test_groups_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
 
 
 def make_tokens(run: Path, rows: dict[int, tuple[float | None, float | None]]) -> None:
-    """Iteration: tokens sampled and reward; None leaves a cell empty."""
+    """Writes tokens sampled and reward by iteration; None leaves a cell empty."""
     lines = [",".join("" if x is None else f"{x:g}" for x in (i, *cells)) for i, cells in rows.items()]
     (run / "metrics.csv").write_text("\n".join(["iteration,train/tokens,val/reward", *lines, ""]))
 
@@ -209,7 +209,7 @@ def test_curves_over_tokens_are_interpolated_as_far_as_all_seeds_go(tmp_path: Pa
 
 
 def test_comparison_of_many_methods(tmp_path: Path) -> None:
-    for number in range(9):  # one more than there are colours
+    for number in range(9):  # one more than the number of colours
         for seed in (0, 1, 2):
             after = 0.1 + 0.1 * number + 0.01 * seed
             make_run(tmp_path / f"{number}_s{seed}", seed, after, algo__name=f"method{number}")
@@ -240,7 +240,7 @@ def test_comparison_at_equal_kl(tmp_path: Path) -> None:
 
 
 def test_evidence_is_read_again(tmp_path: Path) -> None:
-    """Its figures can be drawn without the runs, and its rows stay what they are."""
+    """Its figures can be drawn without the runs, and its rows stay the same."""
     for seed in (0, 1):
         make_run(tmp_path / f"a_s{seed}", seed, 0.5)
         make_run(tmp_path / f"b_s{seed}", seed, 0.6, algo__name="a2c")
@@ -323,7 +323,7 @@ def test_portable_config_names_no_folder_of_this_machine() -> None:
     }
 
 
-def test_followers_of_the_seed_do_not_part_a_group_and_the_task_s_own_seed_does(tmp_path: Path) -> None:
+def test_seeds_derived_from_the_seed_do_not_split_a_group_and_the_tasks_own_seed_does(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / f"a_s{seed}", seed, 0.5, model__seed=seed, logger__run_dir=f"a_s{seed}")
     (group,) = group_runs(read_runs(f"{tmp_path}/*"))

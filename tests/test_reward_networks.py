@@ -15,7 +15,7 @@ from policylab.rewards.weighted_sum import WeightedSum
 
 
 class Reader(torch.nn.Module):
-    """A network that reads tokens: the sum of their squares, by weights that are 1."""
+    """A network that reads tokens and gives the sum of their squares, with all weights 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Reader(torch.nn.Module):
 
 
 class Model:
-    """A reward that holds networks, and asks for tokens and device."""
+    """A reward with networks, which reads tokens and device."""
 
     def __init__(self) -> None:
         self.networks = {"reader": Reader(), "other": torch.nn.Dropout()}
@@ -38,7 +38,7 @@ class Model:
 
 
 class Callable:
-    """A reward that holds a network, and itself."""
+    """A reward that has a network, and a reference to itself."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         self.network, self.again = network, self
@@ -87,7 +87,7 @@ class TestNetworks:
 
     @pytest.mark.parametrize("kind", ["object", "partial", "part"])
     def test_those_of_a_callable_are_frozen_and_stay_where_they_are(self, kind):
-        """It is not told the device."""
+        """A callable does not get the device."""
         network = torch.nn.Linear(1, 1)
         reward = functools.partial(by, model=network) if kind == "partial" else Callable(network)
         scorer = Scorer(WeightedSum({"a": reward}, {"a": 1.0}) if kind == "part" else reward)

@@ -1,4 +1,4 @@
-"""reward.workers: the same scores, computed elsewhere; what goes wrong there is told as it would be here."""
+"""reward.workers: worker processes give the same scores and the same error messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMPLETIONS = [Completion("it is", text, None, (1, 2, i), True) for i, text in e
 
 
 def place(completions: Sequence[Completion], scale: float) -> list[Score]:
-    """The last token, with the process and the size of the share as parts."""
+    """Scores the last token; its parts are the process and the size of the share."""
     return [
         Score(scale * c.tokens[-1], {"process": float(os.getpid()), "share": float(len(completions))})
         for c in completions
@@ -46,7 +46,7 @@ def not_finite(completions: Sequence[Completion]) -> list[float]:
 
 
 class Odd(Exception):
-    """An error that cannot be rebuilt from its message."""
+    """An error that cannot be recreated from its message."""
 
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what}: {why}")
@@ -119,7 +119,7 @@ class TestScores:
         assert begun < 0.2
         assert time.perf_counter() - start > 0.25
 
-    def test_what_was_never_asked_for_is_passed_over(self, hands):
+    def test_scores_that_were_never_read_are_skipped(self, hands):
         reward = hands(partial(place, scale=1.0), 2, "process")
         reward.begin(COMPLETIONS[:2])
         assert reward.begin(COMPLETIONS[4:])().total == [4.0, 5.0, 6.0]
@@ -209,7 +209,7 @@ class TestEnd:
 
     @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
     def test_no_process_is_left_behind(self, tmp_path, signum):
-        """However the main process ends; and a signal to the whole group is for the main process to answer."""
+        """However the main process ends. Workers ignore a signal to the whole group, which the main process handles."""
         script = tmp_path / "main.py"
         script.write_text(
             "import sys, time, functools\n"
@@ -257,7 +257,7 @@ def wait_for(condition) -> None:
 
 @pytest.mark.slow
 def test_a_run_scores_alike_with_workers(train_briefly, tmp_path):
-    """The metrics of a run do not depend on who computes its reward."""
+    """The metrics of a run do not depend on where its reward is computed."""
     rewards = []
     for words in ([], ["reward.workers=2"]):
         folder = train_briefly(["model=tiny_scratch", "callbacks=none", *words])

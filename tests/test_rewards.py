@@ -1,4 +1,4 @@
-"""Rewards: literals, and what `score` refuses."""
+"""Rewards: hand-computed scores, and answers that `score` refuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TWO = [completion(" good"), completion(" bad")]
 
 
 def constant(answer: Any) -> Any:
-    """A reward that always gives this answer."""
+    """A reward that always returns this answer."""
 
     def stubborn(completions: Any) -> Any:
         return answer
@@ -249,7 +249,7 @@ class Lazy(list):
 
 
 class TestUserCode:
-    """Whatever it does, it does not end a run without a word, and changes nothing but its own copies."""
+    """User code never ends a run without a message, and changes only its own copies."""
 
     def test_stop_iteration_is_told_with_its_line_and_completion(self):
         line = stops.__code__.co_firstlineno + 1
@@ -261,7 +261,7 @@ class TestUserCode:
             score(stops, TWO)
         assert isinstance(caught.value.__cause__, StopIteration), "train.log gets its traceback"
 
-    def test_leaving_is_no_way_out(self):
+    def test_an_exit_is_an_error(self):
         with pytest.raises(RunError, match=r"reward quits failed at .*test_rewards\.py:\d+: SystemExit: 0"):
             score(quits, TWO)
 
@@ -404,7 +404,7 @@ class TestOptimality:
             ("d", "a", 4, 0.0, 0, 0),  # no such edge
             ("b", "dba", 2, 0.0, 0, 0),
             ("b", "?a", 2, 0.0, 0, 0),  # no such node
-            ("b", "addd", 2, 1.0, 1, 1),  # what stands after the goal does not count
+            ("b", "addd", 2, 1.0, 1, 1),  # nodes after the goal do not count
         ],
     )
     def test_literals(

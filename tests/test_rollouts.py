@@ -1,4 +1,4 @@
-"""Sampling: noise as data, inverse CDF, and the engine against the plain full forward pass."""
+"""Sampling: noise as an input, inverse CDF, and the engine compared with a plain full forward pass."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def noise(rows: int = len(PROMPTS) * GROUP):
 
 @pytest.fixture(params=["tiny_policy", "llama_policy"])
 def policy(request):
-    """Absolute positions and tied embeddings; rotary positions and grouped keys."""
+    """Two policies: absolute positions and tied embeddings; rotary positions and grouped keys."""
     policy = request.getfixturevalue(request.param)
-    # A random model hardly ever says EOS; this one does often, so that rows end at different lengths.
+    # A random model hardly ever samples EOS; this one does often, so that rows end at different lengths.
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight[policy.eos_id] *= 80
     return policy
@@ -39,7 +39,7 @@ def engine():
 
 class TestNoise:
     def test_pinned(self):
-        """Another numpy must not change what a seed means."""
+        """Another version of numpy must give the same noise for a seed."""
         assert uniforms(0, TRAIN, 0, [0], 2).tolist() == [[0.011546754286331562, 0.24154919656271812]]
         assert uniforms(3, VALIDATION, 5, [7], 2).tolist() == [[0.4704289656276488, 0.8927955023010484]]
 
@@ -149,7 +149,7 @@ class TestGrid:
             expected = widen(getattr(plain, name))
             torch.testing.assert_close(getattr(padded, name), expected, atol=1e-5, rtol=0)
 
-    def test_selected_rows_lose_their_padding_only(self, policy, engine):
+    def test_selected_rows_lose_only_padding(self, policy, engine):
         rollout = engine.sample(policy, PROMPTS, GROUP, noise())
         rows = rollout.lengths.argsort()[:4]
         piece = rollout.select(rows)

@@ -59,9 +59,9 @@ class Seen:
     """The record of one process of a run of three iterations.
 
     Attributes:
-        gradients: of each step, whole.
-        end: all weights, whole.
-        held: numbers on this process: of the policy, and of its moments; and how many there are in all.
+        gradients: gradient of each step, gathered.
+        end: all weights, gathered.
+        held: numbers on this process of the policy, and of its moments; and all numbers of the policy.
     """
 
     metrics: list[dict[str, float]]
@@ -75,7 +75,7 @@ Both = tuple[dict[str, Seen], list[dict[str, Seen]]]
 
 
 def train(name: str, folder: Path, changes: Mapping[str, Any], start: Path | None = None) -> Seen:
-    """One of `RUNS`, with checkpoints after each iteration, from the start or from a checkpoint."""
+    """Trains one of `RUNS`, from the start or from a checkpoint, with checkpoints after each iteration."""
     from policylab.callbacks.checkpoint import Checkpoint
     from policylab.config.build import build
 
@@ -87,7 +87,7 @@ def train(name: str, folder: Path, changes: Mapping[str, Any], start: Path | Non
     module.sampler.scorer.reward = levels
     trainer.limit_val_batches = 0
     module._checked = True
-    if start is not None and trainer.is_global_zero:  # a run goes on from its newest state, in its folder
+    if start is not None and trainer.is_global_zero:  # a resumed run has its newest state in its folder
         (folder / "checkpoints").mkdir(parents=True)
         shutil.copy(start, folder / "checkpoints" / LAST)
     trainer.callbacks.append(Checkpoint(str(folder), every=1, monitor="val/reward", mode="max", export=False))
@@ -108,7 +108,7 @@ def train(name: str, folder: Path, changes: Mapping[str, Any], start: Path | Non
 
 
 def local(tensors: list[Any]) -> int:
-    """Numbers on this process."""
+    """Count of the numbers on this process."""
     return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
 
 
@@ -116,7 +116,7 @@ def local(tensors: list[Any]) -> int:
 
 
 def work(rank: int, folder: Path, names: list[str]) -> None:
-    """One of the processes. With PPO it goes on from its own checkpoint, and from that of one process alone."""
+    """The work of one process. PPO also resumes from its own checkpoint, and from that of a single process."""
     here = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ.update(here | size)
@@ -133,7 +133,7 @@ def work(rank: int, folder: Path, names: list[str]) -> None:
 
 
 def on_both(folder: Path, names: list[str]) -> Both:
-    """What one process, and each of two, has seen."""
+    """Runs on one process and on two; returns the record of the one, and of each of the two."""
     folder.mkdir()
     one = {name: train(name, folder / "one" / name, {}) for name in names}
     torch.multiprocessing.start_processes(work, (folder, names), nprocs=2, start_method="fork")
@@ -145,7 +145,7 @@ def on_both(folder: Path, names: list[str]) -> Both:
 
 @pytest.fixture(scope="module")
 def look(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str], Both]:
-    """``look(name)``: what was seen of the quick runs or of the slow ones; pytest's workers share it."""
+    """``look(name)`` gives the records of the quick runs or of the slow ones, which pytest's workers share."""
     base = tmp_path_factory.getbasetemp()
 
     @cache
@@ -169,7 +169,7 @@ def test_two_processes_do_what_one_does(look: Callable[[str], Both], name: str) 
     alone, parts = look(name)
     one, two = alone[name], [part[name] for part in parts]
     if name.startswith("bf16"):
-        # It rounds to three digits, and where the work is cut: rollouts part ways after an update.
+        # bf16 has three digits and rounds differently in other micro-batches, so rollouts differ after an update.
         ours, theirs = one.gradients[0], two[0].gradients[0]
         torch.testing.assert_close(theirs, ours, atol=0.02 * float(ours.abs().max()), rtol=0)
         return
@@ -185,7 +185,7 @@ def test_two_processes_do_what_one_does(look: Callable[[str], Both], name: str) 
 def test_each_process_holds_half(look: Callable[[str], Both], name: str) -> None:
     parts = [part[name].held for part in look(name)[1]]
     weights, moments, total = (sum(numbers) for numbers in zip(*parts, strict=True))
-    assert weights == total / 2  # what there is, once
+    assert weights == total / 2  # each number once
     assert moments == total / 2
     assert all(max(held[:2]) < 0.55 * held[2] for held in parts)
 
@@ -213,7 +213,7 @@ def test_resume_on_another_number_of_processes(look: Callable[[str], Both]) -> N
         ("ppo", {"hardware.cpu_offload": True}, "hardware.cpu_offload=false"),
     ],
 )
-def test_what_it_cannot_do_is_said_before_a_model_loads(
+def test_unsupported_settings_are_refused_before_a_model_loads(
     preset: str, changes: Mapping[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from policylab.config import build

@@ -1,4 +1,4 @@
-"""A run imports what it uses, and no more."""
+"""A run imports only the packages that it uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from policylab.launch.imports import absent
 
 ROOT = Path(__file__).parent.parent
 
-#: Installed with the package or its extras, heavy, and of no use to a default run.
+#: Heavy packages that are installed with the package or its extras, but not used by a default run.
 UNUSED = (
     *(
         "matplotlib",
@@ -40,7 +40,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 @pytest.mark.slow
 def test_a_default_run_imports_nothing_that_it_does_not_use(tmp_path):
-    """The real script, with its real callbacks; only smaller."""
+    """The real script with its real callbacks, in a smaller run."""
     small = ["iterations=1", "rollout.prompts=2", "validation.prompts=2", f"paths.logs={tmp_path}"]
     done = subprocess.run([sys.executable, "-c", RUN, *small], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_a_default_run_imports_nothing_that_it_does_not_use(tmp_path):
 
 class TestAbsent:
     def test_a_package_seems_not_to_be_installed_for_a_while(self):
-        name = "iniconfig"  # pytest needs it, and little else
+        name = "iniconfig"  # pytest needs it
         module = sys.modules.pop(name, None)
         try:
             with absent((name,)):
@@ -85,7 +85,7 @@ class TestAbsent:
             assert importlib.metadata.version("pytest")
         assert sys.modules["pytest"] is pytest
 
-    def test_it_ends_with_an_error_too(self):
+    def test_it_also_ends_at_an_error(self):
         with pytest.raises(ZeroDivisionError), absent(("no_such_package",)):
             raise ZeroDivisionError
         assert "no_such_package" not in sys.modules

@@ -1,4 +1,4 @@
-"""Surrogates: literals with the calculation beside them, identities, and where a bound takes the gradient away."""
+"""Surrogates: hand-computed numbers, identities, and the tokens that lose their gradient at a bound."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ close = torch.testing.assert_close
 
 
 def logs(*ratios: float) -> Tensor:
-    """Log-probs with these ratios to zeros."""
+    """Log-probs with these ratios to log-probs of zero."""
     return torch.tensor([ratios]).log()
 
 
@@ -56,7 +56,7 @@ class TestClippedRatio:
         close(loss(surrogate, self.new, self.advantages), torch.tensor([[-1.2, 1.5, -0.5, 0.8]]))
         assert clipped(surrogate, self.new, self.advantages) == [[1.0, 0.0, 0.0, 1.0]]
 
-    def test_the_two_bounds_are_apart(self):
+    def test_the_two_bounds_are_independent(self):
         surrogate = ClippedRatio(0.4, 0.1, None)
         close(loss(surrogate, self.new, self.advantages), torch.tensor([[-1.1, 1.5, -0.5, 0.6]]))
 
@@ -124,7 +124,7 @@ class TestSequenceRatio:
         assert value.item() == pytest.approx(6.0)
         close(torch.autograd.grad(value, new)[0], torch.full((1, 3), 2.0))
 
-    def test_what_stands_outside_the_mask_reaches_neither_loss_nor_gradient(self):
+    def test_masked_values_change_neither_loss_nor_gradient(self):
         new = self.new.masked_fill(~self.mask, math.nan).requires_grad_()
         old = torch.zeros(2, 3).masked_fill(~self.mask, math.nan)
         advantages = torch.ones(2, 3).masked_fill(~self.mask, math.nan)
@@ -158,7 +158,7 @@ class TestCISPO:
         close(loss(CISPO(0.2, 3.0), self.new, self.advantages)[0, 1].item(), 0.8 * math.log(0.5))
 
     def test_a_token_at_a_bound_keeps_its_gradient(self):
-        # -w A: -4 * 2 and 1/2; the cut is reported all the same
+        # -w A: -4 * 2 and 1/2; the cut is still reported
         close(gradient(CISPO(None, 3.0), self.new, self.advantages), torch.tensor([[-8.0, 0.5]]))
         assert clipped(CISPO(None, 3.0), self.new, self.advantages) == [[1.0, 0.0]]
         assert clipped(CISPO(0.2, 3.0), self.new, self.advantages) == [[1.0, 1.0]]
@@ -178,7 +178,7 @@ class TestValueLoss:
 
 
 class TestEvery:
-    """What holds of every surrogate."""
+    """Properties of every surrogate."""
 
     def test_the_list_is_complete(self):
         public = {c for c in vars(policylab.algorithms).values() if isinstance(c, type)}
@@ -200,7 +200,7 @@ class TestEvery:
 
     @pytest.mark.parametrize("surrogate", [s for s in ALL if not isinstance(s, CISPO)], ids=repr)
     def test_clipped_is_where_the_gradient_is_gone(self, surrogate):
-        """Exactly there. Tokens without advantage have none to lose."""
+        """And only there. Tokens with zero advantage have no gradient to lose."""
         torch.manual_seed(0)
         advantages = torch.randn(50, 1).expand(50, 4).clone()
         advantages[::7] = 0.0

@@ -38,7 +38,7 @@ def reviews(source: str, data_dir: Path = Path("nowhere"), **changes: Any) -> Re
 
 
 def written(path: Path, *rows: object) -> str:
-    """A JSON-lines file; text and bytes go into it as they stand."""
+    """A JSON-lines file; text and bytes are written unchanged."""
     lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
     path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
     return str(path)
@@ -86,8 +86,8 @@ class TestFile:
         assert task.train == [
             Example("the script", "", None),
             Example("one two three", " four five", None),
-            Example("two", " words", None),  # of a short text, the last word is left to write
-        ]  # and one word cannot be cut
+            Example("two", " words", None),  # of a short text, the prompt omits only the last word
+        ]  # a single word cannot be cut
         assert "1 of 5 rows are left out: a text of one word" in caplog.text
 
     def test_held_out_rows_are_the_same_every_time(self, tmp_path: Path):
@@ -163,7 +163,7 @@ class TestFile:
 
 
 class TestHub:
-    """The `datasets` library is an extra, so a stand-in with its one function that is used."""
+    """The `datasets` library is an extra, so a stub replaces the one function that is used."""
 
     GSM8K = MappingProxyType({"question": "Natalia sold clips ?", "answer": "48 / 2 = 24\n#### 24"})
 
@@ -185,7 +185,7 @@ class TestHub:
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
 
     def test_gsm8k(self, monkeypatch: pytest.MonkeyPatch):
-        """It has two configs, columns of its own and a test split."""
+        """It has two configs, other column names and a test split."""
         self.stand_in(monkeypatch, {})
         columns = {"prompt": "question", "reference": "answer"}
         task = reviews("openai/gsm8k", columns=columns, hub={"config": "main", "revision": "v1"})
@@ -244,7 +244,7 @@ class TestHub:
 
 
 class TestVader:
-    """On an archive of the same layout with three snippets, as the real one is never committed."""
+    """With an archive of the same layout with three snippets, because the real one is never committed."""
 
     LINES = (
         "1\t2.5\tA ''small'' film    but R&amp;D works\r\n"
@@ -347,8 +347,8 @@ def test_permutation_is_a_pure_function_of_its_key():
     assert permutation(100, 1, 2) != permutation(100, 1, 3) != permutation(100, 2, 2)
 
 
-def test_a_task_says_how_long_completions_get(compose: Compose):
-    """A walk has at most 10 nodes, the first of which is the prompt; then comes the EOS."""
+def test_a_task_states_the_length_of_completions(compose: Compose):
+    """A walk has at most 10 nodes, of which the first is the prompt, and then the EOS."""
     from policylab.config.build import PLANNED, instantiate, without
 
     config = compose(["task=random_walks"])

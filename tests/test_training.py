@@ -1,4 +1,4 @@
-"""The module as a whole: what it computes does not depend on how the work is cut; it learns, or does not."""
+"""The whole module: results do not depend on micro-batches; penalties, schedules and the KL stop."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ppo(reduction, place="loss", estimator="exact") -> Algorithm:
 
 @pytest.fixture(params=["tiny_policy", "llama_policy"])
 def rewarded(request):
-    """A policy that has moved from its reference, and a rollout with rewards of an earlier one."""
+    """A policy that has moved from its reference, and a rollout of an earlier policy, with rewards."""
     policy = request.getfixturevalue(request.param)
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight[policy.eos_id] *= 80
@@ -74,7 +74,7 @@ def rewarded(request):
 
 
 def gradient(policy, reference, algorithm, rollout, parts):
-    """Loss and flat gradient, added up over the given parts."""
+    """Loss and flat gradient, summed over the given parts."""
     rollout = algorithm.estimate_advantages(algorithm.shape_rewards(rollout, 0.1), same)
     denominator = algorithm.reduction.denominator(rollout.action_mask)
     policy.zero_grad()
@@ -135,7 +135,7 @@ def test_a_kl_without_its_gradient_is_refused(place, estimator):
         KLPenalty(place, estimator, FixedCoefficient(0.1), FrozenReference())
 
 
-def test_reward_stands_at_the_last_action():
+def test_reward_is_at_the_last_action():
     algorithm = ppo(TokenMean(), "none", "k1")
     mask = torch.tensor([[True, True, False]])
     rollout = _rollout_of(mask).replace(rewards=torch.tensor([2.0]))
@@ -165,7 +165,7 @@ def test_adaptive_coefficient_by_hand():
 
 
 @pytest.mark.parametrize(("horizon", "sequences"), [(100, 1024), (1, 100_000)])
-def test_adaptive_coefficient_stays_positive_whatever_the_horizon(horizon, sequences):
+def test_adaptive_coefficient_stays_positive_with_any_horizon(horizon, sequences):
     control = AdaptiveCoefficient(initial=0.2, target=6.0, horizon=horizon)
     # the exponents would be -2.048 and -20000: an iteration divides by e at most
     assert control.next(0.2, 0.0, sequences) == pytest.approx(0.2 / math.e)
@@ -224,7 +224,7 @@ def _rollout_of(mask):
 
 
 def weights_after_an_iteration(compose, tmp_path, *overrides):
-    """Of the policy, flat, after one iteration of PPO in four updates."""
+    """The policy's weights, flat, after one iteration of PPO with four updates."""
     from policylab.config.build import build
 
     small = ["debug=fast", "iterations=1", "callbacks=none", "callbacks.checkpoint=null", "hardware=cpu"]
@@ -238,18 +238,18 @@ def weights_after_an_iteration(compose, tmp_path, *overrides):
 
 @pytest.mark.slow
 def test_an_iteration_does_not_depend_on_the_micro_batch(compose, tmp_path):
-    """Shuffling, accumulation, clipping and step included."""
+    """Including shuffling, accumulation, clipping and the step."""
     whole = weights_after_an_iteration(compose, tmp_path)
     cut = weights_after_an_iteration(compose, tmp_path, "optim.micro_batch_tokens=40")
     other = weights_after_an_iteration(compose, tmp_path, "seed=1")
-    # AdamW divides by the gradient's own size, which makes much of rounding where there is hardly a gradient.
+    # AdamW divides by the gradient's size, which enlarges the rounding of tiny gradients.
     assert (whole - cut).abs().max() < 1e-4
     assert (whole - other).abs().max() > 1e-3
 
 
 @pytest.mark.slow
 def test_kl_stop_ends_the_updates(compose, tmp_path):
-    """The first minibatch is at the policy that sampled; after one large step the second is far from it."""
+    """The first minibatch is evaluated at the sampling policy; after one large step the second is far from it."""
     stopped = weights_after_an_iteration(compose, tmp_path, "algo.update.kl_stop=1e-9")
     single = weights_after_an_iteration(compose, tmp_path)
     assert (stopped - single).abs().max() > 1e-4

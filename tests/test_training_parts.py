@@ -1,4 +1,4 @@
-"""The parts that trainers are made of, each by itself: no Lightning, and where possible no language model."""
+"""The parts of trainers, each alone: without Lightning, and mostly without a language model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Alone(Runtime):
 
 
 def grid(lengths, prompt_ids=None):
-    """A rollout with these completions, each prompt two tokens long."""
+    """A rollout with these completions; each prompt has two tokens."""
     count, lengths = len(lengths), torch.tensor(lengths)
     width = int(lengths.max())
     return Rollout(
@@ -112,7 +112,7 @@ def test_a_unit_is_in_one_minibatch(size):
 
 
 def test_processes_share_minibatches_of_whole_units():
-    """Two processes, whose units do not reach from one to the other: each finds its rows of the same minibatches."""
+    """Two processes whose units are not split between them: each finds its rows of the same minibatches."""
     units = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3])
     parts = split(uniforms(0, TRAIN, 2, [0], 8)[0], 4, units)
     shares = [[part[part < 4] for part in parts], [part[part >= 4] for part in parts]]
@@ -161,7 +161,7 @@ ROWS = torch.arange(5)
 
 
 def loss_of(stepper, seen, room=99, broken=math.inf):
-    """A loss that differs from row to row; out of memory above ``room`` rows, infinite in rows of ``broken`` tokens."""
+    """A loss that differs by row; out of memory above ``room`` rows, not finite in rows of ``broken`` tokens."""
 
     def loss(piece):
         seen.append(piece.lengths.tolist())
@@ -183,7 +183,7 @@ def test_a_gradient_does_not_depend_on_the_cut(stepper):
         assert len(seen) == {1: 5, 15: 3, 1000: 1}[tokens]
 
 
-def test_when_memory_runs_out_all_is_repeated_in_smaller_pieces(stepper):
+def test_when_memory_runs_out_the_update_is_repeated_in_smaller_pieces(stepper):
     one, seen = stepper(), []
     with pytest.warns(UserWarning, match=r"at most \d+ tokens a forward pass"):
         one.accumulate(ROLLOUT, ROWS, loss_of(one, seen, room=2))
@@ -350,7 +350,7 @@ def test_noise_is_keyed_by_iteration_in_training_alone(sampled):
     assert tokens(VALIDATION) == val
 
 
-def test_what_is_added_to_a_rollout_does_not_depend_on_the_cut(sampled):
+def test_columns_added_to_a_rollout_do_not_depend_on_the_cut(sampled):
     (whole, _), (fine, _) = sampled(), sampled(tokens=1)
     rollout = whole.generate(PROMPTS, 1, TRAIN, range(4))
     recorded = rollout.replace(values=None)
@@ -461,26 +461,26 @@ def test_the_expected_time_counts_what_the_method_states():
     assert pace.seconds(Needs(learns_from="completions"), cost, plan) == pytest.approx(4 * 0.1 * (2 + 3 * 4))
 
 
-def test_the_parts_know_no_lightning():
+def test_the_parts_do_not_import_lightning():
     folder = Path(__file__).parent.parent / "src" / "policylab" / "training"
     knows = sorted(path.name for path in folder.glob("*.py") if "import LightningModule" in path.read_text())
     assert knows == ["module.py"]
 
 
 def run_state(*parts):
-    """Of these parts, without a model."""
+    """A run state of these parts, without a model."""
     policy = SimpleNamespace(loaded_parameters=dict, source="tiny")
     return RunState(SimpleNamespace(policy=policy, data="", resolved_config={}, task=None), parts)
 
 
-def test_a_name_that_two_parts_of_the_state_have_is_refused():
+def test_a_name_used_by_two_parts_of_the_state_is_refused():
     progress = Progress(iterations=1)
     assert run_state(progress).state()["iteration"] == 0
     with pytest.raises(ValueError, match=r"the names \['iteration', .*\]: Progress"):
         run_state(progress, progress).state()
 
 
-def test_a_checkpoint_that_does_not_say_its_origin_is_told_once(caplog):
+def test_a_checkpoint_without_its_origin_is_told_once(caplog):
     state = run_state()
     for _ in range(2):
         state.check_origin({})

@@ -1,4 +1,4 @@
-"""Fisher products, conjugate gradients, and what a trust-region step does to a policy."""
+"""Fisher products, conjugate gradients, and the effect of a trust-region step on a policy."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_preconditioner_saves_iterations():
     assert scaled.iterations < 20
 
 
-def test_conjugate_gradients_of_nothing_and_of_no_curvature():
+def test_conjugate_gradients_of_zero_and_without_curvature():
     zero = torch.zeros(3)
     nothing = solve(torch.eye(3), zero)
     assert (nothing.x.tolist(), nothing.residual, nothing.iterations) == ([0, 0, 0], 0, 0)
@@ -250,7 +250,7 @@ def test_weights_that_do_not_train_have_no_part(tiny_policy):
 
 @pytest.mark.slow
 def test_the_diagonal_is_that_of_the_fisher_matrix(tiny_policy):
-    """Its sum over many rollouts; a single rollout's estimate is noisy, and serves to precondition only."""
+    """Its sum over many rollouts. The estimate of one rollout is noisy, and is used only as a preconditioner."""
     small = tuple(p for p in tiny_policy.actor_parameters() if p.numel() == 32)[-2:]
     actor = Actor(tiny_policy, small, 1.0)
     count = sum(p.numel() for p in small)
@@ -268,7 +268,7 @@ def test_the_diagonal_is_that_of_the_fisher_matrix(tiny_policy):
     assert mean == pytest.approx(exact, abs=4 * error + 0.05 * exact)
 
 
-def test_other_weights_are_gone_afterwards(tiny_policy):
+def test_temporary_weights_are_undone(tiny_policy):
     actor = actor_of(tiny_policy)
     before = [p.detach().clone() for p in actor.parameters]
     places = [p.data_ptr() for p in actor.parameters]
@@ -295,7 +295,7 @@ SMALL = [
 
 @pytest.fixture
 def iterate(compose, tmp_path):
-    """``iterate("algo=trpo")`` gives a module after one small iteration, and its weights before."""
+    """``iterate("algo=trpo")`` gives a module after one small iteration, and its weights before it."""
 
     def run(*overrides):
         from policylab.config.build import build
@@ -339,7 +339,7 @@ def with_rollout(experiment):
 
 
 def moved(module, before):
-    """Step of the actor, flat."""
+    """The step of the actor's weights, flat."""
     old = dict(zip(map(id, module.policy.parameters()), before, strict=True))
     return torch.cat([(p.detach() - old[id(p)]).flatten() for p in module.policy.actor_parameters()])
 
@@ -353,7 +353,7 @@ def actor_weights(module):
 
 
 def step_of(module, rollout):
-    """What one step of the policy does to its weights, and the metrics."""
+    """The change of the weights by one step of the policy, and the metrics."""
     before = actor_weights(module)
     module.updater.move_policy(rollout)
     return actor_weights(module) - before, metrics_of(module)
@@ -406,7 +406,7 @@ def test_how_products_are_taken_changes_nothing(prepared):
         assert cosine(step, steps[0]) > 0.9999
 
 
-def test_sequences_left_out_might_as_well_not_be_there(prepared):
+def test_excluded_sequences_have_no_influence(prepared):
     module, rollout = prepared()
     kept = torch.arange(len(rollout)) % 3 > 0
     masked = rollout.replace(action_mask=rollout.action_mask & kept[:, None])
@@ -447,7 +447,7 @@ def test_a_step_beyond_the_bound_is_shortened(prepared):
 
 
 @pytest.mark.parametrize("algo", quick(["trpo", "npg"], ["trpo"]))
-def test_nothing_to_gain_moves_nothing(prepared, algo):
+def test_without_advantages_or_actions_nothing_moves(prepared, algo):
     module, rollout = prepared(f"algo={algo}")
     step, metrics = step_of(module, rollout.replace(advantages=torch.zeros_like(rollout.advantages)))
     assert not step.any()
@@ -459,7 +459,7 @@ def test_nothing_to_gain_moves_nothing(prepared, algo):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_a_gradient_that_is_no_number_does_not_reach_the_weights(prepared):
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(prepared):
     module, rollout = prepared()
     broken = rollout.replace(advantages=rollout.advantages / 0.0)
     before = actor_weights(module)
@@ -516,7 +516,7 @@ def test_bounds_are_held():
 
 
 def test_a_mixture_of_experts_takes_a_natural_step():
-    """Grouped products have no forward-mode derivative; experts one by one have."""
+    """Grouped products have no forward-mode derivative; separate products of experts have one."""
     mixtral = {
         "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "num_local_experts": 4,

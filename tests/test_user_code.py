@@ -1,4 +1,4 @@
-"""A run with a reward, task or callback of the user's own: what it raises ends the run in one line, never silently."""
+"""A run with a user's reward, task or callback: its errors end the run with one line, never silently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VALIDATES = {"task.held_out": 5, "validation.prompts": 5, "validation.batch_size
 
 
 class Judge(nn.Module):
-    """A reward that is a network, with dropout to be caught by."""
+    """A reward that is a network with dropout, which changes scores unless it is turned off."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def test_a_validation_counts_its_prompts(tmp_path):
 
 @pytest.mark.parametrize("whose", ["reward", "metrics"])
 def test_a_validation_is_not_ended_by_stop_iteration(tmp_path, whose, caplog):
-    """The prompts are b, c, d, ... in batches of one and two; without the check, the rest would not count."""
+    """The prompts are b, c, d, ... in batches of one and two; without the check, later ones would be skipped."""
     experiment = built(tmp_path, {})
     if whose == "reward":
         experiment.module.sampler.scorer.reward = stops_at_b
@@ -115,7 +115,7 @@ def test_a_task_s_prompts_are_read_under_guard(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_reward_that_is_a_network_is_no_part_of_the_policy(tmp_path, precision):
-    """It is frozen and evaluated in its own precision; its weights are in no checkpoint and no optimizer."""
+    """It is frozen and computes in its own precision; its weights are in no checkpoint and no optimizer."""
     own = {
         "reward._target_": "test_user_code.Judge",
         "reward._partial_": False,

@@ -1,6 +1,6 @@
-"""rollout=vllm, on a stand-in for vLLM: the few calls that the engine makes, done with plain forward passes.
+"""rollout=vllm with a stub of vLLM, which computes the few calls of the engine with plain forward passes.
 
-What the real one does with these calls is not tested here: it needs a GPU.
+The real vLLM needs a GPU and is not tested here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOISE = uniforms(0, TRAIN, 0, range(len(PROMPTS) * GROUP), WIDTH)
 
 @dataclass
 class SamplingParams:
-    """As much of vLLM's as is used; another argument is an error."""
+    """The arguments of vLLM's that are used; any other is an error."""
 
     temperature: float
     top_p: float
@@ -47,7 +47,7 @@ class SamplingParams:
 
 
 class Model(torch.nn.Module):
-    """A model that takes weights over by name and in place."""
+    """A model that loads weights by name, in place."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Model(torch.nn.Module):
 
 @dataclass
 class LLM:
-    """The engine, with a record of what was asked of it."""
+    """The engine, with a record of its calls."""
 
     model: str
     load_format: str
@@ -131,7 +131,7 @@ class LLM:
                 else int(logp.argmax())
             )
             written.append(token)
-            # Beside the drawn token's, vLLM may tell those of likelier ones.
+            # Besides the drawn token's log-prob, vLLM may return those of likelier ones.
             logprobs.append({i: SimpleNamespace(logprob=float(logp[i])) for i in {token, int(logp.argmax())}})
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(written), logprobs=logprobs)])
 
@@ -145,7 +145,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["tiny_policy", "llama_policy"])
 def policy(request: pytest.FixtureRequest):
-    """A policy that says EOS often, so that rows end at different lengths."""
+    """A policy that often samples EOS, so that rows end at different lengths."""
     policy = request.getfixturevalue(request.param)
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight[policy.eos_id] *= 50
@@ -211,7 +211,7 @@ class TestSampling:
         with pytest.raises(UserError, match=r"need 14 positions, but rollout.context=13"):
             engine(context=13).sample(tiny_policy, PROMPTS, 1, NOISE[:3])
 
-    def test_weights_that_vllm_has_alone_are_refused(self, tiny_policy, monkeypatch):
+    def test_weights_that_only_vllm_has_are_refused(self, tiny_policy, monkeypatch):
         monkeypatch.setattr(
             Model, "load_weights", lambda self, weights: {name for name, _ in weights} - {"x"}
         )
@@ -252,7 +252,7 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch, compose, tmp_pa
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     config = compose(
         ["rollout=vllm", "model._target_=policylab.errors.check_range"]
-    )  # would fail, if it were built
+    )  # would fail if it were built
     monkeypatch.setattr("policylab.config.build.check_parts", lambda config: None)
     with pytest.raises(UserError, match=r"pip install 'policylab\[vllm\]' on a machine with a GPU, or take"):
         build(config, tmp_path)

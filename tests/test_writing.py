@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training: whole, in order, of the state as it was; failures are told."""
+"""Checkpoints are written during training: complete, in order, with the state at the call; failures are told."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from policylab.runs.writing import BackgroundWriter, snapshot, write_state
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Nothing is written before this is set."""
+    """An event; nothing is written before it is set."""
     event = threading.Event()
     original = write_state
 
@@ -69,7 +69,7 @@ def test_tied_weights_stay_tied():
 
 
 def test_the_file_is_that_of_the_state_itself(tmp_path):
-    """The copy is saved as the state would be: the same tensors, no storage twice."""
+    """A saved copy equals the saved state: the same tensors, and no storage twice."""
     model = torch.nn.Linear(300, 300)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(300)).sum().backward()
@@ -108,7 +108,7 @@ def test_what_could_not_be_written_is_told_at_once_and_in_the_end(tmp_path, capl
     writer.check_written()
 
 
-def test_another_error_is_no_matter_of_disks(tmp_path):
+def test_other_errors_are_raised(tmp_path):
     writer = BackgroundWriter()
     writer.save_checkpoint({"x": lambda: None}, tmp_path / "last.ckpt")
     with pytest.raises(AttributeError, match="lambda"):
@@ -144,7 +144,7 @@ def test_a_second_name_survives_a_new_file(tmp_path):
 
 
 def forked(target: Callable[..., None], *arguments: object) -> Any:
-    """A process that has all imports behind it."""
+    """A forked process, which needs no imports."""
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     return process
@@ -156,7 +156,7 @@ def write_late_and_end(path: Path) -> None:
 
 
 def test_a_process_that_ends_early_finishes_what_it_writes(tmp_path):
-    """A second Ctrl-C, or any exception: the file under way is finished before the process ends."""
+    """After a second Ctrl-C or an exception, the current file is finished before the process ends."""
     process = forked(write_late_and_end, tmp_path / "x")
     process.join(timeout=10)
     assert process.exitcode == 1
@@ -171,7 +171,7 @@ def write_for_ever(path: Path) -> None:
 
 @pytest.mark.parametrize("pause", [0.0, 0.02, 0.05, 0.1])
 def test_killed_at_any_moment_the_file_is_whole(tmp_path, pause):
-    """``kill -9`` while states are written one after another: the last one that was finished can be read."""
+    """``kill -9`` while states are written one after another: the last complete one can be read."""
     path = tmp_path / "last.ckpt"
     process = forked(write_for_ever, path)
     while not path.exists():
