@@ -1,4 +1,4 @@
-"""Plans against what is really built, against sums done by hand, and against what they must say."""
+"""Plans compared with built models and with hand-computed sums, and the text that they must print."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from policylab.errors import UserError
 from policylab.models.critic import value_model
 from policylab.models.layers import freeze_below
 from policylab.models.size import CriticSize, Size, critic_size, size_of
-from policylab.planning.advice import helpful, knobs
+from policylab.planning.advice import changes, helpful
 from policylab.planning.job import Hardware, Job
 from policylab.planning.memory import GIB, checkpoint_copy, moments, peak
 from policylab.planning.plan import plan_job, problem_of, rates_for
@@ -33,7 +33,7 @@ from small_runs import PRESETS, quick
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "data" / "models" / "smollm2"
-#: Models whose weights are here, or random.
+#: Models with embedded or random weights.
 BUILT = ["tiny", "walker", "tiny_scratch", "walker_scratch", "gpt2_scratch"]
 OTHERS = {"gpt2", "gpt2-medium", "hf"}
 LLAMA = {
@@ -76,7 +76,7 @@ def by_moment(job):
 
 
 def folder_of(path, size):
-    """A folder with nothing but a config."""
+    """A folder that contains only a config."""
     path.mkdir()
     words = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **LLAMA[size]}
     (path / "config.json").write_text(json.dumps(words))
@@ -141,7 +141,7 @@ def test_adapters_are_counted(compose):
 
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_a_layer_keeps_what_autograd_saves(request, model):
-    """In distinct memory; a few small numbers a token are not planned for."""
+    """Counts distinct memory; the plan ignores a few small numbers per token."""
     policy = fresh_policy(request.getfixturevalue(model))
     prompts = [Prompt(i, "", tuple(range(i + 1, i + 9)), None, ()) for i in range(4)]
     rollout = CachedEngine(1.0, 24).sample(policy, prompts, 2, uniforms(0, TRAIN, 0, range(8), 24))
@@ -151,7 +151,7 @@ def test_a_layer_keeps_what_autograd_saves(request, model):
         memory = x.untyped_storage()
         if memory.data_ptr() not in own:
             saved[memory.data_ptr()] = memory.nbytes()
-            tensors.append(x)  # alive, so that no two share an address
+            tensors.append(x)  # kept alive, so that no two have the same address
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
@@ -207,7 +207,7 @@ def test_an_engine_states_its_own_memory():
 
 
 def test_an_update_by_hand():
-    """Tokens: 2 prompts x 3 + 4 completions x 4 = 22, as the last token chooses nothing. A layer keeps 2 x 4 for norms,
+    """Tokens: 2 prompts x 3 + 4 completions x 4 = 22, without the last token. A layer keeps 2 x 4 for norms,
     3 x 4 before products, 2 x 16 in the MLP, 3 x 4 queries, keys, values, 4 out of attention, and 8 x 1.6 keys and
     values beside the prompt's: 80.8 numbers; embeddings, norm and head 4 x 4 more."""
     parts = by_moment(JOB)
@@ -243,26 +243,26 @@ def test_processes_share():
     assert exchanged(fsdp) == 5 * 256 * 4
 
 
-# -- what must hold ----------------------------------------------------------------------------------------
+# -- properties --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_knobs_save_what_they_say(compose, tmp_path):
-    """Whoever turns the knob plans again and sees the figure that was told."""
+def test_changes_save_the_printed_memory(compose, tmp_path):
+    """A plan with the change has the printed peak."""
     for overrides in (big(tmp_path, "7b", "hardware.strategy=ddp"), ["algo=ppo", "algo/critic=separate"]):
         job = describe(compose(overrides)).job
         assert helpful(job) or not job.hardware.gpu
-        for knob in knobs(job):
-            if "num_nodes" in knob.words or "adapter" in knob.words:
+        for change in changes(job):
+            if "num_nodes" in change.overrides or "adapter" in change.overrides:
                 continue
-            turned = describe(compose([*overrides, *knob.words.split()])).job
-            assert peak(turned).total == pytest.approx(knob.peak, rel=0.02), knob.words
+            changed = describe(compose([*overrides, *change.overrides.split()])).job
+            assert peak(changed).total == pytest.approx(change.peak, rel=0.02), change.overrides
 
 
-def test_a_run_is_told_of_its_own_knobs_alone(compose):
-    """Q-learning without a target network keeps a reference, and has no KL of that name."""
+def test_only_changes_of_a_runs_own_settings_are_listed(compose):
+    """Q-learning without a target network keeps a reference, but has no setting algo.kl."""
     words = {
-        algo: {knob.words for knob in helpful(describe(compose([f"algo={algo}", *more])).job)}
+        algo: {change.overrides for change in helpful(describe(compose([f"algo={algo}", *more])).job)}
         for algo, more in {
             "grpo": ["model=gpt2_scratch"],
             "ppo": ["algo/critic=separate"],
@@ -306,7 +306,7 @@ def test_every_preset_is_planned(compose, preset):
 
 
 def test_processes_of_a_cpu_share_its_cores(compose, monkeypatch):
-    """More of them than cores are no faster together than one."""
+    """More processes than cores are together not faster than one."""
     monkeypatch.setattr(Rates, "measured", lambda *_: Rates(1e9, 1e9))
     seconds = []
     for devices in (1, 8):
@@ -317,10 +317,10 @@ def test_processes_of_a_cpu_share_its_cores(compose, monkeypatch):
     assert seconds[1] == pytest.approx(seconds[0], rel=1e-3)
 
 
-# -- what is said and left behind --------------------------------------------------------------------------
+# -- printed text, and files ---------------------------------------------------------------------------------
 
 
-def test_no_weights_are_loaded_and_all_is_said(compose, capsys, monkeypatch):
+def test_no_weights_are_loaded_and_the_plan_is_complete(compose, capsys, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     def refuse(*_, **__):
@@ -341,18 +341,18 @@ def test_a_folder_with_a_config_alone_is_enough(compose, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())  # a long path wraps the line
     assert "6,738,415,616" in said
     assert "8 x GPU of 80 GiB" in said
-    assert "counted by another tokenizer" in said
+    assert "counted with another tokenizer" in said
 
 
-def test_what_no_knob_helps_says_so(compose, tmp_path):
+def test_a_plan_that_no_setting_makes_fit_says_so(compose, tmp_path):
     """70 B in bf16 is 128 GiB, and a rollout gathers all of it."""
     with pytest.raises(
-        UserError, match=r"rollout takes 1\d\d\.\d GiB .* 128\.\d, is gathered weights: .* smaller model"
+        UserError, match=r"rollout takes 1\d\d\.\d of .* 128\.\d GiB, is gathered weights: .* smaller model"
     ):
         plan_job(compose([*big(tmp_path, "70b", "hardware.num_nodes=8"), "plan=true"]))
 
 
-def test_what_does_not_fit_names_the_knobs_that_help(compose, tmp_path):
+def test_a_plan_that_does_not_fit_names_the_settings_that_help(compose, tmp_path):
     job = describe(compose(big(tmp_path, "7b", "hardware.strategy=ddp"))).job
     problem = problem_of(job)
     assert "the plan does not fit" in problem
@@ -363,7 +363,7 @@ def test_what_does_not_fit_names_the_knobs_that_help(compose, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hardware=ddp", "hardware.devices=8"], r"no GPU here to look at; .* plan_memory=80"),
+        (["hardware=ddp", "hardware.devices=8"], r"no GPU here; .* plan_memory=80"),
         (["hardware=ddp", "plan_memory=80"], r"hardware.devices=auto, and there is no GPU here to count"),
         (["hardware=gpu", "plan_memory=80"], r"no GPU here to measure; .* plan_flops=4e14"),
         (["plan_memory=-1"], "plan_memory is -1; it must be above 0"),

@@ -55,8 +55,8 @@ def rates_for(config: DictConfig, job: Job) -> Rates:
     gpu = job.hardware.gpu
     if gpu and not torch.cuda.is_available():
         raise UserError(
-            "there is no GPU here to measure; say how fast one is: plan_flops=4e14 (operations a second that it "
-            "reaches in large products, some 40 % of its data sheet's)"
+            "there is no GPU here to measure; set the speed of one: plan_flops=4e14 (operations a second that it "
+            "reaches in large products, about 40 % of its data sheet's)"
         )
     choose_products(config.hardware.products)
     rates = Rates.measured(gpu, torch.float32 if job.compute_bytes == FP32 else torch.bfloat16)
@@ -71,21 +71,20 @@ def problem_of(job: Job) -> str | None:
         if host is None or main_memory(job) <= host:
             return None
         return (
-            f"the plan does not fit: {main_memory(job) / GIB:.0f} GiB of main memory for libraries, a checkpoint's "
-            f"copy and what is offloaded, but the machine has {host / GIB:.0f}; take fewer hardware.devices, or "
+            f"the plan does not fit: {main_memory(job) / GIB:.0f} GiB of main memory for libraries, a copy of the "
+            f"checkpoint and offloaded weights, but the machine has {host / GIB:.0f}; take fewer hardware.devices, or "
             "callbacks.checkpoint=null"
         )
     part, size = max(most.parts.items(), key=lambda item: item[1])
     advice = "take a smaller model, shorter completions or more memory"
     if several := together(job):
-        advice = f"take {several.words}"
+        advice = f"take {several.overrides}"
     elif part in ("gathered weights", "vLLM"):
-        why = "rollouts read the whole model on each GPU, whichever engine samples, and neither fsdp nor LoRA"
-        part = f"{part}: {why} changes that"
+        part += ": with every engine, rollouts need the whole model on each GPU, also with fsdp or LoRA"
         advice = "take GPUs of more memory or a smaller model"
     return (
-        f"the plan does not fit: the {most.name} takes {most.total / GIB:.1f} GiB a process, and there are "
-        f"{memory / GIB:.1f}; most of it, {size / GIB:.1f}, is {part}; {advice}"
+        f"the plan does not fit: the {most.name} takes {most.total / GIB:.1f} of {memory / GIB:.1f} GiB on each "
+        f"process; the largest part, {size / GIB:.1f} GiB, is {part}; {advice}"
     )
 
 
@@ -99,10 +98,10 @@ def show(out: Console, config: DictConfig, described: Described, rates: Rates) -
     most = max(found, key=lambda moment: moment.total)
     closing = [("verdict", verdict(most, job))]
     if job.hardware.gpu:
-        host = f"{main_memory(job) / GIB:,.0f} GiB a machine, libraries and a checkpoint's copy"
+        host = f"{main_memory(job) / GIB:,.0f} GiB a machine, with libraries and a copy of the checkpoint"
         closing.insert(0, ("main memory", host))
     if most.total > NARROW * job.hardware.memory:
-        closing += [("turn" if i == 0 else "", line) for i, line in enumerate(knob_lines(job))]
+        closing += [("change" if i == 0 else "", line) for i, line in enumerate(change_lines(job))]
     out.print("plan")
     out.print(indented(what_runs(config, described)))
     out.print(memory_table(found))
@@ -122,7 +121,7 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
     size, hardware, plan = job.size, job.hardware, job.plan
     trained = "" if size.trained == size.parameters else f", of which {size.trained:,} are trained"
     if size.adapters:
-        trained = f", and {size.adapters:,} of adapters, which are trained"
+        trained = f", and {size.adapters:,} of adapters, which train"
     if hardware.gpu:
         device = f"GPU of {hardware.memory / GIB:.0f} GiB"
     else:
@@ -130,15 +129,17 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
     strategy = "" if plan.processes == 1 else f", {'fsdp' if hardware.sharded else 'ddp'}"
     machines = plan.processes // hardware.local
     where = f"{plan.processes} x {device}" + (f" on {machines} machines" if machines > 1 else "")
-    counted = ", counted by another tokenizer, as the model has none here" if described.stand_in else ""
+    counted = (
+        ", counted with another tokenizer, because the model's is not here" if described.stand_in else ""
+    )
     prompt = f"{job.prompt_tokens:.0f} a prompt (at most {job.longest_prompt})"
     cut = f", sampled {job.rows} at a time in {job.pieces} pieces" if job.pieces > 1 and job.samples else ""
     critic = job.critic_size.parameters
-    passes = f"{job.pass_tokens:,.0f} tokens at most, {job.micro_batches} to an update on each process"
+    passes = f"{job.pass_tokens:,.0f} tokens at most, {job.micro_batches} an update on each process"
     return [
         ("model", f"{config.model.name}: {described.source}"),
         ("parameters", f"{size.parameters:,}{trained}"),
-        *([("critic", f"{critic:,} parameters of its own")] if critic else []),
+        *([("critic", f"{critic:,} additional parameters")] if critic else []),
         ("hardware", f"{where}, {hardware.precision}{strategy}"),
         *plan.table(),
         ("tokens", f"{prompt}, {job.new_tokens} a completion{cut}{counted}"),
@@ -189,8 +190,8 @@ def length(config: DictConfig, job: Job, needed: Work, rates: Rates) -> list[tup
     known = "measured here" if config.plan_flops is None else "as given"
     speed = f"{rates.flops:.2g} operations a second and process, {known}"
     sent = exchanged(job) / GIB
-    later = f"{sent:,.1f} GiB reach each process an iteration; not in the times: at {LINK} GiB a second, "
-    traffic = [("exchange", f"{later}{seconds(sent / LINK)} more")] if sent else []
+    amount = f"{sent:,.1f} GiB to each process an iteration; at {LINK} GiB a second another "
+    traffic = [("exchange", f"{amount}{seconds(sent / LINK)}, not in the times above")] if sent else []
     return [
         ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.plan.updates} updates"),
         ("speed", f"{speed}; {rates.bandwidth / GIB:,.0f} GiB of memory read a second"),
@@ -200,21 +201,21 @@ def length(config: DictConfig, job: Job, needed: Work, rates: Rates) -> list[tup
 
 
 def verdict(most: Moment, job: Job) -> str:
-    """Whether it fits, in a few words."""
+    """Whether the run fits, with the memory of its largest moment."""
     share = most.total / job.hardware.memory
     narrowly = "fits" if share <= NARROW else "fits narrowly, and plans may be off by a quarter"
     words = f"{most.total / GIB:.1f} of {job.hardware.memory / GIB:.1f} GiB in the {most.name}"
     return f"{'does not fit' if share > 1 else narrowly}: {words}"
 
 
-def knob_lines(job: Job) -> list[str]:
-    """The peak with each change alone; and with several, if no single one is enough."""
+def change_lines(job: Job) -> list[str]:
+    """The peak with each change alone, and with several if no single one is enough."""
     found = helpful(job)
     if found and not found[0].fits and (several := together(job)) is not None:
         found.append(several)
-    return [f"{knob.words}: {knob.peak / GIB:.1f} GiB" + (", fits" if knob.fits else "") for knob in found]
+    return [f"{c.overrides}: {c.peak / GIB:.1f} GiB" + (", fits" if c.fits else "") for c in found]
 
 
 def seconds(value: float) -> str:
-    """A duration; short ones with decimals."""
+    """A duration as text; short ones with decimals."""
     return f"{value:.2g} s" if value < 10 else duration(value)

@@ -45,7 +45,7 @@ class Described:
 
     job: Job
     source: str  #: where the model comes from
-    stand_in: bool  #: whether prompts were counted with a tokenizer that is not the model's
+    stand_in: bool  #: whether prompts were counted with another tokenizer than the model's
 
 
 def describe(config: DictConfig) -> Described:
@@ -98,7 +98,7 @@ def outline(config: DictConfig) -> LoadedModel:
     """The model on torch's meta device, built from its config without weights.
 
     Raises:
-        UserError: when the config cannot be read, or it is loaded by code that may read weights.
+        UserError: when the config cannot be read, or other code loads the model, which may read weights.
     """
     target = config.model["_target_"]
     if not target.startswith("policylab."):
@@ -111,7 +111,7 @@ def outline(config: DictConfig) -> LoadedModel:
 
 
 def hardware_of(config: DictConfig) -> Hardware:
-    """The configured hardware, whether or not this machine has it. Takes a config whose devices are counted.
+    """The configured hardware, also if this machine does not have it. The config's devices must be numbers.
 
     Raises:
         UserError: when the memory is neither configured nor known from this machine.
@@ -126,8 +126,8 @@ def hardware_of(config: DictConfig) -> Hardware:
         memory = float(torch.cuda.get_device_properties(0).total_memory)
     else:
         raise UserError(
-            "there is no GPU here to look at; say what to plan for: plan_memory=80 (GiB of a GPU) and plan_flops=4e14 "
-            "(operations a second that one reaches)"
+            "there is no GPU here; set the one to plan for: plan_memory=80 (GiB of a GPU) and plan_flops=4e14 "
+            "(operations a second that it reaches)"
         )
     return Hardware(
         gpu=gpu,
