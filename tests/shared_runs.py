@@ -35,6 +35,7 @@ class Case:
         twist: name of a function below that changes the module before training; on one process only if it is in
             `EVERYWHERE`.
         validates: whether to run with preflight, validation and samples, as a real run does.
+        task: its reward is replaced by `levels`, an environment's is not.
         resumes: whether to resume after the third iteration on another number of processes; the record "NAME resumed"
             has the iterations after it.
     """
@@ -45,6 +46,7 @@ class Case:
     shared: Mapping[str, Any] = field(default_factory=lambda: {"optim.micro_batch_tokens": 20})
     twist: str | None = None
     validates: bool = False
+    task: str = "random_walks"
     resumes: bool = False
 
 
@@ -102,9 +104,10 @@ def run(case: Case, folder: Path, processes: int, checkpoint: Path | None = None
         changes |= {"hardware.devices": processes, "hardware.strategy": "ddp", **case.shared}
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
-        experiment = build(small(algo(case.preset, *case.options), changes), folder)
+        experiment = build(small(algo(case.preset, *case.options), changes, case.task), folder)
     module, trainer = experiment.module, experiment.trainer
-    module.sampler.scorer.reward = levels
+    if case.task == "random_walks":
+        module.sampler.scorer.reward = levels
     if case.validates:
         trainer.callbacks.append(Samples(str(folder), every=1, keep=20, show=0))
     else:

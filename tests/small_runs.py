@@ -115,9 +115,10 @@ def assemble(start: DictConfig, algo: DictConfig, changes: Mapping[str, Any]) ->
     return config
 
 
-def small(algo: DictConfig, changes: Mapping[str, Any]) -> DictConfig:
+def small(algo: DictConfig, changes: Mapping[str, Any], task: str = "random_walks") -> DictConfig:
     """The small config with this ``algo``; the changes come last."""
-    return assemble(base("task=random_walks", "model=walker_scratch"), algo, SMALL | dict(changes))
+    settings = {k: v for k, v in SMALL.items() if task == "random_walks" or not k.startswith("task.")}
+    return assemble(base(f"task={task}", "model=walker_scratch"), algo, settings | dict(changes))
 
 
 def levels(completions: Sequence[Completion]) -> list[float]:

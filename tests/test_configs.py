@@ -88,6 +88,7 @@ def selecting(choice: str) -> list[str]:
     extra = {
         "task/random_walks": ["model=walker_scratch"],
         "reward/optimality": ["task=random_walks", "model=walker_scratch"],
+        "reward/environment": ["task=guess_number"],
         "algo/sft": ["task=random_walks", "model=walker_scratch"],
         "algo/reference/none": ["model=tiny_scratch", "algo/kl=none"],
         "algo/surrogate/sequence_ratio": ["model=tiny_scratch", "algo=gspo"],

@@ -49,6 +49,9 @@ CASES = {preset: Case(preset, (), SIZES.get(preset, {})) for preset in PRESETS} 
     "sharded sft": Case("sft", (), SIZES["sft"], twist="passes_are_shared"),
     "validated": Case("ppo", validates=True),
     "validated sft": Case("sft", (), SIZES["sft"], validates=True),
+    "episodes": Case("ppo", (), {"rollout.max_new_tokens": 1}, task="guess_number", resumes=True),
+    "validated episodes": Case("rloo", (), {"rollout.max_new_tokens": 1}, task="guess_number", validates=True),
+    "greedy episodes": Case("remax", (), {"rollout.max_new_tokens": 1}, task="guess_number"),
     "sums are local": Case("reinforce", twist="sums_are_local"),
     "broken": Case("ppo", (), {"algo.update.minibatches": 3}, twist="a_row_is_not_finite"),
 }  # fmt: skip
@@ -144,7 +147,7 @@ def test_the_same_memory(alone, parts):
     assert alone.memory["iterations"].min() > 0, "the first iteration's have left"
 
 
-@pytest.mark.parametrize("case", quick(["validated", "validated sft"], QUICK))
+@pytest.mark.parametrize("case", quick(["validated", "validated sft", "validated episodes"], QUICK))
 def test_the_same_samples(alone, parts):
     """Of three validation batches of different size; only the first process writes them."""
 
@@ -156,7 +159,7 @@ def test_the_same_samples(alone, parts):
     assert parts[1].samples == ""
 
 
-@pytest.mark.parametrize("case", quick(["stopped", "forgetful"], QUICK))
+@pytest.mark.parametrize("case", quick(["stopped", "forgetful", "episodes"], QUICK))
 def test_resumed_on_another_number_of_processes(seen, case):
     """From the third iteration on: from one process to two, and from two to one."""
     through, others = (

@@ -1,4 +1,5 @@
-"""Calls code of the user's own (rewards, tasks): reports what it raises in one line, and checks what it returns."""
+"""Calls code of the user's own (rewards, tasks, environments): reports what it raises in one line, and checks what it
+returns."""
 
 from __future__ import annotations
 
@@ -201,17 +202,21 @@ def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[C
     Raises:
         UserError: naming the completion whose value is not a finite number.
     """
-    numbers = [_number(value) for value in values]
-    for index, number in enumerate(numbers):
-        if not abs(number) <= LARGEST:
+    for index, value in enumerate(values):
+        if not is_finite(value):
             raise UserError(
-                f"{owner} gave {shown(values[index])} as the {what} of completion {index} "
+                f"{owner} gave {shown(value)} as the {what} of completion {index} "
                 f"({shown(completions[index].text)}); it must be a finite number (of single precision)"
             )
-    return numbers
+    return [as_number(value) for value in values]
 
 
-def _number(value: Any) -> float:
+def is_finite(value: Any) -> bool:
+    """Whether it is a finite number, also in single precision."""
+    return abs(as_number(value)) <= LARGEST
+
+
+def as_number(value: Any) -> float:
     """A number of any library as a float; NaN for everything else."""
     # float() would accept "0.5" and an array of one number; from a reward, either is a mistake
     if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", None):

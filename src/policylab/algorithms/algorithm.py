@@ -104,7 +104,7 @@ class Algorithm:
 
     def shape_rewards(self, rollout: Rollout, kl_coef: float) -> Rollout:
         """The rollout with token rewards: the sequence's reward at its last action, minus the KL penalty of each
-        action if it is part of the reward.
+        action if it is part of the reward. The part that belongs to a turn is at the last action of that turn.
 
         ``R_t = [t = last] r - beta KL_t``; arXiv:1909.08593, eq. 2.
         """
@@ -112,7 +112,11 @@ class Algorithm:
         rewards = rollout.rewards
         if self.truncation is not None:
             rewards = rewards + self.truncation.penalty(rollout)
-        token_rewards = torch.where(last_position(rollout.action_mask), rewards[:, None], 0.0)
+        turns = rollout.turn_rewards
+        rest = rewards if turns is None else rewards - turns.sum(-1)
+        token_rewards = torch.where(last_position(rollout.action_mask), rest[:, None], 0.0)
+        if turns is not None:
+            token_rewards = token_rewards + turns
         if isinstance(self.kl, KLPenalty) and self.kl.place == "reward":
             token_rewards = token_rewards - kl_coef * self.kl.of_rollout(rollout)
         return rollout.replace(token_rewards=token_rewards)

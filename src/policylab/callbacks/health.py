@@ -102,7 +102,8 @@ class Health(Callback):
         ended, at_first = metrics.get("train/ended"), self.first.get("train/ended", 0.0)
         if ended is None or ended >= self.min_ended_share or at_first < self.min_ended_share:
             return {}
+        limit = "rollout.max_new_tokens" if "train/turns" not in metrics else "task.turns"
         return {
             "length": f"{1 - ended:.0%} of the completions are cut at the length limit (first: {1 - at_first:.0%}); "
-            "raise rollout.max_new_tokens, or reward brevity"
+            f"raise {limit}, or reward brevity"
         }

@@ -30,13 +30,14 @@ from policylab.models.loading import LoadedModel
 from policylab.models.policy import Policy
 from policylab.rewards.scorer import Scorer
 from policylab.rollouts.engine import Engine, check_processes
+from policylab.rollouts.episodes import Episodes
 from policylab.rollouts.fitting import fitting
 from policylab.rollouts.products import choose_products
 from policylab.rollouts.row_limit import EVERY_ROW
 from policylab.runs.saved_config import as_yaml
 from policylab.tasks.base import Example, Task, data_fingerprint, examples, take_validation
 from policylab.tasks.datamodule import PromptData
-from policylab.training.methods import CriticNeed, method_of
+from policylab.training.methods import CriticNeed, Method, method_of
 from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
 from policylab.user_code import is_theirs, place, said
@@ -44,7 +45,9 @@ from policylab.user_code import is_theirs, place, said
 #: Keys of ``rollout`` for other parts, not for the engine.
 PLANNED = frozenset({"prompts", "group_size", "max_rows"})
 #: Keys of ``task`` for other parts, not for the task itself.
-TAKEN_OVER = frozenset({"max_new_tokens", "too_long"})
+TAKEN_OVER = frozenset({"max_new_tokens", "too_long", "turns", "answer_tokens"})
+#: Those that limit the episodes of a task with an environment.
+EPISODE_LIMITS = ("turns", "answer_tokens")
 #: Keys of ``model`` that change the model after it is loaded.
 ADAPTED = frozenset({"adapter"})
 #: Keys of ``reward`` for the workers that compute it.
@@ -78,6 +81,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     engine = instantiate(without(config.rollout, PLANNED))
     scorer = scorer_of(config.reward)
     task = instantiate(without(config.task, TAKEN_OVER))
+    engine = with_environment(engine, task, config.task, method)
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     if method.needs().learns_from == "completions":
         check_completions(task, train, config.algo.name)
@@ -141,6 +145,26 @@ def instantiate(config: DictConfig) -> Any:
                 f"{config._target_} could not be built: it failed{place(cause)}: {said(cause)}"
             ) from cause
         raise
+
+
+def with_environment(engine: Engine, task: Task, config: DictConfig, method: Method[Any]) -> Engine:
+    """An engine that plays episodes, if the task has an environment; else the engine itself.
+
+    Raises:
+        UserError: when a limit of episodes is missing or limits nothing, or the method does not train on episodes.
+    """
+    environment = getattr(task, "environment", None)
+    limits = {key: config[key] for key in EPISODE_LIMITS if config.get(key) is not None}
+    if environment is None:
+        if limits:
+            raise UserError(
+                f"task.{min(limits)} limits an environment, and task {task.name} has none; leave it out"
+            )
+        return engine
+    if missing := sorted(set(EPISODE_LIMITS) - set(limits)):
+        raise UserError(f"task.{missing[0]} is missing; task {task.name} has an environment, which needs it")
+    method.check_episodes()
+    return Episodes(engine, environment, instruction=task.instruction, **limits)
 
 
 def scorer_of(config: DictConfig) -> Scorer:
@@ -221,6 +245,7 @@ def prompts(
         instruction=task.instruction,
         split=split,
         too_long=too_long,
+        limits=engine.limits if isinstance(engine, Episodes) else None,
     )
 
 

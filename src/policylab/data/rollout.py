@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from policylab.data.text import Completion, Prompt, Sample
+from policylab.data.text import Completion, Episode, Prompt, Sample
 
 __all__ = ["Completion", "Evaluation", "Prompt", "PromptBatch", "Rollout", "Sample"]
 
@@ -49,7 +50,7 @@ class Rollout:
     tokens: Int[Tensor, "B T"]  #: right-padded
     lengths: Int[Tensor, " B"]  #: positions in use, an environment's words included
     action_mask: Bool[Tensor, "B T"]  #: true where the policy chose the token
-    ended: Bool[Tensor, " B"]  #: false when cut at the length limit
+    ended: Bool[Tensor, " B"]  #: false when cut at the length limit, or when its episode was not over
     group_ids: Int[Tensor, " B"]  #: rows of one group answer the same prompt
     prompt_ids: Int[Tensor, " B"]
     logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the distribution it was sampled from
@@ -63,7 +64,14 @@ class Rollout:
     greedy_rewards: Float[Tensor, " B"] | None = None  #: of the likeliest completion of the same prompt
     reward_parts: Float[Tensor, "B K"] | None = None
     part_names: tuple[str, ...] = ()
-    token_rewards: Float[Tensor, "B T"] | None = None  #: the reward at the last action, plus shaping
+    episodes: tuple[
+        Episode, ...
+    ] = ()  #: of each row; dropped once it is scored; empty without an environment
+    turn_ends: Bool[Tensor, "B T"] | None = (
+        None  #: true at the last action of a turn; None without an environment
+    )
+    turn_rewards: Float[Tensor, "B T"] | None = None  #: the part of `rewards` that belongs to single turns
+    token_rewards: Float[Tensor, "B T"] | None = None  #: rewards at the last actions, plus shaping
     advantages: Float[Tensor, "B T"] | None = None  #: of each action
     returns: Float[Tensor, "B T"] | None = None  #: the critic's target
     kept: Bool[Tensor, " B"] | None = None  #: false for sequences left out of training; None keeps all
@@ -99,6 +107,8 @@ class Rollout:
             elif value.ndim == 2 and field.name != "reward_parts":
                 value = value[:, :width]
             changes[field.name] = value
+        if self.episodes:
+            changes["episodes"] = tuple(self.episodes[row] for row in rows.tolist())
         return replace(self, **changes)
 
     @classmethod
@@ -116,6 +126,7 @@ class Rollout:
             elif values[0].ndim == 2 and field.name != "reward_parts":
                 values = [pad(value, (0, width - value.shape[1])) for value in values]
             changes[field.name] = torch.cat(values)
+        changes["episodes"] = tuple(chain.from_iterable(rollout.episodes for rollout in rollouts))
         return replace(rollouts[0], **changes)
 
     def on_grid(self, x: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:

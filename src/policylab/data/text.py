@@ -1,9 +1,13 @@
-"""Prompts and completions for rewards, metrics and people. No tensors: processes that score do not import torch."""
+"""Prompts, completions and an environment's turns, for rewards, metrics and people.
+
+No tensors: processes that score do not import torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,60 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A finished sample, for rewards and metrics."""
+class Turn:
+    """An environment's answer to what the policy wrote.
 
-    prompt: str
-    text: str  #: decoded completion without special tokens
+    Example: ``Turn("higher", reward=-0.1, done=False)``
+    """
+
+    text: str  #: what the policy reads next; after the last turn only people read it
+    reward: float  #: credited to the last token of the policy's turn
+    done: bool  #: whether the episode is over
+    truncated: bool = False  #: whether it stops here without being over
+    parts: Mapping[str, float] = field(default_factory=dict)  #: logged, summed over the turns
+
+
+class Environment(Protocol):
+    """Answers the policy, in the form of Gymnasium's ``reset`` and ``step``. Each episode has an object of its own."""
+
+    def reset(self, prompt: Prompt, seed: int) -> str:
+        """The first observation, which the policy reads after the prompt; "" for none.
+
+        Args:
+            seed: of all that is random in this episode.
+        """
+        ...
+
+    def step(self, text: str) -> Turn:
+        """The answer to a turn of the policy."""
+        ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What an environment and the policy said to each other after the prompt."""
+
+    observation: str  #: the environment's first words
+    turns: tuple[tuple[str, Turn], ...]  #: what the policy wrote, and the answer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished sample, for rewards and metrics: what the policy wrote, without an environment's words."""
+
+    prompt: str  #: with an environment's first observation
+    text: str  #: decoded completion without special tokens; turns are joined by line breaks
     reference: Any
     tokens: tuple[int, ...]  #: the sampled ids, EOS included when there is one
-    ended: bool  #: False when it was cut at the length limit
+    ended: bool  #: False when it was cut at the length limit, or its episode was not over
+    turns: tuple[tuple[str, Turn], ...] = ()  #: what the policy wrote, and the environment's answer
+
+    @property
+    def transcript(self) -> str:
+        """The text for people, with the environment's answers in brackets."""
+        if not self.turns:
+            return self.text
+        return " ".join(f"{written.strip()} [{turn.text.strip()}]" for written, turn in self.turns)
 
 
 @dataclass(frozen=True)
@@ -38,10 +88,10 @@ class Sample:
     iteration: int
     split: str  #: "train" or "val"
     prompt: str
-    completion: str
+    completion: str  #: with an environment's answers
     reward: float
     parts: dict[str, float]
     kl: float | None  #: nats a sequence to the reference; None without one
     length: int  #: tokens that the policy chose
     ended: bool
-    tokens: tuple[int, ...]  #: the completion's ids as they were sampled, EOS included when there is one
+    tokens: tuple[int, ...]  #: the ids that the policy chose, EOS included when there is one

@@ -126,6 +126,27 @@ def encode_chats(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
     ]
 
 
+def around_answer(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a chat template puts between an answer and the user's next message, and between that and the next answer.
+
+    Raises:
+        UserError: when the template takes no conversation of several turns.
+    """
+    answer, message = chr(PRIVATE), chr(PRIVATE + 1)
+    turns = [("user", "a"), ("assistant", answer), ("user", message)]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    try:
+        rendered = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        before, after = rendered.rpartition(answer)[2].split(message)
+    except Exception as error:  # any exception of the template, or it leaves a message out
+        raise UserError(
+            f"the chat template takes no conversation of several turns ({type(error).__name__}: {error}), which a task "
+            "with an environment needs; fix tokenizer.chat_template, or take model.chat=false"
+        ) from error
+    before_ids, after_ids = _call(tokenizer, [before, after], add_special_tokens=False)
+    return before_ids, after_ids
+
+
 def render(tokenizer: Any, messages: Sequence[str]) -> list[str]:
     """The text of user messages, each in the chat template.
 

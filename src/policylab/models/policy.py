@@ -21,7 +21,7 @@ from policylab.functional.linear_head import Head, HeadFigures, head_figures
 from policylab.functional.logprobs import entropy, log_distribution, token_logprobs
 from policylab.models.adapted import adapted_layers, adapters_off, shared_weights
 from policylab.models.compiling import compile_layers
-from policylab.models.encoding import encode, encode_prompts, end_of_answer, eos_ids
+from policylab.models.encoding import around_answer, encode, encode_prompts, end_of_answer, eos_ids
 from policylab.models.readers import Pass, reader_for
 from policylab.models.readers.packed import trial_rollout
 
@@ -143,6 +143,21 @@ class Policy(nn.Module):
                 zip(examples, tokens, targets, strict=True)
             )
         ]
+
+    def encode_answer(self, text: str, *, ended: bool) -> list[int]:
+        """An environment's answer to what the policy wrote; for chat models a user message, up to the next answer.
+
+        Args:
+            ended: whether the policy ended its turn with an EOS.
+
+        Raises:
+            UserError: when the tokenizer cannot read the text, or the chat template takes no second message.
+        """
+        (words,) = encode(self.tokenizer, [text], special=False)
+        if not self.chat:
+            return words
+        before, after = around_answer(self.tokenizer)
+        return before[ended and before[0] in self.eos_ids :] + words + after
 
     def decode(self, tokens: list[int]) -> str:
         """Text for rewards and display, without the EOS. It is never tokenized again."""

@@ -17,6 +17,7 @@ from policylab.config.build import (
     check_parts,
     instantiate,
     model_config,
+    with_environment,
     without,
 )
 from policylab.config.hardware import AUTO, processes, with_devices
@@ -61,11 +62,12 @@ def describe(config: DictConfig) -> Described:
     needs, plan = method.needs(), method.plan(config.rollout, processes(config))
     engine = instantiate(without(config.rollout, PLANNED))
     task = instantiate(without(config.task, TAKEN_OVER))
+    played = with_environment(engine, task, config.task, method)
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     model = outline(config)
     size = size_of(model.lm, adapter_for(config), config.optim.frozen_layers)
     prompts, targets = lengths(model, task, [*train, *val])
-    new_tokens = max([engine.max_new_tokens, *(targets if needs.learns_from == "completions" else [])])
+    new_tokens = max([played.max_new_tokens, *(targets if needs.learns_from == "completions" else [])])
     limit = context_of(model.lm)
     if limit is not None and config.task.get("too_long", "refuse") != "refuse":
         prompts = [min(tokens, max(1, limit - new_tokens)) for tokens in prompts]

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from policylab.data.text import Completion
 from policylab.errors import UserError
-from policylab.user_code import call, check_names, finite, handed_over, one_for_each, shown
+from policylab.user_code import (
+    as_number,
+    call,
+    check_names,
+    finite,
+    handed_over,
+    is_finite,
+    one_for_each,
+    shown,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +44,7 @@ class Score:
 
     total: float  #: the number to maximize
     parts: dict[str, float]  #: only logged, as ``train/reward/<name>``; need not add up to the total
+    turns: Sequence[float] = ()  #: the part of it that belongs to each turn; the rest belongs to the last one
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Scores:
 
     total: Sequence[float]
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: as in `Score`, a list for each name
+    turns: Sequence[Sequence[float]] = ()  #: as in `Score`, a list for each completion; or none at all
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,25 @@ def ask(reward: Any, batch: ScoringBatch) -> Scores:
             name: one_for_each(f"{owner}: part {name!r}", values, count)
             for name, values in scores.parts.items()
         },
+        of_turns(owner, scores.turns, batch.completions),
     )
+
+
+def of_turns(owner: str, given: Any, completions: Sequence[Completion]) -> Sequence[Sequence[float]]:
+    """What belongs to each turn of each completion, zeros where nothing was given; empty where none has turns.
+
+    Raises:
+        UserError: when a completion has another number of turns, or a value is no finite number.
+    """
+    rows = one_for_each(f"{owner}: turns", given, len(completions)) if len(given) else [()] * len(completions)
+    turns = [list(row) or [0.0] * len(c.turns) for row, c in zip(rows, completions, strict=True)]
+    for index, (row, completion) in enumerate(zip(turns, completions, strict=True)):
+        if len(row) != len(completion.turns) or not all(map(is_finite, row)):
+            raise UserError(
+                f"{owner} gave {shown(row)} to the turns of completion {index}, which has {len(completion.turns)}; "
+                "give a finite number for each"
+            )
+    return [list(map(as_number, row)) for row in turns] if any(turns) else ()
 
 
 def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:
@@ -172,7 +201,11 @@ def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:
         check_names(owner, f"the parts of completion {index}", row.parts)
         check_same_parts(owner, row.parts, rows[0].parts, index)
     parts = list(rows[0].parts) if rows else []
-    return Scores([row.total for row in rows], {name: [row.parts[name] for row in rows] for name in parts})
+    return Scores(
+        [row.total for row in rows],
+        {name: [row.parts[name] for row in rows] for name in parts},
+        [row.turns for row in rows],
+    )
 
 
 def checked(name: str, shares: Sequence[Scores], completions: Sequence[Completion]) -> Scores:
@@ -193,7 +226,8 @@ def checked(name: str, shares: Sequence[Scores], completions: Sequence[Completio
         part: finite(owner, f"part {part!r}", [x for share in shares for x in share.parts[part]], completions)
         for part in (shares[0].parts if shares else ())
     }
-    return Scores(finite(owner, "score", total, completions), parts)
+    turns = tuple(row for share in shares for row in share.turns)
+    return Scores(finite(owner, "score", total, completions), parts, turns)
 
 
 def check_same_parts(owner: str, parts: Mapping[str, Any], first: Mapping[str, Any], index: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from policylab.errors import UserError
@@ -41,12 +41,24 @@ class WeightedSum:
     def score(self, batch: ScoringBatch) -> Scores:
         """The sum, and each part before it is weighted."""
         scores = {name: score(part, batch.completions, batch.device) for name, part in self.parts.items()}
-        weighted = [[self.weights[name] * x for x in scores[name].total] for name in self.parts]
         parts = {name: found.total for name, found in scores.items()}
         below = {
             f"{name}/{part}": values for name, found in scores.items() for part, values in found.parts.items()
         }
-        return Scores([sum(column) for column in zip(*weighted, strict=True)], parts | below)
+        turns = zip(*(found.turns for found in scores.values()), strict=True)
+        return Scores(
+            self._weigh(parts.values()),
+            parts | below,
+            [self._weigh(of_completion) for of_completion in turns],
+        )
+
+    def _weigh(self, columns: Iterable[Sequence[float]]) -> list[float]:
+        """The weighted sum of each row; a column for each part."""
+        weights = [self.weights[name] for name in self.parts]
+        return [
+            sum(weight * x for weight, x in zip(weights, row, strict=True))
+            for row in zip(*columns, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any] | None:
         """The states of the parts; None if no part has one."""

@@ -27,6 +27,7 @@ def fitting(
     instruction: str | None,
     split: str,
     too_long: str,
+    limits: str | None = None,
 ) -> list[Prompt]:
     """The prompts that fit the model together with ``new_tokens`` or their completion. Warns how many do not fit.
 
@@ -36,12 +37,14 @@ def fitting(
         split: name of the rows in messages.
         too_long: ``drop`` removes prompts, and the others keep their ids; ``truncate`` cuts the beginning of a prompt
             and the end of a completion (which then has no EOS); ``refuse`` raises.
+        limits: the settings that ``new_tokens`` comes from, for messages; None: ``rollout.max_new_tokens``.
 
     Raises:
         UserError: naming the first row that does not fit, if it is refused or cannot be cut; and if no row is left.
     """
     if too_long not in TOO_LONG:
         raise UserError(f"task.too_long={too_long} is not one of {', '.join(TOO_LONG)}")
+    limits = limits or f"rollout.max_new_tokens={new_tokens}"
     limit, reader = context(policy)
     over = [prompt for prompt in prompts if needed(prompt, new_tokens) > limit]
     if not over:
@@ -54,7 +57,7 @@ def fitting(
     )
     if too_long == "refuse" or new_tokens >= limit:
         helps = new_tokens >= limit or needed(worst, 1) <= limit
-        lower = f"lower rollout.max_new_tokens={new_tokens}, or " if helps else ""
+        lower = f"lower {limits}, or " if helps else ""
         raise UserError(
             f"{what}; {lower}take ++task.too_long=drop (they are left out) or "
             "++task.too_long=truncate (the beginning of a prompt and the end of a completion are cut)"
@@ -69,7 +72,7 @@ def fitting(
     log.warning("%s; they are cut (task.too_long=truncate)", what)
     room = int(limit)
     return [
-        truncated(policy, prompt, room, new_tokens, instruction) if prompt.id in gone else prompt
+        truncated(policy, prompt, room, new_tokens, instruction, limits) if prompt.id in gone else prompt
         for prompt in prompts
     ]
 
@@ -79,7 +82,9 @@ def needed(prompt: Prompt, new_tokens: int) -> int:
     return len(prompt.tokens) + max(new_tokens, len(prompt.target))
 
 
-def truncated(policy: Policy, prompt: Prompt, room: int, new_tokens: int, instruction: str | None) -> Prompt:
+def truncated(
+    policy: Policy, prompt: Prompt, room: int, new_tokens: int, instruction: str | None, limits: str
+) -> Prompt:
     """The prompt, with the beginning of its text cut so that ``new_tokens`` fit, and its completion cut to the rest.
 
     Raises:
@@ -92,7 +97,7 @@ def truncated(policy: Policy, prompt: Prompt, room: int, new_tokens: int, instru
         if kept < 1:
             raise UserError(
                 f"task.too_long=truncate: of {shown(prompt.text)} no text is left beside the instruction and "
-                f"rollout.max_new_tokens={new_tokens} in {room} positions; shorten task.instruction"
+                f"{limits} in {room} positions; shorten task.instruction"
             )
         text = policy.decode(words[-kept:])
         (shorter,) = policy.prompts([(text, "", prompt.reference)], instruction)

@@ -29,6 +29,11 @@ def seed_libraries(*key: int) -> None:
     torch.manual_seed(number)
 
 
+def seed_of(noise: Float[Tensor, " T"]) -> int:
+    """A seed for what else is random in a sample, from its noise; hashed, so that it tells nothing about the tokens."""
+    return int(np.random.SeedSequence(int(float(noise[0]) * 2**53)).generate_state(1)[0])
+
+
 def uniforms(
     seed: int, stream: int, iteration: int, samples: Sequence[int], width: int
 ) -> Float[Tensor, "B T"]:

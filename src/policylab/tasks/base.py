@@ -16,7 +16,7 @@ from policylab.user_code import call, check_names, finite, handed_over, one_for_
 log = logging.getLogger(__name__)
 
 #: Names of validation metrics that every run has; a task's metric has another name.
-RESERVED = frozenset({"reward", "length", "ended", "kl", "kl_token", "loss", "prompts"})
+RESERVED = frozenset({"reward", "length", "ended", "turns", "kl", "kl_token", "loss", "prompts"})
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,11 @@ class Example:
 
 
 class Task(Protocol):
-    """A task, which ``task=NAME`` builds: any class with these members."""
+    """A task, which ``task=NAME`` builds: any class with these members.
+
+    A task with an environment also has ``environment()``, which makes a new
+    :class:`~policylab.data.text.Environment` for each episode.
+    """
 
     name: str
     instruction: str | None  #: prompt for chat models, with ``{text}`` in it; None sends the text alone

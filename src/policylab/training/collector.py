@@ -149,7 +149,9 @@ class Collector:
 
     def greedy_rewards(self, prompts: Sequence[Prompt]) -> Tensor:
         """Reward of the likeliest completion of each prompt, repeated for its group, ``[B]``."""
-        likeliest = self.sampler.generate(prompts, 1, TRAIN, range(len(prompts)), greedy)
+        first = self.runtime.rank * self.plan.prompts // self.plan.processes
+        samples = range(first, first + len(prompts))  # they key what is random in an environment
+        likeliest = self.sampler.generate(prompts, 1, TRAIN, samples, greedy)
         _, scores = self.sampler.score(likeliest, prompts)
         rewards = rewarded(likeliest, scores()).rewards
         assert rewards is not None

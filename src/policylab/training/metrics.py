@@ -25,6 +25,8 @@ def measure(rollout: Rollout, means: Means, split: str) -> None:
             means.add(f"{split}/reward/{name}", rollout.reward_parts[:, k])
     means.add(f"{split}/length", mask.sum(-1))
     means.add(f"{split}/ended", rollout.ended)
+    if rollout.turn_ends is not None:
+        means.add(f"{split}/turns", rollout.turn_ends.sum(-1))
     if rollout.ref_logprobs is not None:
         log_ratio = rollout.old_logprobs - rollout.ref_logprobs
         means.add(f"{split}/kl", masked_sum(log_ratio, mask))
@@ -45,7 +47,7 @@ def describe(rollout: Rollout, completions: Sequence[Completion], split: str, it
             iteration=iteration,
             split=split,
             prompt=completion.prompt,
-            completion=completion.text,
+            completion=completion.transcript,
             reward=row[1],
             parts=dict(zip(rollout.part_names, row[parts], strict=True)),
             kl=None if rollout.ref_logprobs is None else row[-1],

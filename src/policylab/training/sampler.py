@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ class Sampler:
 
     def completions(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:
         """The completions as text, with one device-to-host copy. ``prompts``: one for each row."""
+        if rollout.episodes:
+            return conversations(rollout, prompts)
         table = torch.cat([rollout.lengths[:, None], rollout.ended[:, None], rollout.tokens], dim=1).tolist()
         return [
             Completion(
@@ -187,10 +190,34 @@ class Sampler:
         self._reward_is_loaded = True
 
 
+def conversations(rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:
+    """What the policy wrote in each episode, with the environment's answers."""
+    rows = zip(
+        *(prompts, rollout.episodes, rollout.ended.tolist()),
+        *(rollout.tokens.tolist(), rollout.action_mask.tolist()),
+        strict=True,
+    )
+    return [
+        Completion(
+            prompt.text + episode.observation,
+            "\n".join(written for written, _ in episode.turns),
+            prompt.reference,
+            tuple(compress(tokens, chosen)),
+            ended,
+            episode.turns,
+        )
+        for prompt, episode, ended, tokens, chosen in rows
+    ]
+
+
 def rewarded(rollout: Rollout, scores: Scores) -> Rollout:
-    """The rollout with the scores of its rows."""
+    """The rollout with the scores of its rows, and of their turns."""
     device = rollout.tokens.device
     table = torch.tensor([scores.total, *scores.parts.values()], dtype=torch.float32, device=device)
+    if rollout.turn_ends is not None:
+        of_turns = torch.tensor([x for row in scores.turns for x in row], device=device)
+        grid = torch.zeros(rollout.tokens.shape, device=device)
+        rollout = rollout.replace(turn_rewards=grid.masked_scatter(rollout.turn_ends, of_turns), episodes=())
     return rollout.replace(
         rewards=table[0],
         reward_parts=table[1:].T,

@@ -58,6 +58,13 @@ class Method(ABC, Generic[A]):
             UserError: with the arithmetic.
         """
 
+    def check_episodes(self) -> None:
+        """Refuses what does not go with a task that has an environment.
+
+        Raises:
+            UserError: with the reason and an alternative.
+        """
+
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
         """Compute and temporary memory of an iteration.
 

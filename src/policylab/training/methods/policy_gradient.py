@@ -6,7 +6,7 @@ from typing import Literal
 
 from omegaconf import DictConfig
 
-from policylab.algorithms import Algorithm, MinibatchEpochs, MovingReference
+from policylab.algorithms import Algorithm, MinibatchEpochs, MovingReference, OverlongPenalty
 from policylab.data.plan import BatchPlan
 from policylab.errors import UserError
 from policylab.training import PolicyGradient
@@ -51,6 +51,13 @@ class PolicyGradientMethod(Method[Algorithm]):
             raise UserError(
                 "algo/reference=moving averages weights, and averaging adapters does not average the merged weights; "
                 "with model/adapter=lora take algo/reference=frozen"
+            )
+
+    def check_episodes(self) -> None:
+        if isinstance(self.algorithm.truncation, OverlongPenalty):
+            raise UserError(
+                "algo/truncation=penalty counts the tokens of one completion, and an episode has several turns; take "
+                "algo/truncation=keep or mask"
             )
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from policylab.algorithms import QLearning
 from policylab.data.plan import BatchPlan, ReplayPlan
+from policylab.errors import UserError
 from policylab.training import QTraining
 from policylab.training.methods.base import Method
 from policylab.training.needs import Cost, CriticNeed, Needs
@@ -32,6 +33,12 @@ class QLearningMethod(Method[QLearning]):
 
     def check_lengths(self, plan: BatchPlan, longest: int) -> None:
         self.algorithm.replay.check_room(plan.sequences, longest)
+
+    def check_episodes(self) -> None:
+        raise UserError(
+            f"algo={self.algorithm.name} keeps one reward for each sequence in its replay memory, and a task with an "
+            "environment has one for each turn; take algo=ppo, or another method that trains on its rollouts"
+        )
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
         """The target network adds a forward pass to each pass of an update."""
