@@ -1,6 +1,7 @@
-"""Generate completions with a trained policy.
+"""Generate completions with trained policies.
 
 python generate.py run=latest prompt="the film was"
+python generate.py run=sft-tiny,grpo-tiny prompt="the film was" temperature=0
 python generate.py run=latest              asks for one prompt after another
 """
 

@@ -7,6 +7,7 @@ python train.py -m algo=ppo,reinforce seed=0,1,2                   a sweep: seve
 python train.py -m algo=ppo,reinforce seed=0,1,2 sweep=latest      resumes it
 python train.py plan=true                  prints memory and time of the run, and does not start it
 python train.py debug=fast                 two iterations, to check that everything works
+python train.py algo=grpo init=latest      starts from the policy of the newest run
 python train.py resume=latest              resumes the newest run
 """
 

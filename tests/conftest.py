@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Must be set before the import of the libraries that read them.
 os.environ.update(
@@ -140,6 +140,21 @@ def brief(config: DictConfig) -> DictConfig:
     config.rollout.prompts = 4
     config.rollout.max_new_tokens = min(config.rollout.max_new_tokens, 8)
     return config
+
+
+def evaluated(run: Path, *words: str, checkpoint: str | Path = "last") -> dict[str, Any]:
+    """What ``evaluate.py run=RUN`` writes to its file."""
+    from policylab.launch.evaluate import evaluate
+    from policylab.runs.find import find_checkpoint
+
+    return evaluate(run, find_checkpoint(run, checkpoint), composed("evaluate", words))
+
+
+def generated(run: Path, *words: str, policy: str = "final") -> list[str]:
+    """What ``generate.py run=RUN prompt="the film"`` writes."""
+    from policylab.launch.generate import completions, load_trained
+
+    return completions(load_trained(run, policy), "the film", composed("generate", words))
 
 
 @pytest.fixture(scope="session")

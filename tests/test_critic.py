@@ -16,7 +16,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from conftest import fresh_policy, scratch_model
+from conftest import evaluated, fresh_policy, generated, scratch_model
 from policylab.algorithms import Critic
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
@@ -425,13 +425,7 @@ def variant(request, tmp_path) -> list[str]:
 @pytest.mark.slow
 def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
     """Two iterations, bit for bit; and the run can be evaluated and used to generate, without its critic."""
-    from omegaconf import OmegaConf
     from safetensors.torch import load_file
-
-    from policylab.launch.evaluate import evaluate
-    from policylab.launch.generate import completions, load_policy
-    from policylab.runs.find import find_checkpoint
-    from policylab.runs.saved_config import load_config
 
     def state(run: Path) -> dict[str, torch.Tensor]:
         return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -449,12 +443,8 @@ def test_a_resumed_run_equals_one_that_went_through(train, variant, tmp_path):
 
     exported = load_file(run / "model" / "final" / "model.safetensors")
     assert not any("critic" in name for name in exported)
-    assert len(evaluate(run, find_checkpoint(run, "last"), prompts=3, seed=None)["samples"]) == 3
-    options = OmegaConf.create({"n": 2, "temperature": None, "max_new_tokens": 3, "seed": 0})
-    assert (
-        len(completions(load_policy(run, "final", load_config(run)), "the film", options, load_config(run)))
-        == 2
-    )
+    assert len(evaluated(run, "prompts=3")["samples"]) == 3
+    assert len(generated(run, "n=2", "max_new_tokens=3")) == 2
 
 
 def test_a_run_measures_its_critic(compose, tmp_path, variant):

@@ -21,6 +21,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
+from conftest import evaluated, generated
 from policylab.cli.entry import check_one_choice, flags_first
 from policylab.cli.messages import improve, new_keyword
 from policylab.config import resolvers
@@ -837,11 +838,10 @@ QUICK = ["rollout.prompts=4", "rollout.group_size=2", "rollout.max_new_tokens=4"
 
 
 def test_evaluate_and_generate_read_a_run(train, compose, tmp_path):
-    from policylab.launch.evaluate import evaluate, evaluate_job
-    from policylab.launch.generate import completions, load_policy
+    from policylab.launch.evaluate import evaluate_job
 
     run = train([])
-    result = evaluate(run, find_checkpoint(run, "last"), prompts=None, seed=None)
+    result = evaluated(run)
     after = json.loads((run / "summary.json").read_text())["after"]
     assert result["iteration"] == 2
     assert result["metrics"]["val/reward"] == pytest.approx(after["val/reward"], abs=1e-6), (
@@ -865,15 +865,13 @@ def test_evaluate_and_generate_read_a_run(train, compose, tmp_path):
         tmp_path / "other.ckpt": r"is of another model than this one: .* take a checkpoint of this run",
     }.items():
         with pytest.raises(UserError, match=message):
-            evaluate(run, find_checkpoint(run, file), None, None)
+            evaluated(run, checkpoint=file)
 
-    policy = load_policy(run, "final", load_config(run))
-    options = OmegaConf.create({"n": 3, "temperature": None, "max_new_tokens": 5, "seed": 0})
-    texts = completions(policy, "the film", options, load_config(run))
+    texts = generated(run, "n=3", "max_new_tokens=5")
     assert len(texts) == 3
-    assert texts == completions(policy, "the film", options, load_config(run)), "the same seed, the same text"
+    assert texts == generated(run, "n=3", "max_new_tokens=5"), "the same seed, the same text"
     with pytest.raises(UserError, match="this run has exported best, final"):
-        load_policy(run, "start", load_config(run))
+        generated(run, policy="start")
 
 
 @pytest.mark.parametrize(
@@ -882,12 +880,14 @@ def test_evaluate_and_generate_read_a_run(train, compose, tmp_path):
         ("generate", "n=1.5", "n=1.5 is not a whole number"),
         ("generate", "n=0", "n is 0; it must be at least 1"),
         ("generate", "temperature=hot", "temperature='hot' is not a number"),
-        ("generate", "temperature=0", "temperature is 0; it must be above 0"),
+        ("generate", "temperature=-1", "temperature is -1; it must be at least 0"),
         ("generate", "max_new_tokens=2.5", "max_new_tokens=2.5 is not a whole number"),
         ("generate", "seed=x", "seed='x' is not a whole number"),
         ("evaluate", "prompts=0", "prompts is 0; it must be at least 1"),
         ("evaluate", "show=-1", "show is -1; it must be at least 0"),
         ("evaluate", "seed=1.5", "seed=1.5 is not a whole number"),
+        ("evaluate", "n=0", "n is 0; it must be at least 1"),
+        ("evaluate", "threshold=high", "threshold='high' is not a number"),
         (
             "evaluate",
             "trust_remote_code=yes please",
@@ -899,20 +899,20 @@ def test_values_of_evaluate_and_generate_are_checked(compose, script, word, mess
     from policylab.launch import evaluate, generate
 
     config = compose(["run=x", word], config_name=script)
+    check = {"evaluate": lambda config: evaluate.check(config, []), "generate": generate.check}[script]
     with pytest.raises(UserError, match=message):
-        {"evaluate": evaluate, "generate": generate}[script].check(config)
+        check(config)
 
 
 def test_a_place_where_an_evaluation_cannot_be_written_is_refused_at_once(tmp_path):
-    from policylab.launch.evaluate import output_file
+    from policylab.launch.asked import output_file
 
-    assert output_file(None, tmp_path) == tmp_path / "evaluate.json"
     with pytest.raises(UserError, match=r"there is no folder .*nosuch; make it first"):
-        output_file(f"{tmp_path}/nosuch/out.json", tmp_path)
+        output_file(f"{tmp_path}/nosuch/out.json")
     with pytest.raises(UserError, match="is a folder; give the file to write"):
-        output_file(str(tmp_path), tmp_path)
+        output_file(str(tmp_path))
     with pytest.raises(UserError, match=r"x\.log is the name of a log; .*give FILE\.json"):
-        output_file(f"{tmp_path}/x.log", tmp_path)
+        output_file(f"{tmp_path}/x.log")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -950,7 +950,6 @@ def test_settings_given_at_a_resume_take_effect(train):
 @pytest.mark.slow
 def test_a_run_keeps_its_weights_and_data_if_their_paths_change(train, tiny, tmp_path, monkeypatch):
     """Links and relative paths are resolved at the start; later the contents are compared."""
-    from policylab.launch.evaluate import evaluate
 
     def save(weights: float, name: str) -> None:
         lm = copy.deepcopy(tiny.lm)
@@ -976,7 +975,7 @@ def test_a_run_keeps_its_weights_and_data_if_their_paths_change(train, tiny, tmp
     monkeypatch.chdir(run)
 
     def measured() -> float:
-        return evaluate(run, find_checkpoint(run, "last"), None, None)["metrics"]["val/kl"]
+        return evaluated(run)["metrics"]["val/kl"]
 
     assert measured() == pytest.approx(read_rows(run / "metrics.csv")[-1]["val/kl"], abs=1e-6) != 0
     train([f"resume={run}", "iterations=2"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import scratch_model
+from conftest import evaluated, generated, scratch_model
 from policylab.callbacks.checkpoint import write_policy
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
@@ -455,13 +455,8 @@ def train(compose, tmp_path):
 @pytest.mark.slow
 def test_a_run_is_resumed_evaluated_and_asked(train, tmp_path):
     """Bit for bit, from a file with only adapters and critic; refused with other weights."""
-    from omegaconf import OmegaConf
-
-    from policylab.launch.evaluate import evaluate
-    from policylab.launch.generate import completions, load_policy
-    from policylab.runs.find import find_checkpoint
+    from policylab.launch.generate import load_trained
     from policylab.runs.metrics_file import read_rows
-    from policylab.runs.saved_config import load_config
 
     def state(run: Path) -> dict[str, torch.Tensor]:
         return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -487,15 +482,13 @@ def test_a_run_is_resumed_evaluated_and_asked(train, tmp_path):
     assert any("lora_A" in name and not torch.equal(first[name], expected[name]) for name in expected)
     assert all("lora_" in name or "critic.head" in name for name in expected)
 
-    result = evaluate(run, find_checkpoint(run, "last"), prompts=None, seed=None)
+    result = evaluated(run)
     last = read_rows(run / "metrics.csv")[-1]
     assert result["metrics"]["val/reward"] == pytest.approx(last["val/reward"], abs=1e-6)
     assert result["metrics"]["val/kl"] == pytest.approx(last["val/kl"], abs=1e-6)
     assert last["val/kl"] != 0
-    options = OmegaConf.create({"n": 2, "temperature": None, "max_new_tokens": 3, "seed": 0})
-    policy = load_policy(run, "final", load_config(run))
-    assert not policy.adapted
-    assert len(completions(policy, "the film", options, load_config(run))) == 2
+    assert not load_trained(run, "final").policy.adapted
+    assert len(generated(run, "n=2", "max_new_tokens=3")) == 2
 
     with pytest.raises(
         UserError, match=r"this run has model\.adapter\.rank=2, the command says 3; start a new run"

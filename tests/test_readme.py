@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from conftest import Compose, Train
 from doc_blocks import ROOT, blocks
 from policylab.planning.plan import plan_job
+from policylab.runs.words import typed
 from small_runs import quick
 
 README = ROOT / "README.md"
@@ -60,7 +61,7 @@ def test_command(where: str, words: list[str], compose: Compose) -> None:
     if words[:2] == ["python", "train.py"]:
         check_training(words[2:], compose)
     elif words[0] == "python" and (ROOT / words[1]).is_file():
-        compose(words[2:], config_name=Path(words[1]).stem)
+        compose([typed(word, (), ["task"]) for word in words[2:]], config_name=Path(words[1]).stem)
     elif words[0] in CHECKS:
         CHECKS[words[0]](words[1:])
     else:
@@ -119,7 +120,8 @@ def runs_here(config: DictConfig) -> bool:
     """Whether model and data lie in the repository, and no earlier run is needed."""
     own_model = config.model._target_ in IN_THE_REPOSITORY and config.model.get("path") is None
     own_data = config.task.get("source", "default") == "default"
-    return own_model and own_data and config.resume is None and not config.plan
+    alone = config.resume is None and isinstance(config.init, DictConfig)
+    return own_model and own_data and alone and not config.plan
 
 
 def check_make(arguments: list[str]) -> None:

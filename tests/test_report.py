@@ -280,7 +280,8 @@ def test_refusals(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for runs, message in (
         (f"{tmp_path}/none/*", "no run at"),
-        ([str(tmp_path)], "not a run folder"),
+        ([str(tmp_path.parent)], "not a run folder"),
+        ([str(tmp_path)], "seed 0 of the same experiment appears 2 times|not comparable"),
         ([str(run), str(again)], "seed 0 of the same experiment appears 2 times"),
         ([str(run), str(other)], "not comparable: validation.prompts is 8 .* and 16"),
         ([str(run), str(diverged)], "val/reward is nan at iteration 4"),

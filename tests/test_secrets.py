@@ -12,6 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from conftest import evaluated
 from policylab.cli.hydra_files import Redacted, tidy
 from policylab.cli.logs import Formatter
 from policylab.errors import UserError
@@ -210,9 +211,6 @@ def test_each_job_of_a_multirun_that_fails_is_named(capsys):
 
 def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
     """In no file, also of loggers; a secret from the environment is read again at evaluation."""
-    from policylab.launch.evaluate import evaluate
-    from policylab.runs.find import find_checkpoint
-
     monkeypatch.setenv("PAID_KEY", "sk-SECRET123")
     run = train_briefly(
         [
@@ -231,12 +229,11 @@ def test_a_run_keeps_no_secret(train_briefly, monkeypatch, caplog):
         path for path, text in said.items() if b"SECRET" in text or b"4711000" in text or b"to ken" in text
     ] == []
     assert len([path for path, text in said.items() if b"${oc.env:PAID_KEY}" in text]) >= 3
-    checkpoint = find_checkpoint(run, "last")
     with pytest.raises(UserError, match=r"reward\.password was given as plain text"):
-        evaluate(run, checkpoint, None, None)
+        evaluated(run)
     file = run / "config.yaml"
     file.write_text(file.read_text().replace(HIDDEN, "${oc.env:PAID_KEY}"))
-    assert evaluate(run, checkpoint, None, None)["metrics"]["val/reward"] > 0
+    assert evaluated(run)["metrics"]["val/reward"] > 0
 
 
 # -- code that comes with a model ---------------------------------------------------------------------------
@@ -263,20 +260,19 @@ def test_only_this_command_can_allow_remote_code():
 
 def test_a_run_s_folder_cannot_have_code_run(tmp_path, monkeypatch):
     """Code in a model's folder runs only if this command allows it, whatever config.yaml says."""
-    from policylab.launch.generate import load_policy
+    from policylab.launch.generate import load_trained
 
     folder = tmp_path / "model" / "best"
     folder.mkdir(parents=True)
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
     write_json(folder / "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}})
-    config = OmegaConf.create(
-        {
-            "model": {"dtype": "float32", "attn_implementation": "sdpa", "trust_remote_code": True},
-            "hardware": {"products": "pytorch"},
-        }
-    )
+    config = {
+        "model": {"dtype": "float32", "attn_implementation": "sdpa", "trust_remote_code": True},
+        "hardware": {"products": "pytorch"},
+    }
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     with pytest.raises(UserError, match="trust_remote_code=true"):
-        load_policy(tmp_path, "best", config)
+        load_trained(tmp_path, "best")
     assert not (tmp_path / "ran").exists()
 
 

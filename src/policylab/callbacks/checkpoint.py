@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from functools import partial
@@ -20,12 +19,10 @@ from policylab.models.adapted import save_adapters, whole_weights
 from policylab.models.loading import quiet_bars
 from policylab.runs.checkpoints import LAST, checkpoint_iteration, link_atomically
 from policylab.runs.damage import read
+from policylab.runs.find import STAMP, exported_iteration
 from policylab.runs.folder import write_json
 from policylab.runs.metrics_file import best_row
 from policylab.runs.writing import BackgroundWriter
-
-#: File in an exported policy's folder that holds its iteration.
-STAMP = "policylab.json"
 
 
 class Checkpoint(Callback):
@@ -196,12 +193,6 @@ def iteration_of(checkpoint: Path) -> int | None:
         return checkpoint_iteration(checkpoint)
     except UserError:
         return None
-
-
-def exported_iteration(folder: Path) -> int | None:
-    """The iteration of an exported policy; None without a complete one."""
-    stamp = folder / STAMP
-    return int(json.loads(stamp.read_text())["iteration"]) if stamp.is_file() else None
 
 
 def check_iteration(checkpoint: Path, iteration: int) -> None:

@@ -27,8 +27,8 @@ PLAIN_WIDTH = 110
 #: Options of rich's consoles: otherwise brackets are styles, ``:x:`` is an emoji, and numbers are coloured.
 PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 SAMPLE_WIDTH = 160
-#: Groups of the config that the tree leaves out, because they do not change training.
-SIDE = ("paths", "callbacks", "logger")
+#: Groups of the config that the tree leaves out: they do not change training, or the header shows them.
+SIDE = ("paths", "callbacks", "logger", "init")
 
 
 class LoggedConsole(Console):

@@ -55,13 +55,16 @@ def prepare(script: str) -> None:
         sys.path.insert(1, os.getcwd())  # so that users can name their own modules
 
 
-def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ()) -> None:
+def guarded(
+    main: Callable[[], object], doc: str, free_text: Sequence[str] = (), open_groups: Sequence[str] = ()
+) -> None:
     """Runs a root script's ``main`` and ends the process with a clear message and the right exit code.
 
     Args:
         main: the function under ``hydra.main``.
         doc: docstring of the script, for ``--help``.
         free_text: keys whose value is text, which needs no quoting for Hydra.
+        open_groups: groups whose keys the script's own config need not have.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page(doc, Path(sys.argv[0]).resolve()))
@@ -70,7 +73,7 @@ def guarded(main: Callable[[], object], doc: str, free_text: Sequence[str] = ())
     try:
         stop_on_signals()
         stop_with_sweep()
-        sys.argv[1:] = flags_first([typed(word, free_text) for word in sys.argv[1:]])
+        sys.argv[1:] = flags_first([typed(word, free_text, open_groups) for word in sys.argv[1:]])
         sys.argv[1:] = with_command_of(with_sweep(sys.argv[1:]))
         check_one_choice(sys.argv[1:], Path(sys.argv[0]).resolve().parent / "configs")
         main()

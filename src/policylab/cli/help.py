@@ -20,7 +20,12 @@ def help_page(doc: str, script: Path) -> str:
     text = (script.parent / "configs" / f"{script.stem}.yaml").read_text(encoding="utf-8")
     defaults = {match["group"]: match for line in text.splitlines() if (match := DEFAULT.match(line))}
     sections = [doc.strip()]
-    if groups := list_groups(script.parent) if defaults else {}:
+    groups = list_groups(script.parent)
+    if "algo" not in defaults:  # not the training script: a few groups alone
+        groups = {
+            name: groups[name] for name, match in defaults.items() if match["comment"] and name in groups
+        }
+    if groups:
         lines = [describe(group, choices, defaults.get(group)) for group, choices in groups.items()]
         sections.append("Groups: group=choice (* is the default)\n\n" + "\n".join(lines))
     sections.append("Values: name=value, or group.name=value\n\n" + own_values(text))

@@ -13,6 +13,8 @@ from policylab.callbacks.tables import before_after, config_tree, console, durat
 from policylab.distributed.signals import in_sweep
 from policylab.distributed.world import world
 from policylab.runs.environment import git_state
+from policylab.runs.find import exported_iteration
+from policylab.runs.parents import INIT, RUN, WHICH, policy_in_words
 from policylab.runs.saved_config import plain
 from policylab.runs.words import command, counted, override
 from policylab.user_code import short_path
@@ -44,6 +46,9 @@ class Screen:
             ("device", devices(self.config)),
             ("seed", str(self.config.seed)),
         ]
+        if parent := OmegaConf.select(self.config, RUN):
+            policy = policy_in_words(self.config.init.which, exported_iteration(Path(self.config.model.path)))
+            lines.insert(1, ("init", f"{short_path(parent)}, {policy}"))
         if self.config.resume:
             lines.insert(1, ("resuming", str(self.config.resume)))
         self.console.print(to_copy(lines), soft_wrap=True)
@@ -70,7 +75,7 @@ class Screen:
         self.console.print("plan")
         self.console.print(rows([(f"  {label}", value) for label, value in lines]))
 
-    def ending(self, summary: dict[str, Any]) -> None:
+    def ending(self, experiment: Experiment, summary: dict[str, Any]) -> None:
         """Metrics before and after training, the run folder, and commands for the next steps."""
         self.console.print()
         if summary["after"].get("iteration"):  # a validation after the one before training
@@ -86,14 +91,20 @@ class Screen:
                 ("best", f"{best['metric']} {number(best['value'])} at iteration {best['iteration']}")
             )
         folder = short_path(self.run_dir)
-        further = [] if summary["status"] == "interrupted" else [self._twice(summary)]
+        ended = summary["status"] != "interrupted"
+        further = [self._twice(summary)] if ended else []
         last, final = ([], []) if best else (["checkpoint=last"], ["policy=final"])
+        which = [] if best and ended else [f"{WHICH}={'best' if best else 'final'}"]
         lines += [
             ("run", folder),
             ("next", command("evaluate.py", override("run", folder), *last)),
             ("", command("generate.py", override("run", folder), *final)),
             ("", command("train.py", override("resume", folder), *further)),
         ]
+        if experiment.module.parts.needs.learns_from == "completions":
+            lines.append(
+                ("", command("train.py", "algo=grpo", *self._task(), override(INIT, folder), *which))
+            )
         self.console.print(to_copy(lines), soft_wrap=True)
 
     def _length(self) -> str:
@@ -102,6 +113,15 @@ class Screen:
         if budget is None:
             return str(iterations)
         return f"until {budget:,} tokens are sampled, at most {iterations}"
+
+    def _task(self) -> list[str]:
+        """The overrides for prompts of the same kind, where the task has a file in ``configs/task/``."""
+        task = self.config.task
+        source = task.get("source", "default")
+        file = Path(self.config.paths.repo, "configs", "task", f"{task.name}.yaml")
+        return [f"task={task.name}"] * file.is_file() + [override("task.source", short_path(source))] * (
+            source != "default"
+        )
 
     def _twice(self, summary: dict[str, Any]) -> str:
         """The override that doubles the limit that ended the run."""

@@ -64,8 +64,11 @@ class Experiment:
     config: DictConfig
 
 
-def build(config: DictConfig, run_dir: Path) -> Experiment:
+def build(config: DictConfig, run_dir: Path, *, trains: bool = True) -> Experiment:
     """Checks the config and builds the cheap parts first, so that a wrong config fails before a model loads.
+
+    Args:
+        trains: whether the experiment is to train; if not, no prompt needs a completion.
 
     Raises:
         UserError: when a part refuses its values.
@@ -83,7 +86,7 @@ def build(config: DictConfig, run_dir: Path) -> Experiment:
     task = instantiate(without(config.task, TAKEN_OVER))
     engine = with_environment(engine, task, config.task, method)
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
-    if method.needs().learns_from == "completions":
+    if trains and method.needs().learns_from == "completions":
         check_completions(task, train, config.algo.name)
 
     policy = build_policy(config, method.needs().critic)

@@ -9,12 +9,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from policylab.config.suggest import nearest
 from policylab.errors import UserError, check_range
 from policylab.models.folder import check_folder
+from policylab.runs.parents import POLICIES, RUN, WHICH
 from policylab.runs.words import leaves
 
 #: All keys at the root of a config.
 ROOT_KEYS = {
-    "algo", "callbacks", "detect_anomaly", "hardware", "iterations", "logger", "max_tokens", "model", "name", "optim",
-    "paths", "plan", "plan_flops", "plan_memory", "resume", "reward", "rollout", "seed", "tags", "task", "validation",
+    "algo", "callbacks", "detect_anomaly", "hardware", "init", "iterations", "logger", "max_tokens", "model", "name",
+    "optim", "paths", "plan", "plan_flops", "plan_memory", "resume", "reward", "rollout", "seed", "tags", "task",
+    "validation",
 }  # fmt: skip
 #: Whole numbers outside any ``_target_``: nothing else checks their type.
 WHOLE_NUMBERS = (
@@ -52,6 +54,7 @@ def check(config: DictConfig) -> None:
     if not isinstance(config.tags, ListConfig):
         raise UserError(f"tags={config.tags!r} is not a list; write tags=[{config.tags}]")
     check_range("seed", config.seed, 0, 2**32 - 1)
+    check_init(config)
     for path in ("hardware.devices", "hardware.num_nodes"):
         if OmegaConf.select(config, path) != "auto":
             check_whole(path, OmegaConf.select(config, path), 1)
@@ -75,11 +78,20 @@ def check(config: DictConfig) -> None:
         )
 
 
-def check_number(path: str, value: object, above: float) -> None:
-    """Refuses a value that is not a number, or not above its bound."""
+def check_init(config: DictConfig) -> None:
+    """Refuses a parent that no ``init=RUN`` on the command line has named, and a policy of none."""
+    run, which = (OmegaConf.select(config, key) for key in (RUN, WHICH))
+    if run is None and which not in (None, POLICIES[0]):
+        raise UserError(f"init.which={which} says which policy of init=RUN, and there is no init")
+    if not isinstance(config.init, DictConfig) or (run is not None and config.model.get("path") is None):
+        raise UserError(f"init={run or config.init} works on the command line only: python train.py init=RUN")
+
+
+def check_number(path: str, value: object, low: float) -> None:
+    """Refuses a value that is not a number, or below its bound."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a number")
-    check_range(path, value, above, above=True)
+    check_range(path, value, low)
 
 
 def check_switch(path: str, value: object) -> None:

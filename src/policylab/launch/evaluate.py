@@ -1,13 +1,16 @@
-"""Metrics and samples of a run's checkpoint on the validation prompts."""
+"""Metrics and samples of runs' checkpoints on validation prompts: their own, or those of another task."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from policylab.callbacks.tables import (
     console,
@@ -19,129 +22,203 @@ from policylab.callbacks.tables import (
     to_copy,
 )
 from policylab.cli.logs import logged_to
-from policylab.config.checks import check_switch, check_whole
-from policylab.errors import UserError
+from policylab.config.checks import check_number, check_whole
+from policylab.errors import RunError, UserError
+from policylab.launch.asked import check_asked, output_file, sampling
 from policylab.launch.endings import log_failure
 from policylab.launch.imports import import_libraries
 from policylab.runs.checkpoints import checkpoint_state
 from policylab.runs.damage import check_undamaged
-from policylab.runs.find import find_checkpoint, find_run
+from policylab.runs.find import find_checkpoint, find_runs
 from policylab.runs.folder import write_json
 from policylab.runs.same_run import check_fits
-from policylab.runs.saved_config import load_usable
+from policylab.runs.saved_config import learn_secrets, load_usable
+from policylab.runs.words import counted, override_key
 from policylab.user_code import short_path
 
-#: Groups of a run's config that an evaluation needs.
-PARTS = ("algo", "hardware", "model", "optim", "reward", "rollout", "task", "validation")
+#: Parts of a run's config that an evaluation works with, and those of them that it may replace.
+PARTS = ("algo", "hardware", "model", "optim", "rollout", "validation")
+REPLACEABLE = ("reward", "task")
+#: Between two lines of progress.
+PROGRESS_SECONDS = 5.0
 
 
 def evaluate_job(config: DictConfig) -> None:
     """The Hydra task of ``evaluate.py``."""
-    check(config)
-    run_folder = find_run(config.run)
-    checkpoint = find_checkpoint(run_folder, config.checkpoint)
-    out = output_file(config.out, run_folder)
-    with logged_to(out.with_name("evaluate.log")), log_failure():
-        result = evaluate(run_folder, checkpoint, config.prompts, config.seed, config.trust_remote_code)
-        write_json(out, result)
-        show(result, config.show)
-        console().print(to_copy([("written to", short_path(out))]), soft_wrap=True)
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    check(config, hydra.overrides.task)
+    chosen = [group for group in REPLACEABLE if hydra.runtime.choices.get(group) is not None]
+    out = None if config.out is None else output_file(config.out)
+    found = [
+        (run, find_checkpoint(run, config.checkpoint))
+        for run in find_runs(config.run, Path(config.paths.logs))
+    ]
+    results, failures = list[dict[str, Any]](), list[str]()
+    for run, checkpoint in found:
+        file = out or run / "evaluate.json"
+        try:
+            with logged_to(file.with_name("evaluate.log")), log_failure():
+                results.append(evaluate(run, checkpoint, config, chosen))
+                write_json(file, results if out and len(found) > 1 else results[-1])
+                show(results[-1], config.show)
+                console().print(to_copy([("written to", short_path(file))]), soft_wrap=True)
+        except (UserError, RunError) as error:
+            if len(found) == 1:
+                raise
+            failures.append(f"{short_path(run)}: {error}")
+            console().print(f"left out  {failures[-1]}", soft_wrap=True)
+    if len(results) > 1:
+        console().print(comparison(results))
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {counted(len(found), 'run')} could not be evaluated: {'; '.join(failures)}"
+        )
 
 
-def output_file(out: str | None, run_folder: Path) -> Path:
-    """The file for metrics and samples; ``evaluate.log`` is written beside it.
-
-    Raises:
-        UserError: when it is a folder or a log, or its folder does not exist.
-    """
-    path = Path(out).expanduser() if out else run_folder / "evaluate.json"
-    if path.is_dir():
-        raise UserError(f"out={out} is a folder; give the file to write")
-    if path.suffix == ".log":
-        raise UserError(f"out={out} is the name of a log; metrics and samples are JSON: give FILE.json")
-    if not path.parent.is_dir():
-        raise UserError(f"out={out}: there is no folder {path.parent}; make it first")
-    return path
-
-
-def check(config: DictConfig) -> None:
+def check(config: DictConfig, words: Sequence[str]) -> None:
     """Refuses values before anything is loaded.
+
+    Args:
+        words: of the command line.
 
     Raises:
         UserError: naming the value.
     """
-    for name, low in (("prompts", 1), ("seed", 0)):
-        if config[name] is not None:
-            check_whole(name, config[name], low)
+    check_asked(config)
+    if config.prompts is not None:
+        check_whole("prompts", config.prompts, 1)
     check_whole("show", config.show, 0)
-    check_switch("trust_remote_code", config.trust_remote_code)
+    check_number("threshold", config.threshold, float("-inf"))
+    if foreign := [word for word in words if override_key(word).partition(".")[0] == "model"]:
+        raise UserError(f"{foreign[0]}: the model is that of the run; give another run")
 
 
 def evaluate(
-    run_folder: Path,
-    checkpoint: Path,
-    prompts: int | None,
-    seed: int | None,
-    trust_remote_code: bool = False,
+    run_folder: Path, checkpoint: Path, asked: DictConfig, chosen: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Builds the experiment of a run again and validates a checkpoint.
+    """Builds the experiment of a run again, with what is asked in place of its own, and validates a checkpoint.
 
     Args:
-        prompts: largest number of validation prompts; None: the run's.
-        seed: of the sampling noise; None: the run's.
-        trust_remote_code: whether this command allows it; the saved config cannot.
+        asked: the config of ``evaluate.py``.
+        chosen: groups of it that replace the run's whole; of others, only the keys that are given.
 
     Returns:
-        The content of ``evaluate.json``: run, checkpoint, iteration, seed, number of prompts, metrics, samples.
+        The content of ``evaluate.json``: run, checkpoint, iteration, how it was sampled and scored, prompts that were
+        counted, metrics, samples.
 
     Raises:
         UserError: when a needed secret was not saved, or the checkpoint is damaged or of another model.
     """
     checkpoint_state(check_undamaged(checkpoint))
     import_libraries()
+    from policylab.callbacks.evaluation import EvaluationProgress
     from policylab.cli.logs import silence_noise
     from policylab.config.build import build
+    from policylab.functional.behaviour import greedy
+    from policylab.rollouts.noise import VALIDATION
 
     silence_noise()
     warnings.filterwarnings(
         "ignore", message="(?s).*callbacks used to create the checkpoint"
     )  # left out on purpose
-    config = for_evaluation(load_usable(run_folder, PARTS, trust_remote_code), prompts, seed)
-    experiment = build(config, run_folder)
-    module = experiment.module
+    own = [group for group in REPLACEABLE if group not in chosen]
+    config = for_evaluation(load_usable(run_folder, (*PARTS, *own), asked.trust_remote_code), asked, chosen)
+    experiment = build(config, run_folder, trains=False)
+    module, trainer = experiment.module, experiment.trainer
+    module.run_state.checks_data = asked.get("task") is None
+    module.sampler.reward_is_loaded = asked.get("reward") is not None
+    module.validator.completions, module.validator.threshold = asked.n, asked.threshold
+    if asked.temperature is not None:
+        behaviour = greedy if asked.temperature == 0 else None
+        module.sampler.behaviour = lambda stream: behaviour if stream == VALIDATION else None
+    if asked.temperature == 0:
+        module.sampler.reference = None  # the likeliest tokens are no sample that a KL could be measured on
     check_fits(module, checkpoint, "take a checkpoint of this run")
-    experiment.trainer.validate(
-        module, datamodule=experiment.data, ckpt_path=checkpoint, verbose=False, weights_only=True
-    )
+    trainer.callbacks.append(EvaluationProgress(PROGRESS_SECONDS))  # type: ignore[attr-defined]
+    with module.sampler.scorer:
+        trainer.validate(
+            module, datamodule=experiment.data, ckpt_path=checkpoint, verbose=False, weights_only=True
+        )
     return {
         "run": str(run_folder),
         "checkpoint": str(checkpoint),
         "iteration": module.iteration,
+        "task": config.task.name,
+        "reward": config.reward["_target_"],
         "seed": config.seed,
+        "temperature": config.rollout.temperature if asked.temperature is None else asked.temperature,
+        "n": asked.n,
+        "threshold": asked.threshold,
         "prompts": int(module.val_metrics["val/prompts"]),
         "metrics": module.val_metrics,
         "samples": [asdict(sample) for sample in module.samples],
     }
 
 
-def for_evaluation(config: DictConfig, prompts: int | None, seed: int | None) -> DictConfig:
-    """A copy of a run's config without callbacks and loggers, for one process."""
+def for_evaluation(config: DictConfig, asked: DictConfig, chosen: Sequence[str]) -> DictConfig:
+    """A copy of a run's config for one process, without callbacks and loggers, and with what is asked in its place."""
     changed = config.copy()
     changed.callbacks, changed.logger = {}, {}
     changed.hardware.update({"devices": 1, "num_nodes": 1, "strategy": "auto", "cpu_offload": False})
-    if prompts is not None:
-        changed.validation.prompts = prompts
-    if seed is not None:
-        changed.seed = seed
+    if asked.prompts is not None:
+        changed.validation.prompts = asked.prompts
+    if asked.seed is not None:
+        changed.seed = asked.seed
+    changed.validation.batch_size = max(1, changed.validation.batch_size // asked.n)
+    for group in REPLACEABLE:
+        if asked.get(group) is not None:
+            changed[group] = replaced(config, asked, group, whole=group in chosen)
+    if "task" in chosen:
+        changed.rollout.max_new_tokens = changed.task.get("max_new_tokens", changed.rollout.max_new_tokens)
+    changed.rollout.update(sampling(asked))
     return changed
+
+
+def replaced(config: DictConfig, asked: DictConfig, group: str, *, whole: bool) -> DictConfig:
+    """A group of a run's config with the keys that are asked. The run's own stay, unless the whole group or another
+    target is asked."""
+    own, given = config[group], asked[group]
+    learn_secrets(given)
+    new: Any = OmegaConf.to_container(given, resolve=True)
+    foreign = new.get("_target_", own["_target_"]) != own["_target_"]
+    if whole or foreign:  # a function is the reward itself, as in training
+        own = {"_partial_": True} if foreign and not whole and group == "reward" else {}
+    merged = OmegaConf.merge(own, new)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def show(result: dict[str, Any], count: int) -> None:
     """Prints metrics and a few samples."""
     from policylab.data.rollout import Sample
 
-    screen = console()
+    screen, metrics = console(), result["metrics"]
+    how = f"{result['prompts']} prompts" + (f" x {result['n']} completions" if result["n"] > 1 else "")
+    how += ", greedy" if result["temperature"] == 0 else ""
     name = short_path(Path(result["checkpoint"]))
-    screen.print(f"{name}, iteration {result['iteration']}, {result['prompts']} prompts", soft_wrap=True)
-    screen.print(rows([(f"  {key}", number(result["metrics"][key])) for key in headlines(result["metrics"])]))
+    screen.print(f"{name}, iteration {result['iteration']}, {how}", soft_wrap=True)
+    screen.print(rows([(f"  {label(key, result)}", number(metrics[key])) for key in headlines(metrics)]))
     screen.print(samples_table(pick([Sample(**sample) for sample in result["samples"]], count)))
+
+
+def label(metric: str, result: dict[str, Any]) -> str:
+    """A metric as the console calls it: with several completions, the reward is their mean, and what passes is said."""
+    if metric == "val/reward" and result["n"] > 1:
+        return f"{metric} (mean@{result['n']})"
+    return f"{metric} (reward >= {result['threshold']:g})" if metric.startswith("val/pass@") else metric
+
+
+def comparison(results: Sequence[dict[str, Any]]) -> Table:
+    """A row for each run: its main metrics."""
+    names = [name for name in headlines(results[0]["metrics"]) if all(name in r["metrics"] for r in results)]
+    shown = [name for name in names if name in ("val/reward", "val/kl", "val/length") or "pass@" in name]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for name in ("iteration", *shown):
+        table.add_column(name.removeprefix("val/"), justify="right", no_wrap=True)
+    for result in results:
+        values = [number(result["metrics"][name]) for name in shown]
+        table.add_row(short_path(result["run"]), str(result["iteration"]), *values)
+    return table

@@ -1,21 +1,24 @@
-"""Completes prompts with a trained policy."""
+"""Completes prompts with trained policies."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
 from policylab.callbacks.tables import console
-from policylab.config.checks import check_number, check_switch, check_whole
 from policylab.errors import UserError
+from policylab.launch.asked import check_asked, output_file, sampling
 from policylab.launch.imports import UNUSED, absent
-from policylab.runs.find import find_run
+from policylab.runs.find import find_policy, find_runs
+from policylab.runs.folder import write_json
 from policylab.runs.saved_config import load_usable
+from policylab.user_code import short_path
 
 if TYPE_CHECKING:
     from policylab.models.policy import Policy
@@ -25,15 +28,34 @@ if TYPE_CHECKING:
 PARTS = ("model", "rollout", "task.instruction", "hardware")
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A policy that a run has exported."""
+
+    run: Path
+    policy: Policy
+    config: DictConfig  #: of the run
+
+
 def generate_job(config: DictConfig) -> None:
     """The Hydra task of ``generate.py``."""
     check(config)
-    run_folder = find_run(config.run)
-    trained_with = load_usable(run_folder, PARTS, config.trust_remote_code)
-    policy = load_policy(run_folder, config.policy, trained_with, config.trust_remote_code)
+    out = None if config.out is None else output_file(config.out)
+    runs = find_runs(config.run, Path(config.paths.logs))
+    trained = [load_trained(run, config.policy, config.trust_remote_code) for run in runs]
+    answers = list[dict[str, Any]]()
     for prompt in prompts(config.prompt):
-        for text in completions(policy, prompt, config, trained_with):
-            console().print(Text.assemble((prompt, "dim"), text), soft_wrap=True)
+        for one in trained:
+            if len(trained) > 1:
+                console().print(short_path(one.run), style="dim", soft_wrap=True)
+            texts = completions(one, prompt, config)
+            answers.append(
+                {"run": str(one.run), "policy": config.policy, "prompt": prompt, "completions": texts}
+            )
+            for text in texts:
+                console().print(Text.assemble((prompt, "dim"), text), soft_wrap=True)
+        if out is not None:
+            write_json(out, answers)
 
 
 def check(config: DictConfig) -> None:
@@ -42,23 +64,16 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: naming the value.
     """
-    check_whole("n", config.n, 1)
-    check_whole("seed", config.seed, 0)
-    if config.max_new_tokens is not None:
-        check_whole("max_new_tokens", config.max_new_tokens, 1)
-    if config.temperature is not None:
-        check_number("temperature", config.temperature, 0)
-    check_switch("trust_remote_code", config.trust_remote_code)
+    check_asked(config)
     if config.prompt is not None and not str(config.prompt).strip():
         raise UserError("prompt is empty; give the beginning of a text, or leave prompt out to be asked")
 
 
-def load_policy(
-    run_folder: Path, which: str, trained_with: DictConfig, trust_remote_code: bool = False
-) -> Policy:
+def load_trained(run: Path, which: str, trust_remote_code: bool = False) -> Trained:
     """A policy that a run has exported, on the GPU if there is one.
 
     Args:
+        which: best or final.
         trust_remote_code: whether this command allows it; the saved config cannot.
 
     Raises:
@@ -71,15 +86,15 @@ def load_policy(
         from policylab.models.policy import Policy
         from policylab.rollouts.products import choose_products
 
-    choose_products(trained_with.hardware.products)
-    folder = run_folder / "model" / which
-    if not folder.is_dir():
-        exported = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))
-        raise UserError(f"no policy at {folder}; this run has exported {', '.join(exported) or 'none'}")
-    model = trained_with.model
-    options = LoadOptions(model.dtype, model.attn_implementation, trust_remote_code, model.get("chat"))
+    folder = find_policy(run, which)
+    config = load_usable(run, PARTS, trust_remote_code)
+    choose_products(config.hardware.products)
+    options = LoadOptions(
+        config.model.dtype, config.model.attn_implementation, trust_remote_code, config.model.get("chat")
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Policy(from_folder(folder, options, source=str(folder)), critic=None).to(device).eval()
+    policy = Policy(from_folder(folder, options, source=str(folder)), critic=None).to(device).eval()
+    return Trained(run, policy, config)
 
 
 def prompts(given: str | None) -> Iterator[str]:
@@ -103,26 +118,29 @@ def read_line() -> str:
         raise UserError(f"a line of the input is not {error.encoding}: {error.reason}") from error
 
 
-def completions(policy: Policy, text: str, config: DictConfig, trained_with: DictConfig) -> list[str]:
+def completions(trained: Trained, text: str, asked: DictConfig) -> list[str]:
     """``n`` completions of a prompt, encoded as in training.
+
+    Args:
+        asked: the config of ``generate.py``.
 
     Raises:
         UserError: when prompt and completion do not fit the model's context.
     """
+    from policylab.functional.behaviour import greedy
     from policylab.rollouts.cached import CachedEngine
     from policylab.rollouts.noise import GENERATE, uniforms
     from policylab.rollouts.row_limit import RowLimit
 
-    rollout = trained_with.rollout
-    engine = CachedEngine(
-        temperature=rollout.temperature if config.temperature is None else config.temperature,
-        max_new_tokens=rollout.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens,
-    )
-    instruction = OmegaConf.select(trained_with, "task.instruction")
+    policy, rollout = trained.policy, trained.config.rollout
+    own = {"temperature": rollout.temperature, "max_new_tokens": rollout.max_new_tokens}
+    engine = CachedEngine(**{**own, **sampling(asked)})
+    instruction = OmegaConf.select(trained.config, "task.instruction")
     (prompt,) = policy.prompts([(text, "", None)], instruction)
-    noise = uniforms(config.seed, GENERATE, 0, range(config.n), engine.max_new_tokens)
+    noise = uniforms(asked.seed, GENERATE, 0, range(asked.n), engine.max_new_tokens)
+    behaviour = greedy if asked.temperature == 0 else None
     limit = RowLimit(rollout.get("max_rows"))
-    sampled = limit.sample(engine, policy, [prompt], config.n, noise)
+    sampled = limit.sample(engine, policy, [prompt], asked.n, noise, behaviour)
     return [
         policy.decode(tokens[:length].tolist())
         for tokens, length in zip(sampled.tokens, sampled.lengths.tolist(), strict=True)

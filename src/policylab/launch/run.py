@@ -36,6 +36,7 @@ from policylab.runs.environment import record_command, record_environment
 from policylab.runs.find import LATEST
 from policylab.runs.folder import check_link, removed_if_empty, removed_if_refused
 from policylab.runs.metrics_file import is_validated
+from policylab.runs.parents import ancestors
 from policylab.runs.redaction import redact_words
 from policylab.runs.resume import find_start, rewind_to, validates_at
 from policylab.runs.same_run import check_fits
@@ -145,7 +146,7 @@ def train(
         summary = summarize(config, run_dir, outcome(experiment, status))
         if main:
             write_summary(run_dir, summary)
-        screen.ending(summary)
+        screen.ending(experiment, summary)
         barrier()
         if stop.stopped and stop.signum:
             raise Interrupted(stop.signum, together=True)
@@ -227,7 +228,9 @@ def record(experiment: Experiment, run_dir: Path, overrides: list[str]) -> None:
     Call it after all checks, because a resumed run repeats the recorded command.
     """
     module, config = experiment.module, experiment.config
-    extra = {"weights": module.policy.source, "origin": module.run_state.origin, **in_environment()}
+    origin = module.run_state.origin
+    parents = ancestors(config, run_dir, origin["weights"])
+    extra = {"weights": module.policy.source, "origin": origin, "parents": parents, **in_environment()}
     environment = record_environment(run_dir, Path(config.paths.repo), overrides, extra, writes=world().main)
     for logger in experiment.trainer.loggers:
         logger.log_hyperparams({**plain(config), "environment": environment})

@@ -9,11 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import UserError
-from policylab.report.groups import group_runs
+from policylab.report.groups import Group, group_runs
 from policylab.report.plots import draw_curves
 from policylab.report.ranking import by_gain, draw_ranking
 from policylab.report.read import ITERATION, KL, TOKENS, read_runs, unfinished
 from policylab.report.tables import kl_table, markdown_table, write_metrics
+from policylab.runs.parents import lineage
 
 
 def report_job(config: DictConfig) -> None:
@@ -77,7 +78,7 @@ def write_evidence(
             run.along(metrics[0], axis)
     if ranked:
         groups = by_gain(groups, metrics[0])
-    table = markdown_table(groups, metrics[0]) + left_out(unfinished(runs))
+    table = markdown_table(groups, metrics[0]) + descent(groups) + left_out(unfinished(runs))
     out.mkdir(parents=True, exist_ok=True)
     draw_curves(groups, metrics, x, title, out / "curve.png")
     if len(groups) > 1:
@@ -91,6 +92,15 @@ def write_evidence(
     draw_curves(groups, metrics[:1], KL, title, out / "frontier.png", until=max(at_kl))
     (out / "frontier.md").write_text(frontier, encoding="utf-8")
     return f"{table}\n{frontier}"
+
+
+def descent(groups: Sequence[Group]) -> str:
+    """A paragraph for each group whose runs started from others: from which, and from which those did."""
+    return "".join(
+        f"\n{group.label} started from {'; '.join(dict.fromkeys(found))}.\n"
+        for group in groups
+        if (found := [lineage(run.parents) for run in group.runs if run.parents])
+    )
 
 
 def left_out(runs: Mapping[Path, str]) -> str:

@@ -15,7 +15,7 @@ from policylab.report.read import ITERATION, KL, Run
 from policylab.report.statistics import Estimate, estimate
 
 # Keys that do not change the results of a run: its name, its loggers, its folder.
-NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "paths", "hydra", "logger")
+NOT_THE_EXPERIMENT = ("seed", "name", "tags", "resume", "init", "paths", "hydra", "logger")
 NOT_THE_EXPERIMENT_ANYWHERE = ("seed", "run_dir")
 # Runs are comparable if these values are equal.
 MEASURED_BY = ("task", "reward", "validation.prompts", "rollout.max_new_tokens")
@@ -157,11 +157,16 @@ def _settings(run: Run) -> dict[str, Any]:
     """The settings that define the experiment, flat: ``{"optim.lr": 1e-5, ...}``.
 
     Other seeds, such as that of random weights, depend on the run's seed and are left out; the task's own seed decides
-    its data and is kept.
+    its data and is kept. A parent counts by its name: each seed may have started from a run of its own.
     """
+    flat = _flatten(run.config)
+    if run.parents:
+        flat["model.path"] = ", from ".join(
+            f"{parent['policy']} of {parent['name']}" for parent in run.parents
+        )
     return {
         key: value
-        for key, value in _flatten(run.config).items()
+        for key, value in flat.items()
         if key.split(".")[0] not in NOT_THE_EXPERIMENT
         and (key.startswith("task.") or key.split(".")[-1] not in NOT_THE_EXPERIMENT_ANYWHERE)
     }

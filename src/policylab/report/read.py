@@ -8,14 +8,15 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from policylab.errors import UserError
-from policylab.runs.find import find_run
+from policylab.runs.find import find_run, find_runs, run_around, runs_in
+from policylab.runs.parents import parents_of
 from policylab.runs.saved_config import load_config
 from policylab.runs.status import DONE, read_status
 
@@ -37,6 +38,7 @@ class Run:
     summary: dict[str, Any]  #: empty for a run that did not finish
     curves: dict[str, dict[int, float]]
     label: str = ""  #: name of its group, if it is read from a results folder
+    parents: Sequence[dict[str, Any]] = ()  #: the runs that it descends from, the nearest first
 
     @property
     def seed(self) -> int:
@@ -94,7 +96,7 @@ def read_runs(runs: str | Sequence[str]) -> list[Run]:
     names = [name for name in names if name not in committed]
     missing = unfinished(names)
     found = [run for name in committed for run in read_evidence(Path(name))]
-    found += [read_run(folder) for folder in _folders(names) if folder not in missing]
+    found += [read_run(folder) for folder in find_runs(names) if folder not in missing]
     if not found:
         left = f"; not finished: {', '.join(map(str, missing))}" if missing else ""
         raise UserError(f"no run at {', '.join(names)}{left}; give folders or a quoted pattern: 'logs/*/*/*'")
@@ -106,24 +108,18 @@ def unfinished(runs: str | Sequence[str]) -> dict[Path, str]:
     names = _list(runs)
     named = {find_run(name) for name in names if not glob.has_magic(name) and not is_evidence(Path(name))}
     patterns = [name for name in names if glob.has_magic(name)]
-    status = {folder: str(read_status(folder)["status"]) for folder in _folders(patterns)}
+    status = {folder: str(read_status(folder)["status"]) for folder in find_runs(patterns)}
     return {folder: word for folder, word in status.items() if word != DONE and folder not in named}
 
 
 def _list(runs: str | Sequence[str]) -> list[str]:
-    return [runs] if isinstance(runs, str) else list(runs)
+    """The names; for an experiment's folder, the pattern of all its runs."""
+    names = [runs] if isinstance(runs, str) else list(runs)
+    return [f"{glob.escape(name)}/*" if _is_experiment(Path(name)) else name for name in names]
 
 
-def _folders(names: Sequence[str]) -> list[Path]:
-    """The run folders that paths and patterns name, each once."""
-    return list(dict.fromkeys(chain.from_iterable(map(_expand, names))))
-
-
-def _expand(name: str) -> list[Path]:
-    if not glob.has_magic(name) or Path(name).exists():
-        return [find_run(name)]
-    matches = sorted(Path(path).resolve() for path in glob.glob(name, recursive=True))
-    return [path for path in matches if (path / "status.json").is_file()]
+def _is_experiment(folder: Path) -> bool:
+    return run_around(folder) is None and bool(runs_in(folder))
 
 
 def read_run(folder: Path) -> Run:
@@ -144,6 +140,7 @@ def read_run(folder: Path) -> Run:
         status=str(read_status(folder)["status"]),
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
         curves=_read_curves(folder / "metrics.csv"),
+        parents=parents_of(folder),
     )
 
 

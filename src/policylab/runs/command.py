@@ -10,14 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import UserError
 from policylab.runs.find import find_run, find_sweep
+from policylab.runs.parents import INIT, check_same_parent, with_parent, with_parent_of_sweep
 from policylab.runs.places import PLACES, texts_of_reward
 from policylab.runs.redaction import HIDDEN
 from policylab.runs.saved_config import load_config
 from policylab.runs.status import DONE, read_status
-from policylab.runs.words import counted, override, override_key, read
+from policylab.runs.words import MULTIRUN, counted, last_value, override, override_key
 
-#: Hydra's flags of a multirun.
-MULTIRUN = ("-m", "--multirun")
 #: ``resume=auto``: resume the run if it exists, else start it.
 AUTO = "auto"
 
@@ -41,24 +40,31 @@ def with_sweep(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     folder = find_sweep(sweep, Path(logs) if logs else None)
     rest = [word for word in arguments if not word.startswith(("sweep=", "hydra.sweep.dir="))]
+    rest = with_parent_of_sweep(rest, folder)
     return [*rest, override("hydra.sweep.dir", folder), "hydra.launcher.resume=true"]
 
 
 def with_command_of(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command; with ``resume=RUN``, added to those that started RUN, which they override.
 
-    So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200.
+    So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200. ``init=RUN`` is replaced
+    by what it stands for (`with_parent`).
 
     Raises:
         UserError: when RUN's arguments are not known completely.
     """
-    resume, logs = last_value(arguments, "resume"), last_value(arguments, "paths.logs")
+    resume, place = last_value(arguments, "resume"), last_value(arguments, "paths.logs")
+    logs = Path(place) if place else None
     if resume == AUTO:
         arguments = resume_or_start(arguments)
         resume = last_value(arguments, "resume")
     if resume in (None, "", "null"):
-        return list(arguments)
-    folder = find_run(resume, Path(logs) if logs else None)
+        return with_parent(arguments, logs)
+    if (parent := last_value(arguments, INIT)) is not None:
+        raise UserError(
+            f"init={parent} is for a new run, and resume={resume} goes on with one that has begun; give one of them"
+        )
+    folder = find_run(resume, logs)
     # Use the real path from now on, because `latest` may become a newer run.
     file = Path(resume).expanduser()
     place = override("resume", file.resolve() if file.is_file() else folder)
@@ -110,21 +116,15 @@ def resume_or_start(arguments: Sequence[str]) -> list[str]:
     if folder is None:
         raise UserError(f"resume={AUTO} needs hydra.run.dir=FOLDER: it resumes the run there, or starts it")
     rest = [word for word in arguments if word != f"resume={AUTO}"]
-    status = read_status(Path(folder).expanduser())
+    run = Path(folder).expanduser()
+    status = read_status(run)
     if not status:
         return rest
+    check_same_parent(rest, run)
+    rest = [word for word in rest if override_key(word) != INIT]
     lengths = {key: last_value(rest, key) for key in ("iterations", "max_tokens")}
     if status["status"] == DONE and all(v in (None, str(status.get(key))) for key, v in lengths.items()):
         raise NothingLeft(
             f"{folder} is done: {status['iteration']} of {counted(status['iterations'], 'iteration')}"
         )
     return [word for word in rest if not word.startswith("hydra.run.dir=")] + [override("resume", folder)]
-
-
-def last_value(arguments: Sequence[str], key: str) -> str | None:
-    """The value that a command line gives a key; None when it gives none."""
-    words = [word for word in arguments if word.startswith(f"{key}=")]
-    if not words:
-        return None
-    value = read(words[-1])
-    return value.replace("\\${", "${") if isinstance(value, str) else words[-1].partition("=")[2]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from policylab.errors import UserError
+from policylab.runs.status import read_status
 
 LATEST = "latest"
 #: The link to the newest sweep, and the file that every sweep has.
 LATEST_SWEEP, SWEEP_FILE = "latest_sweep", "sweep.jsonl"
+#: Beside an exported policy: which iteration it is of.
+STAMP = "policylab.json"
 
 
 def logs_folder() -> Path:
@@ -22,27 +29,81 @@ def find_run(run: str | Path, logs: Path | None = None) -> Path:
     """The folder of a run.
 
     Args:
-        run: a run folder, any path inside one (such as a checkpoint), or "latest".
-        logs: folder of "latest"; None: ``logs/`` of the repository.
+        run: a run folder, any path inside one (such as a checkpoint), or "latest". An experiment's folder, such as
+            ``logs/reviews/ppo-tiny``, or its name under ``logs/``, ``reviews/ppo-tiny`` or ``ppo-tiny``, is its newest
+            run.
+        logs: folder of "latest" and of experiments; None: ``logs/`` of the repository.
 
     Raises:
         UserError: when there is no such path, or no run in it.
     """
-    if str(run) == LATEST:
-        path = (logs or logs_folder()) / LATEST
-        if not path.exists():
-            raise UserError(
-                f"run=latest, but {path} does not exist; train first, or give the folder of a run"
-            )
-    else:
-        path = Path(str(run)).expanduser()
-        if not path.exists():
-            raise UserError(f"no run at {path.absolute()}; give the folder of a run, or run=latest")
-    path = path.resolve()
-    for folder in (path, *path.parents):
-        if (folder / "config.yaml").is_file() and (folder / "status.json").is_file():
+    logs = logs or logs_folder()
+    path = logs / LATEST if str(run) == LATEST else Path(str(run)).expanduser()
+    places = [path] if path.exists() else [place for place in named(str(run), logs) if place.exists()]
+    if not places:
+        problem = f"there is no {path}" if str(run) == LATEST else f"no run at {path.absolute()}"
+        raise UserError(
+            f"{problem}; give the folder of a run, the name of an experiment in {logs}, or latest"
+        )
+    for place in places:
+        if (folder := run_around(place)) is not None:
             return folder
-    raise UserError(f"{path} is not a run folder: it has no config.yaml with a status.json beside it")
+    if runs := [folder for place in places for folder in runs_in(place)]:
+        return max(runs, key=lambda folder: (str(read_status(folder).get("started")), folder.name))
+    raise UserError(
+        f"{places[0].resolve()} is not a run folder: it has no config.yaml with a status.json beside it"
+    )
+
+
+def find_runs(runs: str | Sequence[str], logs: Path | None = None) -> list[Path]:
+    """The folders of runs, each once, in the order of naming.
+
+    Args:
+        runs: what `find_run` takes, or a glob pattern; several as a list, or as a text with commas between them.
+        logs: as for `find_run`.
+
+    Raises:
+        UserError: when a name or a pattern finds none.
+    """
+    if isinstance(runs, str):
+        listed = runs[1:-1] if runs.startswith("[") and runs.endswith("]") else runs
+        runs = [runs] if os.path.exists(os.path.expanduser(runs)) else listed.split(",")
+    found = [folder for name in runs for folder in matching(name.strip(), logs)]
+    return list(dict.fromkeys(found))
+
+
+def matching(name: str, logs: Path | None) -> list[Path]:
+    """The run folder that a name means, or those that a glob pattern matches.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if not glob.has_magic(name) or Path(name).exists():
+        return [find_run(name, logs)]
+    paths = sorted(Path(path).resolve() for path in glob.glob(str(Path(name).expanduser()), recursive=True))
+    if not (runs := list(filter(is_run, paths))):
+        raise UserError(f"no run at {name}; give a pattern of run folders, such as 'logs/reviews/*/*'")
+    return runs
+
+
+def named(name: str, logs: Path) -> list[Path]:
+    """Where an experiment of this name has its runs: for any task, if the name has none."""
+    return [logs / name, *(folder / name for folder in logs.glob("[!.]*") if folder.name != LATEST)]
+
+
+def run_around(path: Path) -> Path | None:
+    """The run folder that a path is, or lies in; None where it is in none."""
+    return next(filter(is_run, (path.resolve(), *path.resolve().parents)), None)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of an experiment's folder."""
+    return list(filter(is_run, (path.resolve() for path in folder.iterdir()))) if folder.is_dir() else []
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / "config.yaml").is_file() and (folder / "status.json").is_file()
 
 
 def find_sweep(sweep: str | Path, logs: Path | None = None) -> Path:
@@ -87,6 +148,28 @@ def find_checkpoint(run_folder: Path, checkpoint: str | Path) -> Path:
     found = sorted(p.stem for p in (run_folder / "checkpoints").glob("*.ckpt"))
     choices = f"this run has {', '.join(found)}" if found else "this run has saved none"
     raise UserError(f"no checkpoint at {path}; {choices}")
+
+
+def find_policy(run_folder: Path, which: str) -> Path:
+    """The folder of a policy that a run has exported.
+
+    Args:
+        which: "best" or "final".
+
+    Raises:
+        UserError: when there is none.
+    """
+    folder = run_folder / "model" / which
+    if folder.is_dir():
+        return folder
+    there = sorted(path.name for path in (run_folder / "model").glob("[!.]*"))
+    raise UserError(f"no policy at {folder}; this run has exported {', '.join(there) or 'none'}")
+
+
+def exported_iteration(folder: Path) -> int | None:
+    """The iteration that a policy was exported at; None where there is no whole one."""
+    stamp = folder / STAMP
+    return int(json.loads(stamp.read_text())["iteration"]) if stamp.is_file() else None
 
 
 def checkpoint_to_resume(resume: str) -> Path | None:

@@ -29,6 +29,8 @@ ADDED = {
     "hardware.timeout": 1800,
     "task.too_long": "refuse",
     "max_tokens": None,
+    "init.run": None,
+    "init.which": "best",
 }
 #: New names of moved modules, which older runs or a user's own code may name.
 MOVED = {

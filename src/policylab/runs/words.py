@@ -13,7 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 #: Keys whose value is a path, whether or not it exists.
-PATHS = ("run", "resume", "sweep", "checkpoint", "out", "hydra.run.dir", "hydra.sweep.dir", "paths.logs")
+PATHS = (
+    *("run", "resume", "sweep", "init", "checkpoint", "out"),
+    *("hydra.run.dir", "hydra.sweep.dir", "paths.logs"),
+)
+#: Hydra's flags of a multirun.
+MULTIRUN = ("-m", "--multirun")
 #: ``~`` at the start of a value or of a list's element; a shell does not expand it there.
 HOME = re.compile(r"(?<=[=,\[])~(?=/)")
 #: Result of `read` for a sweep, and for an argument that Hydra cannot read.
@@ -61,16 +66,30 @@ def read(word: str) -> Any:
         return UNREAD
 
 
-def typed(word: str, free_text: Sequence[str] = ()) -> str:
+def last_value(words: Sequence[str], key: str) -> str | None:
+    """The value that a command line gives a key; None when it gives none."""
+    given = [word for word in words if word.startswith(f"{key}=")]
+    if not given:
+        return None
+    value = read(given[-1])
+    return value.replace("\\${", "${") if isinstance(value, str) else given[-1].partition("=")[2]
+
+
+def typed(word: str, free_text: Sequence[str] = (), open_groups: Sequence[str] = ()) -> str:
     """An argument that a person has typed, quoted for Hydra.
 
-    Quotes the value of a free-text key, and a path that is not in quotes yet; expands ``~``.
+    Quotes the value of a free-text key, and a path that is not in quotes yet; expands ``~``. Adds a key of an open
+    group if the config does not have it.
 
     >>> typed("prompt=it's [so] good", ["prompt"])
     'prompt="it\'s [so] good"'
     >>> typed("run=a b=1,[c]"), typed("run='a b'"), typed("run=latest")
     ('run="a b=1,[c]"', "run='a b'", 'run=latest')
+    >>> typed("task.source=vader", open_groups=["task"]), typed("task=reviews", open_groups=["task"])
+    ('++task.source=vader', 'task=reviews')
     """
+    if word.startswith(tuple(f"{group}." for group in open_groups)):
+        return f"++{typed(word)}"
     if word == "debug=nan":
         return 'debug="nan"'  # the name of a preset, not the number
     key, equals, value = word.partition("=")

@@ -20,6 +20,7 @@ from policylab.errors import RunError
 from policylab.runs import status
 from policylab.runs.find import LATEST_SWEEP
 from policylab.runs.folder import check_link, point_latest
+from policylab.runs.parents import with_parent
 from policylab.runs.redaction import redact, redact_file, redact_words
 from policylab.runs.words import counted, leaves, override, override_key
 from policylab.sweeps import ending
@@ -76,7 +77,7 @@ class Sweep:
         self.pool = Pool(self.start, self.slots, self.view, fail_fast=fail_fast)
         words = sweep_words(config.hydra.sweeper.get("params"), config.hydra.overrides.task)
         self.choices = Choices(words, context.config_loader)
-        self.folder = Path(config.hydra.sweep.dir).absolute()
+        self.folder, self.logs = Path(config.hydra.sweep.dir).absolute(), Path(config.paths.logs)
         if not config.plan:
             self.index = Index(self.folder, resume=resume)
             self.index.begin(self.choices.shared, self.choices.swept, self.values)
@@ -91,7 +92,7 @@ class Sweep:
     def launch(self, overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         """Runs a batch of jobs, and says how they ended."""
         if self.config.plan:
-            return self.plan([self.choices.own(words) for words in overrides])
+            return self.plan([with_parent(self.choices.own(words), self.logs) for words in overrides])
         jobs = [self.job(words) for words in overrides]
         self.announce(jobs)
         outcomes = dict[str, Outcome]()
@@ -146,8 +147,9 @@ class Sweep:
             UserError: when a value is wrong, or the machine has not what its hardware says.
         """
         own = self.choices.own(words)
-        config = self.context.config_loader.load_sweep_config(self.config, own)
         label = self.index.label(own)
+        own = with_parent(own, self.logs)
+        config = self.context.config_loader.load_sweep_config(self.config, own)
         with open_dict(config):
             config.hydra.job.id = label
             place = self.folder / str(config.hydra.sweep.subdir)
@@ -157,9 +159,8 @@ class Sweep:
 
     def start(self, job: Job, slot: Slot) -> JobProcess:
         """Starts the process of a job, which goes on with what its folder holds."""
-        logs = Path(self.config.paths.logs)
-        check_link(logs / LATEST_SWEEP)
-        point_latest(self.folder, logs, LATEST_SWEEP)
+        check_link(self.logs / LATEST_SWEEP)
+        point_latest(self.folder, self.logs, LATEST_SWEEP)
         return JobProcess(job, self.command(job), self.slots.environment(slot))
 
     def command(self, job: Job) -> list[str]:

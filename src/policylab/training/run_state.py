@@ -90,11 +90,13 @@ class RunState:
 
     Attributes:
         origin: fingerprints of the weights and the data that the run starts from.
+        checks_data: whether a state of a run on other data is refused.
     """
 
     def __init__(self, parts: Parts, stateful: Sequence[Stateful]) -> None:
         self.stateful = list(stateful)
         self.origin = {"weights": fingerprint(parts.policy.loaded_parameters()), "data": parts.data}
+        self.checks_data = True
         self.warned = False  #: about a checkpoint without `origin`
         self._config = parts.resolved_config
         self._source, self._task = parts.policy.source, parts.task
@@ -148,7 +150,7 @@ class RunState:
                 f"the checkpoint belongs to a run that started from other weights than these ({self._source}); "
                 "restore the weights that it started from, or give their path: model.path=..."
             )
-        if origin["data"] != self.origin["data"]:
+        if self.checks_data and origin["data"] != self.origin["data"]:
             raise UserError(
                 f"the checkpoint belongs to a run on other data than task {self._task.name} has now; restore the data "
                 "that it started with, or give its path: task.source=..."

@@ -31,6 +31,7 @@ class Sampler:
 
     Attributes:
         behaviour: noise stream -> distribution that its tokens are drawn from; None for the policy itself.
+        reward_is_loaded: whether the reward has its state, so that a checkpoint's is left alone.
         scorer: holds the reward. It is not an ``nn.Module``, so that a network in the reward is not registered here.
     """
 
@@ -48,7 +49,7 @@ class Sampler:
         self.behaviour: Callable[[int], Behaviour | None] = lambda stream: None
         # iteration of the last validation, and the reward's state before it
         self._reward_before: tuple[int, Any] | None = None
-        self._reward_is_loaded = False
+        self.reward_is_loaded = False
 
     def generate(
         self,
@@ -183,11 +184,11 @@ class Sampler:
         asked, found = state.get("max_rows", (None, None))
         if asked == self.row_limit.asked:
             self.row_limit.rows = found
-        if not self._reward_is_loaded:
+        if not self.reward_is_loaded:
             saved = state.get("reward", [None])
             mine = saved[self.runtime.rank if len(saved) == self.runtime.world_size else 0]
             self.scorer.load_state(mine)
-        self._reward_is_loaded = True
+        self.reward_is_loaded = True
 
 
 def conversations(rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:

@@ -8,6 +8,7 @@ import torch
 
 from policylab.data.rollout import Prompt, Sample
 from policylab.errors import RunError
+from policylab.functional.pass_at_k import ks, pass_at_k
 from policylab.rollouts.noise import VALIDATION
 from policylab.tasks.base import Task, measured
 from policylab.training.means import Means
@@ -16,12 +17,14 @@ from policylab.training.sampler import Sampler, rewarded
 
 
 class Validator:
-    """Samples one completion a prompt, with noise that is the same at every validation.
+    """Samples completions of each prompt, one by default, with noise that is the same at every validation.
 
     Args:
         prompts: all prompts of a validation, over all processes.
 
     Attributes:
+        completions: of each prompt. The first one is the same, however many there are.
+        threshold: reward from which on a completion passes, for ``val/pass@k``; None measures no such share.
         means: means of the current validation; a trainer may add to them.
         samples: samples of the current validation, on this process.
     """
@@ -30,6 +33,8 @@ class Validator:
         self.sampler = sampler
         self.task = task
         self.prompts = prompts
+        self.completions = 1
+        self.threshold: float | None = None
         self.means = Means()
         self.samples: list[Sample] = []
 
@@ -41,11 +46,18 @@ class Validator:
     @torch.no_grad()
     def add(self, prompts: Sequence[Prompt]) -> None:
         """Samples, scores and measures these prompts."""
-        sampler = self.sampler
-        rollout = sampler.generate(prompts, 1, VALIDATION, [prompt.id for prompt in prompts])
-        completions, scores = sampler.score(rollout, prompts)
+        sampler, n = self.sampler, self.completions
+        stride = 1 + max(prompt.id for prompt in self.prompts)
+        samples = [prompt.id + i * stride for prompt in prompts for i in range(n)]
+        rollout = sampler.generate(prompts, n, VALIDATION, samples)
+        completions, scores = sampler.score(rollout, [prompt for prompt in prompts for _ in range(n)])
         rollout = rewarded(sampler.add_ref_logprobs(rollout), scores())
         measure(rollout, self.means, "val")
+        if self.threshold is not None:
+            assert rollout.rewards is not None
+            passed = (rollout.rewards >= self.threshold).view(-1, n).sum(-1)
+            for k in ks(n):
+                self.means.add(f"val/pass@{k}", pass_at_k(passed, n, k))
         for name, values in measured(self.task, completions).items():
             figures = torch.tensor(values, dtype=torch.double, device=sampler.runtime.device)
             self.means.add(f"val/{name}", figures)
@@ -57,7 +69,7 @@ class Validator:
         Raises:
             RunError: when prompts are missing. Lightning ends a validation early when anything raises StopIteration.
         """
-        counted = int(self.sampler.runtime.all_sum(torch.tensor(len(self.samples))))
+        counted = int(self.sampler.runtime.all_sum(torch.tensor(len(self.samples)))) // self.completions
         if counted != len(self.prompts):
             raise RunError(
                 f"the validation of iteration {self.sampler.progress.iteration} ended after {counted} of "

@@ -1,0 +1,52 @@
+"""What ``evaluate.py`` and ``generate.py`` share: how a policy samples, and where results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from policylab.config.checks import check_number, check_switch, check_whole
+from policylab.errors import UserError
+
+
+def check_asked(config: DictConfig) -> None:
+    """Refuses settings that both commands have, before anything is loaded.
+
+    Raises:
+        UserError: naming the value.
+    """
+    check_whole("n", config.n, 1)
+    for key, low in (("seed", 0), ("max_new_tokens", 1)):
+        if config[key] is not None:
+            check_whole(key, config[key], low)
+    if config.temperature is not None:
+        check_number("temperature", config.temperature, 0)
+    if config.temperature == 0 and config.n > 1:
+        raise UserError(
+            f"n={config.n} with temperature=0: all completions of a prompt would be its likeliest one; leave n out"
+        )
+    check_switch("trust_remote_code", config.trust_remote_code)
+
+
+def sampling(config: DictConfig) -> dict[str, float]:
+    """What a command changes of a run's ``rollout``. A temperature of 0 is none of a distribution: the likeliest tokens
+    are those of any temperature."""
+    given = {key: config[key] for key in ("temperature", "max_new_tokens")}
+    return {key: value for key, value in given.items() if value}
+
+
+def output_file(out: str) -> Path:
+    """The file that ``out`` names.
+
+    Raises:
+        UserError: when it is a folder or a log, or its folder does not exist.
+    """
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise UserError(f"out={out} is a folder; give the file to write")
+    if path.suffix == ".log":
+        raise UserError(f"out={out} is the name of a log; results are JSON: give FILE.json")
+    if not path.parent.is_dir():
+        raise UserError(f"out={out}: there is no folder {path.parent}; make it first")
+    return path
