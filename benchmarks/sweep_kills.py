@@ -2,11 +2,11 @@
 
     python benchmarks/sweep_kills.py --out benchmarks/results/sweep_kills.csv      a quarter of an hour on two cores
 
-Runs a sweep of 12 jobs by itself. Then starts the same sweep in another folder, ends its parent twice by ``kill -9`` at
-moments that a seed draws, and starts it again each time at once with ``sweep=FOLDER``, while jobs of the killed session
-may still run. Every job must be there once, and what it left is compared with that of the undisturbed sweep: every
-tensor and number of the checkpoints, the exported models, ``metrics.csv``, ``samples.jsonl``, ``summary.json``, bit for
-bit; only times are left out. The exit code is 1 when a job was lost or differs. The last line is JSON. Linux only.
+Runs a sweep of 12 jobs without interruption. Then starts the same sweep in another folder, kills its parent process
+twice with ``kill -9`` at moments drawn from a seed, and restarts it each time at once with ``sweep=FOLDER``, while jobs
+of the killed session may still run. Each job must exist once, and equal that of the undisturbed sweep bit for bit: each
+tensor and number of the checkpoints, the exported models, ``metrics.csv``, ``samples.jsonl`` and ``summary.json``,
+except times. The exit code is 1 if a job is lost or differs. The last line is JSON. Linux only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from race import figures
 ROOT = Path(__file__).parent.parent
 AXES = ("algo=ppo,rloo,grpo", "seed=0,1,2,3")
 ITERATIONS = 6
-#: Seconds after which a sweep of this size hangs.
+#: A sweep of this size that takes more seconds hangs.
 PATIENCE = 1800.0
 
 
@@ -44,14 +44,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--axes", nargs="+", default=list(AXES), help=f"of the sweep (default {' '.join(AXES)})"
+        "--axes", nargs="+", default=list(AXES), help=f"swept overrides (default {' '.join(AXES)})"
     )
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help=f"of a job (default {ITERATIONS})")
-    parser.add_argument("--kills", type=int, default=2, help="of the parent (default 2)")
-    parser.add_argument("--jobs", type=int, default=2, help="at once (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--folder", type=Path, help="keeps both sweeps")
-    parser.add_argument("--out", type=Path, help="a CSV to add a row for each job to")
+    parser.add_argument(
+        "--iterations", type=int, default=ITERATIONS, help=f"iterations of a job (default {ITERATIONS})"
+    )
+    parser.add_argument("--kills", type=int, default=2, help="kills of the parent (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="jobs at once (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
+    parser.add_argument("--folder", type=Path, help="folder in which both sweeps are kept")
+    parser.add_argument("--out", type=Path, help="CSV file; a row is added for each job")
     return parser.parse_args(argv)
 
 
@@ -61,15 +63,15 @@ def jobs_in(sweep: Path) -> list[Path]:
 
 
 def done(sweep: Path) -> int:
-    """Jobs that are done."""
+    """The number of finished jobs."""
     return sum(read_status(job)["status"] == "done" for job in jobs_in(sweep))
 
 
 def undisturbed(words: Sequence[str], sweep: Path, output: Path) -> float:
-    """A sweep that nobody disturbs; gives its seconds.
+    """Runs the sweep without interruption; returns its seconds.
 
     Raises:
-        RuntimeError: when even that fails.
+        RuntimeError: when the sweep fails.
     """
     attempt = Attempt([*words, f"hydra.sweep.dir={sweep}"], sweep, output)
     try:
@@ -83,10 +85,10 @@ def undisturbed(words: Sequence[str], sweep: Path, output: Path) -> float:
 def disturbed(
     words: Sequence[str], sweep: Path, output: Path, moments: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """The same sweep with its parent killed at these seconds after a start, and each time started again.
+    """Runs the same sweep, kills its parent at these seconds after a start, and restarts it each time.
 
     Returns:
-        What was found after each kill, and after the last start.
+        Exit code, seconds, finished jobs and live processes after each kill, and after the last start.
     """
     sessions, attempts = list[dict[str, Any]](), list[Attempt]()
     try:
@@ -107,8 +109,8 @@ def disturbed(
 
 
 def verdict_of(expected: Path, job: Path) -> dict[str, Any]:
-    """Whether a job is there, and the same; and how often it was started, of those times that it came as far as to
-    write its environment."""
+    """Whether a job exists and is the same; and its number of starts, without those that ended before it wrote its
+    environment."""
     row: dict[str, Any] = {"job": job.name, "starts": 0, "iterations": 0, "verdict": "lost", "why": ""}
     if read_status(job).get("status") != "done":
         return row

@@ -1,4 +1,4 @@
-"""Sweeps: which jobs there are, which of them run, how they end, and going on after a kill."""
+"""Sweeps: their jobs, which of them run, how they end, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from policylab.sweeps.table import View, table
 ROOT = Path(__file__).parent.parent
 
 
-# -- what a job is ----------------------------------------------------------------------------------------
+# -- jobs -------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_its_words_in_any_order_and_not_where_it_writes():
+def test_a_job_is_identified_by_its_overrides_in_any_order_without_its_paths():
     assert identity(["seed=0", "algo=ppo"]) == identity(
         ["algo=ppo", "seed=0", "logger=wandb", "paths.logs=x"]
     )
@@ -62,7 +62,7 @@ def test_a_job_is_its_words_in_any_order_and_not_where_it_writes():
         (["reward._target_=mine.brief"], "reward-mine.brief"),
     ],
 )
-def test_the_label_says_what_sets_a_job_apart(words, label):
+def test_a_label_has_the_overrides_that_differ(words, label):
     assert label_of(words, ["debug=fast"], {}) == label
 
 
@@ -75,7 +75,7 @@ def test_labels_are_never_shared_and_never_too_long():
 
 
 class Loader:
-    """Knows config groups, as Hydra's does."""
+    """A loader with config groups, like Hydra's."""
 
     def get_group_options(self, group: str, results_filter: Any = None) -> list[str]:
         return {"algo": ["ppo", "rloo", "grpo"], "model": ["tiny"]}.get(group, [])
@@ -93,7 +93,7 @@ def test_each_algorithm_gets_its_own_value():
 
 def test_values_by_choice_may_leave_choices_out_and_name_no_others():
     choices = Choices(["algo=ppo,rloo", "optim.lr={ppo:7e-4}"], Loader())
-    assert choices.own(["algo=rloo", "optim.lr={ppo:0.0007}"]) == ["algo=rloo"], "what its config says"
+    assert choices.own(["algo=rloo", "optim.lr={ppo:0.0007}"]) == ["algo=rloo"], "its config's value is used"
     choices = Choices(["algo=ppo,rloo", "optim.lr={ppo:7e-4,grpo:1e-3}"], Loader())
     with pytest.raises(UserError, match=r"optim\.lr has a value for grpo, and this sweep has algo=ppo,rloo"):
         choices.own(["algo=ppo", "optim.lr={ppo:0.0007,grpo:0.001}"])
@@ -112,7 +112,7 @@ def test_the_command_line_overrides_the_recipe():
     assert Choices(["optim.lr=interval(1,2)"], Loader()).values == {"optim.lr": []}
 
 
-# -- its record -------------------------------------------------------------------------------------------
+# -- the record -------------------------------------------------------------------------------------------
 
 
 def begun(folder: Path, shared: list[str], swept: set[str], *, resume: bool = False, **values: Any) -> Index:
@@ -125,7 +125,7 @@ def begun(folder: Path, shared: list[str], swept: set[str], *, resume: bool = Fa
     return index
 
 
-def test_jobs_keep_their_folder_whatever_the_command_sweeps_next(tmp_path):
+def test_jobs_keep_their_folder_when_other_keys_are_swept(tmp_path):
     index = begun(tmp_path, ["algo=ppo"], {"seed"})
     assert [index.label(["algo=ppo", f"seed={seed}"]) for seed in (0, 1)] == ["s0", "s1"]
     index.add_failure(Job("s1", (), tmp_path), "why")
@@ -149,14 +149,14 @@ def test_another_base_is_refused_and_listed(tmp_path):
         begun(tmp_path, ["iterations=6", "task=reviews"], {"seed"}, resume=True)
     for difference in (
         *(
-            "iterations=5 then, iterations=6 now",
-            "debug=fast then, no debug now",
-            "no task then, task=reviews now",
+            "iterations=5 before, iterations=6 now",
+            "debug=fast before, no debug now",
+            "no task before, task=reviews now",
         ),
     ):
         assert difference in str(told.value)
     with pytest.raises(
-        UserError, match=r"is another sweep .*: kl was None, is 2; give it the same words and files"
+        UserError, match=r"is another sweep .*: kl was None, now 2; use the same overrides and config files"
     ):
         begun(tmp_path, ["iterations=5", "debug=fast"], {"seed"}, resume=True, kl=2)
     assert (tmp_path / SWEEP_FILE).read_text() == before
@@ -168,14 +168,14 @@ def test_one_process_at_a_time_and_nothing_is_overwritten(tmp_path):
         with pytest.raises(UserError, match=rf"is running, as process {os.getpid()} of .*; wait for its end"):
             Index(tmp_path, resume=resume)
     index.close()
-    with pytest.raises(UserError, match=r"already holds a sweep; go on with it: sweep="):
+    with pytest.raises(UserError, match=r"already holds a sweep; to resume it, give sweep="):
         Index(tmp_path, resume=False)
 
 
-# -- the word sweep= --------------------------------------------------------------------------------------
+# -- sweep= -----------------------------------------------------------------------------------------------
 
 
-def test_the_word_sweep_names_a_folder(tmp_path):
+def test_sweep_names_a_folder(tmp_path):
     begun(tmp_path / "sweep", [], set()).close()
     words = with_sweep(["-m", "seed=0,1", f"sweep={tmp_path}/sweep", "hydra.sweep.dir=x"])
     assert words == ["-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", "hydra.launcher.resume=true"]
@@ -184,29 +184,29 @@ def test_the_word_sweep_names_a_folder(tmp_path):
     assert with_sweep(["seed=0", "resume=latest"]) == ["seed=0", "resume=latest"]
 
 
-def test_what_is_no_sweep_is_refused(tmp_path):
+def test_other_folders_are_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"is no sweep: it has no sweep\.jsonl; give the folder of a multirun"
+        UserError, match=r"is not a sweep: it has no sweep\.jsonl; give the folder of a multirun"
     ):
         find_sweep(tmp_path)
     with pytest.raises(UserError, match=r"sweep=latest, but .*latest_sweep does not exist"):
         find_sweep("latest", tmp_path)
     with pytest.raises(
-        UserError, match=r"resume= goes on with one run; -m goes on with a sweep by sweep=PATH"
+        UserError, match=r"resume= is for a single run; to resume a multirun, give sweep=PATH"
     ):
         with_sweep(["-m", "resume=latest"])
     told = "Could not override 'sweep'.\nTo append to your config use +sweep=latest"
-    assert improve(told) == "sweep= goes on with a multirun: give it beside -m and the words of that multirun"
+    assert improve(told) == "sweep= resumes a multirun: give it with -m and the arguments of that multirun"
 
 
-# -- the machine's shares ---------------------------------------------------------------------------------
+# -- shares of the machine --------------------------------------------------------------------------------
 
 
 def job(label: str = "a", folder: Path = Path(), processes: int = 1, on_gpus: bool = False) -> Job:
     return Job(label, (f"x={label}",), folder, processes, on_gpus)
 
 
-def test_the_cores_carry_so_many_jobs(monkeypatch):
+def test_the_cores_limit_the_jobs_at_once(monkeypatch):
     monkeypatch.setattr(slots, "cores", lambda: 4)
     shares = Slots(None, threads=1)
     first = shares.take(job(processes=2))
@@ -232,11 +232,11 @@ def test_gpus_are_pinned_and_shared_only_if_asked(monkeypatch):
     assert Slots(None, threads=1).take(job(processes=2, on_gpus=True)).gpus == ("3", "5")
 
 
-# -- which jobs run ---------------------------------------------------------------------------------------
+# -- the pool ---------------------------------------------------------------------------------------------
 
 
 class Pretended:
-    """A process that ends as it is told, at the second look."""
+    """A stub of a process that ends with this code at the second check."""
 
     def __init__(self, job: Job, code: int) -> None:
         self.job, self.final, self.looks = job, code, 0
@@ -266,7 +266,7 @@ def put_status(folder: Path, state: str, iteration: int = 2, **more: Any) -> Non
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs jobs with such exit codes in a pool of two; gives outcomes and the labels of those that were started."""
+    """Runs jobs with these exit codes, two at once; returns their outcomes and the labels of the started ones."""
     monkeypatch.setattr(pool, "LOOK", 0)
 
     def run_all(codes: dict[str, int], fail_fast: bool = False) -> tuple[dict[str, str], list[str]]:
@@ -283,7 +283,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run_all
 
 
-def test_done_jobs_are_skipped_and_failures_leave_the_others_alone(run, tmp_path, capsys):
+def test_done_jobs_are_skipped_and_failures_do_not_stop_the_others(run, tmp_path, capsys):
     put_status(tmp_path / "a", "done")
     put_status(tmp_path / "b", "failed", 1)
     put_status(tmp_path / "c", "interrupted", 1)
@@ -291,7 +291,7 @@ def test_done_jobs_are_skipped_and_failures_leave_the_others_alone(run, tmp_path
     assert states == {"a": "done", "b": "done", "c": "failed", "d": "done"}
     assert started == ["b", "c", "d"]
     said = capsys.readouterr().out.splitlines()
-    assert "b  goes on after iteration 1 of 2" in said
+    assert "b  resumes after iteration 1 of 2" in said
     assert "c  failed: code 2" in said
     assert "d  warning: careful" in said
 
@@ -328,7 +328,7 @@ def test_a_job_that_another_session_runs_is_waited_for(run, tmp_path, monkeypatc
 
 
 def test_the_next_job_is_taken_when_there_is_room_for_it(tmp_path, monkeypatch):
-    """So that a sweeper can choose it by what others gave."""
+    """So that a sweeper can choose it by earlier results."""
     monkeypatch.setattr(pool, "LOOK", 0)
     told = list[str]()
 
@@ -342,7 +342,7 @@ def test_the_next_job_is_taken_when_there_is_room_for_it(tmp_path, monkeypatch):
     assert told.index("tell a") < told.index("take c")
 
 
-# -- one process ------------------------------------------------------------------------------------------
+# -- a process --------------------------------------------------------------------------------------------
 
 
 def started(folder: Path, code: str) -> JobProcess:
@@ -355,7 +355,7 @@ def ended(process: JobProcess) -> int:
     return process.code()
 
 
-def test_what_a_job_prints_stays_in_its_log_and_warnings_are_passed_on(tmp_path):
+def test_a_jobs_output_is_in_its_log_and_warnings_are_shown(tmp_path):
     (tmp_path / "train.log").write_text("[2026-01-01 00:00:00,000 WARNING x] of before\n")
     line = "[2026-01-01 00:00:00,000 WARNING a.b] look out"
     process = started(
@@ -371,11 +371,14 @@ def test_what_a_job_prints_stays_in_its_log_and_warnings_are_passed_on(tmp_path)
     [
         ("import sys; print('error: x is wrong'); print('bye'); sys.exit(2)", "x is wrong"),
         ("raise ValueError('odd')", "ValueError: odd"),
-        ("import os; os._exit(3)", "exit code 3, without a word"),
-        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL, as the system does when memory runs out"),
+        ("import os; os._exit(3)", "exit code 3, without an error message"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "ended by SIGKILL, which the system sends when memory runs out",
+        ),
     ],
 )
-def test_why_a_job_failed(tmp_path, code, reason):
+def test_the_reason_of_a_failure(tmp_path, code, reason):
     process = started(tmp_path, code)
     code = ended(process)
     process.log.warnings()
@@ -388,7 +391,7 @@ def test_a_job_is_alive_as_long_as_one_of_its_processes(tmp_path):
     process = started(tmp_path, child)
     process.process.wait()
     assert is_alive(tmp_path)
-    assert process.code() == 0, "what it has left is killed with its group"
+    assert process.code() == 0, "its remaining processes are killed with its group"
     deadline = time.monotonic() + 5
     while is_alive(tmp_path):
         assert time.monotonic() < deadline
@@ -428,7 +431,7 @@ def test_a_job_stops_when_its_sweep_is_killed(tmp_path):
     assert place.read_text() == "75"
 
 
-# -- what people see --------------------------------------------------------------------------------------
+# -- console output ---------------------------------------------------------------------------------------
 
 
 def test_progress_comes_from_the_folder(tmp_path):
@@ -442,7 +445,7 @@ def test_progress_comes_from_the_folder(tmp_path):
     put_status(tmp_path, "running", 1, max_tokens=100, tokens_sampled=75)
     progress.iteration = 0
     progress.look()
-    assert progress.seconds_left == pytest.approx(10, rel=0.1), "half of what was left took ten seconds"
+    assert progress.seconds_left == pytest.approx(10, rel=0.1), "half of the remaining work took ten seconds"
     assert Progress(tmp_path / "none").state == "waiting"
 
 
@@ -456,7 +459,7 @@ def test_the_end_of_a_long_file_is_read(tmp_path):
     assert read_tail(path) == [{"iteration": 1, "x": 2}]
 
 
-def test_the_table_has_a_row_a_job_and_those_that_run_where_there_is_no_room():
+def test_the_table_has_a_row_per_job_and_only_running_ones_if_there_is_no_room():
     from rich.console import Console
 
     jobs = {f"job{n}": Progress(Path("nowhere")) for n in range(6)}
@@ -514,7 +517,7 @@ def broken(completions):
 
 
 @pytest.mark.slow
-def test_failures_are_told_and_mended_by_the_same_command(tmp_path):
+def test_the_same_command_retries_failures(tmp_path):
     (tmp_path / "mine.py").write_text(REWARDS)
     sizes = [
         "debug=fast",
@@ -541,12 +544,12 @@ def test_failures_are_told_and_mended_by_the_same_command(tmp_path):
     log = (sweep / "reward-mine.broken" / "train.log").read_text()
     assert "the reward prints this" in log
     assert "Traceback" in log
-    assert "PolicyLab" in log, "what a run shows on the console"
+    assert "PolicyLab" in log, "the console output of a run"
     finished = (sweep / "reward-mine.length" / "status.json").read_text()
 
     other = train("iterations=4", "sweep=latest")
     assert other.returncode == 2
-    assert "iterations=3 then, iterations=4 now; give it the same words" in other.stderr
+    assert "iterations=3 before, iterations=4 now; use the same overrides" in other.stderr
 
     (tmp_path / "mended").touch()
     second = train("iterations=3", "sweep=latest")

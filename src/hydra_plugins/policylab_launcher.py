@@ -1,4 +1,4 @@
-"""Hydra's door to `policylab.sweeps`: plugins are found in this namespace, and every command imports this file."""
+"""Hydra's launcher plugin for `policylab.sweeps`. Hydra finds plugins in this namespace; every command imports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 
 class Processes(Launcher):
-    """Runs each job of a multirun in a process of its own, several at once. Its values: ``configs/hydra/launcher``."""
+    """Runs each job of a multirun in its own process, several at once. Settings are in ``configs/hydra/launcher``."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -28,6 +28,6 @@ class Processes(Launcher):
         return self.sweep.launch(job_overrides)
 
     def each(self, job_overrides: Iterable[Sequence[str]]) -> Iterator[JobReturn]:
-        """For a sweeper that chooses a job by what others gave: takes the next one when there is room for it, and
-        gives each back as soon as it has ended."""
+        """For a sweeper that chooses jobs by earlier results: takes the next job when there is room for it, and yields
+        each as soon as it has ended."""
         return self.sweep.each(job_overrides)

@@ -85,7 +85,7 @@ def improve(message: str) -> str:
     if match := UNKNOWN_KEY.search(message):
         key = match["key"].split("@")[0]
         if key == "sweep":
-            return "sweep= goes on with a multirun: give it beside -m and the words of that multirun"
+            return "sweep= resumes a multirun: give it with -m and the arguments of that multirun"
         config = config_without(key)
         hint = new_keyword(config, key) or nearest(key.replace("/", "."), dotted_keys(config))
         return f"{key} is not in the config; {hint}--cfg job prints all keys"

@@ -26,15 +26,17 @@ class NothingLeft(Exception):
 
 
 def with_sweep(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command; in a multirun, ``sweep=SWEEP`` becomes what lets the launcher go on with that sweep.
+    """The arguments of a command; in a multirun, ``sweep=SWEEP`` is replaced by the arguments that resume the sweep.
 
     Raises:
-        UserError: when there is no such sweep, or with ``resume=``, which is for one run.
+        UserError: when there is no such sweep, or with ``resume=``, which is for a single run.
     """
     if set(arguments).isdisjoint(MULTIRUN):
         return list(arguments)
     if any(word.startswith("resume=") for word in arguments):
-        raise UserError("resume= goes on with one run; -m goes on with a sweep by sweep=PATH or sweep=latest")
+        raise UserError(
+            "resume= is for a single run; to resume a multirun, give sweep=PATH or sweep=latest with -m"
+        )
     sweep, logs = last_value(arguments, "sweep"), last_value(arguments, "paths.logs")
     if sweep is None:
         return list(arguments)

@@ -124,7 +124,7 @@ def find_sweep(sweep: str | Path, logs: Path | None = None) -> Path:
         )
     if not (path / SWEEP_FILE).is_file():
         raise UserError(
-            f"{path.absolute()} is no sweep: it has no {SWEEP_FILE}; give the folder of a multirun, or sweep=latest"
+            f"{path.absolute()} is not a sweep: it has no {SWEEP_FILE}; give the folder of a multirun, or sweep=latest"
         )
     return path.resolve()
 

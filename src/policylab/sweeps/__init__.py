@@ -1,13 +1,13 @@
-"""Sweeps: the jobs of a multirun as processes of this machine, the record of a sweep, and going on with it.
+"""Sweeps: runs the jobs of a multirun as processes of this machine, records the sweep, and resumes it.
 
-jobs.py      what a job is: its words, its label, its folder
+jobs.py      a job: its overrides, its label, its folder
 choices.py   values by choice: ``optim.lr={ppo:7e-4,rloo:3e-4}``
-index.py     ``sweep.jsonl``: what a sweep is, and its jobs
+index.py     ``sweep.jsonl``: the record of a sweep and its jobs
 process.py   one job as a process
 slots.py     how many jobs run at once, on which cores and GPUs
-pool.py      runs jobs as long as there are any
-progress.py  how far a job is
-table.py     what the console shows
+pool.py      runs all jobs, several at once
+progress.py  the progress of a job
+table.py     the console's table and lines
 ending.py    results, failures and the next commands
-sweep.py     all of it, for Hydra's launcher
+sweep.py     the whole sweep, for Hydra's launcher
 """

@@ -1,4 +1,4 @@
-"""What the words of a multirun give its jobs: one value for all, several, or one by choice.
+"""The overrides of a multirun: one value for all jobs, several values, or one value by choice.
 
 With ``algo=ppo,rloo 'optim.lr={ppo:7e-4,rloo:3e-4}'`` each job gets the rate of its algorithm.
 """
@@ -16,16 +16,16 @@ from policylab.errors import UserError
 
 
 class Choices:
-    """The words of a multirun.
+    """The overrides of a multirun.
 
     Args:
-        words: of the command, and before them those of a recipe: the last one of a key counts.
-        loader: Hydra's, which knows the config groups.
+        words: overrides of a recipe, then those of the command; the last one of a key is used.
+        loader: Hydra's loader, which has the config groups.
 
     Attributes:
-        values: of each key; none where they are drawn from an interval.
-        shared: the words that all jobs have.
-        swept: keys of which jobs have different values.
+        values: values of each key; empty if they are drawn from an interval.
+        shared: overrides that all jobs have.
+        swept: keys that have different values in different jobs.
     """
 
     def __init__(self, words: Sequence[str], loader: ConfigLoader) -> None:
@@ -40,7 +40,7 @@ class Choices:
         self.swept = found.keys() - one.keys()
 
     def group_of(self, override: Override) -> str | None:
-        """The group whose choices the value of an override is for, such as ``algo``; None for a value for all."""
+        """The group that the value of an override has choices of, such as ``algo``; None for a value for all jobs."""
         value = override.value()
         if not isinstance(value, dict):
             return None
@@ -49,8 +49,8 @@ class Choices:
         return next((key for key in groups if not names.isdisjoint(self.loader.get_group_options(key))), None)
 
     def own(self, words: Sequence[str]) -> list[str]:
-        """The words of one job, with its own value in place of values by choice. Where its choice has none, the word
-        is left out: what the config says holds.
+        """The overrides of one job, in which its own value replaces values by choice. If its choice has no value, the
+        override is left out, so the config's value is used.
 
         Raises:
             UserError: when there is a value for a choice that the sweep does not have.
@@ -84,5 +84,5 @@ def values_of(override: Override) -> list[str]:
 
 
 def sweep_words(params: Mapping[str, object] | None, task: Sequence[str]) -> list[str]:
-    """The words of a multirun: those of ``hydra.sweeper.params``, and those of the command."""
+    """The overrides of a multirun: those of ``hydra.sweeper.params``, then those of the command."""
     return [*(f"{key}={value}" for key, value in (params or {}).items()), *task]

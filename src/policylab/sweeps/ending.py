@@ -1,4 +1,4 @@
-"""What a sweep says at its end: results over seeds, failures, and the next commands."""
+"""The output at the end of a sweep: results over seeds, failures, and the next commands."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from policylab.user_code import short_path
 
 
 def results(folders: Sequence[Path]) -> list[str]:
-    """For each task a table of its finished jobs, or why there is none, and the command of a report.
+    """For each task a table of its finished jobs, or the reason why there is none, and the command of a report.
 
     Args:
-        folders: of all finished jobs of a sweep, side by side, in order.
+        folders: sorted folders of all finished jobs of a sweep, in the same parent folder.
     """
-    from policylab.report.groups import group_runs  # here: it takes a second
+    from policylab.report.groups import group_runs  # here, because the import takes a second
     from policylab.report.read import Run, read_run
     from policylab.report.tables import markdown_table
 
@@ -41,7 +41,7 @@ def results(folders: Sequence[Path]) -> list[str]:
 
 
 def selection(task: str, members: Sequence[Path], folders: Sequence[Path]) -> str:
-    """The word that names some of the folders: a pattern that fits no other, or all their paths."""
+    """The ``runs=`` argument for some of the folders: a pattern that matches only them, or all their paths."""
     prefix = f"{task}_" if len(members) < len(folders) else ""
     if [folder for folder in folders if folder.name.startswith(prefix)] == list(members):
         return override("runs", f"{short_path(members[0].parent)}/{prefix}*")
@@ -49,10 +49,10 @@ def selection(task: str, members: Sequence[Path], folders: Sequence[Path]) -> st
 
 
 def same_command(script: str, words: Sequence[str], folder: Path) -> str:
-    """The command that goes on with a sweep.
+    """The command that resumes a sweep.
 
     Args:
-        words: of the present command, without secrets.
+        words: arguments of this command, without secrets.
     """
     own = ("sweep=", "hydra.sweep.dir=", "hydra.launcher.resume=")
     rest = [word for word in words if not word.startswith(own)]

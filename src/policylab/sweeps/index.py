@@ -1,4 +1,4 @@
-"""``sweep.jsonl``: what a sweep is, its jobs, and the failures that no folder tells. Lines are only added."""
+"""``sweep.jsonl``: the record of a sweep, of its jobs and of failures. Lines are only added."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ LISTED = 8
 
 
 class Index:
-    """The record of a sweep, which one process at a time can hold: until it ends, by whatever.
+    """The record of a sweep. Only one process at a time can open it; the lock ends with the process.
 
     Args:
-        folder: of the sweep.
-        resume: whether it is one that exists.
+        folder: folder of the sweep.
+        resume: whether the sweep exists.
 
     Attributes:
-        labels: by identity, of all jobs so far.
+        labels: labels of all jobs so far, by identity.
         failed: reasons, by label, of jobs that failed last time.
 
     Raises:
-        UserError: when the folder holds a sweep and should not, or another process runs it.
+        UserError: when the folder already holds a sweep and ``resume`` is false, or another process runs it.
     """
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
@@ -56,7 +56,7 @@ class Index:
                 f"cannot lock {self.path}: {error.strerror}; take a folder on another disk: hydra.sweep.dir=PATH"
             ) from None
         if records and not resume:
-            raise UserError(f"{folder} already holds a sweep; go on with it: {word('sweep', folder)}")
+            raise UserError(f"{folder} already holds a sweep; to resume it, give {word('sweep', folder)}")
         cut_torn_line(self.path)
         self.swept = set[str]()  # keys that had several values, in any session
         self.header: dict[str, Any] = {}
@@ -71,15 +71,15 @@ class Index:
     def begin(
         self, shared: Sequence[str], swept: Iterable[str], values: Callable[[Sequence[str]], dict[str, Any]]
     ) -> None:
-        """Records what the sweep is, or compares it with what is on record; and that this process runs it.
+        """Records a new sweep, or compares it with the record; and records this process.
 
         Args:
-            shared: words that all jobs share, as the command has them.
+            shared: overrides that all jobs share, as in the command.
             swept: keys that have several values.
-            values: all that the jobs share, by dotted key, for such words.
+            values: gives the config values of these overrides, by dotted key.
 
         Raises:
-            UserError: listing what differs.
+            UserError: lists the differences.
         """
         words = sorted(word for word in redact_words(shared) if matters(override_key(word)))
         if not self.header:
@@ -91,14 +91,14 @@ class Index:
         if found:
             more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
             raise UserError(
-                f"{self.folder} is another sweep than this command's: {'; '.join(found[:LISTED])}{more}; give it the "
-                "same words and files, or start a new sweep, without sweep="
+                f"{self.folder} is another sweep than this command's: {'; '.join(found[:LISTED])}{more}; use the same "
+                "overrides and config files, or start a new sweep, without sweep="
             )
         session = {"process": os.getpid(), "host": platform.node(), "at": now(), "swept": sorted(swept)}
         self.add({"session": session})
 
     def label(self, words: Sequence[str]) -> str:
-        """The label of the job that some words mean, which is recorded if it is new."""
+        """The label of the job with these overrides. A new job is recorded."""
         key = identity(words)
         if key not in self.labels:
             taken = {label: other for other, label in self.labels.items()}
@@ -107,7 +107,7 @@ class Index:
         return self.labels[key]
 
     def add_failure(self, job: Job, reason: str) -> None:
-        """Records why a job failed."""
+        """Records the reason why a job failed."""
         self.failed[job.label] = reason
         self.add({"failed": job.label, "reason": reason, "at": now()})
 
@@ -116,17 +116,17 @@ class Index:
         append_whole(self.path, json.dumps(record) + "\n")
 
     def close(self) -> None:
-        """Lets others have the sweep."""
+        """Releases the sweep for other processes."""
         self.lock.close()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
+    """The records of all complete lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def cut_torn_line(path: Path) -> None:
-    """Removes a last line that a full disk or a power failure has cut short."""
+    """Removes an incomplete last line, after a full disk or a power failure."""
     content = path.read_bytes()
     os.truncate(path, content.rfind(b"\n") + 1)
 
@@ -134,22 +134,22 @@ def cut_torn_line(path: Path) -> None:
 def changed_words(
     before: Sequence[str], now: Sequence[str], swept_before: set[str], swept: set[str]
 ) -> list[str]:
-    """How the words that all jobs share differ from those on record.
+    """Differences between the shared overrides and the recorded ones.
 
-    A key that had one value for all jobs may get several, and the other way round: that gives other jobs.
+    A key may change from one value for all jobs to several, or from several to one: that only gives other jobs.
     """
     old, new = ({override_key(word): word for word in words} for words in (before, now))
     return [
-        f"{old.get(key, f'no {key}')} then, {new.get(key, f'no {key}')} now"
+        f"{old.get(key, f'no {key}')} before, {new.get(key, f'no {key}')} now"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and key not in swept and (key in old or key not in swept_before)
     ]
 
 
 def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How values of the config differ from those on record: files have changed since."""
+    """Differences between config values and the recorded ones, after config files have changed."""
     return [
-        f"{key} was {before.get(key)}, is {now.get(key)}"
+        f"{key} was {before.get(key)}, now {now.get(key)}"
         for key in dict.fromkeys([*before, *now])
         if before.get(key) != now.get(key)
     ]

@@ -1,4 +1,4 @@
-"""What a job of a sweep is: the words of its command, the label that sets it apart, its folder."""
+"""A job of a sweep: its overrides, its unique label, its folder."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from policylab.runs.redaction import redact_words
 from policylab.runs.same_run import below
 from policylab.runs.words import override_key
 
-#: Keys that change neither what a job does nor which job it is.
+#: Keys that change neither the results of a job nor its identity.
 SIDE = ("callbacks", "hydra", "logger", "name", "paths", "plan", "plan_flops", "plan_memory", "tags")
-#: Letters of a label at most.
+#: Most letters of a label.
 LONGEST = 80
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job."""
+    """A job of a sweep."""
 
     label: str  #: such as ``ppo_s0``
     words: tuple[str, ...]  #: overrides for ``train.py``
     folder: Path
     processes: int = 1
-    on_gpus: bool = False  #: whether each process takes one
+    on_gpus: bool = False  #: whether each process uses a GPU
 
 
 def matters(key: str) -> bool:
@@ -36,7 +36,7 @@ def matters(key: str) -> bool:
 
 
 def identity(words: Iterable[str]) -> str:
-    """Which job some words mean, whatever their order: the same words are the same job. Holds no secret.
+    """The identity of the job with these overrides, in any order. Contains no secret.
 
     >>> identity(["seed=0", "algo=ppo"]) == identity(["algo=ppo", "seed=0", "logger=wandb"])
     True
@@ -45,12 +45,11 @@ def identity(words: Iterable[str]) -> str:
 
 
 def label_of(words: Sequence[str], base: Iterable[str], taken: Mapping[str, str]) -> str:
-    """The label of a job: its words without those that all jobs of the sweep share, as the name of a folder.
+    """The label of a job, which is also its folder's name: its overrides without those that all jobs share.
 
     Args:
-        base: words that all jobs share.
-        taken: identity by label, of other jobs. A label of another job, or one that is too long, gets a few letters of
-            a hash.
+        base: overrides that all jobs share.
+        taken: identities of other jobs, by label. A label that is taken or too long gets a few letters of a hash.
 
     >>> label_of(["seed=0", "algo=ppo", "optim.lr=0.001", "iterations=9"], ["iterations=9"], {})
     'ppo_lr-0.001_s0'
@@ -63,7 +62,7 @@ def label_of(words: Sequence[str], base: Iterable[str], taken: Mapping[str, str]
     return label
 
 
-#: These come first in a label, and the value says it all.
+#: These come first in a label, by their value alone.
 FIRST = ("experiments", "task", "algo", "model")
 
 

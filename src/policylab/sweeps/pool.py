@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep, several at once, as long as there are any."""
+"""Runs the jobs of a sweep, several at once."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from policylab.sweeps.progress import is_done
 from policylab.sweeps.slots import Slot, Slots
 from policylab.sweeps.table import View
 
-#: Seconds between two looks at the jobs.
+#: Seconds between two checks of the jobs.
 LOOK = 0.2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended."""
+    """The end of a job."""
 
     job: Job
     state: str  #: done | failed | interrupted
-    reason: str = ""  #: of a failure
+    reason: str = ""  #: reason of a failure
 
 
 class Pool:
@@ -38,7 +38,7 @@ class Pool:
     Args:
         start: starts a job on its share of the machine.
         slots: shares of the machine.
-        view: what people see of it.
+        view: console output.
         fail_fast: whether a failure stops the other jobs.
     """
 
@@ -55,10 +55,10 @@ class Pool:
         self.stopping = False
 
     def run(self, source: Iterable[Job]) -> Iterator[Outcome]:
-        """Takes a job whenever there is room for one, and yields each as soon as it has ended.
+        """Takes a job whenever there is room for one, and yields its outcome as soon as it has ended.
 
-        One that is done is not run again. One that another session still runs is waited for: it stops by itself after
-        its iteration, as its sweep is gone.
+        A finished job is not run again. A job that another session still runs is waited for: it stops by itself after
+        its iteration, because its sweep has ended.
 
         Raises:
             Interrupted: after a signal, when all jobs have stopped. The second signal kills them.
@@ -81,7 +81,7 @@ class Pool:
                 raise Interrupted(asked.signum)
 
     def fill(self, jobs: Iterator[Job]) -> Generator[Outcome, None, bool]:
-        """Starts jobs as long as there is room.
+        """Starts jobs while there is room.
 
         Returns:
             Whether there may be more.
@@ -96,7 +96,7 @@ class Pool:
                 yield Outcome(job, status.DONE)
             elif is_alive(job.folder):
                 if progress.state != "elsewhere":
-                    self.view.say(job, "still runs, started by another session; waiting for its end")
+                    self.view.say(job, "was started by another session and still runs; waiting for its end")
                 progress.state = "elsewhere"
                 self.elsewhere.append(job)
             elif slot := self.slots.take(job):
@@ -109,7 +109,7 @@ class Pool:
         return bool(self.elsewhere)
 
     def ended(self) -> Iterator[Outcome]:
-        """Those that have ended since the last call."""
+        """Outcomes of the jobs that have ended since the last call."""
         for process, slot in list(self.running.items()):
             for warning in process.log.warnings():
                 self.view.say(process.job, f"warning: {warning}")
@@ -124,7 +124,7 @@ class Pool:
                 yield outcome
 
     def stop(self, why: str) -> None:
-        """Starts no more jobs, and asks those that run to stop."""
+        """Starts no more jobs, and asks the running ones to stop."""
         if not self.stopping and self.running:
             count = counted(len(self.running), "job")
             self.view.say(None, f"{why}: {count} will stop after this iteration; Ctrl-C stops at once")
@@ -135,7 +135,7 @@ class Pool:
 
 
 def outcome_of(process: JobProcess, code: int) -> Outcome:
-    """What an exit code means."""
+    """The outcome of a job with this exit code."""
     job = process.job
     if code == 0 and is_done(job.folder):
         return Outcome(job, status.DONE)

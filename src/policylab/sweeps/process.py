@@ -1,4 +1,4 @@
-"""One job as a process: ``train.py`` with the job's words, its lines in its own ``train.log``."""
+"""A job as a process: ``train.py`` with the job's overrides, with its output in its own ``train.log``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from policylab.runs.status import running_process
 from policylab.sweeps.jobs import Job
 
 LOG = "train.log"
-#: A line of the log that is shown on the console, and the one that says why a command has ended.
+#: Lines of the log: a warning, which the console shows, and the error that ended the command.
 WARNING = re.compile(r"\[\S+ \S+ WARNING \S+\] (.*)")
 ERROR = re.compile(r"error(?: on rank \d+)?: (.*)")
-#: Lines in which the reason of a failure is looked for.
+#: Number of last lines that are searched for the reason of a failure.
 LAST_LINES = 50
 
 
 class JobLog:
-    """The lines that a job writes to its ``train.log`` from now on. They can be read even if it removes its folder."""
+    """New lines in a job's ``train.log``. They can be read even after the job removes its folder."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,24 +43,23 @@ class JobLog:
         return [match[1] for text in texts if (match := WARNING.match(text))]
 
     def reason(self, code: int) -> str:
-        """Why a command with this exit code failed, in one line; call `warnings` before."""
+        """The reason why a command with this exit code failed, in one line. Call `warnings` before."""
         if code < 0:
             name = signal.Signals(-code).name
             return f"ended by {name}" + (
-                ", as the system does when memory runs out" if name == "SIGKILL" else ""
+                ", which the system sends when memory runs out" if name == "SIGKILL" else ""
             )
         said = [match[1] for line in self.last_lines if (match := ERROR.match(line))] or list(self.last_lines)
-        return said[-1].strip() if said else f"exit code {code}, without a word"
+        return said[-1].strip() if said else f"exit code {code}, without an error message"
 
 
 class JobProcess:
-    """A job that runs. Its ``train.log`` is locked as long as any process has it as its output: the job, and those that
-    it starts.
+    """A running job. Its ``train.log`` is locked while the job, or any process that it starts, has the file as output.
 
     Args:
-        job: none of its processes may be alive (`is_alive`).
-        command: words of a command line.
-        environment: variables beside those of this process.
+        job: a job without live processes (`is_alive`).
+        command: arguments of the command line.
+        environment: variables in addition to those of this process.
     """
 
     def __init__(self, job: Job, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -74,11 +73,11 @@ class JobProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment, SWEEP: str(os.getpid())},
-                start_new_session=True,  # a group of its own, which `kill` ends
+                start_new_session=True,  # its own process group, for `kill`
             )
 
     def code(self) -> int | None:
-        """The exit code; None while it runs. What the job has left running is killed."""
+        """The exit code; None while it runs. At its end, remaining processes of the job are killed."""
         if self.process.poll() is not None:
             self.kill()
         return self.process.returncode

@@ -1,4 +1,4 @@
-"""How far a job is, from what it has written into its folder."""
+"""The progress of a job, read from the files in its folder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from policylab.runs.metrics_file import read_tail
 from policylab.runs.status import DONE, INTERRUPTED, RUNNING, read_status
 
-#: What the table shows of a job, the first one that it has.
+#: Metrics that the table shows: the first one that the job has.
 REWARDS = ("val/reward", "train/reward", "val/loss", "train/loss")
 
 
 @dataclass
 class Progress:
-    """How far a job is, and how fast since it was started here."""
+    """The progress of a job, and its speed in this session."""
 
     folder: Path
     state: str = "waiting"  #: or started, elsewhere, running, done, failed, interrupted
     iteration: int = 0
     iterations: int | None = None  #: None until the job has begun
-    reward: float | None = None  #: of the last validation, else of training; a loss where there is no reward
-    share: float = 0.0  #: of the work, that is done
+    reward: float | None = None  #: of the last validation, else of training; a loss if there is no reward
+    share: float = 0.0  #: finished fraction of the work
     began: float = 0.0
     share_before: float = 0.0
 
@@ -33,7 +33,7 @@ class Progress:
         self.look()
 
     def start(self) -> None:
-        """The job runs from here on."""
+        """Records that the job starts now."""
         self.state, self.began, self.share_before = "running", time.monotonic(), self.share
 
     def look(self) -> None:
@@ -47,18 +47,18 @@ class Progress:
         self.share = self.iteration / self.iterations
         if budget := status.get("max_tokens"):
             self.share = max(self.share, status.get("tokens_sampled", 0) / budget)
-        with suppress(OSError):  # none yet
+        with suppress(OSError):  # no file yet
             rows = read_tail(self.folder / "metrics.csv")[::-1]
             self.reward = next((row[name] for name in REWARDS for row in rows if name in row), self.reward)
 
     @property
     def seconds(self) -> float:
-        """Since it was started here."""
+        """Seconds since it was started in this session."""
         return time.monotonic() - self.began
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate from the pace of this session; None while there is none."""
+        """An estimate from the speed in this session; None without progress."""
         done = self.share - self.share_before
         return self.seconds * (1 - self.share) / done if self.state == "running" and done > 0 else None
 

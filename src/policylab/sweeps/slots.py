@@ -1,4 +1,4 @@
-"""How many jobs run at once, on which cores and GPUs."""
+"""The number of jobs that run at once, and their GPUs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from policylab.sweeps.jobs import Job
 
 @dataclass(frozen=True)
 class Slot:
-    """What a job has of the machine."""
+    """The share of the machine that a job uses."""
 
     processes: int
-    gpus: tuple[str, ...] = ()  #: ids, as CUDA_VISIBLE_DEVICES has them
+    gpus: tuple[str, ...] = ()  #: ids for CUDA_VISIBLE_DEVICES
 
 
 class Slots:
     """Gives jobs their share of this machine.
 
     Args:
-        jobs: at once; None for as many as the cores carry, or the GPUs with a process each.
-        threads: of each process. More or fewer would change how sums are rounded, so it does not depend on ``jobs``.
+        jobs: most jobs at once; None for as many as fit the cores, or the GPUs with one process each.
+        threads: threads of each process. They change how sums are rounded, so they do not depend on ``jobs``.
     """
 
     def __init__(self, jobs: int | None, threads: int) -> None:
@@ -35,7 +35,7 @@ class Slots:
         self.taken = list[Slot]()
 
     def take(self, job: Job) -> Slot | None:
-        """A share for a job; None as long as there is no room. A job that is too large runs alone."""
+        """A share for a job; None while there is no room. A job that is too large runs alone."""
         need, on_gpus = job.processes, job.on_gpus
         loads = Counter(dict.fromkeys(gpu_ids(), 0) if on_gpus else {})
         loads.update(name for slot in self.taken for name in slot.gpus)
@@ -53,20 +53,20 @@ class Slots:
         return self.taken[-1]
 
     def free(self, slot: Slot) -> None:
-        """Gives a share back."""
+        """Releases a share."""
         self.taken.remove(slot)
 
     def environment(self, slot: Slot) -> dict[str, str]:
-        """Variables that keep a job within its share."""
+        """Environment variables that limit a job to its share."""
         pinned = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)} if slot.gpus else {}
         return {"OMP_NUM_THREADS": str(self.threads)} | pinned
 
 
 def need_of(config: DictConfig) -> tuple[int, bool]:
-    """Processes of a job, and whether each takes a GPU.
+    """Processes of a job, and whether each uses a GPU.
 
     Raises:
-        UserError: when this machine has not what the job's hardware says.
+        UserError: when this machine does not have the job's hardware.
     """
     hardware = with_devices(config).hardware
     on_gpus = hardware.accelerator == "gpu" or (hardware.accelerator == AUTO and gpus() > 0)

@@ -1,4 +1,4 @@
-"""A sweep: what Hydra's launcher does with the jobs of a multirun."""
+"""A sweep: runs the jobs of a multirun for Hydra's launcher."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from policylab.sweeps.slots import Slot, Slots, need_of
 from policylab.sweeps.table import View
 from policylab.user_code import short_path
 
-#: Overrides of Hydra's own that are about the multirun, not about its jobs.
+#: Overrides of Hydra's settings that concern the multirun, not its jobs.
 OF_THE_MULTIRUN = (
     *("hydra.sweep.", "hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper", "hydra.mode"),
     "hydra.run.",
 )
-#: Hydra's flags that choose the configs.
+#: Hydra's flags that select the configs.
 CONFIG_FLAGS = ("config_path", "config_name", "config_dir")
 
 
 class Sweep:
-    """Runs the jobs of a multirun, on record in its folder.
+    """Runs the jobs of a multirun and records them in its folder.
 
     Args:
-        config: of the multirun: values that all jobs share, and Hydra's own.
-        context, task: Hydra's.
+        config: config of the multirun: values that all jobs share, and Hydra's own.
+        context, task: from Hydra.
         jobs, threads, fail_fast, resume: values of ``hydra.launcher``.
 
     Raises:
@@ -83,14 +83,15 @@ class Sweep:
             self.index.begin(self.choices.shared, self.choices.swept, self.values)
 
     def values(self, words: Sequence[str]) -> dict[str, Any]:
-        """What decides the results of jobs with such words, by dotted key; nothing is resolved, no secret is in it."""
+        """The config values that decide the results of jobs with these overrides, by dotted key, unresolved and without
+        secrets."""
         config = self.context.config_loader.load_sweep_config(self.config, list(words))
         content: Any = OmegaConf.to_container(config, resolve=False)
         own = {key: value for key, value in content.items() if key not in SIDE}
         return dict(leaves(redact(own))) | {"hydra.launcher.threads": self.threads}
 
     def launch(self, overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-        """Runs a batch of jobs, and says how they ended."""
+        """Runs a batch of jobs and returns their outcomes."""
         if self.config.plan:
             return self.plan([with_parent(self.choices.own(words), self.logs) for words in overrides])
         jobs = [self.job(words) for words in overrides]
@@ -110,7 +111,7 @@ class Sweep:
         return [returned(job, outcomes.get(job.label), error) for job in jobs]
 
     def announce(self, jobs: Sequence[Job]) -> None:
-        """Prints what there is to do."""
+        """Prints the number of jobs and their states."""
         states = Counter(self.view.progress(job).state for job in jobs)
         count = ", ".join(f"{number} {state}" for state, number in states.items())
         at_once = (
@@ -126,14 +127,14 @@ class Sweep:
                 self.view.say(job, f"failed before: {self.index.failed[job.label]}")
 
     def each(self, overrides: Iterable[Sequence[str]]) -> Iterator[JobReturn]:
-        """Runs jobs of which the next is taken when there is room for it; gives each back when it has ended."""
+        """Runs jobs. Takes the next one when there is room for it, and yields each as soon as it has ended."""
         for outcome in self.outcomes(map(self.job, overrides)):
             yield returned(
                 outcome.job, outcome, RunError(f"{outcome.job.label} {outcome.state}: {outcome.reason}")
             )
 
     def outcomes(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        """How jobs end, with failures on record."""
+        """Yields the outcomes of jobs, and records failures."""
         redact_file(sweep_file(self.config))
         for outcome in self.pool.run(jobs):
             if outcome.state == status.FAILED:
@@ -141,10 +142,10 @@ class Sweep:
             yield outcome
 
     def job(self, words: Sequence[str]) -> Job:
-        """The job that some words mean.
+        """The job with these overrides.
 
         Raises:
-            UserError: when a value is wrong, or the machine has not what its hardware says.
+            UserError: when a value is wrong, or this machine does not have the job's hardware.
         """
         own = self.choices.own(words)
         label = self.index.label(own)
@@ -158,13 +159,13 @@ class Sweep:
         return Job(label, tuple(own), place, *need_of(config))
 
     def start(self, job: Job, slot: Slot) -> JobProcess:
-        """Starts the process of a job, which goes on with what its folder holds."""
+        """Starts the process of a job, which resumes the run in its folder if there is one."""
         check_link(self.logs / LATEST_SWEEP)
         point_latest(self.folder, self.logs, LATEST_SWEEP)
         return JobProcess(job, self.command(job), self.slots.environment(slot))
 
     def command(self, job: Job) -> list[str]:
-        """The command of a job: this one, as a single run."""
+        """The command of a job: this command as a single run."""
         from hydra._internal.utils import get_args_parser
 
         given = vars(get_args_parser().parse_args(sys.argv[1:]))
@@ -189,24 +190,24 @@ class Sweep:
         lines = [*(ending.results(done) if done else []), *ending.failures(failed)]
         if len(done) < len(jobs):
             lines.append(
-                f"go on   {ending.same_command(sys.argv[0], redact_words(sys.argv[1:]), self.folder)}"
+                f"resume  {ending.same_command(sys.argv[0], redact_words(sys.argv[1:]), self.folder)}"
             )
         self.view.say(None, "\n" + "\n".join(lines))
 
 
 class Returned(JobReturn):
-    """What a sweeper gets of a job. Hydra's own class prints the overrides of one that failed, secrets and all."""
+    """The result of a job for a sweeper. Hydra's own class prints the overrides of a failed job, with secrets."""
 
-    @property  # type: ignore[misc]  # Hydra's has a setter, which nothing here needs
+    @property  # type: ignore[misc]  # Hydra's has a setter, which is not needed here
     def return_value(self) -> Any:
-        """The best value of the monitored metric; raises where the job failed."""
+        """The best value of the monitored metric; raises if the job failed."""
         if self.status != JobStatus.COMPLETED:
             raise self._return_value
         return self._return_value
 
 
 def returned(job: Job, outcome: Outcome | None, error: RunError) -> JobReturn:
-    """How a job ended, for Hydra."""
+    """The result of a job, for Hydra."""
     done = outcome is not None and outcome.state == status.DONE
     return Returned(
         overrides=redact_words(job.words),
@@ -217,6 +218,6 @@ def returned(job: Job, outcome: Outcome | None, error: RunError) -> JobReturn:
 
 
 def best_of(folder: Path) -> float | None:
-    """The best value of the monitored metric of a job that is done."""
+    """The best value of the monitored metric of a finished job."""
     best = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["best"]
     return best["value"] if best else None

@@ -1,4 +1,4 @@
-"""What the console shows of a sweep: a live table in a terminal, and a line for each event."""
+"""The console output of a sweep: a live table in a terminal, and a line for each event."""
 
 from __future__ import annotations
 
@@ -21,18 +21,13 @@ from policylab.sweeps.progress import Progress
 
 #: Seconds between two tables.
 REFRESH = 1.0
-#: Lines of a terminal that are not for jobs.
+#: Lines of a terminal that are not used for jobs.
 AROUND = 6
 STYLES = {"running": "bold", status.DONE: "green", status.FAILED: "bold red", status.INTERRUPTED: "yellow"}
 
 
 class View:
-    """Shows jobs. A context manager, inside which a terminal has the live table.
-
-    Args:
-        jobs: all of them, where they are known.
-        at_once: how many can run.
-    """
+    """Shows jobs. As a context manager, it shows the live table in a terminal."""
 
     def __init__(self) -> None:
         self.jobs = dict[str, Progress]()
@@ -54,20 +49,20 @@ class View:
             self.live = None
 
     def progress(self, job: Job) -> Progress:
-        """Of a job, which is shown from here on."""
+        """The progress of a job, which is added to the table."""
         if job.label not in self.jobs:
             self.jobs[job.label] = Progress(job.folder)
         return self.jobs[job.label]
 
     def started(self, job: Job, gpus: tuple[str, ...]) -> None:
-        """Tells that a job runs."""
+        """Prints that a job has started."""
         progress = self.jobs[job.label]
         place = f" on GPU {','.join(gpus)}" if gpus else ""
-        at = f"goes on after iteration {progress.iteration} of {progress.iterations}"
+        at = f"resumes after iteration {progress.iteration} of {progress.iterations}"
         self.say(job, (at if progress.iteration else "starts") + place)
 
     def ended(self, job: Job, state: str, reason: str) -> None:
-        """Tells how a job ended."""
+        """Prints how a job ended."""
         progress = self.jobs[job.label]
         progress.state = state
         progress.look()
@@ -77,13 +72,13 @@ class View:
         )
 
     def say(self, job: Job | None, text: str, state: str = "") -> None:
-        """A line, with the job's label."""
+        """Prints a line, with the job's label."""
         line = Text.assemble((f"{job.label}  ", STYLES.get(state, "cyan")), text) if job else Text(text)
         self.console.print(line, soft_wrap=True)
         sys.stdout.flush()
 
     def show(self) -> None:
-        """Brings the table up to date, if it is time."""
+        """Updates the table once a second."""
         if self.live is not None and time.monotonic() - self.refreshed >= REFRESH:
             self.refreshed = time.monotonic()
             for progress in self.jobs.values():
@@ -93,10 +88,10 @@ class View:
 
 
 def table(jobs: dict[str, Progress], height: int) -> Group:
-    """The jobs, those that run first where there is no room for all.
+    """The table of all jobs. If there are too many, it omits waiting and finished ones first.
 
     Args:
-        height: rows at most.
+        height: most rows.
     """
     states = Counter(progress.state for progress in jobs.values())
     shown = dict(jobs)
@@ -123,7 +118,7 @@ def table(jobs: dict[str, Progress], height: int) -> Group:
 
 
 def _left(jobs: dict[str, Progress]) -> str:
-    """An estimate for all jobs, once those that run have given one."""
+    """An estimate of the time left for all jobs; empty before running jobs have made progress."""
     running = [progress for progress in jobs.values() if progress.state == "running"]
     paces = [(p.share - p.share_before) / p.seconds for p in running if p.share > p.share_before]
     if not paces:
