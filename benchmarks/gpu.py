@@ -309,7 +309,7 @@ def runs(bench: Bench) -> None:
     cuda = bench.device.type == "cuda"
     for case in RUNS:
         config = config_of(bench, case)
-        planned = peak(describe(config).job).total
+        planned = peak(describe(config)).total
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

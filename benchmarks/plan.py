@@ -125,7 +125,7 @@ def planned(words: list[str]) -> tuple[str, float, float, float]:
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("train", [*words, "paths.run=nowhere"])
-    job = describe(config).job
+    job = describe(config)
     most = peak(job)
     return most.name, most.total, most.parts["libraries"], work(job, rates_for(config, job)).total_seconds
 

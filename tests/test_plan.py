@@ -65,7 +65,7 @@ HARDWARE = Hardware(
     gradient_checkpointing=False,
 )  # fmt: skip
 JOB = Job(
-    SIZE, CriticSize(), HARDWARE, PLAN, prompt_tokens=3.0, longest_prompt=3, new_tokens=5,
+    "a folder", False, SIZE, CriticSize(), HARDWARE, PLAN, prompt_tokens=3.0, longest_prompt=3, new_tokens=5,
     needs=Needs(reference="frozen"), cost=Cost(forwards=1), engine=CachedEngine(1.0, 5), sampling_bytes=4,
     micro_batch_tokens=None, max_rows=None, validation=1, checkpoints=True, keys=frozenset(),
 )  # fmt: skip
@@ -134,9 +134,7 @@ def test_adapters_are_counted(compose):
     pytest.importorskip("peft")
     config = compose(["model/adapter=lora", "model.adapter.rank=3", "optim.frozen_layers=1"])
     policy = build_policy(config, method_of(instantiate(config.algo)).needs().critic)
-    assert describe(config).job.size.trained == sum(
-        p.numel() for p in policy.lm.parameters() if p.requires_grad
-    )
+    assert describe(config).size.trained == sum(p.numel() for p in policy.lm.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("model", ["tiny", "llama"])
@@ -250,19 +248,19 @@ def test_processes_share():
 def test_changes_save_the_printed_memory(compose, tmp_path):
     """A plan with the change has the printed peak."""
     for overrides in (big(tmp_path, "7b", "hardware.strategy=ddp"), ["algo=ppo", "algo/critic=separate"]):
-        job = describe(compose(overrides)).job
+        job = describe(compose(overrides))
         assert helpful(job) or not job.hardware.gpu
         for change in changes(job):
             if "num_nodes" in change.overrides or "adapter" in change.overrides:
                 continue
-            changed = describe(compose([*overrides, *change.overrides.split()])).job
+            changed = describe(compose([*overrides, *change.overrides.split()]))
             assert peak(changed).total == pytest.approx(change.peak, rel=0.02), change.overrides
 
 
 def test_only_changes_of_a_runs_own_settings_are_listed(compose):
     """Q-learning without a target network keeps a reference, but has no setting algo.kl."""
     words = {
-        algo: {change.overrides for change in helpful(describe(compose([f"algo={algo}", *more])).job)}
+        algo: {change.overrides for change in helpful(describe(compose([f"algo={algo}", *more])))}
         for algo, more in {
             "grpo": ["model=gpt2_scratch"],
             "ppo": ["algo/critic=separate"],
@@ -291,7 +289,7 @@ def test_more_processes_take_less_each(compose, tmp_path):
     overrides = big(tmp_path, "7b")
     peaks = []
     for nodes in (1, 2, 4):
-        job = describe(compose([*overrides, f"hardware.num_nodes={nodes}"])).job
+        job = describe(compose([*overrides, f"hardware.num_nodes={nodes}"]))
         assert job.plan.processes == 8 * nodes
         peaks.append(peak(job).total)
     assert peaks == sorted(peaks, reverse=True)
@@ -300,7 +298,7 @@ def test_more_processes_take_less_each(compose, tmp_path):
 
 @pytest.mark.parametrize("preset", quick(PRESETS))
 def test_every_preset_is_planned(compose, preset):
-    job = describe(compose([f"algo={preset}", "task=random_walks", "rollout.group_size=4"])).job
+    job = describe(compose([f"algo={preset}", "task=random_walks", "rollout.group_size=4"]))
     assert all(size >= 0 for moment in moments(job) for size in moment.parts.values())
     assert work(job, Rates.of(1e12)).total_seconds > 0
 
@@ -311,7 +309,7 @@ def test_processes_of_a_cpu_share_its_cores(compose, monkeypatch):
     seconds = []
     for devices in (1, 8):
         config = compose(["hardware=ddp_cpu", f"hardware.devices={devices}", "plan_memory=64"])
-        job = describe(config).job
+        job = describe(config)
         needed = work(job, rates_for(config, job))
         seconds.append(sum(needed.flops.values()) / job.plan.processes / rates_for(config, job).flops)
     assert seconds[1] == pytest.approx(seconds[0], rel=1e-3)
@@ -353,7 +351,7 @@ def test_a_plan_that_no_setting_makes_fit_says_so(compose, tmp_path):
 
 
 def test_a_plan_that_does_not_fit_names_the_settings_that_help(compose, tmp_path):
-    job = describe(compose(big(tmp_path, "7b", "hardware.strategy=ddp"))).job
+    job = describe(compose(big(tmp_path, "7b", "hardware.strategy=ddp")))
     problem = problem_of(job)
     assert "the plan does not fit" in problem
     assert "take model/adapter=lora" in problem

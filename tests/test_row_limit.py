@@ -162,11 +162,11 @@ def test_a_plan_counts_as_the_run_does(compose):
 
     overrides = ["model=tiny", "rollout.prompts=4000", "rollout.max_new_tokens=64"]
     config = compose([*overrides, "hardware=cpu"])
-    job = describe(config).job
+    job = describe(config)
     policy = build_policy(config, critic=None)
     longest = Prompt(0, "", (1,) * job.longest_prompt, None, ())
     assert job.rows == rows_that_fit(policy, [longest], 64)
-    few = describe(compose([*overrides, "hardware=cpu", "rollout.max_rows=100"])).job
+    few = describe(compose([*overrides, "hardware=cpu", "rollout.max_rows=100"]))
     assert few.rows == 100
     assert few.pieces == 160
     assert moments(few)[0].parts["KV cache"] < moments(job)[0].parts["KV cache"] / 10

@@ -43,6 +43,8 @@ class Job:
     """A run in numbers.
 
     Args:
+        source: where the model comes from, for display.
+        stand_in: whether prompts were counted with a tokenizer that is not the model's.
         prompt_tokens: mean tokens of a prompt.
         longest_prompt: tokens of the longest prompt.
         new_tokens: most tokens of a completion; the plan assumes this length for all.
@@ -52,6 +54,8 @@ class Job:
         keys: dotted keys of the config, groups included: what a command line can change.
     """
 
+    source: str
+    stand_in: bool
     size: Size
     critic_size: CriticSize
     hardware: Hardware

@@ -19,7 +19,7 @@ from policylab.models.size import FP32
 from policylab.planning.advice import helpful, together
 from policylab.planning.job import Job
 from policylab.planning.memory import GIB, Moment, main_memory, moments, peak
-from policylab.planning.read import Described, describe
+from policylab.planning.read import describe
 from policylab.planning.work import Rates, Work, exchanged, work
 from policylab.rollouts.products import choose_products
 
@@ -40,11 +40,11 @@ def plan_job(config: DictConfig) -> None:
     for key in ("plan_memory", "plan_flops"):
         if config[key] is not None:
             check_number(key, config[key], above=0)
-    described = describe(config)
+    job = describe(config)
     if world().main:
         console().quiet = False  # the plan is this command's only output, so it is printed in any case
-        show(console(), config, described, rates_for(config, described.job))
-    if problem := problem_of(described.job):
+        show(console(), config, job, rates_for(config, job))
+    if problem := problem_of(job):
         raise UserError(problem)
 
 
@@ -91,9 +91,8 @@ def problem_of(job: Job) -> str | None:
 # -- on the console ----------------------------------------------------------------------------------------------
 
 
-def show(out: Console, config: DictConfig, described: Described, rates: Rates) -> None:
+def show(out: Console, config: DictConfig, job: Job, rates: Rates) -> None:
     """The whole plan: the run, memory by moment, compute and time, and settings that help."""
-    job = described.job
     found, needed = moments(job), work(job, rates)
     most = max(found, key=lambda moment: moment.total)
     closing = [("verdict", verdict(most, job))]
@@ -103,7 +102,7 @@ def show(out: Console, config: DictConfig, described: Described, rates: Rates) -
     if most.total > NARROW * job.hardware.memory:
         closing += [("change" if i == 0 else "", line) for i, line in enumerate(change_lines(job))]
     out.print("plan")
-    out.print(indented(what_runs(config, described)))
+    out.print(indented(what_runs(config, job)))
     out.print(memory_table(found))
     out.print(work_table(needed))
     out.print(indented(length(config, job, needed, rates)))
@@ -115,9 +114,8 @@ def indented(pairs: Sequence[tuple[str, str]]) -> Table:
     return rows([(f"  {label}", value) for label, value in pairs])
 
 
-def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]:
+def what_runs(config: DictConfig, job: Job) -> list[tuple[str, str]]:
     """Model, machine and batch."""
-    job = described.job
     size, hardware, plan = job.size, job.hardware, job.plan
     trained = "" if size.trained == size.parameters else f", of which {size.trained:,} are trained"
     if size.adapters:
@@ -129,15 +127,13 @@ def what_runs(config: DictConfig, described: Described) -> list[tuple[str, str]]
     strategy = "" if plan.processes == 1 else f", {'fsdp' if hardware.sharded else 'ddp'}"
     machines = plan.processes // hardware.local
     where = f"{plan.processes} x {device}" + (f" on {machines} machines" if machines > 1 else "")
-    counted = (
-        ", counted with another tokenizer, because the model's is not here" if described.stand_in else ""
-    )
+    counted = ", counted with another tokenizer, because the model's is not here" if job.stand_in else ""
     prompt = f"{job.prompt_tokens:.0f} a prompt (at most {job.longest_prompt})"
     cut = f", sampled {job.rows} at a time in {job.pieces} pieces" if job.pieces > 1 and job.samples else ""
     critic = job.critic_size.parameters
     passes = f"{job.pass_tokens:,.0f} tokens at most, {job.micro_batches} an update on each process"
     return [
-        ("model", f"{config.model.name}: {described.source}"),
+        ("model", f"{config.model.name}: {job.source}"),
         ("parameters", f"{size.parameters:,}{trained}"),
         *([("critic", f"{critic:,} additional parameters")] if critic else []),
         ("hardware", f"{where}, {hardware.precision}{strategy}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,16 +39,7 @@ from policylab.training.methods import method_of
 READ = 512
 
 
-@dataclass(frozen=True)
-class Described:
-    """A run in numbers, and labels for the printed plan."""
-
-    job: Job
-    source: str  #: where the model comes from
-    stand_in: bool  #: whether prompts were counted with another tokenizer than the model's
-
-
-def describe(config: DictConfig) -> Described:
+def describe(config: DictConfig) -> Job:
     """The numbers of a run, from its config alone.
 
     Raises:
@@ -75,7 +65,9 @@ def describe(config: DictConfig) -> Described:
     low_products = config.rollout.get("dtype") == "bfloat16" or config.hardware.precision == "bf16-mixed"
     full = config.hardware.precision == "32-true" and size.weight_bytes == FP32
     critic = needs.critic
-    job = Job(
+    return Job(
+        source=model.source,
+        stand_in=model.tokenizer is None,
         size=size,
         critic_size=CriticSize() if critic is None else critic_size(model.lm, size, critic.own_layers),
         hardware=hardware_of(config),
@@ -93,7 +85,6 @@ def describe(config: DictConfig) -> Described:
         checkpoints=bool(config.callbacks and config.callbacks.get("checkpoint")),
         keys=frozenset(dotted_keys(config)),
     )
-    return Described(job, model.source, model.tokenizer is None)
 
 
 def outline(config: DictConfig) -> LoadedModel:
