@@ -87,11 +87,11 @@ def check_init(config: DictConfig) -> None:
         raise UserError(f"init={run or config.init} works on the command line only: python train.py init=RUN")
 
 
-def check_number(path: str, value: object, low: float) -> None:
+def check_number(path: str, value: object, low: float, *, above: bool = False) -> None:
     """Refuses a value that is not a number, or below its bound."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a number")
-    check_range(path, value, low)
+    check_range(path, value, low, above=above)
 
 
 def check_switch(path: str, value: object) -> None:

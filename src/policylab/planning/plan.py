@@ -39,7 +39,7 @@ def plan_job(config: DictConfig) -> None:
     check(config)
     for key in ("plan_memory", "plan_flops"):
         if config[key] is not None:
-            check_number(key, config[key], above=0)
+            check_number(key, config[key], 0, above=True)
     job = describe(config)
     if world().main:
         console().quiet = False  # the plan is this command's only output, so it is printed in any case
