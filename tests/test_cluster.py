@@ -74,6 +74,14 @@ def killed_once(completions):
         os.kill(os.getpid(), signal.SIGKILL)
     return length(completions)
 
+def slow_at_first(completions):
+    """Slow in the process that calls it first."""
+    mine = Path("first")
+    if not mine.exists():
+        mine.write_text(str(os.getpid()))
+    time.sleep(2 * (mine.read_text() == str(os.getpid())))
+    return length(completions)
+
 def failing(completions):
     if unlucky_rank(completions):
         raise RuntimeError("no luck")
@@ -406,15 +414,29 @@ def test_optuna_gives_all_ranks_the_same_values(folder):
 @pytest.mark.slow
 def test_submitit_runs_each_job_in_processes_of_its_own(folder):
     pytest.importorskip("submitit")
-    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30"]
     sweep = ["-m", "seed=0,1", f"hydra.sweep.dir={folder}/sweep", f"paths.logs={folder}/logs"]
-    run = Running([TRAIN, *DDP, "iterations=1", *launcher, *sweep], folder)
+    run = Running([TRAIN, *DDP, "iterations=1", "hydra.launcher.cluster=local", *sweep], folder)
     assert run.wait() == 0, run.told()
     jobs = sorted(path.parent for path in folder.rglob("status.json"))
-    assert len(jobs) == 2
+    assert [job.name for job in jobs] == ["s0", "s1"]
     for job in jobs:
         assert read_status(job)["status"] == "done"
         assert json.loads((job / "env.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_job_is_requeued_at_its_time_limit(folder):
+    """submitit's signal comes half a minute before the limit of one minute."""
+    pytest.importorskip("submitit")
+    launcher = ["hydra.launcher.cluster=local", "hydra.launcher.submitit.timeout_min=1"]
+    sweep = ["-m", "seed=0", f"hydra.sweep.dir={folder}/sweep", f"paths.logs={folder}/logs"]
+    sizes = [*SMALL, "hardware=cpu", "iterations=60", "reward._target_=unlucky.slow_at_first"]
+    run = Running([TRAIN, *sizes, *launcher, *sweep], folder)
+    assert run.wait() == 0, run.told()
+    assert read_status(folder / "sweep" / "job")["status"] == "done"
+    rows = read_rows(folder / "sweep" / "job" / "metrics.csv")
+    assert [row["iteration"] for row in rows] == list(range(61))
+    assert len(json.loads((folder / "sweep" / "job" / "env.json").read_text())["earlier_sessions"]) >= 1
 
 
 # -- started by torchrun ------------------------------------------------------------------------------------------

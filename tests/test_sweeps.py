@@ -264,12 +264,18 @@ def put_status(folder: Path, state: str, iteration: int = 2, **more: Any) -> Non
     write_json(folder / "status.json", {"status": state, "iteration": iteration, "iterations": 2, **more})
 
 
+def nobody(one: Job) -> bool:
+    return False
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Runs jobs with these exit codes, two at once; returns their outcomes and the labels of the started ones."""
     monkeypatch.setattr(pool, "LOOK", 0)
 
-    def run_all(codes: dict[str, int], fail_fast: bool = False) -> tuple[dict[str, str], list[str]]:
+    def run_all(
+        codes: dict[str, int], fail_fast: bool = False, alive: Any = nobody
+    ) -> tuple[dict[str, str], list[str]]:
         started = list[str]()
 
         def start(one: Job, slot: Any) -> Any:
@@ -277,7 +283,7 @@ def run(tmp_path, monkeypatch, capsys):
             return Pretended(one, codes[one.label])
 
         jobs = [job(label, tmp_path / label) for label in codes]
-        runs = Pool(start, Slots(2, 1), View(), fail_fast=fail_fast).run(iter(jobs))
+        runs = Pool(start, alive, Slots(2, 1), View(), fail_fast=fail_fast).run(iter(jobs))
         return {outcome.job.label: outcome.state for outcome in runs}, started
 
     return run_all
@@ -310,7 +316,7 @@ def test_a_signal_stops_all_and_starts_none(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return Pretended(one, 0)
 
-    runs = Pool(start, Slots(1, 1), View(), fail_fast=False).run(
+    runs = Pool(start, nobody, Slots(1, 1), View(), fail_fast=False).run(
         [job("a", tmp_path / "a"), job("b", tmp_path / "b")]
     )
     outcomes = list[Outcome]()
@@ -319,10 +325,9 @@ def test_a_signal_stops_all_and_starts_none(tmp_path, monkeypatch):
     assert [(outcome.job.label, outcome.state) for outcome in outcomes] == [("a", "interrupted")]
 
 
-def test_a_job_that_another_session_runs_is_waited_for(run, tmp_path, monkeypatch):
+def test_a_job_that_another_session_runs_is_waited_for(run):
     looks = iter([True, True, True])
-    monkeypatch.setattr(pool, "is_alive", lambda folder: folder.name == "a" and next(looks, False))
-    states, started = run({"a": 0, "b": 0})
+    states, started = run({"a": 0, "b": 0}, alive=lambda one: one.label == "a" and next(looks, False))
     assert started == ["b", "a"]
     assert states == {"a": "done", "b": "done"}
 
@@ -337,7 +342,9 @@ def test_the_next_job_is_taken_when_there_is_room_for_it(tmp_path, monkeypatch):
             told.append(f"take {label}")
             yield job(label, tmp_path / label)
 
-    for outcome in Pool(lambda one, _: Pretended(one, 0), Slots(1, 1), View(), fail_fast=False).run(jobs()):
+    for outcome in Pool(lambda one, _: Pretended(one, 0), nobody, Slots(1, 1), View(), fail_fast=False).run(
+        jobs()
+    ):
         told.append(f"tell {outcome.job.label}")
     assert told.index("tell a") < told.index("take c")
 

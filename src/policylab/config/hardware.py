@@ -42,7 +42,7 @@ def with_devices(config: DictConfig, *, start: bool = True) -> DictConfig:
     if hardware.num_nodes == AUTO:
         raise UserError(
             "hardware.num_nodes=auto takes the processes that SLURM has started, and there are none; start it with "
-            "srun, or with hydra/launcher=submitit_slurm and -m (plan=true takes a number)"
+            "srun, or with hydra.launcher.cluster=slurm and -m (plan=true takes a number)"
         )
     if hardware.devices == AUTO:
         hardware.devices = gpus() if hardware.accelerator == "gpu" else 1

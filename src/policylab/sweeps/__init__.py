@@ -4,6 +4,7 @@ jobs.py      a job: its overrides, its label, its folder
 choices.py   values by choice: ``optim.lr={ppo:7e-4,rloo:3e-4}``
 index.py     ``sweep.jsonl``: the record of a sweep and its jobs
 process.py   one job as a process
+cluster.py   one job as a SLURM job
 slots.py     how many jobs run at once, on which cores and GPUs
 pool.py      runs all jobs, several at once
 progress.py  the progress of a job

@@ -32,6 +32,7 @@ class Index:
     Attributes:
         labels: labels of all jobs so far, by identity.
         failed: reasons, by label, of jobs that failed last time.
+        submitted: ids of the cluster's jobs, by label.
 
     Raises:
         UserError: when the folder already holds a sweep and ``resume`` is false, or another process runs it.
@@ -43,6 +44,7 @@ class Index:
         self.path = folder / SWEEP_FILE
         self.labels = dict[str, str]()
         self.failed = dict[str, str]()
+        self.submitted = dict[str, str]()
         self.lock = self.path.open("a+")  # held as long as it is open
         records = read_records(self.path)
         try:
@@ -67,6 +69,8 @@ class Index:
                 self.labels[record["identity"]] = record["job"]
             if "failed" in record:
                 self.failed[record["failed"]] = record["reason"]
+            if "submitted" in record:
+                self.submitted[record["submitted"]] = record["id"]
 
     def begin(
         self, shared: Sequence[str], swept: Iterable[str], values: Callable[[Sequence[str]], dict[str, Any]]

@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from policylab.distributed.signals import AGAIN, ECHO, INTERRUPTED, SIGNALS, Interrupted, can_listen
 from policylab.runs import status
 from policylab.runs.words import counted
 from policylab.sweeps.jobs import Job
-from policylab.sweeps.process import JobProcess, is_alive
+from policylab.sweeps.process import JobLog
 from policylab.sweeps.progress import is_done
 from policylab.sweeps.slots import Slot, Slots
 from policylab.sweeps.table import View
@@ -32,24 +32,48 @@ class Outcome:
     reason: str = ""  #: reason of a failure
 
 
+class Running(Protocol):
+    """A job that was started: a process of this machine, or a job of a cluster."""
+
+    job: Job
+    log: JobLog
+
+    def code(self) -> int | None:
+        """The exit code; None while it runs."""
+
+    def stop(self) -> None:
+        """Asks it to stop after its iteration."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
+
+
 class Pool:
     """Runs jobs.
 
     Args:
         start: starts a job on its share of the machine.
+        is_alive: whether a process of another session works in the folder of a job.
         slots: shares of the machine.
         view: console output.
         fail_fast: whether a failure stops the other jobs.
     """
 
     def __init__(
-        self, start: Callable[[Job, Slot], JobProcess], slots: Slots, view: View, *, fail_fast: bool
+        self,
+        start: Callable[[Job, Slot], Running],
+        is_alive: Callable[[Job], bool],
+        slots: Slots,
+        view: View,
+        *,
+        fail_fast: bool,
     ) -> None:
         self.start = start
+        self.is_alive = is_alive
         self.slots = slots
         self.view = view
         self.fail_fast = fail_fast
-        self.running = dict[JobProcess, Slot]()
+        self.running = dict[Running, Slot]()
         self.waiting = deque[Job]()  #: taken from the source, and no room yet
         self.elsewhere = list[Job]()  #: processes of an earlier session still run them
         self.stopping = False
@@ -86,7 +110,7 @@ class Pool:
         Returns:
             Whether there may be more.
         """
-        free = [job for job in self.elsewhere if not is_alive(job.folder)]
+        free = [job for job in self.elsewhere if not self.is_alive(job)]
         self.elsewhere = [job for job in self.elsewhere if job not in free]
         self.waiting.extendleft(free)
         while job := self.waiting.popleft() if self.waiting else next(jobs, None):
@@ -94,7 +118,7 @@ class Pool:
             if is_done(job.folder):
                 progress.state = status.DONE
                 yield Outcome(job, status.DONE)
-            elif is_alive(job.folder):
+            elif self.is_alive(job):
                 if progress.state != "elsewhere":
                     self.view.say(job, "was started by another session and still runs; waiting for its end")
                 progress.state = "elsewhere"
@@ -134,7 +158,7 @@ class Pool:
         self.stopping = True
 
 
-def outcome_of(process: JobProcess, code: int) -> Outcome:
+def outcome_of(process: Running, code: int) -> Outcome:
     """The outcome of a job with this exit code."""
     job = process.job
     if code == 0 and is_done(job.folder):

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from policylab.cli.hydra_files import sweep_file
 from policylab.config.checks import check, check_switch, check_whole
-from policylab.distributed.machine import cores
 from policylab.errors import RunError
 from policylab.runs import status
 from policylab.runs.find import LATEST_SWEEP
@@ -25,10 +24,11 @@ from policylab.runs.redaction import redact, redact_file, redact_words
 from policylab.runs.words import counted, leaves, override, override_key
 from policylab.sweeps import ending
 from policylab.sweeps.choices import Choices, sweep_words
+from policylab.sweeps.cluster import Cluster
 from policylab.sweeps.index import Index
 from policylab.sweeps.jobs import SIDE, Job
-from policylab.sweeps.pool import Outcome, Pool
-from policylab.sweeps.process import JobProcess
+from policylab.sweeps.pool import Outcome, Pool, Running
+from policylab.sweeps.process import JobProcess, is_alive
 from policylab.sweeps.progress import is_done
 from policylab.sweeps.slots import Slot, Slots, need_of
 from policylab.sweeps.table import View
@@ -49,7 +49,7 @@ class Sweep:
     Args:
         config: config of the multirun: values that all jobs share, and Hydra's own.
         context, task: from Hydra.
-        jobs, threads, fail_fast, resume: values of ``hydra.launcher``.
+        jobs, threads, fail_fast, resume, cluster, submitit: values of ``hydra.launcher``.
 
     Raises:
         UserError: when a value is wrong, or ``sweep=`` names another sweep than this command's.
@@ -65,6 +65,8 @@ class Sweep:
         threads: int,
         fail_fast: bool,
         resume: bool,
+        cluster: str | None,
+        submitit: DictConfig,
     ) -> None:
         for name, number in (("jobs", jobs), ("threads", threads)):
             if name != "jobs" or number is not None:
@@ -72,12 +74,15 @@ class Sweep:
         check_switch("hydra.launcher.fail_fast", fail_fast)
         self.config, self.context, self.task = config, context, task
         self.threads = threads
-        self.slots = Slots(jobs, threads)
+        self.slots = Slots(sys.maxsize if cluster and jobs is None else jobs, threads)
+        self.at_once = str(jobs) if jobs else "all" if cluster else "as many as fit"
         self.view = View()
-        self.pool = Pool(self.start, self.slots, self.view, fail_fast=fail_fast)
+        self.pool = Pool(self.start, self.is_alive, self.slots, self.view, fail_fast=fail_fast)
         words = sweep_words(config.hydra.sweeper.get("params"), config.hydra.overrides.task)
         self.choices = Choices(words, context.config_loader)
         self.folder, self.logs = Path(config.hydra.sweep.dir).absolute(), Path(config.paths.logs)
+        parameters: Any = OmegaConf.to_container(submitit, resolve=True)
+        self.cluster = Cluster(cluster, self.folder, parameters) if cluster else None
         if not config.plan:
             self.index = Index(self.folder, resume=resume)
             self.index.begin(self.choices.shared, self.choices.swept, self.values)
@@ -114,13 +119,9 @@ class Sweep:
         """Prints the number of jobs and their states."""
         states = Counter(self.view.progress(job).state for job in jobs)
         count = ", ".join(f"{number} {state}" for state, number in states.items())
-        at_once = (
-            f"{self.slots.jobs} at once"
-            if self.slots.jobs
-            else f"as many at once as {cores()} cores or the GPUs carry"
-        )
         self.view.say(
-            None, f"sweep {short_path(self.folder)}: {counted(len(jobs), 'job')} ({count}), {at_once}"
+            None,
+            f"sweep {short_path(self.folder)}: {counted(len(jobs), 'job')} ({count}), {self.at_once} at once",
         )
         for job in jobs:
             if job.label in self.index.failed and not is_done(job.folder):
@@ -156,13 +157,23 @@ class Sweep:
             place = self.folder / str(config.hydra.sweep.subdir)
             del config.hydra
         check(config)
-        return Job(label, tuple(own), place, *need_of(config))
+        return Job(label, tuple(own), place, *((1, False) if self.cluster else need_of(config)))
 
-    def start(self, job: Job, slot: Slot) -> JobProcess:
-        """Starts the process of a job, which resumes the run in its folder if there is one."""
+    def start(self, job: Job, slot: Slot) -> Running:
+        """Starts or submits a job, which resumes the run in its folder if there is one."""
         check_link(self.logs / LATEST_SWEEP)
         point_latest(self.folder, self.logs, LATEST_SWEEP)
-        return JobProcess(job, self.command(job), self.slots.environment(slot))
+        command, environment = self.command(job), self.slots.environment(slot)
+        if self.cluster is None:
+            return JobProcess(job, command, environment)
+        submitted = self.cluster.submit(job, command, environment)
+        self.index.add({"submitted": job.label, "id": submitted.handle.job_id})
+        return submitted
+
+    def is_alive(self, job: Job) -> bool:
+        """Whether a process of another session works in the folder of a job, or a cluster will start one."""
+        number = self.index.submitted.get(job.label)
+        return is_alive(job.folder) or bool(self.cluster and number and self.cluster.is_alive(number))
 
     def command(self, job: Job) -> list[str]:
         """The command of a job: this command as a single run."""
