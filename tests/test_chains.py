@@ -1,4 +1,4 @@
-"""Chains of runs: ``init=RUN``, what it stands for, what it refuses, and what is on record of it."""
+"""Chains of runs: the overrides that replace ``init=RUN``, what is refused, and the record of the parents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TINY = {
 
 
 def make_parent(folder: Path, status: str = "done", model: dict[str, Any] = TINY, **more: Any) -> Path:
-    """A folder that looks like that of a run, with both policies."""
+    """A folder with the files of a run and both policies."""
     for which, iteration in (("best", 15), ("final", 20)):
         (folder / "model" / which).mkdir(parents=True)
         write_json(folder / "model" / which / "policylab.json", {"iteration": iteration})
@@ -52,7 +52,7 @@ def make_parent(folder: Path, status: str = "done", model: dict[str, Any] = TINY
 def words_of(
     run: Path, which: str = "best", *more: str, model: str = "tiny", name: str = "tiny"
 ) -> list[str]:
-    """What ``init=RUN`` stands for."""
+    """The overrides that ``init=RUN`` stands for."""
     path = run / "model" / which
     return [
         f"init.run={run}",
@@ -82,7 +82,7 @@ def test_init_stands_for_the_policy_of_a_run(tmp_path):
 
 
 def test_a_sweep_may_have_several_parents(tmp_path):
-    """Each of its jobs, given its own, finds the words for it."""
+    """Each job replaces its own parent by overrides."""
     logs = tmp_path / "logs"
     a, b = make_parent(logs / "reviews" / "sft-tiny" / "a"), make_parent(tmp_path / "b c=1")
     words = with_command_of(["-m", typed(f"init=sft-tiny,{b}"), "seed=0,1", f"paths.logs={logs}"])
@@ -95,7 +95,7 @@ def test_a_sweep_may_have_several_parents(tmp_path):
 
 
 def test_a_sweep_goes_on_with_the_parent_on_record(tmp_path):
-    """`latest` is one of its own jobs by then."""
+    """By then `latest` is one of the sweep's own jobs."""
     parent, job = (make_parent(tmp_path / name) for name in ("parent", "job"))
     (tmp_path / "sweep.jsonl").write_text(json.dumps({"sweep": {"shared": words_of(parent)}}) + "\n")
     point_latest(job, tmp_path)
@@ -215,11 +215,11 @@ def test_a_run_that_still_runs_or_has_no_policy_is_refused(tmp_path, monkeypatch
     [
         (
             {"init": "latest", "model": {}},
-            r"init=latest works on the command line only: python train\.py init=RUN",
+            r"init=latest works only on the command line: python train\.py init=RUN",
         ),
         (
             {"init": {"run": "/a", "which": "best"}, "model": {"path": None}},
-            "init=/a works on the command line only",
+            "init=/a works only on the command line",
         ),
         (
             {"init": {"run": None, "which": "final"}, "model": {}},
@@ -320,7 +320,7 @@ FAST = ["debug=fast", "hardware=cpu", "callbacks.console=null"]
 
 @pytest.fixture
 def train(compose: Compose, tmp_path: Path) -> Callable[..., Path]:
-    """``train(["algo=ppo"], "name")`` trains in ``tmp_path / "run"``, and gives that folder, renamed."""
+    """``train(["algo=ppo"], "name")`` trains in ``tmp_path / "run"``, renames that folder, and returns it."""
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "the film number", "completion": " is a good one"}
     rows.write_text("".join(json.dumps(row | {"prompt": f"the film number {n}"}) + "\n" for n in range(20)))
@@ -346,13 +346,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_chain_starts_where_its_parent_ended(train, tmp_path, caplog):
-    """Supervised from random weights, then GRPO, then GRPO with adapters: to the bit, at KL 0, all of it on record."""
+    """Supervised from random weights, then GRPO, then GRPO with adapters: equal weights to the bit, KL 0, all recorded."""
     from policylab.config.build import build_policy
     from policylab.models.fingerprint import fingerprint
     from policylab.runs.metrics_file import read_rows
 
     def start_of(run: Path) -> Any:
-        """The policy that a run built before its first iteration."""
+        """The policy of a run before its first iteration."""
         return build_policy(load_config(run), critic=None)
 
     caplog.set_level("INFO")

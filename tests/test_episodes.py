@@ -1,4 +1,4 @@
-"""Episodes: the policy and an environment take turns on one grid, and nothing of it needs Lightning."""
+"""Episodes: turns of the policy and of an environment in one rollout, without Lightning."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Letters:
 
 @dataclass
 class Scripted:
-    """An engine that writes what is given for each prompt id, turn by turn, and notes what it was asked."""
+    """An engine that writes the given tokens for each prompt id, turn by turn, and records its calls."""
 
     turns: list[list[list[int]]]
     max_new_tokens: int = 3
@@ -82,7 +82,7 @@ class Scripted:
 
 
 class Until:
-    """Answers "kl" until the policy writes a c, and pays 1 for it and -0.5 for other turns."""
+    """Answers "kl" until the policy writes a c. The c gives 1, other turns -0.5."""
 
     def reset(self, prompt: Prompt, seed: int) -> str:
         return prompt.reference or ""
@@ -105,7 +105,7 @@ def prompt(number: int, reference: Any = None) -> Prompt:
 def played(
     turns: list[list[list[int]]], environment: Any = Until, prompts: Any = None, **limits: Any
 ) -> tuple[Rollout, Scripted]:
-    """The scripted rows, each of its own prompt; and the engine that wrote them."""
+    """The scripted rows, each with its own prompt, and the engine that wrote them."""
     engine = Scripted(turns)
     episodes = Episodes(engine, environment, instruction=None, **{"turns": 3, "answer_tokens": 2} | limits)
     prompts = [prompt(i) for i in range(len(turns))] if prompts is None else prompts
@@ -309,13 +309,13 @@ FAULTS = [
     (answering(Turn(3, 0.0, False)), "environment Answering: step gave 3 as its text; it must be a str"),
     (answering(Turn("", float("inf"), False)), "environment Answering: step gave inf as the reward; it must be"),
     (answering(Turn("", "1", False)), "step gave '1' as the reward"),
-    (answering(Turn("", 0.0, "no")), "step gave done='no'; it is True or False"),
+    (answering(Turn("", 0.0, "no")), "step gave done='no'; it must be True or False"),
     (answering(Turn("", 0.0, True, parts={"a": None})), "step gave None as the part 'a'"),
     (answering(Turn("", 0.0, True, parts=[1])), r"step gave \[1\] as its parts"),
-    (answering(Turn("abc", 0.0, False)), r"step gave the text 'abc', which takes 3 tokens, but task.answer_tokens=2"),
+    (answering(Turn("abc", 0.0, False)), r"step gave the text 'abc', which has 3 tokens, but task.answer_tokens=2"),
     (Raising, r"environment Raising: step failed at .*test_episodes.py:\d+: KeyError: 'missing'"),
     (Starting, "environment Starting: reset gave None as its text"),
-    (lambda: Starting("abc"), "environment Starting: reset gave the text 'abc', which takes 3 tokens"),
+    (lambda: Starting("abc"), "environment Starting: reset gave the text 'abc', which has 3 tokens"),
     (lambda: None, r"task.environment made None; an environment has reset\(prompt, seed\) and step\(text\)"),
     (lambda: {}["x"], r"task.environment failed at .*test_episodes.py:\d+: KeyError"),
 ]  # fmt: skip
@@ -331,11 +331,14 @@ def test_a_fault_of_the_environment_is_told_in_one_line(environment, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=reviews", "+task.turns=2"], "task.turns limits an environment, and task reviews has none"),
+        (
+            ["task=reviews", "+task.turns=2"],
+            "task.turns is for a task with an environment, and task reviews has none",
+        ),
         (["task=guess_number", "~task.turns"], "task.turns is missing; task guess_number has an environment"),
         (["task=guess_number", "task.answer_tokens=0"], "task.answer_tokens=0; it must be a whole number"),
         (["task=guess_number", "task.turns=2.5"], "task.turns=2.5; it must be a whole number"),
-        (["task=guess_number", "algo=dqn"], "algo=dqn keeps one reward for each sequence"),
+        (["task=guess_number", "algo=dqn"], "algo=dqn keeps one reward per sequence"),
         (
             ["task=guess_number", "algo=dapo", "rollout.max_new_tokens=4"],
             "algo/truncation=penalty counts the tokens",
@@ -359,7 +362,7 @@ def test_what_does_not_go_together_is_refused_at_the_start(compose, tmp_path, ov
 
 
 class Mirror:
-    """Says a word by the seed, then repeats up to two letters; three turns."""
+    """Starts with a word drawn from the seed, then repeats up to two letters; ends after three turns."""
 
     def reset(self, prompt: Prompt, seed: int) -> str:
         self.turns = 0
@@ -380,7 +383,7 @@ def talkative(tiny_policy):
 
 
 def mirrored(policy: Any, engine: Any, rows: Any = range(6), behaviour: Any = None) -> Rollout:
-    """Episodes of the rows that are named, of one prompt."""
+    """Episodes of these rows of one prompt."""
     episodes = Episodes(engine, Mirror, turns=3, answer_tokens=6, instruction=None)
     prompts = policy.prompts([("the plot", "", None)], None)
     noise = uniforms(0, TRAIN, 0, rows, episodes.max_new_tokens)
@@ -468,14 +471,14 @@ def test_chat_models_read_answers_as_messages():
     assert policy.tokenizer.decode(cut) == f"<|end|>\n{message}"
     assert cut == [end, *ended]
     assert ended.count(end) == 1, "control tokens of a text are characters"
-    with pytest.raises(UserError, match="takes no conversation of several turns"):
+    with pytest.raises(UserError, match="does not support several turns"):
         chat_policy("{{ messages[0]['content'] }}").encode_answer("hi", ended=True)
 
 
 # -- the gradient is that of the expected reward ----------------------------------------------------------
 
 VOCABULARY = 3
-#: All that the policy can write in a turn of two tokens at most.
+#: All texts of a turn of at most two tokens.
 TURNS = [(END,), *((first, last) for first in (1, 2) for last in range(VOCABULARY))]
 
 
@@ -529,7 +532,7 @@ class Listed:
     def gradient(
         self, advantage: Any, logits: Tensor, size: int = 1, mask: Tensor | None = None, beta: float = 0.0
     ) -> Tensor:
-        """Expected ascent direction over all batches of one episode, or of two."""
+        """Expected direction of ascent over all batches of one episode, or of two."""
         mask = self.rollout.action_mask if mask is None else mask
         generator = torch.Generator().manual_seed(1)
         values = torch.randn(self.count, generator=generator, dtype=torch.double)[self.states].masked_fill(
@@ -603,7 +606,7 @@ def test_all_episodes_are_listed(listed, logits):
     ids=lambda x: type(x).__name__ if not isinstance(x, int) else str(x),
 )
 def test_the_expected_gradient_is_that_of_the_expected_reward(listed, logits, advantage, size, beta):
-    """Whatever the environment says and by which chance: its words have no gradient of their own."""
+    """For random answers of any text: the environment's tokens have no gradient."""
     gradient = listed.gradient(advantage, logits, size, beta=beta)
     torch.testing.assert_close(gradient, listed.truth(logits, beta))
     spoken = length_mask(listed.rollout.lengths, listed.states.shape[1]) & ~listed.rollout.action_mask
@@ -639,7 +642,7 @@ def world(**changes: Any) -> GuessNumber:
 
 
 def bisected(task: GuessNumber, secret: str) -> list[Turn]:
-    """The game of a player who halves what is left."""
+    """A game played by bisection."""
     game, left, turns = task.environment(), list(task.numbers), list[Turn]()
     game.reset(Prompt(0, "", (0,), secret, ()), 0)
     while not turns or not turns[-1].done:

@@ -1,4 +1,4 @@
-"""``evaluate.py`` and ``generate.py``: pass@k, greedy, other tasks and rewards, several runs, what is refused."""
+"""``evaluate.py`` and ``generate.py``: pass@k, greedy, other tasks and rewards, several runs, refused settings."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_pass_at_k_by_hand():
 @pytest.mark.parametrize("script", ["evaluate", "generate"])
 def test_several_greedy_completions_are_refused(script):
     with pytest.raises(
-        UserError, match=r"n=2 with temperature=0: all completions of a prompt would be its likeliest"
+        UserError, match=r"n=2 with temperature=0: all completions of a prompt would be the same"
     ):
         check_asked(composed(script, ("n=2", "temperature=0")))
 
 
 def test_another_model_is_refused():
-    with pytest.raises(UserError, match=r"model=gpt2: the model is that of the run"):
+    with pytest.raises(UserError, match=r"model=gpt2: an evaluation uses the run's model"):
         evaluation.check(composed("evaluate", ()), ["run=x", "model=gpt2"])
 
 
@@ -100,7 +100,7 @@ def test_one_that_cannot_be_evaluated_does_not_stop_the_others(tmp_path, compose
 
 
 def replaced(words: Sequence[str], chosen: Sequence[str], own: dict[str, Any]) -> Any:
-    """The task and the reward that an evaluation of a run of this config takes."""
+    """The task and the reward with which a run of this config is evaluated."""
     config = {"hardware": {}, "validation": {"batch_size": 8}, "rollout": {"max_new_tokens": 5}, **own}
     asked = composed("evaluate", tuple(typed(word, (), ["task", "reward"]) for word in words))
     return evaluation.for_evaluation(OmegaConf.create(config), asked, chosen)
@@ -124,7 +124,7 @@ def test_another_task_and_reward_replace_those_of_the_run(compose):
 
 
 def shout(completions: Sequence[Any]) -> list[float]:
-    """1 for a text of an even number of letters."""
+    """1 for a text with an even number of letters."""
     return [float(len(completion.text) % 2 == 0) for completion in completions]
 
 

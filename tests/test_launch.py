@@ -907,7 +907,7 @@ def test_values_of_evaluate_and_generate_are_checked(compose, script, word, mess
 def test_a_place_where_an_evaluation_cannot_be_written_is_refused_at_once(tmp_path):
     from policylab.launch.asked import output_file
 
-    with pytest.raises(UserError, match=r"there is no folder .*nosuch; make it first"):
+    with pytest.raises(UserError, match=r"there is no folder .*nosuch; create it first"):
         output_file(f"{tmp_path}/nosuch/out.json")
     with pytest.raises(UserError, match="is a folder; give the file to write"):
         output_file(str(tmp_path))

@@ -1,5 +1,4 @@
-"""Calls code of the user's own (rewards, tasks, environments): reports what it raises in one line, and checks what it
-returns."""
+"""Calls the user's code (rewards, tasks, environments): reports its exceptions in one line, and checks its results."""
 
 from __future__ import annotations
 
@@ -212,7 +211,7 @@ def finite(owner: str, what: str, values: Sequence[Any], completions: Sequence[C
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a finite number, also in single precision."""
+    """Whether a value is a finite number, also in single precision."""
     return abs(as_number(value)) <= LARGEST
 
 

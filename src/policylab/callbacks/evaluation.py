@@ -1,4 +1,4 @@
-"""Shows how far an evaluation is, and how long it will still take."""
+"""Shows the progress and the remaining time of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from policylab.callbacks.tables import console, duration
 
 
 class EvaluationProgress(Callback):
-    """Prints a line from time to time.
+    """Prints a line every few seconds.
 
     Args:
-        seconds: between two lines; a shorter evaluation prints none.
+        seconds: seconds between two lines; a shorter evaluation prints none.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -22,7 +22,7 @@ class EvaluationProgress(Callback):
         self.began = self.last_line = 0.0
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Starts the clock, after the preflight."""
+        """Records the start time, after the preflight."""
         self.began = self.last_line = time.monotonic()
 
     def on_validation_batch_end(
@@ -34,7 +34,7 @@ class EvaluationProgress(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Prints the prompts so far and the expected time for the others."""
+        """Prints the number of finished prompts and the expected time of the others."""
         validator, now = pl_module.validator, time.monotonic()
         done, total = len(validator.samples) // validator.completions, len(validator.prompts)
         if done < total and now - self.last_line >= self.seconds:

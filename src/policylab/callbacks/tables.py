@@ -27,7 +27,7 @@ PLAIN_WIDTH = 110
 #: Options of rich's consoles: otherwise brackets are styles, ``:x:`` is an emoji, and numbers are coloured.
 PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 SAMPLE_WIDTH = 160
-#: Groups of the config that the tree leaves out: they do not change training, or the header shows them.
+#: Groups that the tree of the config omits: they do not change training, or the header shows them.
 SIDE = ("paths", "callbacks", "logger", "init")
 
 

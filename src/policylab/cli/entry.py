@@ -64,7 +64,7 @@ def guarded(
         main: the function under ``hydra.main``.
         doc: docstring of the script, for ``--help``.
         free_text: keys whose value is text, which needs no quoting for Hydra.
-        open_groups: groups whose keys the script's own config need not have.
+        open_groups: groups whose keys may be missing in the script's config.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page(doc, Path(sys.argv[0]).resolve()))

@@ -21,7 +21,7 @@ def help_page(doc: str, script: Path) -> str:
     defaults = {match["group"]: match for line in text.splitlines() if (match := DEFAULT.match(line))}
     sections = [doc.strip()]
     groups = list_groups(script.parent)
-    if "algo" not in defaults:  # not the training script: a few groups alone
+    if "algo" not in defaults:  # not the training script: only a few groups
         groups = {
             name: groups[name] for name, match in defaults.items() if match["comment"] and name in groups
         }

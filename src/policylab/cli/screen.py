@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Screen:
     """Prints header, config, plan and results; the console callback prints the training in between.
 
-    Prints nothing if ``callbacks.console`` is off, and in a job of a sweep; ``train.log`` has it all the same.
+    Prints nothing if ``callbacks.console`` is off, and in a job of a sweep; ``train.log`` still has it.
     """
 
     def __init__(self, config: DictConfig, run_dir: Path) -> None:
@@ -115,7 +115,7 @@ class Screen:
         return f"until {budget:,} tokens are sampled, at most {iterations}"
 
     def _task(self) -> list[str]:
-        """The overrides for prompts of the same kind, where the task has a file in ``configs/task/``."""
+        """The overrides that select this task, if it has a file in ``configs/task/``, and its source."""
         task = self.config.task
         source = task.get("source", "default")
         file = Path(self.config.paths.repo, "configs", "task", f"{task.name}.yaml")

@@ -46,7 +46,7 @@ from policylab.user_code import is_theirs, place, said
 PLANNED = frozenset({"prompts", "group_size", "max_rows"})
 #: Keys of ``task`` for other parts, not for the task itself.
 TAKEN_OVER = frozenset({"max_new_tokens", "too_long", "turns", "answer_tokens"})
-#: Those that limit the episodes of a task with an environment.
+#: Keys that limit the episodes of a task with an environment.
 EPISODE_LIMITS = ("turns", "answer_tokens")
 #: Keys of ``model`` that change the model after it is loaded.
 ADAPTED = frozenset({"adapter"})
@@ -68,7 +68,7 @@ def build(config: DictConfig, run_dir: Path, *, trains: bool = True) -> Experime
     """Checks the config and builds the cheap parts first, so that a wrong config fails before a model loads.
 
     Args:
-        trains: whether the experiment is to train; if not, no prompt needs a completion.
+        trains: whether the experiment will train; if not, prompts need no completions.
 
     Raises:
         UserError: when a part refuses its values.
@@ -151,17 +151,18 @@ def instantiate(config: DictConfig) -> Any:
 
 
 def with_environment(engine: Engine, task: Task, config: DictConfig, method: Method[Any]) -> Engine:
-    """An engine that plays episodes, if the task has an environment; else the engine itself.
+    """An engine that samples episodes, if the task has an environment; else the engine itself.
 
     Raises:
-        UserError: when a limit of episodes is missing or limits nothing, or the method does not train on episodes.
+        UserError: when a limit of episodes is missing, or given without an environment; or when the method does not
+            support episodes.
     """
     environment = getattr(task, "environment", None)
     limits = {key: config[key] for key in EPISODE_LIMITS if config.get(key) is not None}
     if environment is None:
         if limits:
             raise UserError(
-                f"task.{min(limits)} limits an environment, and task {task.name} has none; leave it out"
+                f"task.{min(limits)} is for a task with an environment, and task {task.name} has none; leave it out"
             )
         return engine
     if missing := sorted(set(EPISODE_LIMITS) - set(limits)):

@@ -79,16 +79,16 @@ def check(config: DictConfig) -> None:
 
 
 def check_init(config: DictConfig) -> None:
-    """Refuses a parent that no ``init=RUN`` on the command line has named, and a policy of none."""
+    """Refuses ``init.run`` without ``init=RUN`` on the command line, and ``init.which`` without a parent."""
     run, which = (OmegaConf.select(config, key) for key in (RUN, WHICH))
     if run is None and which not in (None, POLICIES[0]):
-        raise UserError(f"init.which={which} says which policy of init=RUN, and there is no init")
+        raise UserError(f"init.which={which} selects a policy of init=RUN, and there is no init=")
     if not isinstance(config.init, DictConfig) or (run is not None and config.model.get("path") is None):
-        raise UserError(f"init={run or config.init} works on the command line only: python train.py init=RUN")
+        raise UserError(f"init={run or config.init} works only on the command line: python train.py init=RUN")
 
 
 def check_number(path: str, value: object, low: float, *, above: bool = False) -> None:
-    """Refuses a value that is not a number, or below its bound."""
+    """Refuses a value that is not a number or is below its bound."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} is not a number")
     check_range(path, value, low, above=above)

@@ -50,7 +50,7 @@ class Rollout:
     tokens: Int[Tensor, "B T"]  #: right-padded
     lengths: Int[Tensor, " B"]  #: positions in use, an environment's words included
     action_mask: Bool[Tensor, "B T"]  #: true where the policy chose the token
-    ended: Bool[Tensor, " B"]  #: false when cut at the length limit, or when its episode was not over
+    ended: Bool[Tensor, " B"]  #: false when cut at the length limit, or when its episode was cut
     group_ids: Int[Tensor, " B"]  #: rows of one group answer the same prompt
     prompt_ids: Int[Tensor, " B"]
     logprobs: Float[Tensor, "B T"]  #: log-prob of each token under the distribution it was sampled from
@@ -70,7 +70,7 @@ class Rollout:
     turn_ends: Bool[Tensor, "B T"] | None = (
         None  #: true at the last action of a turn; None without an environment
     )
-    turn_rewards: Float[Tensor, "B T"] | None = None  #: the part of `rewards` that belongs to single turns
+    turn_rewards: Float[Tensor, "B T"] | None = None  #: the part of `rewards` that is given to single turns
     token_rewards: Float[Tensor, "B T"] | None = None  #: rewards at the last actions, plus shaping
     advantages: Float[Tensor, "B T"] | None = None  #: of each action
     returns: Float[Tensor, "B T"] | None = None  #: the critic's target

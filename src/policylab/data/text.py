@@ -1,6 +1,6 @@
-"""Prompts, completions and an environment's turns, for rewards, metrics and people.
+"""Prompts, completions and an environment's turns as text, for rewards, metrics and samples.
 
-No tensors: processes that score do not import torch.
+Without tensors, so that processes that score need not import torch.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Turn:
-    """An environment's answer to what the policy wrote.
+    """An environment's answer to a turn of the policy.
 
     Example: ``Turn("higher", reward=-0.1, done=False)``
     """
 
-    text: str  #: what the policy reads next; after the last turn only people read it
-    reward: float  #: credited to the last token of the policy's turn
-    done: bool  #: whether the episode is over
-    truncated: bool = False  #: whether it stops here without being over
+    text: str  #: the policy reads it next; after the last turn it is only shown in samples
+    reward: float  #: given to the last token of the policy's turn
+    done: bool  #: whether the episode has ended
+    truncated: bool = False  #: whether it is cut here
     parts: Mapping[str, float] = field(default_factory=dict)  #: logged, summed over the turns
 
 
 class Environment(Protocol):
-    """Answers the policy, in the form of Gymnasium's ``reset`` and ``step``. Each episode has an object of its own."""
+    """Answers the policy, with Gymnasium's ``reset`` and ``step`` for text. Each episode has its own object."""
 
     def reset(self, prompt: Prompt, seed: int) -> str:
         """The first observation, which the policy reads after the prompt; "" for none.
 
         Args:
-            seed: of all that is random in this episode.
+            seed: for all random numbers of this episode.
         """
         ...
 
@@ -56,26 +56,26 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class Episode:
-    """What an environment and the policy said to each other after the prompt."""
+    """The text of an episode after the prompt."""
 
-    observation: str  #: the environment's first words
-    turns: tuple[tuple[str, Turn], ...]  #: what the policy wrote, and the answer
+    observation: str  #: the environment's first text
+    turns: tuple[tuple[str, Turn], ...]  #: the policy's text and the answer of each turn
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished sample, for rewards and metrics: what the policy wrote, without an environment's words."""
+    """A finished sample, for rewards and metrics: the policy's text, without that of an environment."""
 
     prompt: str  #: with an environment's first observation
     text: str  #: decoded completion without special tokens; turns are joined by line breaks
     reference: Any
     tokens: tuple[int, ...]  #: the sampled ids, EOS included when there is one
-    ended: bool  #: False when it was cut at the length limit, or its episode was not over
-    turns: tuple[tuple[str, Turn], ...] = ()  #: what the policy wrote, and the environment's answer
+    ended: bool  #: False when it was cut at the length limit, or its episode was cut
+    turns: tuple[tuple[str, Turn], ...] = ()  #: the policy's text and the environment's answer of each turn
 
     @property
     def transcript(self) -> str:
-        """The text for people, with the environment's answers in brackets."""
+        """The text to show, with the environment's answers in brackets."""
         if not self.turns:
             return self.text
         return " ".join(f"{written.strip()} [{turn.text.strip()}]" for written, turn in self.turns)

@@ -1,4 +1,4 @@
-"""pass@k: the chance that one of ``k`` completions of a prompt passes.
+"""pass@k: the probability that at least one of ``k`` completions of a prompt passes.
 
 Axes: ``B`` prompts.
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def pass_at_k(passed: Int[Tensor, " B"], n: int, k: int) -> Float[Tensor, " B"]:
-    """Unbiased estimate of pass@k of each prompt from ``n`` completions, of which ``passed`` passed.
+    """Unbiased estimate of pass@k of each prompt, from ``n`` completions of which ``passed`` passed.
 
     ``1 - C(n - c, k) / C(n, k)`` with ``c = passed``, as the product over ``i`` from ``n - c + 1`` to ``n`` of
-    ``1 - k / i``, which is 0 where fewer than ``k`` completions failed. "Evaluating Large Language Models Trained on
+    ``1 - k / i``, which is 0 if fewer than ``k`` completions failed. "Evaluating Large Language Models Trained on
     Code", Chen et al. 2021, arXiv:2107.03374, equation 1.
 
     Args:
@@ -26,7 +26,7 @@ def pass_at_k(passed: Int[Tensor, " B"], n: int, k: int) -> Float[Tensor, " B"]:
 
 
 def ks(n: int) -> list[int]:
-    """The ``k`` that are reported for ``n`` completions of a prompt: powers of two, and ``n`` itself.
+    """The reported ``k`` for ``n`` completions of a prompt: powers of two, and ``n``.
 
     >>> ks(1), ks(8), ks(10)
     ([1], [1, 2, 4, 8], [1, 2, 4, 8, 10])

@@ -1,4 +1,4 @@
-"""What ``evaluate.py`` and ``generate.py`` share: how a policy samples, and where results go."""
+"""Shared by ``evaluate.py`` and ``generate.py``: settings of sampling, and the output file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from policylab.errors import UserError
 
 
 def check_asked(config: DictConfig) -> None:
-    """Refuses settings that both commands have, before anything is loaded.
+    """Checks the settings of both commands, before anything is loaded.
 
     Raises:
         UserError: naming the value.
@@ -24,14 +24,14 @@ def check_asked(config: DictConfig) -> None:
         check_number("temperature", config.temperature, 0)
     if config.temperature == 0 and config.n > 1:
         raise UserError(
-            f"n={config.n} with temperature=0: all completions of a prompt would be its likeliest one; leave n out"
+            f"n={config.n} with temperature=0: all completions of a prompt would be the same; leave n out"
         )
     check_switch("trust_remote_code", config.trust_remote_code)
 
 
 def sampling(config: DictConfig) -> dict[str, float]:
-    """What a command changes of a run's ``rollout``. A temperature of 0 is none of a distribution: the likeliest tokens
-    are those of any temperature."""
+    """The values of a run's ``rollout`` that a command changes. Temperature 0 is not one of them: greedy sampling takes
+    the same tokens at any temperature."""
     given = {key: config[key] for key in ("temperature", "max_new_tokens")}
     return {key: value for key, value in given.items() if value}
 
@@ -48,5 +48,5 @@ def output_file(out: str) -> Path:
     if path.suffix == ".log":
         raise UserError(f"out={out} is the name of a log; results are JSON: give FILE.json")
     if not path.parent.is_dir():
-        raise UserError(f"out={out}: there is no folder {path.parent}; make it first")
+        raise UserError(f"out={out}: there is no folder {path.parent}; create it first")
     return path

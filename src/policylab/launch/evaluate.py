@@ -1,4 +1,4 @@
-"""Metrics and samples of runs' checkpoints on validation prompts: their own, or those of another task."""
+"""Metrics and samples of runs' checkpoints on validation prompts of their own task or of another one."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from policylab.runs.saved_config import learn_secrets, load_usable
 from policylab.runs.words import counted, override_key
 from policylab.user_code import short_path
 
-#: Parts of a run's config that an evaluation works with, and those of them that it may replace.
+#: Parts of a run's config that an evaluation uses, and parts that it may replace.
 PARTS = ("algo", "hardware", "model", "optim", "rollout", "validation")
 REPLACEABLE = ("reward", "task")
-#: Between two lines of progress.
+#: Seconds between two lines of progress.
 PROGRESS_SECONDS = 5.0
 
 
@@ -81,7 +81,7 @@ def check(config: DictConfig, words: Sequence[str]) -> None:
     """Refuses values before anything is loaded.
 
     Args:
-        words: of the command line.
+        words: overrides of the command line.
 
     Raises:
         UserError: naming the value.
@@ -92,21 +92,21 @@ def check(config: DictConfig, words: Sequence[str]) -> None:
     check_whole("show", config.show, 0)
     check_number("threshold", config.threshold, float("-inf"))
     if foreign := [word for word in words if override_key(word).partition(".")[0] == "model"]:
-        raise UserError(f"{foreign[0]}: the model is that of the run; give another run")
+        raise UserError(f"{foreign[0]}: an evaluation uses the run's model; to change it, give another run")
 
 
 def evaluate(
     run_folder: Path, checkpoint: Path, asked: DictConfig, chosen: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Builds the experiment of a run again, with what is asked in place of its own, and validates a checkpoint.
+    """Builds the experiment of a run with the changed settings, and validates a checkpoint.
 
     Args:
         asked: the config of ``evaluate.py``.
-        chosen: groups of it that replace the run's whole; of others, only the keys that are given.
+        chosen: groups of it that replace the run's whole group; of other groups, only the given keys are replaced.
 
     Returns:
-        The content of ``evaluate.json``: run, checkpoint, iteration, how it was sampled and scored, prompts that were
-        counted, metrics, samples.
+        The content of ``evaluate.json``: run, checkpoint, iteration, settings of sampling and scoring, number of
+        prompts, metrics, samples.
 
     Raises:
         UserError: when a needed secret was not saved, or the checkpoint is damaged or of another model.
@@ -134,7 +134,7 @@ def evaluate(
         behaviour = greedy if asked.temperature == 0 else None
         module.sampler.behaviour = lambda stream: behaviour if stream == VALIDATION else None
     if asked.temperature == 0:
-        module.sampler.reference = None  # the likeliest tokens are no sample that a KL could be measured on
+        module.sampler.reference = None  # greedy completions are not samples for a KL
     check_fits(module, checkpoint, "take a checkpoint of this run")
     trainer.callbacks.append(EvaluationProgress(PROGRESS_SECONDS))  # type: ignore[attr-defined]
     with module.sampler.scorer:
@@ -158,7 +158,7 @@ def evaluate(
 
 
 def for_evaluation(config: DictConfig, asked: DictConfig, chosen: Sequence[str]) -> DictConfig:
-    """A copy of a run's config for one process, without callbacks and loggers, and with what is asked in its place."""
+    """A copy of a run's config for one process, without callbacks and loggers, and with the changed settings."""
     changed = config.copy()
     changed.callbacks, changed.logger = {}, {}
     changed.hardware.update({"devices": 1, "num_nodes": 1, "strategy": "auto", "cpu_offload": False})
@@ -177,13 +177,13 @@ def for_evaluation(config: DictConfig, asked: DictConfig, chosen: Sequence[str])
 
 
 def replaced(config: DictConfig, asked: DictConfig, group: str, *, whole: bool) -> DictConfig:
-    """A group of a run's config with the keys that are asked. The run's own stay, unless the whole group or another
-    target is asked."""
+    """A group of a run's config with the given keys. The run's other keys stay, unless the whole group or its target is
+    replaced."""
     own, given = config[group], asked[group]
     learn_secrets(given)
     new: Any = OmegaConf.to_container(given, resolve=True)
     foreign = new.get("_target_", own["_target_"]) != own["_target_"]
-    if whole or foreign:  # a function is the reward itself, as in training
+    if whole or foreign:  # as in training, a function itself is the reward
         own = {"_partial_": True} if foreign and not whole and group == "reward" else {}
     merged = OmegaConf.merge(own, new)
     assert isinstance(merged, DictConfig)
@@ -204,14 +204,14 @@ def show(result: dict[str, Any], count: int) -> None:
 
 
 def label(metric: str, result: dict[str, Any]) -> str:
-    """A metric as the console calls it: with several completions, the reward is their mean, and what passes is said."""
+    """The name of a metric on the console, with ``mean@n`` for several completions and the threshold of pass@k."""
     if metric == "val/reward" and result["n"] > 1:
         return f"{metric} (mean@{result['n']})"
     return f"{metric} (reward >= {result['threshold']:g})" if metric.startswith("val/pass@") else metric
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> Table:
-    """A row for each run: its main metrics."""
+    """A table with the main metrics of each run."""
     names = [name for name in headlines(results[0]["metrics"]) if all(name in r["metrics"] for r in results)]
     shown = [name for name in names if name in ("val/reward", "val/kl", "val/length") or "pass@" in name]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

@@ -34,7 +34,7 @@ class Trained:
 
     run: Path
     policy: Policy
-    config: DictConfig  #: of the run
+    config: DictConfig  #: config of the run
 
 
 def generate_job(config: DictConfig) -> None:

@@ -127,10 +127,10 @@ def encode_chats(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
 
 
 def around_answer(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a chat template puts between an answer and the user's next message, and between that and the next answer.
+    """Token ids that a chat template puts after an answer, before the user's next message, and those after the message.
 
     Raises:
-        UserError: when the template takes no conversation of several turns.
+        UserError: when the template does not support several turns.
     """
     answer, message = chr(PRIVATE), chr(PRIVATE + 1)
     turns = [("user", "a"), ("assistant", answer), ("user", message)]
@@ -138,10 +138,10 @@ def around_answer(tokenizer: Any) -> tuple[list[int], list[int]]:
     try:
         rendered = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         before, after = rendered.rpartition(answer)[2].split(message)
-    except Exception as error:  # any exception of the template, or it leaves a message out
+    except Exception as error:  # any exception of the template, or a message that it omits
         raise UserError(
-            f"the chat template takes no conversation of several turns ({type(error).__name__}: {error}), which a task "
-            "with an environment needs; fix tokenizer.chat_template, or take model.chat=false"
+            f"the chat template does not support several turns ({type(error).__name__}: {error}), which a task with an "
+            "environment needs; fix tokenizer.chat_template, or take model.chat=false"
         ) from error
     before_ids, after_ids = _call(tokenizer, [before, after], add_special_tokens=False)
     return before_ids, after_ids

@@ -145,13 +145,13 @@ class Policy(nn.Module):
         ]
 
     def encode_answer(self, text: str, *, ended: bool) -> list[int]:
-        """An environment's answer to what the policy wrote; for chat models a user message, up to the next answer.
+        """Token ids of an environment's answer; for chat models a user message, up to the start of the next turn.
 
         Args:
             ended: whether the policy ended its turn with an EOS.
 
         Raises:
-            UserError: when the tokenizer cannot read the text, or the chat template takes no second message.
+            UserError: when the tokenizer cannot encode the text, or the chat template does not support several turns.
         """
         (words,) = encode(self.tokenizer, [text], special=False)
         if not self.chat:

@@ -95,7 +95,7 @@ def write_evidence(
 
 
 def descent(groups: Sequence[Group]) -> str:
-    """A paragraph for each group whose runs started from others: from which, and from which those did."""
+    """A paragraph for each group whose runs started from other runs, with all their ancestors."""
     return "".join(
         f"\n{group.label} started from {'; '.join(dict.fromkeys(found))}.\n"
         for group in groups

@@ -157,7 +157,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """The settings that define the experiment, flat: ``{"optim.lr": 1e-5, ...}``.
 
     Other seeds, such as that of random weights, depend on the run's seed and are left out; the task's own seed decides
-    its data and is kept. A parent counts by its name: each seed may have started from a run of its own.
+    its data and is kept. A parent is compared by its name, because each seed may have started from its own run.
     """
     flat = _flatten(run.config)
     if run.parents:

@@ -38,7 +38,7 @@ class Run:
     summary: dict[str, Any]  #: empty for a run that did not finish
     curves: dict[str, dict[int, float]]
     label: str = ""  #: name of its group, if it is read from a results folder
-    parents: Sequence[dict[str, Any]] = ()  #: the runs that it descends from, the nearest first
+    parents: Sequence[dict[str, Any]] = ()  #: its ancestors, the nearest first
 
     @property
     def seed(self) -> int:
@@ -113,7 +113,7 @@ def unfinished(runs: str | Sequence[str]) -> dict[Path, str]:
 
 
 def _list(runs: str | Sequence[str]) -> list[str]:
-    """The names; for an experiment's folder, the pattern of all its runs."""
+    """The names, with an experiment's folder replaced by the pattern of all its runs."""
     names = [runs] if isinstance(runs, str) else list(runs)
     return [f"{glob.escape(name)}/*" if _is_experiment(Path(name)) else name for name in names]
 

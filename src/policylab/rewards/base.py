@@ -44,7 +44,7 @@ class Score:
 
     total: float  #: the number to maximize
     parts: dict[str, float]  #: only logged, as ``train/reward/<name>``; need not add up to the total
-    turns: Sequence[float] = ()  #: the part of it that belongs to each turn; the rest belongs to the last one
+    turns: Sequence[float] = ()  #: the part of the total for each turn; the last turn gets the rest
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Scores:
 
     total: Sequence[float]
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: as in `Score`, a list for each name
-    turns: Sequence[Sequence[float]] = ()  #: as in `Score`, a list for each completion; or none at all
+    turns: Sequence[Sequence[float]] = ()  #: as in `Score`, a list for each completion; may be empty
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ def ask(reward: Any, batch: ScoringBatch) -> Scores:
 
 
 def of_turns(owner: str, given: Any, completions: Sequence[Completion]) -> Sequence[Sequence[float]]:
-    """What belongs to each turn of each completion, zeros where nothing was given; empty where none has turns.
+    """The rewards of each completion's turns, zero if none were given; empty if no completion has turns.
 
     Raises:
-        UserError: when a completion has another number of turns, or a value is no finite number.
+        UserError: when a completion has another number of turns, or a value is not finite.
     """
     rows = one_for_each(f"{owner}: turns", given, len(completions)) if len(given) else [()] * len(completions)
     turns = [list(row) or [0.0] * len(c.turns) for row, c in zip(rows, completions, strict=True)]

@@ -1,4 +1,4 @@
-"""The rewards of the task's environment, turn by turn; for tasks with an environment."""
+"""The rewards of the task's environment, turn by turn. Only for tasks with an environment."""
 
 from __future__ import annotations
 

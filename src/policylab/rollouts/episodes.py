@@ -1,9 +1,9 @@
-"""Episodes: the policy writes a turn, the environment answers, and so on until the episode is over.
+"""Episodes: the policy writes a turn, the environment answers, and so on until the episode ends.
 
-Each turn is a call of the engine for the rows that still play, with all that was said so far as their prompt. What the
-policy wrote is kept as the tokens that it chose. The environment's answer is encoded once, and ``action_mask`` is false
-on it. A row's noise is keyed by position in its episode, and its environment's seed by the noise, so that an episode
-depends on nothing that other rows do.
+Each turn is a call of the engine for the rows whose episodes continue, with the episode so far as their prompt. The
+policy's tokens are kept and never encoded again. The environment's answer is encoded once, and ``action_mask`` is false
+on it. A row's noise is keyed by position in its episode, and its environment's seed by the noise, so episodes do not
+depend on other rows.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from policylab.user_code import as_number, call, check_names, is_finite, shown
 
 
 class Token(NamedTuple):
-    """A position of an episode; the last four are false or zero on the environment's words."""
+    """A position of an episode; the last four fields are false or zero on the environment's tokens."""
 
     token: int
-    chosen: bool  #: by the policy
-    last: bool  #: of a turn of the policy
+    chosen: bool  #: whether the policy chose it
+    last: bool  #: whether it ends a turn of the policy
     logprob: float
     value: float
 
 
 @dataclass
 class Row:
-    """An episode while it is played."""
+    """A running episode."""
 
     environment: Environment
     prompt: Prompt  #: followed by the first observation
@@ -56,23 +56,23 @@ class Row:
         return bool(self.turns) and (self.turns[-1][1].done or self.turns[-1][1].truncated)
 
     def so_far(self) -> Prompt:
-        """Everything that was said, as the prompt of the next turn."""
+        """The episode so far, as the prompt of the next turn."""
         return replace(self.prompt, tokens=self.prompt.tokens + tuple(step.token for step in self.tokens))
 
 
 class Episodes:
-    """An engine that plays episodes with another engine. Prefixes are computed again in each turn.
+    """An engine that samples episodes with another engine. Prefixes are computed again in each turn.
 
     Args:
-        engine: samples the turns; its ``max_new_tokens`` limits each of them.
-        environment: makes the environment of an episode.
+        engine: samples the turns; its ``max_new_tokens`` limits each turn.
+        environment: creates the environment of an episode.
         turns: most turns of the policy in an episode.
         answer_tokens: most tokens of an answer of the environment, and of its first observation.
         instruction: the template of the prompts.
 
     Raises:
-        UserError: when a limit is out of its bounds, or ``environment`` makes none.
-        RunError: when it raises anything.
+        UserError: when a limit is out of its bounds, or ``environment`` does not return an environment.
+        RunError: when ``environment`` raises an exception.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Episodes:
 
     @property
     def limits(self) -> str:
-        """The settings that make ``max_new_tokens``, for messages."""
+        """The settings that give ``max_new_tokens``, for messages."""
         turn, answer = self.engine.max_new_tokens, self.answer_tokens
         return f"task.turns={self.turns} x (rollout.max_new_tokens={turn} + task.answer_tokens={answer})"
 
@@ -120,7 +120,7 @@ class Episodes:
         made = call("task.environment", self.environment)
         if not all(callable(getattr(made, name, None)) for name in ("reset", "step")):
             raise UserError(
-                f"task.environment made {shown(made)}; an environment has reset(prompt, seed) and step(text)"
+                f"task.environment returned {shown(made)}; an environment has reset(prompt, seed) and step(text)"
             )
         return made
 
@@ -133,11 +133,11 @@ class Episodes:
         noise: Float[Tensor, "B T"],
         behaviour: Behaviour | None = None,
     ) -> Rollout:
-        """As `policylab.rollouts.engine.Engine.sample`; ``group_size`` episodes of each prompt.
+        """Samples ``group_size`` episodes of each prompt; see `policylab.rollouts.engine.Engine.sample`.
 
         Raises:
-            UserError: when the environment returns something else than its protocol says, or too long a text.
-            RunError: when it raises anything.
+            UserError: when the environment returns an invalid value, or a text that is too long.
+            RunError: when the environment raises an exception.
         """
         rows = [
             self.begin(policy, prompt, uniform)
@@ -157,7 +157,7 @@ class Episodes:
         return rollout.replace(group_ids=groups, values=rollout.values if has_values else None)
 
     def begin(self, policy: Policy, prompt: Prompt, noise: Float[Tensor, " T"]) -> Row:
-        """A new episode, with the first observation behind its prompt."""
+        """A new episode, with the first observation after its prompt."""
         environment = self.create()
         given = replace(
             prompt, reference=call("copying a reference (plain data)", copy.deepcopy, prompt.reference)
@@ -171,7 +171,7 @@ class Episodes:
         return Row(environment, prompt, noise, text)
 
     def write(self, policy: Policy, rows: Sequence[Row], behaviour: Behaviour | None) -> Rollout:
-        """Samples a turn of each row and takes the environment's answer to it."""
+        """Samples a turn of each row and gets the environment's answer."""
         width = self.engine.max_new_tokens
         noise = torch.stack([row.noise[len(row.tokens) :][:width] for row in rows])
         sampled = self.engine.sample(policy, [row.so_far() for row in rows], 1, noise, behaviour)
@@ -188,18 +188,18 @@ class Episodes:
         return sampled
 
     def read(self, policy: Policy, row: Row) -> None:
-        """Puts the environment's last answer behind what was said so far."""
+        """Appends the environment's last answer to the episode."""
         text = row.turns[-1][1].text
         words = policy.encode_answer(text, ended=row.tokens[-1].token in policy.eos_ids)
         self.check_length("step", text, len(words))
         row.tokens += [Token(word, False, False, 0.0, 0.0) for word in words]
 
     def check_length(self, method: str, text: str, tokens: int) -> None:
-        """Refuses a text that is too long to be read."""
+        """Refuses a text of more than ``answer_tokens`` tokens."""
         if tokens > self.answer_tokens:
             raise UserError(
-                f"{self.name}: {method} gave the text {shown(text)}, which takes {tokens} tokens, but "
-                f"task.answer_tokens={self.answer_tokens}; shorten it, or raise that"
+                f"{self.name}: {method} gave the text {shown(text)}, which has {tokens} tokens, but "
+                f"task.answer_tokens={self.answer_tokens}; shorten the text, or raise task.answer_tokens"
             )
 
 
@@ -226,14 +226,14 @@ def checked(owner: str, answer: Any) -> Turn:
     """The environment's answer, in plain values.
 
     Raises:
-        UserError: when it is no turn, or a member is of another type, or a number is not finite.
+        UserError: when it is not a Turn, a member has a wrong type, or a number is not finite.
     """
     if not isinstance(answer, Turn):
         raise UserError(f"{owner} returned {shown(answer)}; it must return a Turn(text, reward, done)")
     check_text(owner, answer.text)
     for name in ("done", "truncated"):
         if not isinstance(getattr(answer, name), bool | np.bool_):
-            raise UserError(f"{owner} gave {name}={shown(getattr(answer, name))}; it is True or False")
+            raise UserError(f"{owner} gave {name}={shown(getattr(answer, name))}; it must be True or False")
     check_names(owner, "its parts", answer.parts)
     for name, value in {
         "reward": answer.reward,
@@ -251,6 +251,6 @@ def checked(owner: str, answer: Any) -> Turn:
 
 
 def check_text(owner: str, text: Any) -> None:
-    """Refuses what is no text."""
+    """Refuses a value that is not a str."""
     if not isinstance(text, str):
         raise UserError(f"{owner} gave {shown(text)} as its text; it must be a str")

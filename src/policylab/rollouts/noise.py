@@ -30,7 +30,7 @@ def seed_libraries(*key: int) -> None:
 
 
 def seed_of(noise: Float[Tensor, " T"]) -> int:
-    """A seed for what else is random in a sample, from its noise; hashed, so that it tells nothing about the tokens."""
+    """A seed for other random numbers of a sample, from its noise; hashed, so that it is independent of the tokens."""
     return int(np.random.SeedSequence(int(float(noise[0]) * 2**53)).generate_state(1)[0])
 
 

@@ -49,8 +49,8 @@ def with_sweep(arguments: Sequence[str]) -> list[str]:
 def with_command_of(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command; with ``resume=RUN``, added to those that started RUN, which they override.
 
-    So ``train.py resume=latest iterations=200`` means: the same run, but up to iteration 200. ``init=RUN`` is replaced
-    by what it stands for (`with_parent`).
+    So ``train.py resume=latest iterations=200`` continues the same run up to iteration 200. ``init=RUN`` is replaced by
+    the overrides that it stands for (`with_parent`).
 
     Raises:
         UserError: when RUN's arguments are not known completely.
@@ -64,7 +64,7 @@ def with_command_of(arguments: Sequence[str]) -> list[str]:
         return with_parent(arguments, logs)
     if (parent := last_value(arguments, INIT)) is not None:
         raise UserError(
-            f"init={parent} is for a new run, and resume={resume} goes on with one that has begun; give one of them"
+            f"init={parent} is for a new run, and resume={resume} resumes an existing one; give one of them"
         )
     folder = find_run(resume, logs)
     # Use the real path from now on, because `latest` may become a newer run.

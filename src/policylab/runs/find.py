@@ -14,7 +14,7 @@ from policylab.runs.status import read_status
 LATEST = "latest"
 #: The link to the newest sweep, and the file that every sweep has.
 LATEST_SWEEP, SWEEP_FILE = "latest_sweep", "sweep.jsonl"
-#: Beside an exported policy: which iteration it is of.
+#: The file in an exported policy that has its iteration.
 STAMP = "policylab.json"
 
 
@@ -30,8 +30,8 @@ def find_run(run: str | Path, logs: Path | None = None) -> Path:
 
     Args:
         run: a run folder, any path inside one (such as a checkpoint), or "latest". An experiment's folder, such as
-            ``logs/reviews/ppo-tiny``, or its name under ``logs/``, ``reviews/ppo-tiny`` or ``ppo-tiny``, is its newest
-            run.
+            ``logs/reviews/ppo-tiny``, or its name under ``logs/``, ``reviews/ppo-tiny`` or ``ppo-tiny``, means its
+            newest run.
         logs: folder of "latest" and of experiments; None: ``logs/`` of the repository.
 
     Raises:
@@ -56,14 +56,14 @@ def find_run(run: str | Path, logs: Path | None = None) -> Path:
 
 
 def find_runs(runs: str | Sequence[str], logs: Path | None = None) -> list[Path]:
-    """The folders of runs, each once, in the order of naming.
+    """The folders of runs, each once, in the given order.
 
     Args:
-        runs: what `find_run` takes, or a glob pattern; several as a list, or as a text with commas between them.
+        runs: a name for `find_run`, or a glob pattern; several as a list or separated by commas.
         logs: as for `find_run`.
 
     Raises:
-        UserError: when a name or a pattern finds none.
+        UserError: when a name or a pattern matches no run.
     """
     if isinstance(runs, str):
         listed = runs[1:-1] if runs.startswith("[") and runs.endswith("]") else runs
@@ -73,7 +73,7 @@ def find_runs(runs: str | Sequence[str], logs: Path | None = None) -> list[Path]
 
 
 def matching(name: str, logs: Path | None) -> list[Path]:
-    """The run folder that a name means, or those that a glob pattern matches.
+    """The run folder of a name, or those that a glob pattern matches.
 
     Raises:
         UserError: when there is none.
@@ -87,12 +87,12 @@ def matching(name: str, logs: Path | None) -> list[Path]:
 
 
 def named(name: str, logs: Path) -> list[Path]:
-    """Where an experiment of this name has its runs: for any task, if the name has none."""
+    """Possible folders of an experiment with this name, with or without its task."""
     return [logs / name, *(folder / name for folder in logs.glob("[!.]*") if folder.name != LATEST)]
 
 
 def run_around(path: Path) -> Path | None:
-    """The run folder that a path is, or lies in; None where it is in none."""
+    """The run folder that contains a path, or is the path; None if there is none."""
     return next(filter(is_run, (path.resolve(), *path.resolve().parents)), None)
 
 
@@ -102,7 +102,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run."""
+    """Whether a folder is a run folder."""
     return (folder / "config.yaml").is_file() and (folder / "status.json").is_file()
 
 
@@ -167,7 +167,7 @@ def find_policy(run_folder: Path, which: str) -> Path:
 
 
 def exported_iteration(folder: Path) -> int | None:
-    """The iteration that a policy was exported at; None where there is no whole one."""
+    """The iteration of an exported policy; None if there is no complete one."""
     stamp = folder / STAMP
     return int(json.loads(stamp.read_text())["iteration"]) if stamp.is_file() else None
 

@@ -22,22 +22,22 @@ from policylab.runs.words import MULTIRUN, last_value, override, override_key, w
 INIT, RUN, WHICH = "init", "init.run", "init.which"
 #: The policies that a run exports.
 POLICIES = ("best", "final")
-#: Keys that choose weights, as ``init`` does.
+#: Keys that select weights, as ``init`` does.
 WEIGHTS = ("model", "model.path", "model._target_")
 
 
 def with_parent(arguments: Sequence[str], logs: Path | None) -> list[str]:
-    """The arguments of a command; in place of ``init=RUN``, the words that load the policy of RUN.
+    """The arguments of a command, with ``init=RUN`` replaced by the overrides that load the policy of RUN.
 
-    So ``algo=grpo init=latest`` means ``algo=grpo init.run=/FOLDER model=tiny model.path=/FOLDER/model/best
-    model.name=tiny``, for all jobs of a sweep, and for whoever resumes the run when `latest` is another one. A sweep
-    over several parents gets their folders, and each of its jobs the words of its own.
+    So ``algo=grpo init=latest`` becomes ``algo=grpo init.run=/FOLDER model=tiny model.path=/FOLDER/model/best
+    model.name=tiny``, also for all jobs of a sweep, and for a later resume, when `latest` is another run. In a sweep
+    over several parents, their names become folders, and each job replaces its own.
 
     Args:
         logs: as for `find_run`.
 
     Raises:
-        UserError: when there is no such run, or it is not one to start from.
+        UserError: when there is no such run, or a run cannot start from it.
     """
     named = last_value(arguments, INIT)
     if named is None:
@@ -51,7 +51,7 @@ def with_parent(arguments: Sequence[str], logs: Path | None) -> list[str]:
         runs = [override(INIT, find_run(name, logs)) for name in named.split(",")]
         words = [f"{INIT}={','.join(run.partition('=')[2] for run in runs)}"]
     else:
-        find_run(named, logs)  # each process of a group refuses by itself
+        find_run(named, logs)  # so that each process of a group raises the error
         run = Path(made_once("parent", lambda: str(find_run(named, logs))))
         words = [
             word for word in words_for(run, last_value(arguments, WHICH)) if override_key(word) not in keys
@@ -64,8 +64,8 @@ def with_parent(arguments: Sequence[str], logs: Path | None) -> list[str]:
 
 
 def with_parent_of_sweep(arguments: Sequence[str], sweep: Path) -> list[str]:
-    """The arguments of a command that goes on with a sweep: `latest` or a name after ``init=`` is the parent on record.
-    By now it may mean a newer run, such as a job of this sweep."""
+    """The arguments of a command that resumes a sweep: `latest` or a name after ``init=`` becomes the recorded parent,
+    because it may now mean a newer run, such as a job of this sweep."""
     named = last_value(arguments, INIT)
     if named is None or os.path.exists(os.path.expanduser(named)):
         return list(arguments)
@@ -77,14 +77,14 @@ def with_parent_of_sweep(arguments: Sequence[str], sweep: Path) -> list[str]:
 
 
 def words_for(run: Path, which: str | None) -> list[str]:
-    """The overrides that load a policy of a run, with its label and its chat setting. For a model of the package they
-    choose that model, so that values tuned for it are used.
+    """The overrides that load a policy of a run, with its label and its chat setting. For an embedded model they select
+    that model, so that values tuned for it are used.
 
     Args:
         which: the command's ``init.which``; None if it has none.
 
     Raises:
-        UserError: when the run has no such policy, or is not one to start from.
+        UserError: when the run has no such policy, or a run cannot start from it.
     """
     if which not in (None, *POLICIES):
         raise UserError(f"init.which={which} is not one of {', '.join(POLICIES)}")
@@ -102,8 +102,8 @@ def words_for(run: Path, which: str | None) -> list[str]:
 
 
 def check_ended(run: Path, which: str | None) -> None:
-    """Refuses a run that is still running, whose policies change; and one that did not finish, unless the command says
-    which of its policies to take."""
+    """Refuses a run that is still running, because its policies change; and one that did not finish, unless the command
+    names one of its policies."""
     check_not_running(run)
     status = read_status(run)
     if status["status"] == DONE or which is not None:
@@ -111,14 +111,14 @@ def check_ended(run: Path, which: str | None) -> None:
     state = {FAILED: f"failed ({status.get('exception')})", INTERRUPTED: "was interrupted"}
     raise UserError(
         f"{run} {state.get(status['status'], 'was killed')} after iteration {status.get('iteration')} of "
-        f"{status.get('iterations')}; finish it ({word('resume', run)}), or say which policy to start from all the "
-        f"same: init.which={'|'.join(POLICIES)}"
+        f"{status.get('iterations')}; finish it ({word('resume', run)}), or select the policy to start from: "
+        f"init.which={'|'.join(POLICIES)}"
     )
 
 
 def check_same_parent(arguments: Sequence[str], run: Path) -> None:
-    """Refuses ``init=PATH`` of another run than the one that a run started from. Names and `latest` pass, as they may
-    mean a newer run by now."""
+    """Refuses ``init=PATH`` if the run started from another one. Names and `latest` are accepted, because they may now
+    mean a newer run."""
     named = last_value(arguments, INIT)
     if named is None or not (path := Path(named).expanduser()).exists():
         return
@@ -130,8 +130,8 @@ def check_same_parent(arguments: Sequence[str], run: Path) -> None:
 
 
 def ancestors(config: DictConfig, run_folder: Path, weights: str) -> list[dict[str, Any]]:
-    """The runs that a run descends from, the nearest first; none without ``init``. Once they are on record in its
-    ``env.json``, that counts, whatever has become of their folders.
+    """The ancestors of a run, the nearest first; none without ``init``. The record in the run's ``env.json`` is used if
+    it exists, because the folders may have changed.
 
     Args:
         weights: fingerprint of the initial weights.
@@ -152,13 +152,13 @@ def ancestors(config: DictConfig, run_folder: Path, weights: str) -> list[dict[s
 
 
 def parents_of(run_folder: Path) -> list[dict[str, Any]]:
-    """The runs that a run descends from, as its ``env.json`` has them."""
+    """The ancestors of a run, from its ``env.json``."""
     file = run_folder / "env.json"
     return json.loads(file.read_text(encoding="utf-8")).get("parents", []) if file.is_file() else []
 
 
 def lineage(parents: Sequence[dict[str, Any]]) -> str:
-    """A run's parents in words.
+    """The ancestors of a run as text.
 
     >>> lineage([{"run": "/logs/a_s0", "name": "sft-tiny", "policy": "best", "iteration": 20}])
     'sft-tiny/a_s0 (best policy, of iteration 20)'
@@ -170,5 +170,5 @@ def lineage(parents: Sequence[dict[str, Any]]) -> str:
 
 
 def policy_in_words(which: str, iteration: int | None) -> str:
-    """Which policy of a run, and of which iteration, where that is known."""
+    """The name of a policy, with its iteration if known."""
     return f"{which} policy" if iteration is None else f"{which} policy, of iteration {iteration}"

@@ -35,7 +35,7 @@ class Example:
 class Task(Protocol):
     """A task, which ``task=NAME`` builds: any class with these members.
 
-    A task with an environment also has ``environment()``, which makes a new
+    A task with an environment also has ``environment()``, which creates a new
     :class:`~policylab.data.text.Environment` for each episode.
     """
 

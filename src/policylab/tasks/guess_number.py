@@ -1,4 +1,4 @@
-"""Guess a number: the environment says higher or lower. A small world whose optimum is known: bisection."""
+"""Guess a number: the environment answers higher or lower. A small task with a known optimum: bisection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class GuessNumber:
 
     Args:
         name: names the run.
-        prompt: what the policy reads first.
-        numbers: how they are written, from the lowest to the highest.
+        prompt: text that the policy reads first.
+        numbers: names of the numbers, from the lowest to the highest.
         higher: the answer to a guess that is too low.
         lower: the answer to a guess that is too high.
-        cost: of a guess that is not right; the right one gives 1.
-        held_out: prompts for validation; they cycle through the numbers.
+        cost: cost of a wrong guess; the right one gives 1.
+        held_out: number of validation prompts, which cycle through the numbers.
 
     Raises:
-        UserError: when there are less than two numbers, one is there twice, or an argument is out of range.
+        UserError: when there are fewer than two numbers, a number is repeated, or an argument is out of range.
     """
 
     instruction = None
@@ -53,18 +53,18 @@ class GuessNumber:
 
 
 class Game:
-    """One game: an environment of the policy."""
+    """The environment of one episode."""
 
     def __init__(self, task: GuessNumber) -> None:
         self.task = task
 
     def reset(self, prompt: Prompt, seed: int) -> str:
-        """Hides the number; nothing here is random."""
+        """Hides the prompt's number; the seed is not used."""
         self.secret = self.task.numbers.index(prompt.reference)
         return ""
 
     def step(self, text: str) -> Turn:
-        """The answer to a guess; none to what is no number."""
+        """The answer to a guess; empty if the guess is not a number."""
         task = self.task
         guess = task.numbers.index(text.strip()) if text.strip() in task.numbers else None
         if guess == self.secret:

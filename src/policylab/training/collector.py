@@ -150,7 +150,7 @@ class Collector:
     def greedy_rewards(self, prompts: Sequence[Prompt]) -> Tensor:
         """Reward of the likeliest completion of each prompt, repeated for its group, ``[B]``."""
         first = self.runtime.rank * self.plan.prompts // self.plan.processes
-        samples = range(first, first + len(prompts))  # they key what is random in an environment
+        samples = range(first, first + len(prompts))  # keys of an environment's random numbers
         likeliest = self.sampler.generate(prompts, 1, TRAIN, samples, greedy)
         _, scores = self.sampler.score(likeliest, prompts)
         rewards = rewarded(likeliest, scores()).rewards

@@ -90,7 +90,7 @@ class RunState:
 
     Attributes:
         origin: fingerprints of the weights and the data that the run starts from.
-        checks_data: whether a state of a run on other data is refused.
+        checks_data: whether the state of a run on other data is refused.
     """
 
     def __init__(self, parts: Parts, stateful: Sequence[Stateful]) -> None:

@@ -31,7 +31,7 @@ class Sampler:
 
     Attributes:
         behaviour: noise stream -> distribution that its tokens are drawn from; None for the policy itself.
-        reward_is_loaded: whether the reward has its state, so that a checkpoint's is left alone.
+        reward_is_loaded: whether the reward has its state, so that a checkpoint's state is ignored.
         scorer: holds the reward. It is not an ``nn.Module``, so that a network in the reward is not registered here.
     """
 
@@ -192,7 +192,7 @@ class Sampler:
 
 
 def conversations(rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:
-    """What the policy wrote in each episode, with the environment's answers."""
+    """The completion of each episode, with its turns."""
     rows = zip(
         *(prompts, rollout.episodes, rollout.ended.tolist()),
         *(rollout.tokens.tolist(), rollout.action_mask.tolist()),

@@ -17,14 +17,14 @@ from policylab.training.sampler import Sampler, rewarded
 
 
 class Validator:
-    """Samples completions of each prompt, one by default, with noise that is the same at every validation.
+    """Samples completions of each prompt, by default one, with the same noise at every validation.
 
     Args:
         prompts: all prompts of a validation, over all processes.
 
     Attributes:
-        completions: of each prompt. The first one is the same, however many there are.
-        threshold: reward from which on a completion passes, for ``val/pass@k``; None measures no such share.
+        completions: number of completions of each prompt. The first one does not depend on the number.
+        threshold: least reward of a completion that passes, for ``val/pass@k``; None does not measure it.
         means: means of the current validation; a trainer may add to them.
         samples: samples of the current validation, on this process.
     """

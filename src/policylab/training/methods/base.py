@@ -59,7 +59,7 @@ class Method(ABC, Generic[A]):
         """
 
     def check_episodes(self) -> None:
-        """Refuses what does not go with a task that has an environment.
+        """Refuses a method that does not support a task with an environment.
 
         Raises:
             UserError: with the reason and an alternative.

@@ -56,7 +56,7 @@ class PolicyGradientMethod(Method[Algorithm]):
     def check_episodes(self) -> None:
         if isinstance(self.algorithm.truncation, OverlongPenalty):
             raise UserError(
-                "algo/truncation=penalty counts the tokens of one completion, and an episode has several turns; take "
+                "algo/truncation=penalty counts the tokens of one completion, but an episode has several turns; take "
                 "algo/truncation=keep or mask"
             )
 

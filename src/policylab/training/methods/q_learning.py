@@ -36,8 +36,8 @@ class QLearningMethod(Method[QLearning]):
 
     def check_episodes(self) -> None:
         raise UserError(
-            f"algo={self.algorithm.name} keeps one reward for each sequence in its replay memory, and a task with an "
-            "environment has one for each turn; take algo=ppo, or another method that trains on its rollouts"
+            f"algo={self.algorithm.name} keeps one reward per sequence in its replay memory, but a task with an "
+            "environment has one per turn; take algo=ppo, or another method that trains on its rollouts"
         )
 
     def cost(self, plan: BatchPlan, *, exact: bool) -> Cost:
