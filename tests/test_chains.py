@@ -223,7 +223,7 @@ def test_a_run_that_still_runs_or_has_no_policy_is_refused(tmp_path, monkeypatch
         ),
         (
             {"init": {"run": None, "which": "final"}, "model": {}},
-            r"init\.which=final says .* there is no init",
+            r"init\.which=final selects .* there is no init=",
         ),
     ],
 )
@@ -346,7 +346,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_chain_starts_where_its_parent_ended(train, tmp_path, caplog):
-    """Supervised from random weights, then GRPO, then GRPO with adapters: equal weights to the bit, KL 0, all recorded."""
+    """Supervised from random weights, then GRPO, then GRPO with adapters: equal to the bit, KL 0, all recorded."""
     from policylab.config.build import build_policy
     from policylab.models.fingerprint import fingerprint
     from policylab.runs.metrics_file import read_rows
