@@ -316,7 +316,7 @@ FAULTS = [
     (Raising, r"environment Raising: step failed at .*test_episodes.py:\d+: KeyError: 'missing'"),
     (Starting, "environment Starting: reset gave None as its text"),
     (lambda: Starting("abc"), "environment Starting: reset gave the text 'abc', which has 3 tokens"),
-    (lambda: None, r"task.environment made None; an environment has reset\(prompt, seed\) and step\(text\)"),
+    (lambda: None, r"task.environment returned None; an environment has reset\(prompt, seed\) and step\(text\)"),
     (lambda: {}["x"], r"task.environment failed at .*test_episodes.py:\d+: KeyError"),
 ]  # fmt: skip
 
