@@ -44,7 +44,7 @@ class Job:
 
     Args:
         source: where the model comes from, for display.
-        stand_in: whether prompts were counted with a tokenizer that is not the model's.
+        stand_in: whether prompts were counted with another tokenizer than the model's.
         prompt_tokens: mean tokens of a prompt.
         longest_prompt: tokens of the longest prompt.
         new_tokens: most tokens of a completion; the plan assumes this length for all.

@@ -1,4 +1,4 @@
-"""Jobs of a sweep on a cluster, through submitit: one SLURM job for each, requeued at its time limit."""
+"""Jobs of a sweep on a cluster, by submitit: each is a SLURM job, which is requeued at its time limit."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from policylab.runs.status import INTERRUPTED, read_status
 from policylab.sweeps.jobs import Job
 from policylab.sweeps.process import JobLog, JobProcess
 
-#: A job is requeued so many times at its time limit.
+#: Most times that a job is requeued at its time limit.
 REQUEUES = 1000
-#: Seconds between two looks at a process.
+#: Seconds between two checks of a process.
 LOOK = 0.5
-#: For submitit's own files, in the folder of the sweep.
+#: Folder of submitit's own files, in that of the sweep.
 FOLDER = ".submitit"
 #: submitit's class of a job, for each cluster.
 HANDLES = {"slurm": "SlurmJob", "local": "LocalJob"}
@@ -31,7 +31,7 @@ def submitit() -> Any:
     """The library.
 
     Raises:
-        UserError: where it is not installed.
+        UserError: when it is not installed.
     """
     try:
         import submitit
@@ -41,11 +41,11 @@ def submitit() -> Any:
 
 
 class Task:
-    """What each task of a cluster job runs: ``train.py``. The output of rank 0 goes to the job's ``train.log``.
+    """Runs ``train.py`` in each task of a cluster job. The output of rank 0 goes to the job's ``train.log``.
 
     Args:
-        command: words of a command line.
-        environment: variables beside those of the cluster.
+        command: arguments of the command line.
+        environment: variables in addition to those of the cluster.
     """
 
     def __init__(self, job: Job, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -54,7 +54,7 @@ class Task:
         self.variables = dict(environment)
 
     def __call__(self) -> int:
-        """Runs the command to its end; gives its exit code."""
+        """Runs the command and returns its exit code."""
         if submitit().JobEnvironment().global_rank == 0:
             self.process = JobProcess(self.job, self.command, self.variables).process
         else:
@@ -81,8 +81,8 @@ class Cluster:
 
     Args:
         name: "slurm", or "local" for submitit's processes on this machine.
-        folder: of the sweep.
-        parameters: of submitit's AutoExecutor; those that are None are left out.
+        folder: folder of the sweep.
+        parameters: parameters of submitit's AutoExecutor; None omits one.
 
     Raises:
         UserError: if there is no such cluster here, or submitit refuses a parameter.
@@ -129,7 +129,7 @@ class ClusterJob:
             return AGAIN if read_status(self.job.folder).get("status") == INTERRUPTED else 1
 
     def stop(self) -> None:
-        """Cancels it: its processes get SIGTERM, and save."""
+        """Cancels the job: its processes get SIGTERM and save their state."""
         self.handle.cancel()
 
     kill = stop

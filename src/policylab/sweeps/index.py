@@ -32,7 +32,7 @@ class Index:
     Attributes:
         labels: labels of all jobs so far, by identity.
         failed: reasons, by label, of jobs that failed last time.
-        submitted: ids of the cluster's jobs, by label.
+        submitted: cluster ids of submitted jobs, by label.
 
     Raises:
         UserError: when the folder already holds a sweep and ``resume`` is false, or another process runs it.

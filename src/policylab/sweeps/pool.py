@@ -33,7 +33,7 @@ class Outcome:
 
 
 class Running(Protocol):
-    """A job that was started: a process of this machine, or a job of a cluster."""
+    """A started job: a process on this machine, or a job on a cluster."""
 
     job: Job
     log: JobLog
@@ -42,10 +42,10 @@ class Running(Protocol):
         """The exit code; None while it runs."""
 
     def stop(self) -> None:
-        """Asks it to stop after its iteration."""
+        """Asks the job to stop after its iteration."""
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends the job at once."""
 
 
 class Pool:
