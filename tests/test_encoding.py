@@ -90,7 +90,7 @@ def test_an_exported_policy_keeps_every_eos(tmp_path: Path, monkeypatch: pytest.
     policy = two_ends()
     monkeypatch.setattr("policylab.callbacks.checkpoint.check_iteration", lambda *_: None)
     monkeypatch.setattr("policylab.callbacks.checkpoint.read", lambda _: {"state_dict": {}})
-    policy.lm.generation_config.eos_token_id = [OTHER]  # the tokenizer's own is not among them
+    policy.lm.generation_config.eos_token_id = [OTHER]  # without the tokenizer's own
     write_policy(policy, Path("none"), 0, tmp_path / "final")
     again = loading.from_folder(tmp_path / "final", OPTIONS, "test")
     assert again.lm.generation_config.eos_token_id == [END, OTHER]

@@ -120,7 +120,7 @@ def completions_of(rollout: Rollout, prompts: Any = None) -> list[Completion]:
 ROWS = [
     [[1, END], [2, 2, 2], [3, END]],  # a turn that ends, one that is cut, one that is right
     [[3]],  # right at once
-    [[END], [1], [1, END]],  # says nothing, and is answered nothing; then runs out of turns
+    [[END], [1], [1, END]],  # an empty turn with an empty answer; then no turns are left
     [[4, END]],  # the environment stops
 ]
 

@@ -251,7 +251,7 @@ def test_without_second_names_files_are_copied(run_folder, monkeypatch):
     assert files(run_folder) == {"last": 3, "previous": 2, "best": 1}
 
 
-# -- numbers that are none ----------------------------------------------------------------------------------
+# -- numbers that are not finite ------------------------------------------------------------------------------
 
 METHODS = {
     "ppo": algo("ppo"),

@@ -215,15 +215,15 @@ def test_a_run_that_still_runs_is_known_by_its_process(tmp_path):
         assert running_process(tmp_path) == other.pid
         words = read_status(tmp_path)
         write_json(tmp_path / "status.json", words | {"updated": "2020-01-01T00:00:00+00:00"})
-        assert running_process(tmp_path) is None, "another program has that number now"
+        assert running_process(tmp_path) is None, "another program has this process id now"
         write_json(tmp_path / "status.json", words | {"updated": datetime.now(UTC).isoformat()})
         assert running_process(tmp_path) == other.pid
         other.stdin.write(b"\n")
         other.stdin.flush()
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-        assert running_process(tmp_path) is None, "it has ended, but nobody has taken note"
+        assert running_process(tmp_path) is None, "the process has ended without a new status"
         other.communicate()
-    assert running_process(tmp_path) is None, "killed: its last words were 'running', but nobody is there"
+    assert running_process(tmp_path) is None, "killed: its last status is 'running', but the process is gone"
 
 
 def test_seconds_of_a_resumed_run_add_up(tmp_path):

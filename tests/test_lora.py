@@ -260,7 +260,7 @@ class TestExport:
         state = {"state_dict": adapters, "policylab": {"iteration": 1, "tokens_sampled": 1}}
         write_state(state, checkpoint := tmp_path / "last.ckpt")
         expected = policy.lm(tokens := torch.arange(1, 9)[None]).logits
-        move(policy)  # training goes on while the file is written
+        move(policy)  # training continues while the file is written
         write_policy(policy, checkpoint, 1, tmp_path / "final")
         merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
         assert not report["missing_keys"]

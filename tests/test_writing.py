@@ -37,7 +37,7 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path, held):
     writer = BackgroundWriter()
     weight, loops = torch.ones(3), {"iteration": 1}
     writer.save_checkpoint({"state": {"w": weight}, "loops": [loops]}, tmp_path / "new" / "last.ckpt")
-    assert not list(tmp_path.iterdir()), "training goes on at once"
+    assert not list(tmp_path.iterdir()), "training continues at once"
     weight += 1
     loops["iteration"] = 2
     held.set()

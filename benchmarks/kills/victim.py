@@ -83,7 +83,7 @@ def disturbed(
 
 
 def in_folder(words: Sequence[str], folder: Path) -> list[str]:
-    """The words of a run that goes on in its folder, or starts there."""
+    """The arguments of a run that resumes in its folder, or starts there."""
     return [*words, f"hydra.run.dir={folder}", "resume=auto"]
 
 

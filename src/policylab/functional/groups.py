@@ -77,7 +77,7 @@ def best_of_group(
 
 
 def _peers(group_ids: Int[Tensor, " B"], present: Bool[Tensor, " B"]) -> Bool[Tensor, "B B"]:
-    """At row ``i``, true at the present rows of ``i``'s group, itself among them."""
+    """At row ``i``, true at the present rows of ``i``'s group, including ``i``."""
     return (group_ids[:, None] == group_ids) & present
 
 
