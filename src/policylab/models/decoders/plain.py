@@ -14,7 +14,7 @@ def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
     """True when every module is of a known class, none has hooks or a changed forward, none applies dropout, and no
     weight is in float64.
 
-    Sharding, quantization and adapters of others are detected by the classes or hooks that they add. Our own adapters
+    Sharding, quantization and other libraries' adapters are detected by the classes or hooks that they add. Our adapters
     are allowed: decoders read weights by `policylab.models.adapted.whole_weight`, which adds the adapter.
 
     Args:
@@ -32,6 +32,6 @@ def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
 
 
 def _changes(hook: object) -> bool:
-    """Whether a hook may change results. transformers' own hooks only record hidden states; they stay in a model after
-    it has returned them once."""
+    """Whether a hook may change results. transformers' own hooks only record hidden states; a model keeps them after it
+    has returned hidden states once."""
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"

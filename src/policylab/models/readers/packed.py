@@ -78,7 +78,7 @@ class PackedCausal(PaddedCausal):
 
 
 def trial_rollout(model: Any) -> Rollout:
-    """A few tokens to try a model with: three completions of unequal lengths, of two prompts."""
+    """A small rollout for trying a model: three completions of different lengths, of two prompts."""
     device = next(model.parameters()).device
     grid = (torch.arange(9, device=device) % model.get_input_embeddings().num_embeddings).view(3, 3)
     rows = torch.tensor([0, 1, 0], device=device)

@@ -80,6 +80,6 @@ class Reader(Protocol):
         """Switches to kernels with forward-mode and second derivatives, which a trust region needs.
 
         Raises:
-            UserError: if there are none.
+            UserError: if there are no such kernels.
         """
         ...
