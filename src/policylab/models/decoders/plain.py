@@ -14,8 +14,8 @@ def is_plain(lm: nn.Module, known: Collection[str]) -> bool:
     """True when every module is of a known class, none has hooks or a changed forward, none applies dropout, and no
     weight is in float64.
 
-    Sharding, quantization and other libraries' adapters are detected by the classes or hooks that they add. Our adapters
-    are allowed: decoders read weights by `policylab.models.adapted.whole_weight`, which adds the adapter.
+    Sharding, quantization and adapters of other libraries are detected by the classes or hooks that they add. Our own
+    adapters are allowed: decoders read weights by `policylab.models.adapted.whole_weight`, which adds the adapter.
 
     Args:
         known: names of classes, which must be torch's or transformers'.
