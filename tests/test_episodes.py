@@ -698,3 +698,26 @@ def test_methods_train_on_episodes(preset):
     assert -0.3 - 1e-6 <= metrics["train/reward"] <= 1
     if preset != "trpo":  # whose step has no rate
         assert trace.distance(trained(0.0)) > 0
+
+
+def test_a_resumed_run_plays_the_same_episodes(tmp_path):
+    """To the bit: nothing of an environment is in a checkpoint, because no episode spans two iterations."""
+    from test_faults import experiment, fit, weights
+
+    def run(folder: str, checkpoint: Any = None, **changes: Any) -> Any:
+        folder = tmp_path / folder
+        folder.mkdir(exist_ok=True)
+        changes |= {"rollout.max_new_tokens": 1}
+        return fit(experiment(folder, algo("ppo"), "guess_number", **changes), checkpoint)
+
+    through, _ = run("through"), run("half", iterations=2)
+    resumed = run("half", tmp_path / "half" / "checkpoints" / "last.ckpt")
+    assert torch.equal(weights(resumed), weights(through))
+    assert [sample.completion for sample in resumed.samples] == [s.completion for s in through.samples]
+    assert any("[h]" in sample.completion for sample in through.samples)
+
+
+def test_a_plan_counts_whole_episodes(compose):
+    from policylab.planning.read import describe
+
+    assert describe(compose(["task=guess_number"])).job.new_tokens == 3 * (1 + 1)

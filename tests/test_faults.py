@@ -57,7 +57,7 @@ def state(iteration: int, weight: float = 0.0) -> dict[str, Any]:
     return {"policylab": numbers, "state_dict": {"w": torch.full((300,), weight or float(iteration))}}
 
 
-def experiment(folder: Path, algorithm: DictConfig, **changes: Any) -> Any:
+def experiment(folder: Path, algorithm: DictConfig, task: str = "random_walks", **changes: Any) -> Any:
     """A small run that saves metrics and checkpoints in each iteration, without preflight and validation."""
     from policylab.config.build import build
 
@@ -73,10 +73,10 @@ def experiment(folder: Path, algorithm: DictConfig, **changes: Any) -> Any:
         "logger.csv": {"_target_": "policylab.callbacks.metrics_csv.MetricsCSV", "run_dir": str(folder)},
     }
     with quiet():
-        built = build(small(algorithm, parts | changes), folder)
+        built = build(small(algorithm, parts | changes, task), folder)
     built.trainer.limit_val_batches = 0
     built.module._checked = True
-    if algorithm.name != "sft":
+    if algorithm.name != "sft" and task == "random_walks":
         built.module.sampler.scorer.reward = levels
     return built
 

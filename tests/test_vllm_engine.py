@@ -25,6 +25,7 @@ from policylab.models.size import size_of
 from policylab.rollouts.memory import Piece
 from policylab.rollouts.noise import TRAIN, uniforms
 from policylab.rollouts.vllm import VllmEngine
+from test_episodes import mirrored
 
 PROMPTS = [Prompt(i + 5, "", tuple(range(1, 3 + 2 * i)), None, ()) for i in range(3)]
 GROUP, WIDTH = 2, 8
@@ -196,6 +197,15 @@ class TestSampling:
         for _ in range(2):
             vllm.sample(tiny_policy, PROMPTS, GROUP, NOISE)
         assert vllm.llm.calls == ["load", "generate", "sleep", "wake", "load", "generate", "sleep"]
+
+    def test_plays_episodes(self, tiny_policy):
+        vllm = engine()
+        rollout = mirrored(tiny_policy, vllm)
+        recomputed = tiny_policy.logprobs_of(rollout, 1.3).detach()
+        torch.testing.assert_close(rollout.logprobs, recomputed, atol=1e-4, rtol=0)
+        assert vllm.llm.calls == ["load", "generate"] * int(rollout.turn_ends.sum(-1).max())
+        alone = mirrored(tiny_policy, vllm, [2])
+        assert alone.episodes == (rollout.episodes[2],)
 
     def test_greedy(self, policy):
         rollout = engine().sample(policy, PROMPTS, 1, NOISE[:3], greedy)
