@@ -61,7 +61,7 @@ def recipe_of(config: DictConfig, trl_micro_batch: int | None, held_out: int) ->
     algo, optim, rollout = config.algo, config.optim, config.rollout
     if optim.schedule != "constant" or optim.warmup or optim.weight_decay or algo.entropy_coef:
         raise ValueError("TRL's side has a constant rate, no weight decay and no entropy bonus")
-    task = instantiate(without(config.task, {"max_new_tokens", "too_long"}))
+    task = instantiate(without(config, "task"))
     texts = [example.text for example in examples(task, "train")]
     order = IterationSampler(len(texts), rollout.prompts, config.seed, config.iterations, 0, list)
     minibatches = algo["update"].get("minibatches", 1)

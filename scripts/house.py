@@ -21,7 +21,9 @@ PACKAGE = Path(__file__).parent.parent / "src" / "policylab"
 FLOORS = (
     ("errors", "functional"),
     ("data",),
-    ("user_code", "models", "algorithms"),
+    ("user_code",),
+    ("contracts",),
+    ("models", "algorithms"),
     ("distributed",),
     ("rollouts", "runs"),
     ("rewards",),

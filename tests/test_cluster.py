@@ -366,18 +366,33 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, restarts: int = 0) -> No
 def test_what_failed_first_is_told(tmp_path, monkeypatch):
     killed = {1: SimpleNamespace(exitcode=-signal.SIGKILL)}
     raised = {0: SimpleNamespace(exitcode=1)}
-    assert "rank 1 was ended by SIGKILL, which the system sends" in str(first_error(tmp_path, killed))
-    assert "rank 0 ended with code 1 without an error message" in str(first_error(tmp_path, raised))
+    run = tmp_path / "run"
+    assert str(first_error(tmp_path, raised, run)).endswith(
+        "rank 0 ended with code 1 without an error message"
+    )
+    run.mkdir()
+    (run / "status.json").touch()
+    told = str(first_error(tmp_path, killed, run))
+    assert "rank 1 was ended by SIGKILL, which the system sends when memory runs out; go on from" in told
+    assert told.endswith(f": python train.py resume={run}")
     for rank, restarts, text in [(0, 0, "before"), (1, 1, "the first"), (0, 1, "what follows")]:
         pretend(monkeypatch, rank, restarts)
         write_error(ValueError(text), tmp_path)
-    error = first_error(tmp_path, raised)
+    error = first_error(tmp_path, raised, run)
     assert isinstance(error, ProcessFailed)
     assert str(error).startswith("on rank 1:\n")
     assert str(error).endswith("ValueError: the first\n")
     pretend(monkeypatch, 1, 2)
     write_error(UserError("x is wrong"), tmp_path)
-    assert isinstance(first_error(tmp_path, raised), UserError)
+    assert isinstance(first_error(tmp_path, raised, run), UserError)
+    pretend(monkeypatch, 1, 3)
+    try:
+        exec(compile("1 / 0", "mine.py", "exec"))
+    except ZeroDivisionError as error:
+        write_error(error, tmp_path)
+    of_theirs = first_error(tmp_path, raised, run)
+    assert isinstance(of_theirs, ProcessFailed), "a restart may help"
+    assert str(of_theirs) == "on rank 1:\n<module> failed at mine.py:1: ZeroDivisionError: division by zero"
 
 
 @pytest.mark.slow

@@ -56,6 +56,13 @@ EXAMPLES = [
 ]
 
 
+def test_no_two_files_have_one_name():
+    """A reader who follows all pages in one folder overwrites none."""
+    named = [block for block in blocks(PAGES) if block.file_name]
+    texts = {block.file_name: block.text for block in named}
+    assert [block.where for block in named if block.text != texts[block.file_name]] == []
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example(
     example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_briefly: Train

@@ -648,13 +648,13 @@ def test_records_that_could_not_be_written_are_an_error_in_the_end(tmp_path, mon
     monkeypatch.setattr(samples, "append_whole", full_disk)
     callback = Samples(str(tmp_path), every=1, keep=1, show=0)
     callback.unwritten = ["waiting"]
-    with pytest.raises(RunError, match=r"samples\.jsonl: 1 samples are lost"):
+    with pytest.raises(RunError, match=r"samples\.jsonl: 1 sample lost"):
         callback.teardown(SimpleNamespace(), None, "fit")
     monkeypatch.setattr(metrics_csv, "write_rows", full_disk)
     logger = MetricsCSV(str(tmp_path))
     logger.log_metrics({"x": 0.0}, step=0)
     logger.finalize("failed")  # the error is already reported
-    with pytest.raises(RunError, match=r"metrics\.csv: 1 rows are missing"):
+    with pytest.raises(RunError, match=r"metrics\.csv: 1 row missing"):
         logger.finalize("success")
 
 

@@ -35,7 +35,7 @@ OWNERS = {
 MAY_IMPORT = {
     "functional/": ("torch", "jaxtyping", "policylab.functional"),
     "algorithms/": (
-        *("torch", "jaxtyping", "policylab.errors"),
+        *("torch", "jaxtyping", "policylab.errors", "policylab.contracts"),
         *("policylab.functional", "policylab.data", "policylab.algorithms"),
     ),
 }

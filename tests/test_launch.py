@@ -24,6 +24,7 @@ from omegaconf import OmegaConf, open_dict
 from conftest import evaluated, generated
 from policylab.cli.entry import check_one_choice, flags_first
 from policylab.cli.messages import improve, new_keyword
+from policylab.cli.screen import Screen
 from policylab.config import resolvers
 from policylab.config.settle import settle
 from policylab.config.suggest import nearest
@@ -270,6 +271,9 @@ def test_arguments_of_a_users_class_are_suggested():
         == f"to give it to {__name__}.make_run, write +reward.folder=...; "
     )
     assert new_keyword(config, "reward.words") == new_keyword(config, "words") == ""
+    del config.reward["workers"]
+    for key in ("reward.workers", "reward/pool"):
+        assert new_keyword(config, key) == f"the file of this reward leaves it out: write +{key}=...; "
 
 
 @pytest.mark.parametrize(
@@ -535,7 +539,9 @@ def test_another_run_cannot_be_resumed(tmp_path):
         UserError, match=r"resume=x continues in the folder of that run; leave out hydra\.run\.dir"
     ):
         check_own_folder(tmp_path / "elsewhere", run / "checkpoints" / "last.ckpt", "x")
-    with pytest.raises(UserError, match="this run has seed=0, the command says 1; start a new run"):
+    with pytest.raises(
+        UserError, match=r"has seed=0, the command says 1; a resume may change .* start a new run"
+    ):
         check_same_values({"seed": 0}, {"seed": 1})
 
 
@@ -551,7 +557,7 @@ def test_another_run_cannot_be_resumed(tmp_path):
         (
             "task",
             {"name": "random_walks"},
-            r".name=reviews, the command says random_walks \(\d+ more values differ\)",
+            r".name=reviews, the command says random_walks \(and \d+ more values\)",
         ),
         ("task.held_out", 100, "=512, the command says 100;"),
         ("algo.kl.controller.initial", 1, "=0.05, the command says 1;"),
@@ -605,6 +611,12 @@ def test_other_settings_may_change_at_a_resume(compose):
         *("model.path=x", "task.source=x.jsonl"),  # whose contents are compared
     ]
     check_same_values(plain(compose([])), plain(compose(changed)))
+
+
+@pytest.mark.parametrize(("start", "told"), [(12, True), (0, True), (None, False)])
+def test_the_header_says_where_a_run_goes_on(compose, tmp_path, capsys, start, told):
+    Screen(compose(["model=tiny_scratch"]), tmp_path / "run").opening([], start)
+    assert (f"resume  from iteration {start} of {tmp_path / 'run'}\n" in capsys.readouterr().out) == told
 
 
 # -- whole runs, in this process ------------------------------------------------------------------------
@@ -914,6 +926,20 @@ def test_a_place_where_an_evaluation_cannot_be_written_is_refused_at_once(tmp_pa
     with pytest.raises(UserError, match=r"x\.log is the name of a log; .*give FILE\.json"):
         output_file(f"{tmp_path}/x.log")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_replace_earlier_ones_alone(tmp_path):
+    from policylab.launch.asked import output_file
+
+    run, out = make_run(tmp_path / "run"), tmp_path / "out.json"
+    (tmp_path / "image.json").write_bytes(b"\xff")
+    for file in (run / "status.json", run / "config.yaml", run / "summary.json", tmp_path / "image.json"):
+        with pytest.raises(UserError, match=f"out={file} is no file of results; give the name of a new one"):
+            output_file(str(file))
+    for results in ({"run": "", "metrics": {}}, [{"run": "", "completions": []}]):
+        write_json(out, results)
+        assert output_file(str(out)) == out
+    assert output_file(str(tmp_path / "summary.json")) == tmp_path / "summary.json"
 
 
 def test_an_evaluation_leaves_the_log_of_the_run_alone(tmp_path, compose, monkeypatch):

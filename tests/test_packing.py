@@ -396,7 +396,7 @@ class TestOutOfMemory:
     @pytest.mark.filterwarnings("ignore:out of memory")
     def test_when_nothing_fits_it_says_so(self, train):
         with pytest.raises(
-            UserError, match=r"out of memory with 1 sequences of \d+ tokens in all in a forward pass"
+            UserError, match=r"out of memory with 1 sequence of \d+ tokens in all in a forward pass"
         ):
             train(limit=0)
 

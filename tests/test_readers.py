@@ -11,8 +11,9 @@ import torch
 
 import policylab
 from conftest import fresh_policy, scratch_model
+from policylab.models.decoders import Decoder
 from policylab.models.policy import Policy
-from policylab.models.readers import PackedCausal, PaddedCausal
+from policylab.models.readers import PackedCausal, PaddedCausal, Reader
 from policylab.models.readers.packed import trial_rollout
 from policylab.models.shape import Shape, shape_of
 
@@ -30,6 +31,14 @@ def test_no_size_is_read_from_a_config(room):
         assert not (found := SIZES.search(path.read_text())), (
             f"{path.name}: {found and found[0]}; ask the reader"
         )
+
+
+@pytest.mark.parametrize("protocol", [Reader, Decoder])
+def test_the_page_on_models_names_every_member(protocol):
+    page = (PACKAGE.parents[1] / "docs" / "models.md").read_text()
+    named = re.findall(r"`(\w+)", " ".join(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)))
+    members = [name for name in vars(protocol) if not name.startswith("_")]
+    assert [name for name in members if name not in named] == []
 
 
 def test_shapes():

@@ -290,8 +290,12 @@ def test_refusals(tmp_path: Path) -> None:
             report(runs, out)
     with pytest.raises(UserError, match=r"no val/bleu; it has val/kl, val/reward"):
         report([str(run)], out, metrics=["val/bleu"])
-    with pytest.raises(UserError, match="2 labels for 1 groups of runs: ppo-tiny-reviews"):
+    with pytest.raises(UserError, match="2 labels for 1 group of runs: ppo-tiny-reviews"):
         report([str(run)], out, labels=["a", "b"])
+    with pytest.raises(UserError, match=f"out={run} is the folder of a run"):
+        report([str(run)], run)
+    with pytest.raises(UserError, match=f"out={run}/metrics.csv is a file"):
+        report([str(run)], run / "metrics.csv")
     with pytest.raises(UserError, match="metrics is empty"):
         report([str(run)], out, metrics=[])
     assert not out.exists()

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from policylab.data.text import Completion
+from policylab.errors import UserError
 from policylab.rewards.base import Scores, ScoringBatch
+from policylab.rewards.networks import networks
 from policylab.rewards.scorer import Scorer
 from policylab.rewards.sentiment import sentiment
 from policylab.rewards.weighted_sum import WeightedSum
@@ -45,6 +47,44 @@ class Callable:
 
     def __call__(self, completions):
         return [1.0] * len(completions)
+
+
+class Slotted:
+    """A reward that keeps a network in a slot, under a name that Python mangles, beside a slot that is empty."""
+
+    __slots__ = ("__network", "empty")
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.__network = network
+
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
+
+class Lazy:
+    """A reward that makes its network when it scores."""
+
+    def __init__(self, mode: bool) -> None:
+        self.mode, self.network = mode, None
+
+    def __call__(self, completions):
+        self.network = self.network or torch.nn.Linear(1, 1).train(self.mode)
+        return [1.0] * len(completions)
+
+
+class Ring:
+    """A reward that knows all rewards, itself among them."""
+
+    def __init__(self, known: list) -> None:
+        self.known = known
+        known.append(self)
+
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
+
+def with_gradients(completions):
+    return [float(torch.is_grad_enabled())] * len(completions)
 
 
 def by(completions, model):
@@ -85,13 +125,51 @@ class TestNetworks:
         scorer.move("meta")
         assert scorer.reward.parts["a"].networks["reader"].layer.weight.device.type == "meta"
 
-    @pytest.mark.parametrize("kind", ["object", "partial", "part"])
+    @pytest.mark.parametrize("kind", ["object", "partial", "part", "slots"])
     def test_those_of_a_callable_are_frozen_and_stay_where_they_are(self, kind):
         """A callable does not get the device."""
         network = torch.nn.Linear(1, 1)
         reward = functools.partial(by, model=network) if kind == "partial" else Callable(network)
+        reward = Slotted(network) if kind == "slots" else reward
         scorer = Scorer(WeightedSum({"a": reward}, {"a": 1.0}) if kind == "part" else reward)
         scorer.move("meta")
         assert not network.training
         assert not network.weight.requires_grad
         assert network.weight.device.type == "cpu"
+
+    @pytest.mark.parametrize(("workers", "pool"), [(0, "process"), (2, "thread")])
+    def test_one_that_is_made_while_scoring_is_frozen_or_refused(self, workers, pool):
+        with Scorer(Lazy(mode=False), workers, pool) as scorer:
+            scorer.begin([completion(1)])()
+        assert not scorer.reward.network.weight.requires_grad
+        with (
+            Scorer(Lazy(mode=True), workers, pool) as scorer,
+            pytest.raises(
+                UserError, match=r"reward Lazy .* in training mode \(Linear\), .* call eval\(\) on it"
+            ),
+        ):
+            scorer.begin([completion(1)])()
+
+    @pytest.mark.slow
+    def test_in_a_process_it_is_refused_too(self):
+        with (
+            Scorer(Lazy(mode=True), 1, "process") as scorer,
+            pytest.raises(UserError, match=r"reward Lazy .* in training mode"),
+        ):
+            scorer.begin([completion(1)])()
+
+    def test_rewards_that_refer_to_each_other(self):
+        """Each is searched once, whatever the number of ways to it."""
+        known = []
+        for _ in range(30):
+            Ring(known).network = torch.nn.Linear(1, 1)
+        assert len(networks(known[0])) == 30
+
+
+@pytest.mark.parametrize(
+    ("workers", "pool"),
+    [(0, "process"), (2, "thread"), pytest.param(1, "process", marks=pytest.mark.slow)],
+)
+def test_rewards_score_without_gradients_wherever_they_run(workers, pool):
+    with torch.enable_grad(), Scorer(with_gradients, workers, pool) as scorer:
+        assert scorer.begin([completion(1)])().total == [0.0]

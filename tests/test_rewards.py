@@ -60,13 +60,13 @@ class TestScore:
         def graded(completions: Any, grade: float) -> list[float]:
             return [grade]
 
-        with pytest.raises(UserError, match="reward graded returned 1 scores for 2 completions"):
+        with pytest.raises(UserError, match="reward graded returned 1 score for 2 completions"):
             score(partial(graded, grade=1.0), TWO)
 
     @pytest.mark.parametrize(
         ("answer", "message"),
         [
-            ([1.0], "reward stubborn returned 1 scores for 2 completions"),
+            ([1.0], "reward stubborn returned 1 score for 2 completions"),
             ([1.0, 2.0, 3.0], "reward stubborn returned 3 scores for 2 completions"),
             (0.5, "reward stubborn returned 0.5; it must return a list of 2 scores, one for each completion"),
             (None, "reward stubborn returned None"),
@@ -143,8 +143,8 @@ class TestObjects:
         ("scores", "message"),
         [
             ([1.0, 2.0], r"reward ByBatch returned \[1.0, 2.0\]; score\(batch\) must return Scores"),
-            (Scores([1.0]), "reward ByBatch returned 1 scores for 2 completions"),
-            (Scores([1.0, 2.0], {"a": [1.0]}), "reward ByBatch: part 'a' returned 1 scores"),
+            (Scores([1.0]), "reward ByBatch returned 1 score for 2 completions"),
+            (Scores([1.0, 2.0], {"a": [1.0]}), "reward ByBatch: part 'a' returned 1 score "),
             (Scores([1.0, 2.0], {"a\nb": [1.0, 1.0]}), r"gave 'a\\nb' as a name in its parts"),
             (Scores([1.0, 2.0], {"a": [1.0, math.nan]}), "gave nan as the part 'a' of completion 1"),
         ],
@@ -192,7 +192,7 @@ class TestWeightedSum:
         assert found == Scores([1.5, 3.0], {"kind": [1.0, 2.0], "brief": [0.5, 1.0], "kind/a": [5.0, 6.0]})
 
     def test_a_part_s_mistake_is_told_by_its_name(self):
-        with pytest.raises(UserError, match="reward stubborn returned 1 scores for 2 completions"):
+        with pytest.raises(UserError, match="reward stubborn returned 1 score for 2 completions"):
             score(WeightedSum({"kind": constant([1.0])}, {"kind": 1.0}), TWO)
 
     def test_names_and_parts_are_checked(self):
@@ -327,7 +327,7 @@ class TestUserCode:
         assert metrics({"words": np.array([1, 2])})() == {"words": [1.0, 2.0]}
         for answer, message in (
             (None, "task mine gave None as its metrics; it must be a dict"),
-            ({"words": [1.0]}, "task mine: metric 'words' returned 1 scores for 2 completions"),
+            ({"words": [1.0]}, "task mine: metric 'words' returned 1 score for 2 completions"),
             ({"words": "ab"}, "task mine: metric 'words' returned 'ab'"),
             ({"words": [1.0, math.nan]}, "task mine gave nan as the metric 'words' of completion 1"),
             (

@@ -80,11 +80,11 @@ def test_every_cut_gives_the_same_rollout(policy, name, behaviour):
 def test_when_memory_runs_out_the_piece_is_halved_and_the_rest_is_kept(policy):
     engine = CachedEngine(1.0, WIDTH)
     whole, limit, tight = engine.sample(policy, PROMPTS, GROUP, NOISE), RowLimit(None), Tight(engine)
-    with pytest.warns(UserWarning, match=r"at most 3 completions are sampled at once; rollout.max_rows=3"):
+    with pytest.warns(UserWarning, match=r"at most 3 completions at once; rollout.max_rows=3"):
         check_same(limit.sample(tight, policy, PROMPTS, GROUP, NOISE), whole)
     assert (limit.asked, limit.rows) == (None, 3)
     tight.room = 2
-    with pytest.warns(UserWarning, match="at most 1 completions"):
+    with pytest.warns(UserWarning, match="at most 1 completion at once"):
         check_same(limit.sample(tight, policy, PROMPTS, GROUP, NOISE), whole)
 
 

@@ -141,7 +141,7 @@ class TestFile:
             UserError, match=r"task.held_out=2, but .* has 2 rows; give task.held_out from 1 to 1"
         ):
             reviews(source)
-        with pytest.raises(UserError, match="has 1 rows; training and validation need one each"):
+        with pytest.raises(UserError, match="has 1 row; training and validation need one each"):
             reviews(written(tmp_path / "one.jsonl", {"prompt": "a"}))
         with pytest.raises(UserError, match="is a folder"):
             reviews(tmp_path)
@@ -349,10 +349,10 @@ def test_permutation_is_a_pure_function_of_its_key():
 
 def test_a_task_states_the_length_of_completions(compose: Compose):
     """A walk has at most 10 nodes, of which the first is the prompt, and then the EOS."""
-    from policylab.config.build import PLANNED, instantiate, without
+    from policylab.config.build import engine_of
 
     config = compose(["task=random_walks"])
-    assert instantiate(without(config.rollout, PLANNED)).max_new_tokens == config.rollout.max_new_tokens == 10
+    assert engine_of(config).max_new_tokens == config.rollout.max_new_tokens == 10
     assert compose(["task=random_walks", "task.max_length=6"]).rollout.max_new_tokens == 6
     assert compose(["task=random_walks", "rollout.max_new_tokens=7"]).rollout.max_new_tokens == 7
     assert compose(["~task.max_new_tokens"]).rollout.max_new_tokens == 24, "a task need not say"
@@ -360,11 +360,11 @@ def test_a_task_states_the_length_of_completions(compose: Compose):
 
 @pytest.mark.parametrize("name", ["reviews", "random_walks"])
 def test_the_configs_build_tasks(compose: Compose, name: str):
-    from policylab.config.build import POOLED, TAKEN_OVER, instantiate, without
+    from policylab.config.build import instantiate, without
 
     config = compose([f"task={name}"])
-    task = instantiate(without(config.task, TAKEN_OVER))
-    reward = instantiate(without(config.reward, POOLED))
+    task = instantiate(without(config, "task"))
+    reward = instantiate(without(config, "reward"))
     assert task.name == name
     example = task.val[0]
     completion = Completion(example.text, example.completion or "a", example.reference, (1,), True)

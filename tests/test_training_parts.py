@@ -36,6 +36,15 @@ from policylab.training.validator import Validator
 PROMPTS = [Prompt(i, "", tuple(range(1, 3 + i)), None, ()) for i in range(4)]
 
 
+def test_a_plan_in_words():
+    assert [row for _, row in BatchPlan(1, 1, 1, 1, 1).table()] == [
+        "1 prompt x 1 completion = 1",
+        "1 / 1 = 1 sequence each",
+        "1 minibatch x 1 epoch = 1 an iteration",
+    ]
+    assert BatchPlan(8, 4, 2, 2, 1).table()[2][1] == "2 minibatches x 2 epochs = 4 an iteration"
+
+
 class Alone(Runtime):
     """One process on the CPU."""
 
@@ -476,7 +485,9 @@ def run_state(*parts):
 def test_a_name_used_by_two_parts_of_the_state_is_refused():
     progress = Progress(iterations=1)
     assert run_state(progress).state()["iteration"] == 0
-    with pytest.raises(ValueError, match=r"the names \['iteration', .*\]: Progress"):
+    with pytest.raises(
+        UserError, match=r"Progress\.state returned the names \['iteration', .*\], which another"
+    ):
         run_state(progress, progress).state()
 
 

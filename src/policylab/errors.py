@@ -1,4 +1,4 @@
-"""Errors that end a run, and a check of bounds."""
+"""Errors that end a run, a check of bounds, and numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -52,3 +52,13 @@ def named(names: Sequence[str], most: int = 3) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def counted(number: int | str, noun: str) -> str:
+    """A number with its noun, in the plural if needed.
+
+    >>> counted(1, "iteration"), counted(20, "iteration"), counted(2, "minibatch")
+    ('1 iteration', '20 iterations', '2 minibatches')
+    """
+    ending = "es" if noun.endswith(("tch", "s")) else "s"
+    return f"{number} {noun}{ending * (str(number) != '1')}"

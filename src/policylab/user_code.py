@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from policylab.data.text import Completion
-from policylab.errors import RunError, UserError
+from policylab.errors import RunError, UserError, counted
 
 T = TypeVar("T")
 
@@ -71,6 +71,18 @@ def place(error: BaseException) -> str:
     theirs = [entry for entry in written if not entry[0].startswith(PACKAGE)]
     found = theirs or written
     return f" at {short_path(found[-1][0])}:{found[-1][1]}" if found else ""
+
+
+def failed_in_user_code(error: BaseException) -> str | None:
+    """``Mine.training_step failed at mine.py:7: KeyError: 'x'``, where a line of the user's own raised the error, or
+    called the library that did; None for an error of this package."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        if code.co_filename.startswith(PACKAGE):
+            return None
+        if not code.co_filename.startswith((*LIBRARIES, "<")):
+            return f"{code.co_qualname} failed at {short_path(code.co_filename)}:{line}: {said(error)}"
+    return None
 
 
 def is_theirs(error: BaseException) -> bool:
@@ -180,13 +192,13 @@ def one_for_each(owner: str, given: Any, expected: int) -> list[Any]:
     if dimensions != 1 and (dimensions is not None or not ordered):
         what = f"an array of shape {tuple(given.shape)}" if dimensions is not None else shown(given)
         raise UserError(
-            f"{owner} returned {what}; it must return a list of {expected} scores, one for each completion"
+            f"{owner} returned {what}; it must return a list of {counted(expected, 'score')}, one for each completion"
         )
     # tolist: one copy to the CPU for all numbers of an array
     answers = call(owner, given.tolist if hasattr(given, "tolist") else functools.partial(list, given))
     if len(answers) != expected:
         raise UserError(
-            f"{owner} returned {len(answers)} scores for {expected} completions; "
+            f"{owner} returned {counted(len(answers), 'score')} for {counted(expected, 'completion')}; "
             f"return one for each, in their order"
         )
     return answers

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from policylab.algorithms.advantage import Advantage
+from policylab.algorithms.advantage import Advantage, Estimate
 from policylab.algorithms.combinations import check_combination
 from policylab.algorithms.critic import Critic
 from policylab.algorithms.importance import TruncatedImportance
@@ -18,6 +18,7 @@ from policylab.algorithms.sampling import DynamicSampling
 from policylab.algorithms.surrogate import Surrogate
 from policylab.algorithms.truncation import Truncation
 from policylab.algorithms.update import Update
+from policylab.contracts import check_grid, returned
 from policylab.data.rollout import Evaluation, Rollout
 from policylab.errors import check_range
 from policylab.functional.masks import AllSum, last_position
@@ -123,7 +124,10 @@ class Algorithm:
 
     def estimate_advantages(self, rollout: Rollout, all_sum: AllSum) -> Rollout:
         """The rollout with advantages and value targets."""
-        estimate = self.advantage(rollout, all_sum)
+        owner = type(self.advantage).__name__
+        estimate = returned(owner, self.advantage(rollout, all_sum), Estimate)
+        check_grid(f"the advantages of {owner}", estimate.advantages, rollout.action_mask)
+        check_grid(f"the returns of {owner}", estimate.returns, rollout.action_mask)
         return rollout.replace(advantages=estimate.advantages, returns=estimate.returns)
 
     def correct_sampler(self, rollout: Rollout) -> Rollout:
@@ -137,10 +141,12 @@ class Algorithm:
         assert rollout.advantages is not None
         sample = (evaluation.logprobs, rollout.old_logprobs, rollout.advantages, rollout.loss_mask)
         surrogate = self.surrogate.loss(*sample)
+        check_grid(f"what {type(self.surrogate).__name__}.loss returned", surrogate, rollout.action_mask)
         if rollout.importance is not None:
             surrogate = surrogate * rollout.importance
         with torch.no_grad():
             clipped = self.surrogate.clipped(*sample)
+            check_grid(f"what {type(self.surrogate).__name__}.clipped returned", clipped, rollout.action_mask)
         kl = None
         if isinstance(self.kl, KLPenalty) and self.kl.place == "loss":
             kl = self.kl.of_evaluation(evaluation, rollout)

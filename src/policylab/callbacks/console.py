@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from policylab.callbacks.tables import console, duration, headlines, number
-from policylab.runs.words import counted
+from policylab.errors import counted
 
 
 class Console(Callback):
@@ -45,7 +45,7 @@ class Console(Callback):
             shown = "  ".join(
                 f"{name.removeprefix('val/')} {number(metrics[name])}" for name in headlines(metrics)
             )
-            count = f"{metrics['val/prompts']:.0f} prompts"
+            count = counted(round(metrics["val/prompts"]), "prompt")
             line = Text.assemble(("validation", "bold"), f" {when} ({count}):  {shown}")
             console().print(line, soft_wrap=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from policylab.errors import RunError
+from policylab.errors import RunError, counted
 from policylab.runs.metrics_file import columns_of, format_row, read_rows, write_rows
 from policylab.runs.retry import RetryLater, retry_while_full
 
@@ -97,7 +97,7 @@ class MetricsCSV(Logger):
         self.settle()
         if self.unwritten and status == "success":
             raise RunError(
-                f"could not write {self.path}: {len(self.unwritten)} rows are missing; make room (or the file "
+                f"could not write {self.path}: {counted(len(self.unwritten), 'row')} missing; make room (or the file "
                 "writable), then continue with resume=RUN"
             )
 

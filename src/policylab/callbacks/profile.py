@@ -9,8 +9,7 @@ import torch
 from lightning import Callback, Trainer
 
 from policylab.callbacks.tables import console
-from policylab.errors import UserError
-from policylab.runs.words import counted
+from policylab.errors import UserError, counted
 from policylab.user_code import short_path
 
 
@@ -35,8 +34,8 @@ class Profile(Callback):
         """Refuses a run that is shorter than the profile."""
         if pl_module.progress.iterations < self.skip + self.iterations:
             raise UserError(
-                f"callbacks.profile skips {self.skip} iterations and profiles {self.iterations}, but the run has "
-                f"{pl_module.progress.iterations}; give iterations={self.skip + self.iterations} or more"
+                f"callbacks.profile skips {counted(self.skip, 'iteration')} and profiles {self.iterations}, but the "
+                f"run has {pl_module.progress.iterations}; give iterations={self.skip + self.iterations} or more"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

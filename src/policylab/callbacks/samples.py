@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from policylab.callbacks.loggers import attempt
 from policylab.callbacks.tables import console, pick, samples_table
 from policylab.data.rollout import Sample
-from policylab.errors import RunError
+from policylab.errors import RunError, counted
 from policylab.runs.folder import append_whole
 from policylab.runs.retry import RetryLater, retry_while_full
 
@@ -85,7 +85,8 @@ class Samples(Callback):
         self.settle()
         if self.unwritten:
             raise RunError(
-                f"could not write {self.path}: {len(self.unwritten)} samples are lost; make room, or the file writable"
+                f"could not write {self.path}: {counted(len(self.unwritten), 'sample')} lost; make room, or the file "
+                "writable"
             )
 
     def settle(self) -> None:

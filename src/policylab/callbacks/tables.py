@@ -16,6 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from policylab.distributed.world import world
+from policylab.errors import counted
 from policylab.user_code import cut
 
 if TYPE_CHECKING:
@@ -207,5 +208,5 @@ def samples_table(samples: Sequence[Sample]) -> Table:
         cut = "" if sample.ended else " ..."
         text = Text.assemble((one_line(sample.prompt, 80) + " | ", "dim"), one_line(sample.completion) + cut)
         kl = "" if sample.kl is None else f"kl {round(sample.kl, 2) + 0.0:.2f}"  # no -0.00
-        table.add_row(f"  {round(sample.reward, 3) + 0.0:+.3f}", kl, f"{sample.length} tokens", text)
+        table.add_row(f"  {round(sample.reward, 3) + 0.0:+.3f}", kl, counted(sample.length, "token"), text)
     return table

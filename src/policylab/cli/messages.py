@@ -15,9 +15,11 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from policylab.config.beside import BESIDE
 from policylab.config.suggest import nearest
 from policylab.errors import RunError, UserError
 from policylab.runs.saved_config import unresolved
+from policylab.user_code import failed_in_user_code
 
 #: Optuna's message when no trial has succeeded.
 NO_TRIAL = "No trials are completed yet."
@@ -34,7 +36,12 @@ NOISE = ("full_key", "Error parsing override", "object_type", "See http", "refer
 
 
 def one_line(error: BaseException) -> str | None:
-    """The message to print instead of a traceback; None for an unknown error."""
+    """The message to print instead of a traceback; None for an unknown error of this package."""
+    return known(error) or failed_in_user_code(error)
+
+
+def known(error: BaseException) -> str | None:
+    """The message of an error of a known kind."""
     for cause in causes(error):
         if isinstance(cause, UserError | RunError | FloatingPointError):
             return str(cause)
@@ -54,8 +61,8 @@ def one_line(error: BaseException) -> str | None:
 
 def is_mistake(error: BaseException) -> bool:
     """Whether the input was wrong; False if something failed during the run."""
-    known = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
-    return isinstance(known[0], UserError) if known else not is_disk_error(error)
+    told = [cause for cause in causes(error) if isinstance(cause, UserError | RunError | FloatingPointError)]
+    return isinstance(told[0], UserError) if told else known(error) is not None and not is_disk_error(error)
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -125,9 +132,11 @@ def instead(group: str, choice: str) -> str:
 
 
 def new_keyword(config: DictConfig, key: str) -> str:
-    """How to add a key that the user's own class or function takes; empty if it does not take it."""
-    parent, _, name = key.rpartition(".")
+    """How to add a key that a group may leave out, or that the user's own class or function takes; else empty."""
+    parent, _, name = key.replace("/", ".").rpartition(".")
     node = OmegaConf.select(config, parent) if parent else None
+    if name in BESIDE.get(parent, ()):
+        return f"the file of this {parent} leaves it out: write +{key}=...; "
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if target is None or target.startswith("policylab."):
         return ""

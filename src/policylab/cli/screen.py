@@ -12,11 +12,12 @@ from policylab import __version__
 from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, to_copy
 from policylab.distributed.signals import in_sweep
 from policylab.distributed.world import world
+from policylab.errors import counted
 from policylab.runs.environment import git_state
 from policylab.runs.find import exported_iteration
 from policylab.runs.parents import INIT, RUN, WHICH, policy_in_words
 from policylab.runs.saved_config import plain
-from policylab.runs.words import command, counted, override
+from policylab.runs.words import command, override
 from policylab.user_code import short_path
 
 if TYPE_CHECKING:
@@ -36,8 +37,12 @@ class Screen:
         off = OmegaConf.select(config, "callbacks.console") is None
         self.console.quiet = off or in_sweep() or not world().main
 
-    def opening(self, overrides: list[str]) -> None:
-        """Header and config."""
+    def opening(self, overrides: list[str], resumed_at: int | None = None) -> None:
+        """Header and config.
+
+        Args:
+            resumed_at: the iteration that the run goes on from; None for a new run.
+        """
         git = git_state(Path(self.config.paths.repo))
         commit = (git["commit"] or "no git repository")[:10] + (" with changes" if git["dirty"] else "")
         self.console.print(Text.assemble(("PolicyLab", "bold"), f" {__version__}   commit {commit}"))
@@ -49,8 +54,9 @@ class Screen:
         if parent := OmegaConf.select(self.config, RUN):
             policy = policy_in_words(self.config.init.which, exported_iteration(Path(self.config.model.path)))
             lines.insert(1, ("init", f"{short_path(parent)}, {policy}"))
-        if self.config.resume:
-            lines.insert(1, ("resuming", str(self.config.resume)))
+        if resumed_at is not None:
+            run = short_path(self.config.resume or self.run_dir)
+            lines.insert(1, ("resume", f"from iteration {resumed_at} of {run}"))
         self.console.print(to_copy(lines), soft_wrap=True)
         self.console.print(config_tree(plain(self.config), overrides))
 

@@ -16,8 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from policylab.callbacks.loggers import tolerated
+from policylab.config.beside import BESIDE
 from policylab.config.hardware import backend, check_hardware, processes
 from policylab.config.signatures import check_signatures, target_of
+from policylab.contracts import check_members, check_state, refuse_state, returned
 from policylab.data.rollout import Prompt
 from policylab.distributed.cluster import Cluster
 from policylab.distributed.sharded_strategy import ShardedStrategy
@@ -42,16 +44,8 @@ from policylab.training.module import TrainingModule
 from policylab.training.parts import Parts
 from policylab.user_code import is_theirs, place, said
 
-#: Keys of ``rollout`` for other parts, not for the engine.
-PLANNED = frozenset({"prompts", "group_size", "max_rows"})
-#: Keys of ``task`` for other parts, not for the task itself.
-TAKEN_OVER = frozenset({"max_new_tokens", "too_long", "turns", "answer_tokens"})
-#: Keys that limit the episodes of a task with an environment.
+#: Keys of ``task`` that limit the episodes of a task with an environment.
 EPISODE_LIMITS = ("turns", "answer_tokens")
-#: Keys of ``model`` that change the model after it is loaded.
-ADAPTED = frozenset({"adapter"})
-#: Keys of ``reward`` for the workers that compute it.
-POOLED = frozenset({"workers", "pool"})
 
 
 @dataclass(frozen=True)
@@ -81,9 +75,9 @@ def build(config: DictConfig, run_dir: Path, *, trains: bool = True) -> Experime
     check_processes(target_of(config.rollout, "rollout"), processes(config))
     plan = method.plan(config.rollout, processes(config))
     optim = instantiate(config.optim)
-    engine = instantiate(without(config.rollout, PLANNED))
-    scorer = scorer_of(config.reward)
-    task = instantiate(without(config.task, TAKEN_OVER))
+    engine = engine_of(config)
+    scorer = scorer_of(config)
+    task = instantiate(without(config, "task"))
     engine = with_environment(engine, task, config.task, method)
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     if trains and method.needs().learns_from == "completions":
@@ -121,11 +115,6 @@ def build(config: DictConfig, run_dir: Path, *, trains: bool = True) -> Experime
         data=data_fingerprint(train_prompts, examples(task, "val")),
     )
     module = method.trainer(parts)
-    if not isinstance(module, TrainingModule):
-        raise UserError(
-            f"{type(method).__name__}.trainer returned {type(module).__name__}; it must return a TrainingModule "
-            "(docs/your_own_family.md)"
-        )
     module.compiles_layers = config.hardware.compile
     return Experiment(module, data, trainer(config, run_dir), config)
 
@@ -148,6 +137,18 @@ def instantiate(config: DictConfig) -> Any:
                 f"{config._target_} could not be built: it failed{place(cause)}: {said(cause)}"
             ) from cause
         raise
+
+
+def engine_of(config: DictConfig) -> Engine:
+    """The rollout engine.
+
+    Raises:
+        UserError: when it lacks a member, or keeps state.
+    """
+    engine: Engine = instantiate(without(config, "rollout"))
+    check_members("engine", engine, Engine)
+    refuse_state(f"engine {type(engine).__name__}", engine)
+    return engine
 
 
 def with_environment(engine: Engine, task: Task, config: DictConfig, method: Method[Any]) -> Engine:
@@ -173,15 +174,16 @@ def with_environment(engine: Engine, task: Task, config: DictConfig, method: Met
 
 def scorer_of(config: DictConfig) -> Scorer:
     """The reward and its workers; a config may leave their keys out."""
-    workers = {key: config[key] for key in sorted(POOLED) if config.get(key) is not None}
-    return Scorer(instantiate(without(config, POOLED)), **workers)
+    reward = config.reward
+    workers = {key: reward[key] for key in sorted(BESIDE["reward"]) if reward.get(key) is not None}
+    return Scorer(instantiate(without(config, "reward")), **workers)
 
 
-def without(config: DictConfig, keys: frozenset[str]) -> DictConfig:
-    """A config group without some keys, and with its interpolations resolved."""
-    values = OmegaConf.to_container(config, resolve=True)
+def without(config: DictConfig, group: str) -> DictConfig:
+    """A config group without the keys for other parts, and with its interpolations resolved."""
+    values = OmegaConf.to_container(config[group], resolve=True)
     assert isinstance(values, dict)
-    return OmegaConf.create({key: value for key, value in values.items() if key not in keys})
+    return OmegaConf.create({key: value for key, value in values.items() if key not in BESIDE[group]})
 
 
 def check_parts(config: DictConfig) -> None:
@@ -190,17 +192,14 @@ def check_parts(config: DictConfig) -> None:
     Raises:
         UserError: naming the first key that does not fit.
     """
-    for group in ("algo", "optim", "callbacks", "logger"):
-        check_signatures(config[group], group, frozenset())
-    check_signatures(config.model, "model", ADAPTED)
-    check_signatures(config.reward, "reward", POOLED)
-    check_signatures(config.rollout, "rollout", PLANNED)
-    check_signatures(config.task, "task", TAKEN_OVER)
+    for group in ("algo", "optim", "callbacks", "logger", *BESIDE):
+        check_signatures(config[group], group, BESIDE.get(group, frozenset()))
 
 
 def build_policy(config: DictConfig, critic: CriticNeed | None) -> Policy:
     """The model, with a critic where one is needed."""
-    loaded, adapter = instantiate(model_config(config)), adapter_for(config)
+    loaded = returned(config.model._target_, instantiate(model_config(config)), LoadedModel)
+    adapter = adapter_for(config)
     if adapter is not None:
         adapter.adapt(loaded.lm, config.optim.frozen_layers)
     policy = Policy(loaded, critic_for(loaded, critic, adapter))
@@ -214,7 +213,7 @@ def build_policy(config: DictConfig, critic: CriticNeed | None) -> Policy:
 
 def model_config(config: DictConfig) -> DictConfig:
     """The config that loads the model: ``config.model`` without its adapter, in bf16 with ``precision=bf16-true``."""
-    node = without(config.model, ADAPTED)
+    node = without(config, "model")
     if config.hardware.precision == "bf16-true":
         node.dtype = "bfloat16"
     return node
@@ -323,10 +322,11 @@ def named_parts(group: DictConfig | None, kind: type) -> list[Any]:
     """The named parts of a config group; a part set to null is off.
 
     Raises:
-        UserError: when one is not of its kind.
+        UserError: when one is not of its kind, or would lose its state at a resume.
     """
     built = {name: instantiate(node) for name, node in (group or {}).items() if node is not None}
     for name, part in built.items():
         if not isinstance(part, kind):
             raise UserError(f"{name!s} is a {type(part).__name__}; its group holds {kind.__name__}s only")
+        check_state(f"{kind.__name__.lower()} {name!s}", part, kind)
     return list(built.values())

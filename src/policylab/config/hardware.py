@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.distributed.machine import cores, gpus
 from policylab.distributed.world import world
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 
 AUTO = "auto"
 #: More processes per core than this are refused. More than one per core is slow, but useful for a test.
@@ -53,10 +53,10 @@ def with_devices(config: DictConfig, *, start: bool = True) -> DictConfig:
             )
     if start:
         check_present(hardware)
-    counted = config.copy()
-    OmegaConf.update(counted, "hardware", hardware, merge=False)
-    check_hardware(counted)
-    return counted
+    changed = config.copy()
+    OmegaConf.update(changed, "hardware", hardware, merge=False)
+    check_hardware(changed)
+    return changed
 
 
 def check_present(hardware: DictConfig) -> None:
@@ -68,12 +68,12 @@ def check_present(hardware: DictConfig) -> None:
     here = world()
     if hardware.accelerator == "gpu" and hardware.devices > gpus():
         raise UserError(
-            f"hardware.devices={hardware.devices}, but torch sees {gpus()} GPUs; take at most that"
+            f"hardware.devices={hardware.devices}, but torch sees {counted(gpus(), 'GPU')}; take at most that"
         )
     if hardware.accelerator != "gpu" and here.size == 1 and hardware.devices > MAX_PER_CORE * cores():
         raise UserError(
-            f"hardware.devices={hardware.devices} on the CPU, and this machine has {cores()} cores; take at most that "
-            "many: each process holds its own copy of the model, and all processes share the cores"
+            f"hardware.devices={hardware.devices} on the CPU, and this machine has {counted(cores(), 'core')}; take at "
+            "most that many: each process holds its own copy of the model, and all processes share the cores"
         )
     if hardware.num_nodes > 1 and here.size == 1:
         raise UserError(

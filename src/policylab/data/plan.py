@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policylab.errors import UserError, check_range
+from policylab.errors import UserError, check_range, counted
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class BatchPlan:
             )
         if self.sequences % self.minibatches:
             raise UserError(
-                f"{self.prompts} prompts x {self.group_size} = {self.sequences} sequences cannot be cut into "
-                f"{self.minibatches} minibatches; take a divisor of {self.sequences} for algo.update.minibatches"
+                f"{counted(self.prompts, 'prompt')} x {self.group_size} = {counted(self.sequences, 'sequence')} cannot "
+                f"be cut into {self.minibatches} minibatches; take a divisor of {self.sequences} for "
+                "algo.update.minibatches"
             )
 
     @property
@@ -60,11 +61,18 @@ class BatchPlan:
     def table(self) -> list[tuple[str, str]]:
         """Rows (name, calculation) for the console."""
         return [
-            ("sequences", f"{self.prompts} prompts x {self.group_size} completions = {self.sequences}"),
-            ("minibatches", f"{self.sequences} / {self.minibatches} = {self.minibatch} sequences each"),
+            (
+                "sequences",
+                f"{counted(self.prompts, 'prompt')} x {counted(self.group_size, 'completion')} = {self.sequences}",
+            ),
+            (
+                "minibatches",
+                f"{self.sequences} / {self.minibatches} = {counted(self.minibatch, 'sequence')} each",
+            ),
             (
                 "updates",
-                f"{self.minibatches} minibatches x {self.epochs} epochs = {self.updates} an iteration",
+                f"{counted(self.minibatches, 'minibatch')} x {counted(self.epochs, 'epoch')} = {self.updates} an "
+                "iteration",
             ),
         ]
 
@@ -102,5 +110,5 @@ class ReplayPlan(BatchPlan):
 
     def table(self) -> list[tuple[str, str]]:
         sequences, _, _ = super().table()
-        drawn = f"{self.updates} an iteration, each on {self.minibatch} sequences drawn from the memory"
+        drawn = f"{self.updates} an iteration, each on {counted(self.minibatch, 'sequence')} drawn from the memory"
         return [sequences, ("updates", drawn)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from policylab.config.checks import check_number, check_switch, check_whole
 from policylab.errors import UserError
+from policylab.runs.folder import RECORDS
 
 
 def check_asked(config: DictConfig) -> None:
@@ -40,7 +42,7 @@ def output_file(out: str) -> Path:
     """The file that ``out`` names.
 
     Raises:
-        UserError: when it is a folder or a log, or its folder does not exist.
+        UserError: when it is a folder, a log or another file that holds no results, or its folder does not exist.
     """
     path = Path(out).expanduser()
     if path.is_dir():
@@ -49,4 +51,20 @@ def output_file(out: str) -> Path:
         raise UserError(f"out={out} is the name of a log; results are JSON: give FILE.json")
     if not path.parent.is_dir():
         raise UserError(f"out={out}: there is no folder {path.parent}; create it first")
+    if not may_be_written(path):
+        raise UserError(
+            f"out={out} is no file of results; give the name of a new one, or that of earlier results"
+        )
     return path
+
+
+def may_be_written(path: Path) -> bool:
+    """Whether results may be written there: over nothing else than earlier ones, and not where a run writes."""
+    if not path.exists():
+        return path.name not in RECORDS or not (path.parent / "status.json").exists()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    results = content if isinstance(content, list) else [content]
+    return all(isinstance(x, dict) and "run" in x and ("metrics" in x or "completions" in x) for x in results)

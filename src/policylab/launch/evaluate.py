@@ -23,7 +23,7 @@ from policylab.callbacks.tables import (
 )
 from policylab.cli.logs import logged_to
 from policylab.config.checks import check_number, check_whole
-from policylab.errors import RunError, UserError
+from policylab.errors import RunError, UserError, counted
 from policylab.launch.asked import check_asked, output_file, sampling
 from policylab.launch.endings import log_failure
 from policylab.launch.imports import import_libraries
@@ -33,7 +33,7 @@ from policylab.runs.find import find_checkpoint, find_runs
 from policylab.runs.folder import write_json
 from policylab.runs.same_run import check_fits
 from policylab.runs.saved_config import learn_secrets, load_usable
-from policylab.runs.words import counted, override_key
+from policylab.runs.words import override_key
 from policylab.user_code import short_path
 
 #: Parts of a run's config that an evaluation uses, and parts that it may replace.
@@ -195,7 +195,7 @@ def show(result: dict[str, Any], count: int) -> None:
     from policylab.data.rollout import Sample
 
     screen, metrics = console(), result["metrics"]
-    how = f"{result['prompts']} prompts" + (f" x {result['n']} completions" if result["n"] > 1 else "")
+    how = counted(result["prompts"], "prompt") + (f" x {result['n']} completions" if result["n"] > 1 else "")
     how += ", greedy" if result["temperature"] == 0 else ""
     name = short_path(Path(result["checkpoint"]))
     screen.print(f"{name}, iteration {result['iteration']}, {how}", soft_wrap=True)

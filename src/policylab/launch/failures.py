@@ -9,9 +9,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from policylab.cli.messages import is_mistake, one_line
+from policylab.cli.messages import is_mistake, known, one_line
 from policylab.distributed.world import world
 from policylab.errors import ProcessFailed, RunError, UserError
+from policylab.runs.words import command, override
+from policylab.user_code import short_path
 
 
 def write_error(error: Exception, folder: Path) -> None:
@@ -22,25 +24,28 @@ def write_error(error: Exception, folder: Path) -> None:
         "rank": here.rank,
         "restarts": here.restarts,
         "message": one_line(error),
+        "known": known(error) is not None,
         "mistake": is_mistake(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
     (folder / f"{here.restarts}_{here.rank}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def first_error(folder: Path, failures: dict[int, Any]) -> Exception:
+def first_error(folder: Path, failures: dict[int, Any], run_dir: Path) -> Exception:
     """The error of the process that failed first. Later ones on other ranks are only broken connections.
 
     Args:
         failures: torch's ``ProcessFailure`` by rank.
     """
     rank, failure = next(iter(failures.items()))
+    again = command("train.py", override("resume", short_path(run_dir)))
+    advice = f"; go on from the last checkpoint: {again}" if (run_dir / "status.json").exists() else ""
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         memory = ", which the system sends when memory runs out" if name == "SIGKILL" else ""
-        return ProcessFailed(f"the process of rank {rank} was ended by {name}{memory}")
+        return ProcessFailed(f"the process of rank {rank} was ended by {name}{memory}{advice}")
     return read_error(folder) or ProcessFailed(
-        f"the process of rank {rank} ended with code {failure.exitcode} without an error message"
+        f"the process of rank {rank} ended with code {failure.exitcode} without an error message{advice}"
     )
 
 
@@ -51,6 +56,6 @@ def read_error(folder: Path) -> Exception | None:
         return None
     last = max(error["restarts"] for error in errors)
     first = min((error for error in errors if error["restarts"] == last), key=lambda error: error["time"])
-    if first["message"] is not None:
+    if first["known"]:
         return (UserError if first["mistake"] else RunError)(first["message"])
-    return ProcessFailed(f"on rank {first['rank']}:\n{first['traceback']}")
+    return ProcessFailed(f"on rank {first['rank']}:\n{first['message'] or first['traceback']}")

@@ -87,7 +87,7 @@ def launch(
             if forwarder.signum is not None:
                 finish_status(run_dir, began, INTERRUPTED)
                 raise Interrupted(forwarder.signum) from None
-            error = first_error(Path(errors), failed.failures)
+            error = first_error(Path(errors), failed.failures, run_dir)
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
             finish_status(run_dir, began, FAILED, reason)
             raise error from None

@@ -27,7 +27,7 @@ from policylab.distributed.world import (
     set_flag,
     world,
 )
-from policylab.errors import RunError
+from policylab.errors import RunError, counted
 from policylab.launch.endings import closed_wandb, log_failure, survive_exit
 from policylab.launch.imports import import_libraries
 from policylab.runs.checkpoints import checkpoint_iteration
@@ -121,7 +121,10 @@ def train(
         RunStatus(run_dir, config.iterations, config.max_tokens, writes=main) as status,
         log_failure(),
     ):
-        screen.opening(redact_words(overrides))  # before the seconds of heavy imports
+        start = checkpoint_iteration(checkpoint) if checkpoint else 0
+        screen.opening(
+            redact_words(overrides), None if fresh else start
+        )  # before the seconds of heavy imports
         check_model_exists(config)
         import_libraries()
         from policylab.launch.follow import BecomeLatest, FollowStatus
@@ -246,9 +249,9 @@ def run(experiment: Experiment, run_dir: Path, checkpoint: Path | None, stop: St
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if module.iteration < module.progress.iterations and not trainer.should_stop:
             raise RunError(
-                f"training ended after {module.iteration} of {module.progress.iterations} iterations: something raised "
-                "StopIteration, which ends Lightning's loops (look at your callbacks), or your own trainer did not "
-                "call finish_iteration"
+                f"training ended after {module.iteration} of {counted(module.progress.iterations, 'iteration')}: "
+                "something raised StopIteration, which ends Lightning's loops (look at your callbacks), or your own "
+                "trainer did not call finish_iteration"
             )
         if stop.stopped or broadcast("validation", is_validated(run_dir / "metrics.csv", module.iteration)):
             return

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.models.shape import layer_count
 from policylab.models.watch import probe
 
@@ -64,7 +64,8 @@ def layers_above(lm: nn.Module, count: int) -> list[nn.Module]:
     layers = decoder_layers(lm)
     if count >= len(layers):
         raise UserError(
-            f"optim.frozen_layers is {count}, but the model has {len(layers)} layers; take at most {len(layers) - 1}"
+            f"optim.frozen_layers is {count}, but the model has {counted(len(layers), 'layer')}; take at "
+            f"most {len(layers) - 1}"
         )
     return list(layers)[count:]
 
@@ -87,7 +88,8 @@ def freeze_below(lm: nn.Module, count: int) -> None:
 def too_many_own_layers(count: int, layers: int) -> UserError:
     """The error for a critic or a dueling head with more own layers than the policy has."""
     return UserError(
-        f"own_layers={count}, but the policy has {layers} layers; take at most {layers}, or all for a whole network"
+        f"own_layers={count}, but the policy has {counted(layers, 'layer')}; take at most {layers}, or all for a whole "
+        "network"
     )
 
 

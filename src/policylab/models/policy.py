@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from policylab.contracts import returned
 from policylab.data.rollout import Evaluation, Prompt, Rollout
 from policylab.functional import kl
 from policylab.functional.linear_head import Head, HeadFigures, head_figures
@@ -62,7 +63,7 @@ class Policy(nn.Module):
         if loaded.chat:
             self.eos_id = end_of_answer(loaded.tokenizer, self.eos_ids)
         self.critic = critic
-        self.reader = loaded.reader(loaded.lm) if loaded.reader else reader_for(loaded.lm)
+        self.reader = reader_for(loaded.lm, loaded.reader)
 
     @property
     def device(self) -> torch.device:
@@ -268,12 +269,13 @@ class Policy(nn.Module):
     def _read(self, rollout: Rollout, *, logits: bool) -> Pass:
         """A forward pass that records the layer calls the critic needs."""
         with adapters_off(self.lm) if self.without_adapters else nullcontext():
-            return self.reader.read(
+            found = self.reader.read(
                 rollout,
                 logits=logits,
                 watch=() if self.critic is None else self.critic.watched(self.lm),
                 recompute=self.recomputes_layers and torch.is_grad_enabled(),
             )
+        return returned(f"{type(self.reader).__name__}.read", found, Pass)
 
 
 def _evaluation(rollout: Rollout, figures: HeadFigures, values: Float[Tensor, "B T"] | None) -> Evaluation:

@@ -14,7 +14,7 @@ from rich.table import Table
 from policylab.callbacks.tables import console, duration, rows
 from policylab.config.checks import check, check_number
 from policylab.distributed.world import world
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.models.size import FP32
 from policylab.planning.advice import helpful, together
 from policylab.planning.job import Job
@@ -127,7 +127,7 @@ def what_runs(config: DictConfig, job: Job) -> list[tuple[str, str]]:
     strategy = "" if plan.processes == 1 else f", {'fsdp' if hardware.sharded else 'ddp'}"
     machines = plan.processes // hardware.local
     where = f"{plan.processes} x {device}" + (f" on {machines} machines" if machines > 1 else "")
-    counted = ", counted with another tokenizer, because the model's is not here" if job.stand_in else ""
+    by = ", counted with another tokenizer, because the model's is not here" if job.stand_in else ""
     prompt = f"{job.prompt_tokens:.0f} a prompt (at most {job.longest_prompt})"
     cut = f", sampled {job.rows} at a time in {job.pieces} pieces" if job.pieces > 1 and job.samples else ""
     critic = job.critic_size.parameters
@@ -138,7 +138,7 @@ def what_runs(config: DictConfig, job: Job) -> list[tuple[str, str]]:
         *([("critic", f"{critic:,} additional parameters")] if critic else []),
         ("hardware", f"{where}, {hardware.precision}{strategy}"),
         *plan.table(),
-        ("tokens", f"{prompt}, {job.new_tokens} a completion{cut}{counted}"),
+        ("tokens", f"{prompt}, {job.new_tokens} a completion{cut}{by}"),
         ("passes", passes),
     ]
 
@@ -189,10 +189,10 @@ def length(config: DictConfig, job: Job, needed: Work, rates: Rates) -> list[tup
     amount = f"{sent:,.1f} GiB to each process an iteration; at {LINK} GiB a second another "
     traffic = [("exchange", f"{amount}{seconds(sent / LINK)}, not in the times above")] if sent else []
     return [
-        ("an iteration", f"{needed.tokens:,} tokens sampled at most, {job.plan.updates} updates"),
+        ("an iteration", f"{needed.tokens:,} tokens sampled at most, {counted(job.plan.updates, 'update')}"),
         ("speed", f"{speed}; {rates.bandwidth / GIB:,.0f} GiB of memory read a second"),
         *traffic,
-        ("the run", f"{iterations} iterations and their validations, {duration(total)} at least"),
+        ("the run", f"{counted(iterations, 'iteration')} with validations, {duration(total)} at least"),
     ]
 
 

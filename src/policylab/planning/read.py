@@ -10,10 +10,9 @@ from omegaconf import DictConfig
 
 from policylab.cli.messages import dotted_keys
 from policylab.config.build import (
-    PLANNED,
-    TAKEN_OVER,
     adapter_for,
     check_parts,
+    engine_of,
     instantiate,
     model_config,
     with_environment,
@@ -50,8 +49,8 @@ def describe(config: DictConfig) -> Job:
     method.check(config)
     check_processes(target_of(config.rollout, "rollout"), processes(config))
     needs, plan = method.needs(), method.plan(config.rollout, processes(config))
-    engine = instantiate(without(config.rollout, PLANNED))
-    task = instantiate(without(config.task, TAKEN_OVER))
+    engine = engine_of(config)
+    task = instantiate(without(config, "task"))
     played = with_environment(engine, task, config.task, method)
     train, val = examples(task, "train"), take_validation(task, config.validation.prompts)
     model = outline(config)

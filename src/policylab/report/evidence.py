@@ -62,8 +62,14 @@ def write_evidence(
         The tables, in Markdown.
 
     Raises:
-        UserError: when there are no runs, or they are not comparable or lack a metric.
+        UserError: when there are no runs, or they are not comparable or lack a metric, or ``out`` is no folder for it.
     """
+    if out.is_file():
+        raise UserError(f"out={out} is a file; give a folder")
+    if (out / "status.json").exists():
+        raise UserError(
+            f"out={out} is the folder of a run, whose metrics and config would be lost; give another one"
+        )
     if not metrics:
         raise UserError("metrics is empty; name at least one, such as metrics=[val/reward,val/kl]")
     if x not in (ITERATION, TOKENS):

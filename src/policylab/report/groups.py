@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.report.read import ITERATION, KL, Run
 from policylab.report.statistics import Estimate, estimate
 
@@ -91,7 +91,8 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     if len(names) != len(members):
         own = ", ".join(_names([group[0] for group in members]))
         raise UserError(
-            f"{len(names)} labels for {len(members)} groups of runs: {own}; give one label a group"
+            f"{counted(len(names), 'label')} for {counted(len(members), 'group')} of runs: {own}; give one label "
+            "a group"
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"several groups of runs are called {', '.join(twice)}; give one label a group")

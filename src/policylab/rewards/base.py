@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from policylab.contracts import check_state
 from policylab.data.text import Completion
 from policylab.errors import UserError
 from policylab.user_code import (
@@ -108,10 +111,10 @@ def reward_name(reward: Reward | RewardFunction) -> str:
 
 
 def check_reward(reward: Any) -> None:
-    """Refuses an object that has no ``score`` and cannot be called with completions alone.
+    """Refuses an object that has no ``score`` and cannot be called with completions alone, or would lose its state.
 
     Raises:
-        UserError: explaining what a reward is.
+        UserError: explaining what a reward is, or naming the missing method.
     """
     name = reward_name(reward)
     if isinstance(reward, functools.partial) and inspect.isclass(reward.func):
@@ -122,6 +125,7 @@ def check_reward(reward: Any) -> None:
     function = reward.score if takes_batch(reward) else reward
     if not callable(function):
         raise UserError(f"reward: {shown(reward)} cannot be called; {WHAT_A_REWARD_IS}")
+    check_state(f"reward {name}", reward)
     try:
         signature = inspect.signature(function)
     except ValueError:  # of a function that is not written in Python
@@ -154,14 +158,15 @@ def ask(reward: Any, batch: ScoringBatch) -> Scores:
     """
     owner, count = f"reward {reward_name(reward)}", len(batch.completions)
     given = handed_over(batch.completions)
-    if takes_batch(reward):
-        scores = call(owner, reward.score, ScoringBatch(given, batch.device), among=given)
-        if not isinstance(scores, Scores):
-            raise UserError(
-                f"{owner} returned {shown(scores)}; score(batch) must return Scores(total, parts)"
-            )
-    else:
-        scores = in_columns(owner, one_for_each(owner, call(owner, reward, given, among=given), count))
+    with without_gradients():
+        if takes_batch(reward):
+            scores = call(owner, reward.score, ScoringBatch(given, batch.device), among=given)
+            if not isinstance(scores, Scores):
+                raise UserError(
+                    f"{owner} returned {shown(scores)}; score(batch) must return Scores(total, parts)"
+                )
+        else:
+            scores = in_columns(owner, one_for_each(owner, call(owner, reward, given, among=given), count))
     check_names(owner, "its parts", scores.parts)
     return Scores(
         one_for_each(owner, scores.total, count),
@@ -188,6 +193,12 @@ def of_turns(owner: str, given: Any, completions: Sequence[Completion]) -> Seque
                 "give a finite number for each"
             )
     return [list(map(as_number, row)) for row in turns] if any(turns) else ()
+
+
+def without_gradients() -> AbstractContextManager[Any]:
+    """``torch.no_grad()``, which holds for one thread only; nothing in a process that runs without torch."""
+    torch = sys.modules.get("torch")
+    return nullcontext() if torch is None else torch.no_grad()
 
 
 def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:

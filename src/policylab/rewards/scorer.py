@@ -22,7 +22,7 @@ from policylab.rewards.base import (
     reward_name,
     score,
 )
-from policylab.rewards.networks import freeze, move
+from policylab.rewards.networks import freeze, freeze_late, move
 from policylab.rewards.state import load_state, state_of
 from policylab.rewards.workers import Processes, Threads
 
@@ -61,6 +61,7 @@ class Scorer:
         freeze(reward)
         self.reward = reward
         self.device = "cpu"
+        self.scored = False
         self.count = workers
         self.workers: Processes | Threads | None = None
         if workers:
@@ -81,18 +82,31 @@ class Scorer:
         """
         if self.workers is None:
             scores = score(self.reward, completions, self.device)
+            self._freeze_late()
             return lambda: scores
         count = min(self.count, len(completions))
         cuts = [len(completions) * i // count for i in range(count + 1)] if count else []
         shares = [ScoringBatch(tuple(completions[a:b]), self.device) for a, b in pairwise(cuts)]
         answers = self.workers.begin(shares)
-        return lambda: checked(reward_name(self.reward), [answer() for answer in answers], completions)
+
+        def wait() -> Scores:
+            found = [answer() for answer in answers]
+            self._freeze_late()
+            return checked(reward_name(self.reward), found, completions)
+
+        return wait
 
     def move(self, device: Any) -> None:
         """Moves the reward's networks to a device. Those in worker processes stay on the CPU."""
         if not isinstance(self.workers, Processes):
             move(self.reward, device)
             self.device = str(device)
+
+    def _freeze_late(self) -> None:
+        """After the first scores: networks that the reward has made only then. A process of a worker has its own."""
+        if not self.scored:
+            freeze_late(self.reward)
+        self.scored = True
 
     def state(self) -> Any:
         """The reward's state, for a checkpoint; None without one."""

@@ -16,6 +16,7 @@ from typing import Any
 from policylab.distributed.signals import SIGNALS
 from policylab.errors import RunError, UserError
 from policylab.rewards.base import Reward, RewardFunction, Scores, ScoringBatch, ask, reward_name
+from policylab.rewards.networks import freeze_late
 from policylab.user_code import call, said
 
 #: Waits for the answer to a share of the completions.
@@ -126,9 +127,11 @@ def serve(connection: Connection, sent: bytes, name: str) -> None:
             return
         answer: Scores | Exception
         try:
-            if reward is None:  # here, so that an error in it is reported as an answer
+            if first := reward is None:  # here, so that an error in it is reported as an answer
                 reward = call(f"reward {name}, sent to a process,", pickle.loads, sent)
             answer = ask(reward, share)  # in plain lists, so that no tensor crosses the pipe
+            if first:
+                freeze_late(reward)
         except Exception as error:
             answer = with_traceback(error)
         try:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from policylab.contracts import check_members
 from policylab.data.rollout import Prompt, Rollout
 from policylab.errors import UserError
 from policylab.functional.behaviour import Behaviour
@@ -83,10 +84,12 @@ class CachedEngine:
         check_context(policy, tokens.shape[1] + self.max_new_tokens)
         dtype = self._dtype(policy)
         decoder = policy.reader.decoder(dtype)
+        check_members("decoder", decoder, Decoder, later=("logits", "hidden"))
         rows = prompt_of.repeat_interleave(group_size)
         # for decoders that use autocast
         with torch.autocast(device.type, dtype, enabled=dtype != policy.dtype):
             decoder.prefill(tokens, lengths, rows, room=self.max_new_tokens)
+            check_members("decoder", decoder, Decoder)
             tokens, logprobs, values = self._write(decoder, policy, noise.to(device), behaviour)
         check_finite(logprobs)
 

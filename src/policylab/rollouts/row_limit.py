@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from policylab.contracts import returned
 from policylab.data.rollout import Prompt, Rollout
 from policylab.distributed.allocator import main_memory
 from policylab.distributed.world import world
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.functional.behaviour import Behaviour
 from policylab.models.memory import rows_at_once
 from policylab.models.policy import Policy
@@ -63,9 +64,8 @@ class RowLimit:
             some, completions = piece(prompts, group_size, first, limit)
             rows = len(some) * completions
             try:
-                pieces.append(
-                    engine.sample(policy, some, completions, noise[first : first + rows], behaviour)
-                )
+                sampled = engine.sample(policy, some, completions, noise[first : first + rows], behaviour)
+                pieces.append(whole(engine, sampled, rows))
                 first += rows
                 continue
             except RuntimeError as error:
@@ -73,15 +73,15 @@ class RowLimit:
                     raise
                 if rows == 1:
                     raise UserError(
-                        f"out of memory while one completion of at most {engine.max_new_tokens} tokens is sampled; "
-                        "take a smaller model, or lower rollout.max_new_tokens"
+                        f"out of memory while one completion of at most {counted(engine.max_new_tokens, 'token')} is "
+                        "sampled; take a smaller model, or lower rollout.max_new_tokens"
                     ) from error
             # outside the handler, because the error keeps the failed attempt's tensors alive
             if policy.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.rows = limit = rows // 2
             warnings.warn(
-                f"out of memory: from now on at most {limit} completions are sampled at once; "
+                f"out of memory: from now on at most {counted(limit, 'completion')} at once; "
                 f"rollout.max_rows={limit} starts with that",
                 stacklevel=2,
             )
@@ -90,6 +90,18 @@ class RowLimit:
         rollout = Rollout.concatenate(pieces)
         groups = torch.arange(len(prompts), device=rollout.tokens.device)
         return rollout.replace(group_ids=groups.repeat_interleave(group_size))
+
+
+def whole(engine: Engine, rollout: Rollout, rows: int) -> Rollout:
+    """The rollout that an engine returned.
+
+    Raises:
+        UserError: when it is none, or has another number of completions.
+    """
+    owner = f"{type(engine).__name__}.sample"
+    if len(returned(owner, rollout, Rollout)) != rows:
+        raise UserError(f"{owner} returned {counted(len(rollout), 'completion')}, and {rows} were asked for")
+    return rollout
 
 
 def piece(prompts: Sequence[Prompt], group_size: int, first: int, limit: int) -> tuple[Sequence[Prompt], int]:

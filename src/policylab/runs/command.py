@@ -8,14 +8,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.runs.find import find_run, find_sweep
 from policylab.runs.parents import INIT, check_same_parent, with_parent, with_parent_of_sweep
 from policylab.runs.places import PLACES, texts_of_reward
 from policylab.runs.redaction import HIDDEN
 from policylab.runs.saved_config import load_config
 from policylab.runs.status import DONE, read_status
-from policylab.runs.words import MULTIRUN, counted, last_value, override, override_key
+from policylab.runs.words import MULTIRUN, last_value, override, override_key
 
 #: ``resume=auto``: resume the run if it exists, else start it.
 AUTO = "auto"

@@ -15,6 +15,17 @@ from typing import Any
 
 from policylab.errors import UserError
 
+#: Files in the folder of a run that the run writes.
+RECORDS = (
+    "config.yaml",
+    "env.json",
+    "status.json",
+    "train.log",
+    "metrics.csv",
+    "samples.jsonl",
+    "summary.json",
+)
+
 
 def claim(path: Path) -> Path:
     """Makes a new folder: ``path``, or if that exists ``path_2``, ``path_3``, ...

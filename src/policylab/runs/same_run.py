@@ -11,14 +11,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.runs.checkpoints import LAST, PREVIOUS, checkpoint_state
 from policylab.runs.damage import read
 from policylab.runs.metrics_file import read_rows
 from policylab.runs.places import PLACES
 from policylab.runs.saved_config import ADDED
 from policylab.runs.status import DONE, read_status, running_process
-from policylab.runs.words import counted, leaves
+from policylab.runs.words import leaves
 
 #: Keys that a resuming command may change: length, hardware and speed, callbacks and loggers, the optimizer's settings,
 #: and paths of files (their contents are compared after they are read). Any other change would make it a different run.
@@ -65,9 +65,11 @@ def check_same_values(before: Any, now: Any) -> None:
     ]
     if other:
         key = min(other, key=lambda key: not key.endswith("name"))
-        more = f" ({len(other) - 1} more values differ)" if len(other) > 1 else ""
+        more = f" (and {counted(len(other) - 1, 'more value')})" if len(other) > 1 else ""
         raise UserError(
-            f"this run has {key}={old.get(key)}, the command says {new.get(key)}{more}; start a new run, without resume"
+            f"this run has {key}={old.get(key)}, the command says {new.get(key)}{more}; a resume may change "
+            "iterations, max_tokens, hardware, optim, callbacks, logger and validation (docs/runs.md). For this change "
+            "start a new run, from these weights with init=RUN in place of resume=RUN"
         )
 
 
@@ -129,7 +131,7 @@ def check_fits(
         here, there = own.get(wrong[0], "missing"), found.get(wrong[0], "missing")
         raise UserError(
             f"{checkpoint} is of another model than this one: {wrong[0]} is {there} there and {here} here "
-            f"({len(wrong)} weights differ); {advice}"
+            f"({counted(len(wrong), 'weight')} in all); {advice}"
         )
     trained = [len(group["params"]) for group in module.configure_optimizers().param_groups]
     if (then := [len(g["params"]) for g in content["optimizer_states"][0]["param_groups"]]) != trained:

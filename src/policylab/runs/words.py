@@ -103,15 +103,6 @@ def typed(word: str, free_text: Sequence[str] = (), open_groups: Sequence[str] =
     return HOME.sub(lambda _: str(Path.home()), word)
 
 
-def counted(number: int | str, noun: str) -> str:
-    """A number with its noun, in the plural if needed.
-
-    >>> counted(1, "iteration"), counted(20, "iteration")
-    ('1 iteration', '20 iterations')
-    """
-    return f"{number} {noun}{'s' * (str(number) != '1')}"
-
-
 def override_key(word: str) -> str:
     """The key of an override: ``algo`` of ``algo=ppo``, ``optim.x`` of ``+optim.x=1``."""
     return word.split("=", 1)[0].lstrip("+~")

@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any, Protocol, Self
 
 from policylab.distributed.signals import AGAIN, ECHO, INTERRUPTED, SIGNALS, Interrupted, can_listen
+from policylab.errors import counted
 from policylab.runs import status
-from policylab.runs.words import counted
 from policylab.sweeps.jobs import Job
 from policylab.sweeps.process import JobLog
 from policylab.sweeps.progress import is_done

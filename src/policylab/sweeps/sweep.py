@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from policylab.cli.hydra_files import sweep_file
 from policylab.config.checks import check, check_switch, check_whole
-from policylab.errors import RunError
+from policylab.errors import RunError, counted
 from policylab.runs import status
 from policylab.runs.find import LATEST_SWEEP
 from policylab.runs.folder import check_link, point_latest
 from policylab.runs.parents import with_parent
 from policylab.runs.redaction import redact, redact_file, redact_words
-from policylab.runs.words import counted, leaves, override, override_key
+from policylab.runs.words import leaves, override, override_key
 from policylab.sweeps import ending
 from policylab.sweeps.choices import Choices, sweep_words
 from policylab.sweeps.cluster import Cluster

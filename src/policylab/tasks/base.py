@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from policylab.contracts import check_members, refuse_state
 from policylab.data.rollout import Completion, Prompt
 from policylab.errors import UserError
 from policylab.user_code import call, check_names, finite, handed_over, one_for_each, shown
@@ -77,12 +78,11 @@ def examples(task: Task, split: Literal["train", "val"]) -> list[Example]:
     """All rows of a split.
 
     Raises:
-        UserError: when the task lacks a member, or a row is not an example.
+        UserError: when the task lacks a member or keeps state, or a row is not an example.
         RunError: when reading it raises anything.
     """
-    for name in ("name", "instruction", "metrics"):
-        if not hasattr(task, name):
-            raise UserError(f"task {type(task).__name__} has no {name}; see policylab.tasks.base.Task")
+    check_members("task", task, Task)
+    refuse_state(f"task {task.name}", task)
     if task.instruction is not None and "{text}" not in task.instruction:
         raise UserError(
             f"task.instruction={task.instruction!r} has no place for the prompt; put {{text}} in it, or take null"

@@ -15,7 +15,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
 from policylab.data.rollout import Prompt, PromptBatch
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.tasks.shuffle import permutation
 
 Share = Callable[[Sequence[int]], list[int]]  # of a batch's rows, those of this process
@@ -124,7 +124,7 @@ class PromptData(LightningDataModule):
         rank, processes = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
         if len(rows) < processes:
             raise UserError(
-                f"a batch of {len(rows)} prompts cannot be shared by {processes} processes; "
+                f"a batch of {counted(len(rows), 'prompt')} cannot be shared by {processes} processes; "
                 f"raise its size or lower hardware.devices"
             )
         return list(rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes])

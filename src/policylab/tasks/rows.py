@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.tasks.base import Example
 from policylab.tasks.shuffle import permutation
 from policylab.user_code import said
@@ -129,11 +129,13 @@ def hold_out(rows: list[Row], count: int, source: str) -> tuple[list[Example], l
             raise UserError(f"task.source={source} has no row to train on: all are held out (split: val)")
         return train, val
     if len(train) < 2:
-        raise UserError(f"task.source={source} has {len(train)} rows; training and validation need one each")
+        raise UserError(
+            f"task.source={source} has {counted(len(train), 'row')}; training and validation need one each"
+        )
     if not 0 < count < len(train):
         raise UserError(
-            f"task.held_out={count}, but task.source={source} has {len(train)} rows; give task.held_out from 1 to "
-            f"{len(train) - 1}, or mark the rows to hold out with split: val"
+            f"task.held_out={count}, but task.source={source} has {counted(len(train), 'row')}; give task.held_out "
+            f"from 1 to {len(train) - 1}, or mark the rows to hold out with split: val"
         )
     order = permutation(len(train), HELD_OUT_KEY)
     return [train[row] for row in order[count:]], [train[row] for row in order[:count]]

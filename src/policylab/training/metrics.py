@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from policylab.data.rollout import Completion, Rollout, Sample
+from policylab.errors import UserError
 from policylab.functional.masks import AllSum, masked_moments, masked_sum
 from policylab.training.means import Means, Total
+from policylab.user_code import check_names, shown
 
 #: Metrics by name, some of them still on the device.
 Numbers = Mapping[str, Tensor | float]
@@ -70,6 +74,23 @@ def of_iteration(rollout: Rollout, all_sum: AllSum) -> dict[str, Tensor | float]
 def means_of(totals: Mapping[str, Total]) -> dict[str, float]:
     """By name."""
     return {name: total.sum / total.values for name, total in totals.items()}
+
+
+def check_numbers(trainer: str, metrics: Any) -> None:
+    """Refuses metrics of an iteration that are no numbers by name, or do not count tokens.
+
+    Raises:
+        UserError: naming the trainer and the metric.
+    """
+    check_names(trainer, "metrics of an iteration", metrics)
+    for name, value in metrics.items():
+        if not (value.ndim == 0 if isinstance(value, Tensor) else isinstance(value, Real)):
+            raise UserError(f"{trainer} gave {shown(value)} as the metric {name}; it must be one number")
+    if "tokens" not in metrics:
+        raise UserError(
+            f"{trainer} gave no 'tokens' among the metrics of an iteration: how many it has sampled or read; "
+            "of_iteration(rollout, all_sum) counts them"
+        )
 
 
 def on_host(metrics: Numbers) -> dict[str, float]:

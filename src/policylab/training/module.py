@@ -10,7 +10,7 @@ from lightning import LightningModule
 
 from policylab.data.rollout import PromptBatch, Rollout, Sample
 from policylab.rollouts.noise import TRAIN, VALIDATION, seed_libraries
-from policylab.training.metrics import Numbers
+from policylab.training.metrics import Numbers, check_numbers
 from policylab.training.parts import Parts
 from policylab.training.passes import Passes
 from policylab.training.preflight import PROMPTS, preflight
@@ -94,7 +94,11 @@ class TrainingModule(LightningModule):
         Args:
             metrics: those that are not means, and ``tokens`` for the speed.
             started: ``time.perf_counter()`` at the start of the iteration.
+
+        Raises:
+            UserError: when a metric is no single number, or ``tokens`` is missing.
         """
+        check_numbers(type(self).__name__, metrics)
         skipped = self.stepper.take_skipped()
         self.metrics = self.recorder.finish(metrics, started, self.progress, skipped)
         self.sampler.agree_on_cuts()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from policylab.data.rollout import Rollout
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.models.policy import Policy
 from policylab.rollouts.row_limit import is_out_of_memory
 from policylab.training.micro_batches import cut, tokens_that_fit
@@ -136,7 +136,8 @@ class Passes:
                 else "a smaller model, shorter sequences, or hardware.gradient_checkpointing=true"
             )
             raise UserError(
-                f"out of memory with {rows} sequences of {tokens} tokens in all in a forward pass; take {advice}"
+                f"out of memory with {counted(rows, 'sequence')} of {counted(tokens, 'token')} in all in a "
+                f"forward pass; take {advice}"
             ) from error
         self.policy.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from policylab.contracts import check_members, returned
 from policylab.errors import UserError
 from policylab.functional import products
 from policylab.models.fingerprint import fingerprint
@@ -105,10 +106,12 @@ class RunState:
         """The state for a checkpoint; called on all processes at once."""
         state = {"config": self._config, "origin": self.origin, "products": products.chosen().plain()}
         for part in self.stateful:
-            own = part.state()
+            name = type(part).__name__
+            check_members("run_state.stateful holds", part, Stateful)
+            own = returned(f"{name}.state", part.state(), dict)
             if twice := state.keys() & own.keys():
-                raise ValueError(
-                    f"two parts of the run's state have the names {sorted(twice)}: {type(part).__name__}"
+                raise UserError(
+                    f"{name}.state returned the names {sorted(twice)}, which another part has; rename them"
                 )
             state |= own
         return state

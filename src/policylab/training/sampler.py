@@ -83,7 +83,7 @@ class Sampler:
         """
         completions = self.completions(rollout, prompts)
         # in the reward's own precision, as in a worker process
-        with torch.no_grad(), torch.autocast(self.runtime.device.type, enabled=False):
+        with torch.autocast(self.runtime.device.type, enabled=False):
             return completions, self.scorer.begin(completions)
 
     def completions(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[Completion]:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from policylab.data.rollout import Rollout
 from policylab.distributed.sharding import whole
-from policylab.errors import RunError, named
+from policylab.errors import RunError, UserError, named
 from policylab.models.policy import Policy
 from policylab.training.means import Means
 from policylab.training.optimizer import AdamW
 from policylab.training.passes import Passes
 from policylab.training.run_state import Progress
 from policylab.training.skipping import WEIGHTS, cause_of, dump, is_finite
+from policylab.user_code import shown
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Stepper:
                 last = i == len(parts) - 1
                 with nullcontext() if last else self.runtime.no_sync():
                     loss = loss_of(rollout.select(part)) if len(part) else self.zero_loss(rollout, loss_of)
+                    check_loss(loss_of, loss)
                     self.runtime.collective |= last  # gradients are sent during the last backward pass
                     # data-parallel strategies average gradients, but these losses must be summed
                     self.runtime.backward(loss * self.runtime.world_size)
@@ -206,3 +208,17 @@ class Stepper:
 
     def load(self, state: dict[str, Any]) -> None:
         self.skipped_in_a_row = dict(state.get("skipped_in_a_row", {}))
+
+
+def check_loss(loss_of: Callable[[Rollout], Tensor], loss: Any) -> None:
+    """Refuses a loss that is no single number with a gradient.
+
+    Raises:
+        UserError: naming the function that returned it.
+    """
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
+        raise UserError(
+            f"{getattr(loss_of, '__qualname__', loss_of)} returned {what}; it must return the loss: a tensor of one "
+            "number, without dimensions, that has a gradient"
+        )

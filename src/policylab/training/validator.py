@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from policylab.data.rollout import Prompt, Sample
-from policylab.errors import RunError
+from policylab.errors import RunError, counted
 from policylab.functional.pass_at_k import ks, pass_at_k
 from policylab.rollouts.noise import VALIDATION
 from policylab.tasks.base import Task, measured
@@ -69,11 +69,11 @@ class Validator:
         Raises:
             RunError: when prompts are missing. Lightning ends a validation early when anything raises StopIteration.
         """
-        counted = int(self.sampler.runtime.all_sum(torch.tensor(len(self.samples)))) // self.completions
-        if counted != len(self.prompts):
+        done = int(self.sampler.runtime.all_sum(torch.tensor(len(self.samples)))) // self.completions
+        if done != len(self.prompts):
             raise RunError(
-                f"the validation of iteration {self.sampler.progress.iteration} ended after {counted} of "
-                f"{len(self.prompts)} prompts and is not recorded; something raised StopIteration, which ends "
-                "Lightning's loops: look at your callbacks"
+                f"the validation of iteration {self.sampler.progress.iteration} ended after {done} of "
+                f"{counted(len(self.prompts), 'prompt')} and is not recorded; something raised StopIteration, which "
+                "ends Lightning's loops: look at your callbacks"
             )
-        return {**means_of(self.sampler.recorder.totals(self.means)), "val/prompts": float(counted)}
+        return {**means_of(self.sampler.recorder.totals(self.means)), "val/prompts": float(done)}

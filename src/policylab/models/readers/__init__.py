@@ -6,8 +6,10 @@ entry in `READERS`. A model may also have its own reader (`policylab.models.load
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from policylab.contracts import check_members
 from policylab.models.readers.packed import PackedCausal
 from policylab.models.readers.padded import PaddedCausal
 from policylab.models.readers.reader import Pass, Reader
@@ -16,6 +18,17 @@ from policylab.models.readers.reader import Pass, Reader
 READERS = (PackedCausal, PaddedCausal)
 
 
-def reader_for(model: Any) -> Reader:
-    """The reader of a Hugging Face model, with an LM head or without one."""
-    return next(kind for kind in READERS if kind.reads(model))(model)
+def reader_for(model: Any, own: Callable[[Any], Reader] | None = None) -> Reader:
+    """The reader of a Hugging Face model, with an LM head or without one.
+
+    Args:
+        own: makes the model's own reader.
+
+    Raises:
+        UserError: when that lacks a member of `Reader`.
+    """
+    if own is None:
+        return next(kind for kind in READERS if kind.reads(model))(model)
+    reader = own(model)
+    check_members("reader", reader, Reader)
+    return reader

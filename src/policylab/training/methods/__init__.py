@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from policylab.algorithms import Algorithm, QLearning, Supervised, TrustRegion
+from policylab.contracts import returned
 from policylab.errors import UserError
 from policylab.training.methods.base import Method
 from policylab.training.methods.policy_gradient import PolicyGradientMethod
@@ -13,6 +14,7 @@ from policylab.training.methods.q_learning import QLearningMethod
 from policylab.training.methods.supervised import SupervisedMethod
 from policylab.training.methods.trust_region import TrustRegionMethod
 from policylab.training.needs import Cost, CriticNeed, Needs
+from policylab.user_code import call
 
 __all__ = ["Cost", "CriticNeed", "Method", "Needs", "method_of", "register"]
 
@@ -45,11 +47,14 @@ def method_of(algorithm: object) -> Method[Any]:
     """The method of an algorithm.
 
     Raises:
-        UserError: when no family is registered for its type.
+        UserError: when no family is registered for its type, or what is registered makes no `Method`.
+        RunError: when it raises anything.
     """
     for kind in type(algorithm).__mro__:
         if kind in METHODS:
-            return METHODS[kind](algorithm)
+            made_by = METHODS[kind]
+            owner = f"{getattr(made_by, '__name__', made_by)}, registered for {kind.__name__},"
+            return returned(owner, call(owner, made_by, algorithm), Method)  # type: ignore[type-abstract]
     name = type(algorithm).__name__
     raise UserError(
         f"algo._target_ is {type(algorithm).__module__}.{name}, which no family of methods trains (known are "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig
 
+from policylab.contracts import check_overrides
 from policylab.data.plan import BatchPlan
 from policylab.training.module import TrainingModule
 from policylab.training.needs import Cost, Needs
@@ -24,6 +25,10 @@ class Method(ABC, Generic[A]):
 
     def __init__(self, algorithm: A) -> None:
         self.algorithm = algorithm
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        check_overrides(cls, Method)
 
     def plan(self, rollout: DictConfig, processes: int) -> BatchPlan:
         """How the sequences of an iteration are split into updates.
