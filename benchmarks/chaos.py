@@ -51,7 +51,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.number:02}_{self.setting.name}_{self.kind.name.replace(' ', '-').replace(',', '')}"
 
 
@@ -83,7 +83,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def planned(settings: Sequence[Setting], kinds: Sequence[Kind], runs: int, draw: Random) -> list[Run]:
-    """Which runs, and how each is killed: all settings and kinds as often as one another, as far as they fit."""
+    """The runs and their kinds of kill: all settings and kinds equally often, as far as possible."""
     pairs = [(s, k) for s in settings for k in kinds if s.processes >= k.processes]
     used, plan = Counter[str](), list[Run]()
     for number in range(1, runs + 1):

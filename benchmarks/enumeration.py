@@ -153,7 +153,7 @@ def logprobs_of(logits: Tensor) -> Tensor:
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Of the completions, ``[C]``."""
+    """Probabilities of the completions, ``[C]``."""
     return logprobs_of(logits).sum(-1).exp()
 
 
@@ -237,7 +237,7 @@ def expected_gradient(algo: Algorithm, world: World, size: int) -> Tensor:
 
 
 def true_gradient(world: World, beta: float = 0.0) -> Tensor:
-    """Of ``E[reward] - beta KL(policy | reference)``, by automatic differentiation of the sum, ``[S, V]``."""
+    """Gradient of ``E[reward] - beta KL(policy | reference)``, by automatic differentiation of the sum, ``[S, V]``."""
     p = probabilities(world.logits)
     log_ratio = (logprobs_of(world.logits) - logprobs_of(world.ref_logits)).sum(-1)
     (gradient,) = torch.autograd.grad((p * (world.rewards - beta * log_ratio)).sum(), world.logits)

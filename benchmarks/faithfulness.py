@@ -96,7 +96,7 @@ def by_update(policy: Policy, rollout: Rollout) -> Figures:
 
 
 def bf16(policy: Policy) -> AbstractContextManager[Any]:
-    """As with ``hardware.precision=bf16-mixed``."""
+    """The autocast of ``hardware.precision=bf16-mixed``."""
     return torch.autocast(policy.device.type, torch.bfloat16, cache_enabled=False)
 
 
@@ -108,7 +108,7 @@ def in_chunks() -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one path."""
+    """The errors of one path."""
 
     path: str
     mean: float  #: of log-probs, nats a token

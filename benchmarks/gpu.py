@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS, GROUP = 64, 4
-#: Of the part `runs`: name, model, overrides.
+#: Runs of the part `runs`: name, model, overrides.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ppo": ("gpt2", ("algo=ppo",)),
     "ppo-separate": ("gpt2", ("algo=ppo", "algo/critic=separate")),

@@ -112,7 +112,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def overrides(case: str) -> list[str]:
-    """Of a case's command line."""
+    """The overrides of a case's command line."""
     return [*COMMON, *MODELS[case.partition("-")[0]], *CASES[case]]
 
 

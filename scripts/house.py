@@ -123,7 +123,7 @@ def circles(edges: Mapping[str, set[str]]) -> list[str]:
 
 
 def lines(path: Path) -> int:
-    """Of a file."""
+    """Number of lines of a file."""
     return len(path.read_text(encoding="utf-8").splitlines())
 
 

@@ -143,7 +143,7 @@ def brief(config: DictConfig) -> DictConfig:
 
 
 def evaluated(run: Path, *words: str, checkpoint: str | Path = "last") -> dict[str, Any]:
-    """What ``evaluate.py run=RUN`` writes to its file."""
+    """The content of the file that ``evaluate.py run=RUN`` writes."""
     from policylab.launch.evaluate import evaluate
     from policylab.runs.find import find_checkpoint
 
@@ -151,7 +151,7 @@ def evaluated(run: Path, *words: str, checkpoint: str | Path = "last") -> dict[s
 
 
 def generated(run: Path, *words: str, policy: str = "final") -> list[str]:
-    """What ``generate.py run=RUN prompt="the film"`` writes."""
+    """The completions of ``generate.py run=RUN prompt="the film"``."""
     from policylab.launch.generate import completions, load_trained
 
     return completions(load_trained(run, policy), "the film", composed("generate", words))

@@ -279,7 +279,7 @@ class TestExport:
 RUN = {"_target_": "policylab.models.adapter.LoRA", "rank": 2, "alpha": 4, "target_modules": None, "seed": 0}
 
 
-#: What LoRA adapts in layers that are no plain transformer's: the last names, and the weights that it leaves.
+#: Other layers than those of plain transformers: last names of the adapted weights, and weights without adapters.
 OTHERS = {
     "mixtral": (
         {"num_local_experts": 4, "num_experts_per_tok": 2},

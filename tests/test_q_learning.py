@@ -460,7 +460,7 @@ def test_every_sequence_is_drawn_and_none_beyond(sampled):
 
 @pytest.mark.parametrize("capacity", [10_000, 1])
 def test_the_memory_is_saved_as_plain_tensors(sampled, tmp_path, capacity):
-    """And a smaller one keeps what it can hold."""
+    """A smaller memory keeps as many of them as it can hold."""
     runtime, progress = SimpleNamespace(gather=lambda item: [item]), SimpleNamespace(iteration=0)
     parts = SimpleNamespace(seed=0, runtime=runtime, recorder=None, progress=progress)
     memories = [ReplayMemory(Replay(size, 1, 1, 1), None, parts) for size in (10_000, capacity)]

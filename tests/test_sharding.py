@@ -70,7 +70,7 @@ class Seen:
     held: tuple[int, int, int]
 
 
-#: Of each run: of one process alone, and of each of two.
+#: Records of each run: of a single process, and of each of two.
 Both = tuple[dict[str, Seen], list[dict[str, Seen]]]
 
 

@@ -16,8 +16,8 @@ from policylab.errors import UserError
 from policylab.runs.checkpoints import checkpoint_iteration, newest_whole_checkpoint
 from policylab.runs.status import read_status
 
-#: Of a checkpoint: the config, with its folder, and Lightning's count of validations, which a run that begins with
-#: another one counts again. None of it acts.
+#: Entries of a checkpoint that are not compared, because they have no effect: the config, which has the folder, and
+#: Lightning's count of validations, which counts the first one of a resumed run again.
 ASIDE = ("policylab/config", "loops/validate_loop", "loops/fit_loop/epoch_loop.val_loop")
 TIMES = ("wall_seconds",)
 #: Number of differences reported for each file.

@@ -22,7 +22,7 @@ from policylab.models.loading import LoadedModel
 from race.work import EOS, PAD, PROMPT_TOKENS
 
 ROOT = Path(__file__).parents[2]
-#: What ``--model`` means as overrides of our config.
+#: Our overrides for each ``--model``.
 MODELS = {
     "tiny": ["model=tiny"],
     "gpt2": ["model=gpt2_scratch", "model.vocab_size=50257"],

@@ -122,7 +122,7 @@ class EpsilonGreedy:
         check_range("algo.exploration.decay", self.decay, 1)
 
     def epsilon(self, iteration: int) -> float:
-        """Of an iteration, counted from 0."""
+        """The epsilon of an iteration, counted from 0."""
         return self.start + (self.end - self.start) * min(iteration / self.decay, 1.0)
 
     def behaviour(self, iteration: int, *, validation: bool) -> Behaviour | None:

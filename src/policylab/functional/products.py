@@ -46,13 +46,13 @@ CLASSES = frozenset(map("/".join, itertools.product(LAYOUTS, SIZES)))
 
 @dataclass(frozen=True)
 class Choice:
-    """Which products oneDNN computes; PyTorch computes the others."""
+    """The classes of products that oneDNN computes; PyTorch computes the others."""
 
     reason: str  #: origin of the choice: a measured machine, or a setting
     onednn: frozenset[str]  #: some of `CLASSES`
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint."""
+        """The choice as plain data, for a checkpoint."""
         return {"reason": self.reason, "onednn": sorted(self.onednn)}
 
 

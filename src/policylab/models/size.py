@@ -23,7 +23,7 @@ LORA_RANK = 16
 
 @dataclass(frozen=True)
 class Size(shape.Shape):
-    """What memory and compute depend on, beyond `policylab.models.shape`."""
+    """The sizes that memory and compute depend on, in addition to `policylab.models.shape`."""
 
     parameters: int  #: shared ones are counted once
     trained: int  #: trainable parameters; with adapters, only the adapters'

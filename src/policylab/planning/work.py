@@ -15,8 +15,8 @@ from policylab.planning.job import Job
 INTENSITY = 200
 #: Least seconds of Python and kernel launches per layer and forward pass.
 CALL = 2e-4
-#: Of the measurement: seconds of each of two calls; rows and columns of the matrices, on a CPU and on a GPU; bytes of a
-#: copy, more than any cache holds.
+#: Settings of the measurement: seconds of each of two calls; rows and columns of the matrices, on a CPU and on a GPU;
+#: bytes of a copy, more than any cache holds.
 SECONDS, SIDE, GPU_SIDE, COPIED = 0.5, 1024, 8192, 2**28
 
 

@@ -111,7 +111,7 @@ class PromptData(LightningDataModule):
         return DataLoader(self.val, batch_sampler=batches, collate_fn=_collate)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run is: the number of iterations completed."""
+        """The number of completed iterations."""
         module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         return {"iteration": module.iteration}
 

@@ -147,7 +147,7 @@ class MasterAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but the state stays in fp32; torch casts it to each weight's precision."""
+        """Loads the state in fp32; torch would cast it to each weight's precision."""
         super().load_state_dict(state_dict)
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, saved in state_dict["state"].items():

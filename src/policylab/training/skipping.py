@@ -36,14 +36,14 @@ def check_finite(value: Tensor | float, what: str) -> None:
 
 @dataclass(frozen=True)
 class Cause:
-    """What was not finite. ``depth``: 0 weights, 1 batch, 2 update."""
+    """The quantity that was not finite. ``depth``: 0 weights, 1 batch, 2 update."""
 
     depth: int
     what: str
 
     @property
     def advice(self) -> str:
-        """What usually helps."""
+        """The usual remedy."""
         return (
             "an update before was too large: lower optim.lr",
             "look at the batch, and at the code that computes this",
