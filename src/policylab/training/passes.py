@@ -60,8 +60,8 @@ class Passes:
         return parts
 
     def cut_for_all(self, rollout: Rollout, rows: Tensor, units: Tensor | None = None) -> list[Tensor]:
-        """`cut` for passes with sharded weights: appends empty micro-batches, so that all processes make the same number
-        of passes."""
+        """`cut` for passes with sharded weights: appends empty micro-batches, so that all processes make as many
+        passes."""
         parts = self.cut(rollout, rows, units)
         if self.runtime.sharded:
             most = int(self.runtime.all_max(torch.tensor(len(parts))))
