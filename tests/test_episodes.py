@@ -720,4 +720,4 @@ def test_a_resumed_run_plays_the_same_episodes(tmp_path):
 def test_a_plan_counts_whole_episodes(compose):
     from policylab.planning.read import describe
 
-    assert describe(compose(["task=guess_number"])).job.new_tokens == 3 * (1 + 1)
+    assert describe(compose(["task=guess_number"])).new_tokens == 3 * (1 + 1)
