@@ -34,7 +34,7 @@ from race import figures
 
 ROOT = Path(__file__).parent.parent
 AXES = ("algo=ppo,rloo,grpo", "seed=0,1,2,3")
-ITERATIONS = 6
+ITERATIONS = 40
 #: A sweep of this size that takes more seconds hangs.
 PATIENCE = 1800.0
 

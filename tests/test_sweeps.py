@@ -26,6 +26,7 @@ from policylab.runs.metrics_file import read_rows, read_tail
 from policylab.runs.status import read_status
 from policylab.sweeps import pool, slots
 from policylab.sweeps.choices import Choices, sweep_words
+from policylab.sweeps.cluster import Cluster
 from policylab.sweeps.ending import same_command, selection
 from policylab.sweeps.index import Index
 from policylab.sweeps.jobs import Job, identity, label_of
@@ -230,6 +231,16 @@ def test_gpus_are_pinned_and_shared_only_if_asked(monkeypatch):
     shares = Slots(3, threads=1)
     assert [shares.take(job(on_gpus=True)).gpus for _ in range(3)] == [("3",), ("5",), ("3",)]
     assert Slots(None, threads=1).take(job(processes=2, on_gpus=True)).gpus == ("3", "5")
+
+
+def test_a_cluster_that_is_not_there_is_refused(tmp_path):
+    pytest.importorskip("submitit")
+    with pytest.raises(UserError, match=r"hydra\.launcher\.cluster=pbs is not one of slurm, local"):
+        Cluster("pbs", tmp_path, {})
+    with pytest.raises(UserError, match=r'hydra\.launcher\.cluster=local: Parameter "nodes" expected type'):
+        Cluster("local", tmp_path, {"nodes": "two", "cpus_per_task": None})
+    with pytest.raises(UserError, match=r"Unknown argument 'color' for executor 'slurm'"):
+        Cluster("local", tmp_path, {"slurm_color": "red"})
 
 
 # -- the pool ---------------------------------------------------------------------------------------------
