@@ -211,14 +211,14 @@ def label(metric: str, result: dict[str, Any]) -> str:
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> Table:
-    """A table with the main metrics of each run."""
-    names = [name for name in headlines(results[0]["metrics"]) if all(name in r["metrics"] for r in results)]
+    """A table with the main metrics of each run; a dash for one that a run does not have."""
+    names = dict.fromkeys(name for result in results for name in headlines(result["metrics"]))
     shown = [name for name in names if name in ("val/reward", "val/kl", "val/length") or "pass@" in name]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", overflow="fold")
     for name in ("iteration", *shown):
         table.add_column(name.removeprefix("val/"), justify="right", no_wrap=True)
     for result in results:
-        values = [number(result["metrics"][name]) for name in shown]
+        values = [number(result["metrics"].get(name)) for name in shown]
         table.add_row(short_path(result["run"]), str(result["iteration"]), *values)
     return table

@@ -62,7 +62,7 @@ def measured(task: Task, completions: Sequence[Completion]) -> dict[str, list[fl
     metrics = call(f"{owner}: metrics", task.metrics, given, among=given)
     check_names(owner, "its metrics", metrics)
     for name in metrics:
-        if name in RESERVED or name.startswith("reward/"):
+        if name in RESERVED or name.startswith(("reward/", "pass@")):
             raise UserError(
                 f"{owner}: the metric {name!r} has the name of another one, val/{name}; rename it"
             )
