@@ -1,5 +1,7 @@
-"""Summarize finished runs over their seeds: metrics.csv, curve.png, table.md and config.yaml in one folder.
+"""Show one run on a page, report.html; or summarize finished runs over their seeds: metrics.csv, curve.png, table.md
+and config.yaml in one folder.
 
+python report.py run=latest
 python report.py "runs='logs/reviews/ppo-tiny/*'" out=experiments/results/NAME
 python report.py runs=[PATH,PATH] out=/tmp/report title="'PPO on reviews'" metrics=[val/reward,val/kl]
 """

@@ -21,18 +21,10 @@ from policylab.callbacks.health import Health
 from policylab.callbacks.kl import KLMonitor
 from policylab.callbacks.metrics_csv import MetricsCSV
 from policylab.callbacks.samples import Samples
-from policylab.callbacks.tables import (
-    LoggedConsole,
-    before_after,
-    config_tree,
-    duration,
-    headlines,
-    number,
-    pick,
-    rows,
-)
+from policylab.callbacks.tables import LoggedConsole, before_after, config_tree, pick, rows
 from policylab.data.rollout import Rollout, Sample
 from policylab.errors import UserError
+from policylab.runs.figures import duration, headlines, number
 
 
 def sample(reward: float, iteration: int = 1, split: str = "val") -> Sample:

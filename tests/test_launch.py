@@ -673,6 +673,7 @@ def test_a_run_leaves_all_its_files(train, caplog, tmp_path):
         "metrics.csv",
         "samples.jsonl",
         "summary.json",
+        "report.html",
         "checkpoints/last.ckpt",
         "checkpoints/best.ckpt",
         "model/best/model.safetensors",

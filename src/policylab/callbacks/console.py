@@ -10,8 +10,9 @@ from lightning import Callback, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from policylab.callbacks.tables import console, duration, headlines, number
+from policylab.callbacks.tables import console
 from policylab.errors import counted
+from policylab.runs.figures import duration, headlines, number
 
 
 class Console(Callback):

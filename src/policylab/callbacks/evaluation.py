@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from policylab.callbacks.tables import console, duration
+from policylab.callbacks.tables import console
+from policylab.runs.figures import duration
 
 
 class EvaluationProgress(Callback):

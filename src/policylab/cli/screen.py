@@ -9,11 +9,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
 from policylab import __version__
-from policylab.callbacks.tables import before_after, config_tree, console, duration, number, rows, to_copy
+from policylab.callbacks.tables import before_after, config_tree, console, rows, to_copy
 from policylab.distributed.signals import in_sweep
 from policylab.distributed.world import world
 from policylab.errors import counted
+from policylab.report.page import PAGE
 from policylab.runs.environment import git_state
+from policylab.runs.figures import duration, number
 from policylab.runs.find import exported_iteration
 from policylab.runs.parents import INIT, RUN, WHICH, policy_in_words
 from policylab.runs.saved_config import plain
@@ -103,6 +105,7 @@ class Screen:
         which = [] if best and ended else [f"{WHICH}={'best' if best else 'final'}"]
         lines += [
             ("run", folder),
+            *([("report", short_path(page))] if (page := self.run_dir / PAGE).is_file() else []),
             ("next", command("evaluate.py", override("run", folder), *last)),
             ("", command("generate.py", override("run", folder), *final)),
             ("", command("train.py", override("resume", folder), *further)),

@@ -12,15 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from policylab.callbacks.tables import (
-    console,
-    headlines,
-    number,
-    pick,
-    rows,
-    samples_table,
-    to_copy,
-)
+from policylab.callbacks.tables import console, pick, rows, samples_table, to_copy
 from policylab.cli.logs import logged_to
 from policylab.config.checks import check_number, check_whole
 from policylab.errors import RunError, UserError, counted
@@ -29,6 +21,7 @@ from policylab.launch.endings import log_failure
 from policylab.launch.imports import import_libraries
 from policylab.runs.checkpoints import checkpoint_state
 from policylab.runs.damage import check_undamaged
+from policylab.runs.figures import headlines, number
 from policylab.runs.find import find_checkpoint, find_runs
 from policylab.runs.folder import write_json
 from policylab.runs.same_run import check_fits

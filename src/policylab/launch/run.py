@@ -30,6 +30,7 @@ from policylab.distributed.world import (
 from policylab.errors import RunError, counted
 from policylab.launch.endings import closed_wandb, log_failure, survive_exit
 from policylab.launch.imports import import_libraries
+from policylab.report.page import try_to_write_page
 from policylab.runs.checkpoints import checkpoint_iteration
 from policylab.runs.consent import check_consent
 from policylab.runs.environment import record_command, record_environment
@@ -149,6 +150,7 @@ def train(
         summary = summarize(config, run_dir, outcome(experiment, status))
         if main:
             write_summary(run_dir, summary)
+            try_to_write_page(run_dir, summary["status"])
         screen.ending(experiment, summary)
         barrier()
         if stop.stopped and stop.signum:

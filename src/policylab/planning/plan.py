@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from policylab.callbacks.tables import console, duration, rows
+from policylab.callbacks.tables import console, rows
 from policylab.config.checks import check, check_number
 from policylab.distributed.world import world
 from policylab.errors import UserError, counted
@@ -22,6 +22,7 @@ from policylab.planning.memory import GIB, Moment, main_memory, moments, peak
 from policylab.planning.read import describe
 from policylab.planning.work import Rates, Work, exchanged, work
 from policylab.rollouts.products import choose_products
+from policylab.runs.figures import duration
 
 #: Planned and measured peaks have differed by up to a quarter, so a plan above this fraction of the memory fits
 #: narrowly.

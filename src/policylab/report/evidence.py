@@ -10,17 +10,33 @@ from omegaconf import DictConfig, OmegaConf
 
 from policylab.errors import UserError
 from policylab.report.groups import Group, group_runs
+from policylab.report.page import PAGE, write_page
 from policylab.report.plots import draw_curves
 from policylab.report.ranking import by_gain, draw_ranking
 from policylab.report.read import ITERATION, KL, TOKENS, read_runs, unfinished
 from policylab.report.tables import kl_table, markdown_table, write_metrics
+from policylab.runs.find import find_run
 from policylab.runs.parents import lineage
 
 
 def report_job(config: DictConfig) -> None:
-    """The Hydra task of ``report.py``; its config has the arguments of `write_evidence`."""
+    """The Hydra task of ``report.py``: the page of one run, or else `write_evidence`, whose arguments the config has.
+
+    Raises:
+        UserError: without runs, or with both ``run`` and ``runs``.
+    """
     settings = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(settings, dict)
+    if (settings["run"] is None) == (settings["runs"] is None):
+        raise UserError("give run=RUN for the page of one run, or runs=RUNS for results over seeds")
+    if settings["run"] is not None:
+        folder = find_run(settings["run"])
+        page = Path(settings["out"] or folder / PAGE)
+        write_page(folder, page)
+        print(f"written to {page}")
+        return
+    if settings["out"] is None:
+        raise UserError("out is missing; give the folder for the results: out=FOLDER")
     table = write_evidence(
         runs=settings["runs"],
         out=Path(settings["out"]),

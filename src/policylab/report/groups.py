@@ -130,7 +130,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
     if any(run.label for run in runs):
         fresh = iter(_names([run for run in runs if not run.label]))
         return [run.label or next(fresh) for run in runs]
-    parts = [_name_parts(run.config) for run in runs]
+    parts = [run.names for run in runs]
     differing_parts = [values for values in zip(*parts, strict=True) if len(set(values)) > 1] or list(
         zip(*parts, strict=True)
     )
@@ -146,12 +146,6 @@ def _names(runs: Sequence[Run]) -> list[str]:
         ]
         names.append(" ".join([base, *differing]))
     return names
-
-
-def _name_parts(config: dict[str, Any]) -> list[str]:
-    """Names of algorithm, model and task; empty if there is none."""
-    parts = (config.get(part) for part in ("algo", "model", "task"))
-    return [str(part["name"]) if isinstance(part, dict) and "name" in part else "" for part in parts]
 
 
 def _settings(run: Run) -> dict[str, Any]:

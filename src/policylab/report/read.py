@@ -44,6 +44,12 @@ class Run:
     def seed(self) -> int:
         return int(self.config["seed"])
 
+    @property
+    def names(self) -> list[str]:
+        """Names of algorithm, model and task; empty if there is none."""
+        parts = (self.config.get(part) for part in ("algo", "model", "task"))
+        return [str(part["name"]) if isinstance(part, dict) and "name" in part else "" for part in parts]
+
     def curve(self, metric: str) -> dict[int, float]:
         """The values of one metric by iteration, in order.
 

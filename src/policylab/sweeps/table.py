@@ -14,8 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from policylab.callbacks.tables import PLAIN_TEXT, PLAIN_WIDTH, duration, number
+from policylab.callbacks.tables import PLAIN_TEXT, PLAIN_WIDTH
 from policylab.runs import status
+from policylab.runs.figures import duration, number
 from policylab.sweeps.jobs import Job
 from policylab.sweeps.progress import Progress
 
