@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from policylab.callbacks.metrics_csv import MetricsCSV
-from policylab.report.read import _read_curves as read_run_curves
-from policylab.runs.metrics_file import best_row, read_rows, validated
+from policylab.runs.metrics_file import best_row, curves_of, read_rows, validated
 from policylab.runs.resume import rewind
 
 
@@ -97,7 +96,9 @@ def test_any_name_of_a_metric_is_written_and_read(tmp_path, path):
         assert read_rows(path) == rows[: part[-1]["iteration"] + 1]
     rewind(tmp_path, 2, validates=False)
     assert read_rows(path) == rows
-    assert read_run_curves(path) == {name: {row["iteration"]: row[name] for row in rows} for name in NAMES}
+    assert curves_of(read_rows(path)) == {
+        name: {row["iteration"]: row[name] for row in rows} for name in NAMES
+    }
 
 
 def test_a_resume_keeps_samples_with_odd_line_ends(tmp_path):

@@ -56,7 +56,11 @@ def prepare(script: str) -> None:
 
 
 def guarded(
-    main: Callable[[], object], doc: str, free_text: Sequence[str] = (), open_groups: Sequence[str] = ()
+    main: Callable[[], object],
+    doc: str,
+    free_text: Sequence[str] = (),
+    open_groups: Sequence[str] = (),
+    overrides: Callable[[list[str]], list[str]] = list,
 ) -> None:
     """Runs a root script's ``main`` and ends the process with a clear message and the right exit code.
 
@@ -65,6 +69,7 @@ def guarded(
         doc: docstring of the script, for ``--help``.
         free_text: keys whose value is text, which needs no quoting for Hydra.
         open_groups: groups whose keys may be missing in the script's config.
+        overrides: turns a script's own form of arguments into overrides.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_page(doc, Path(sys.argv[0]).resolve()))
@@ -73,7 +78,8 @@ def guarded(
     try:
         stop_on_signals()
         stop_with_sweep()
-        sys.argv[1:] = flags_first([typed(word, free_text, open_groups) for word in sys.argv[1:]])
+        words = overrides(sys.argv[1:])
+        sys.argv[1:] = flags_first([typed(word, free_text, open_groups) for word in words])
         sys.argv[1:] = with_command_of(with_sweep(sys.argv[1:]))
         check_one_choice(sys.argv[1:], Path(sys.argv[0]).resolve().parent / "configs")
         main()

@@ -15,8 +15,9 @@ from policylab.callbacks.tables import console
 from policylab.errors import UserError
 from policylab.launch.asked import check_asked, output_file, sampling
 from policylab.launch.imports import UNUSED, absent
-from policylab.runs.find import find_policy, find_runs
+from policylab.runs.find import find_runs
 from policylab.runs.folder import write_json
+from policylab.runs.run import Run
 from policylab.runs.saved_config import load_usable
 from policylab.user_code import short_path
 
@@ -79,22 +80,16 @@ def load_trained(run: Path, which: str, trust_remote_code: bool = False) -> Trai
     Raises:
         UserError: when the run has not exported it.
     """
+    config = load_usable(run, PARTS, trust_remote_code)
+    with absent(UNUSED):
+        policy = Run(run, which, trust_remote_code).policy
+
     import torch
 
-    with absent(UNUSED):
-        from policylab.models.loading import LoadOptions, from_folder
-        from policylab.models.policy import Policy
-        from policylab.rollouts.products import choose_products
+    from policylab.rollouts.products import choose_products
 
-    folder = find_policy(run, which)
-    config = load_usable(run, PARTS, trust_remote_code)
     choose_products(config.hardware.products)
-    options = LoadOptions(
-        config.model.dtype, config.model.attn_implementation, trust_remote_code, config.model.get("chat")
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = Policy(from_folder(folder, options, source=str(folder)), critic=None).to(device).eval()
-    return Trained(run, policy, config)
+    return Trained(run, policy.to("cuda" if torch.cuda.is_available() else "cpu"), config)
 
 
 def prompts(given: str | None) -> Iterator[str]:

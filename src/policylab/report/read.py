@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import glob
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +15,8 @@ from omegaconf import OmegaConf
 
 from policylab.errors import UserError
 from policylab.runs.find import find_run, find_runs, run_around, runs_in
-from policylab.runs.parents import parents_of
+from policylab.runs.metrics_file import curves_of
+from policylab.runs.run import Run as RunFolder
 from policylab.runs.saved_config import load_config
 from policylab.runs.status import DONE, read_status
 
@@ -35,7 +35,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     status: str  #: running | done | failed | interrupted
-    summary: dict[str, Any]  #: empty for a run that did not finish
+    summary: dict[str, Any]  #: of a run that did not finish: so far
     curves: dict[str, dict[int, float]]
     label: str = ""  #: name of its group, if it is read from a results folder
     parents: Sequence[dict[str, Any]] = ()  #: its ancestors, the nearest first
@@ -137,16 +137,16 @@ def read_run(folder: Path) -> Run:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is not a run folder: it has no {' and no '.join(missing)}")
-    config = OmegaConf.to_container(load_config(folder))
+    run = RunFolder(folder)
+    config = OmegaConf.to_container(run.config)
     assert isinstance(config, dict)
-    summary = folder / "summary.json"
     return Run(
         folder=folder,
         config={str(key): value for key, value in config.items()},
-        status=str(read_status(folder)["status"]),
-        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
-        curves=_read_curves(folder / "metrics.csv"),
-        parents=parents_of(folder),
+        status=str(run.status["status"]),
+        summary=run.summary,
+        curves=run.curves,
+        parents=run.parents,
     )
 
 
@@ -163,34 +163,19 @@ def read_evidence(folder: Path) -> list[Run]:
     """
     config = OmegaConf.to_container(load_config(folder))
     assert isinstance(config, dict)
-    rows: dict[tuple[str, str], list[dict[str, str]]] = {}
+    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            rows.setdefault((row.pop("run"), row.pop("seed")), []).append(row)
+            of_run = rows.setdefault((row.pop("run"), row.pop("seed")), [])
+            of_run.append({name: float(cell) for name, cell in row.items() if cell})
     return [
         Run(
             folder,
             {str(key): value for key, value in config.items()} | {"seed": int(seed)},
             "done",
             {},
-            _curves(of_run),
+            curves_of(of_run),
             label,
         )
         for (label, seed), of_run in rows.items()
     ]
-
-
-def _read_curves(path: Path) -> dict[str, dict[int, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return _curves(csv.DictReader(file))
-
-
-def _curves(rows: Iterable[dict[str, str]]) -> dict[str, dict[int, float]]:
-    """Values by column; an empty cell (no validation at that iteration) gives none."""
-    curves: dict[str, dict[int, float]] = {}
-    for row in rows:
-        iteration = int(row["iteration"])
-        for name, cell in row.items():
-            if cell and name != "iteration":
-                curves.setdefault(name, {})[iteration] = float(cell)
-    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from policylab.errors import UserError
@@ -99,6 +99,15 @@ def run_around(path: Path) -> Path | None:
 def runs_in(folder: Path) -> list[Path]:
     """The runs of an experiment's folder."""
     return list(filter(is_run, (path.resolve() for path in folder.iterdir()))) if folder.is_dir() else []
+
+
+def runs_below(folder: Path) -> Iterator[Path]:
+    """All runs in a folder, at any depth. Links, such as ``latest``, and hidden folders are left out."""
+    for place, inner, _ in os.walk(folder):
+        if is_run(Path(place)):
+            yield Path(place)
+            inner.clear()
+        inner[:] = [name for name in inner if not name.startswith(".")]
 
 
 def is_run(folder: Path) -> bool:

@@ -42,6 +42,16 @@ def _parsed(text: str) -> list[dict[str, float]]:
     return [row for row in rows if "iteration" in row]
 
 
+def curves_of(rows: Iterable[Row]) -> dict[str, dict[int, float]]:
+    """The values of each column by iteration, in order. An empty cell (no validation at that iteration) gives none."""
+    curves: dict[str, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["iteration"]):
+        for name, value in row.items():
+            if name != "iteration":
+                curves.setdefault(name, {})[int(row["iteration"])] = value
+    return curves
+
+
 def columns_of(rows: Iterable[Row]) -> list[str]:
     """Names in order of appearance, ``iteration`` first."""
     return list(dict.fromkeys(["iteration", *(name for row in rows for name in row)]))

@@ -16,6 +16,9 @@ from policylab.runs.redaction import redact_text
 from policylab.runs.retry import RetryLater
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
+#: The state of a run that says "running", but whose process no longer exists.
+KILLED = "killed"
+STATES = (RUNNING, DONE, FAILED, INTERRUPTED, KILLED)
 
 
 def now() -> str:
@@ -27,6 +30,14 @@ def read_status(run_folder: Path) -> dict[str, Any]:
     """Content of a run's ``status.json``; empty when it has none."""
     path = run_folder / "status.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def state_of(run_folder: Path) -> str:
+    """One of ``STATES``. A run of another machine counts as running as long as its file says so."""
+    status = read_status(run_folder)
+    state = str(status.get("status"))
+    elsewhere = status.get("host") != platform.node() or status.get("process") == os.getpid()
+    return KILLED if state == RUNNING and not elsewhere and running_process(run_folder) is None else state
 
 
 def running_process(run_folder: Path) -> int | None:
