@@ -2,7 +2,7 @@
 
 - ``python train.py``: composed and checked; a multirun with each value. If its model and data are in the repository,
   it is trained for two small iterations, mostly in slow tests. ``plan=true`` prints a plan.
-- ``python evaluate.py | generate.py | report.py``: composed.
+- ``python evaluate.py | generate.py | report.py | runs.py``: composed.
 - ``make``, ``pip``, ``pytest``: the named targets, extras and files exist.
 - Any other command is an error, because no rule checks it.
 """
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conftest import Compose, Train
 from doc_blocks import ROOT, blocks
+from policylab.cli.commands import as_overrides
 from policylab.planning.plan import plan_job
 from policylab.runs.words import typed
 from small_runs import quick
@@ -61,7 +62,8 @@ def test_command(where: str, words: list[str], compose: Compose) -> None:
     if words[:2] == ["python", "train.py"]:
         check_training(words[2:], compose)
     elif words[0] == "python" and (ROOT / words[1]).is_file():
-        compose([typed(word, (), ["task"]) for word in words[2:]], config_name=Path(words[1]).stem)
+        own = as_overrides(words[2:]) if words[1] == "runs.py" else words[2:]
+        compose([typed(word, (), ["task"]) for word in own], config_name=Path(words[1]).stem)
     elif words[0] in CHECKS:
         CHECKS[words[0]](words[1:])
     else:

@@ -16,11 +16,11 @@ from rich.text import Text
 from policylab.callbacks.tables import console, headlines, number
 from policylab.cli.commands import FILTERS
 from policylab.config.checks import check_switch
-from policylab.errors import UserError
+from policylab.errors import UserError, counted
 from policylab.launch.clean import leftovers, remove
 from policylab.runs.run import Run, list_runs, load_run
 from policylab.runs.status import DONE, FAILED, RUNNING
-from policylab.runs.words import command, counted, leaves
+from policylab.runs.words import command, leaves
 from policylab.user_code import cut, short_path
 
 STYLES = {RUNNING: "bold", DONE: "green", FAILED: "bold red"}
