@@ -81,7 +81,10 @@ def console(capsys: pytest.CaptureFixture[str], logs: Path, *words: str) -> str:
 def test_a_run_is_loaded(tmp_path):
     folder = make_run(tmp_path / "reviews" / "ppo-tiny" / "a", wall_seconds=9.5)
     write_json(folder / "env.json", {"parents": [{"run": "/b", "name": "sft-tiny"}]})
-    lines = [json.dumps({"iteration": i, "completion": "a\u2028b"}, ensure_ascii=False) for i in (0, 20)]
+    lines = [
+        json.dumps({"iteration": i, "split": "val", "completion": "a\u2028b"}, ensure_ascii=False)
+        for i in (0, 20)
+    ]
     (folder / "samples.jsonl").write_text("\n".join([*lines, '{"iteration": 21, "comp']))
     point_latest(folder, tmp_path)
     for name in (folder, folder / "metrics.csv", "latest", "ppo-tiny", "reviews/ppo-tiny"):
@@ -280,7 +283,7 @@ def test_the_console_lists_them(logs, capsys):
     ("words", "message"),
     [
         (["algo=pop"], r"no run in .* has algo=pop; there are algo=ppo,rloo"),
-        (["sort=rewards"], r"sort=rewards is not a column; choose from age, task"),
+        (["sort=rewards"], r"sort=rewards is not a column; choose from state, task"),
         (["lst"], r"lst is not a command of runs.py; choose from list, compare, clean"),
         (["latest", "latest"], r"latest is not a command"),
         (["list", "latest"], r"list takes no runs; it takes task, algo, model, state, sort"),
@@ -339,12 +342,12 @@ def test_clean_shows_and_removes_what_never_began(logs, capsys):
     start(logs / "multirun" / "now" / "ppo_s1")
     (logs / "multirun" / "now" / "sweep.jsonl").touch()
     text = console(capsys, logs, "clean")
-    assert re.search(r"empty +0 bytes .*2026-10-01_00-00-00_s0_2\n", text)
-    assert re.search(r"refused +5 bytes .*2026-10-01_00-00-00_s0\n", text)
-    assert re.search(r"failed at its start +\d+ bytes .*/new\n", text)
+    assert re.search(r"would remove .*2026-10-01_00-00-00_s0_2 \(empty; 0 bytes\)\n", text)
+    assert re.search(r"would remove .*2026-10-01_00-00-00_s0 \(refused; 5 bytes\)\n", text)
+    assert re.search(r"would remove .*/new \(failed at its start; \d+ bytes\)\n", text)
     total = re.search(r"4 folders, \d+ bytes", text)
     assert total
-    assert text.endswith(f"{total[0]}; the same command with remove=true removes them\n")
+    assert text.endswith(f"{total[0]}: remove=true removes them\n")
     assert dated.is_dir()
     assert console(capsys, logs, "clean", "remove=true").endswith(f"removed {total[0]}\n")
     assert {path.name for path in logs.rglob("*") if path.is_dir() and not path.is_symlink()} == {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
-from policylab.callbacks.tables import console, headlines, number
+from policylab.callbacks.tables import console
 from policylab.cli.commands import FILTERS
 from policylab.config.checks import check_switch
 from policylab.errors import UserError, counted
 from policylab.launch.clean import leftovers, remove
+from policylab.runs.figures import headlines, number
 from policylab.runs.run import Run, list_runs, load_run
 from policylab.runs.status import DONE, FAILED, RUNNING
 from policylab.runs.words import command, leaves
@@ -28,66 +30,40 @@ STYLES = {RUNNING: "bold", DONE: "green", FAILED: "bold red"}
 VALUE = 60
 #: Values of the config that differ between any two runs: folders.
 FOLDERS = re.compile(r"(paths|resume)\b|.*\brun_dir$")
+#: The columns of the list; it can be sorted by all but the last.
+COLUMNS = ("state", "task", "algo", "model", "seed", "reward", "iterations", "age", "folder")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A run in the list."""
+    """A run in the list, by column."""
 
-    state: str
-    task: str
-    algo: str
-    model: str
-    seed: int | None
-    before: float | None  #: reward of the first validation
-    after: float | None  #: of the last one so far
-    iteration: int
-    iterations: int | None  #: that it shall have
-    age: float  #: seconds since its start
-    folder: str  #: below the folder of runs
-
-    @classmethod
-    def of(cls, run: Run, where: Path) -> Line:
-        status, summary = run.status, run.summary
-        started = status.get("started")
-        age = datetime.now(UTC) - datetime.fromisoformat(started) if started else None
-        return cls(
-            state=run.state,
-            task=run.named("task"),
-            algo=run.named("algo"),
-            model=run.named("model"),
-            seed=run.config.get("seed"),
-            before=summary["before"].get("val/reward"),
-            after=summary["after"].get("val/reward"),
-            iteration=int(status.get("iteration", 0)),
-            iterations=status.get("iterations"),
-            age=age.total_seconds() if age else float("inf"),
-            folder=os.path.relpath(run.path, where),
-        )
-
-    def cells(self) -> list[str]:
-        """The texts of `COLUMNS`."""
-        seed = "" if self.seed is None else str(self.seed)
-        reward = "" if self.after is None else f"{number(self.before)} -> {number(self.after)}"
-        done = f"{self.iteration}/{self.iterations}" if self.iterations else str(self.iteration)
-        return [
-            *(self.state, self.task, self.algo, self.model, seed),
-            *(reward, done, ago(self.age), self.folder),
-        ]
+    cells: dict[str, str]
+    order: dict[str, Any]  #: what the list is sorted by
 
 
-COLUMNS = ("state", "task", "algo", "model", "seed", "reward", "iterations", "age", "folder")
-#: The columns that the list can be sorted by.
-ORDERS: dict[str, Callable[[Line], Any]] = {
-    "age": lambda line: line.age,
-    "task": lambda line: line.task,
-    "algo": lambda line: line.algo,
-    "model": lambda line: line.model,
-    "seed": lambda line: (line.seed is None, line.seed),
-    "state": lambda line: line.state,
-    "iterations": lambda line: -line.iteration,
-    "reward": lambda line: (line.after is None, -(line.after or 0.0)),
-}
+def line_of(run: Run, where: Path) -> Line:
+    """The line of a run below a folder."""
+    status, summary = run.status, run.summary
+    names = {"state": run.state} | {part: run.named(part) for part in ("task", "algo", "model")}
+    before, after = (summary[when].get("val/reward") for when in ("before", "after"))
+    done, all_, started = status.get("iteration", 0), status.get("iterations"), status.get("started")
+    age = (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds() if started else math.inf
+    seed = run.config.get("seed")
+    cells = {
+        "seed": "" if seed is None else str(seed),
+        "reward": "" if after is None else f"{number(before)} -> {number(after)}",
+        "iterations": f"{done}/{all_}" if all_ else str(done),
+        "age": ago(age),
+        "folder": os.path.relpath(run.path, where),
+    }
+    order = {
+        "seed": math.inf if seed is None else seed,
+        "reward": math.inf if after is None else -after,
+        "iterations": -done,
+        "age": age,
+    }
+    return Line(names | cells, names | order)
 
 
 def runs_job(config: DictConfig) -> None:
@@ -125,8 +101,8 @@ def check(config: DictConfig) -> None:
         raise UserError(
             f"compare takes two runs, and was given {len(config.runs)}: {command('runs.py', 'compare', 'A', 'B')}"
         )
-    if config.sort is not None and config.sort not in ORDERS:
-        raise UserError(f"sort={config.sort} is not a column; choose from {', '.join(ORDERS)}")
+    if config.sort not in (None, *COLUMNS[:-1]):
+        raise UserError(f"sort={config.sort} is not a column; choose from {', '.join(COLUMNS[:-1])}")
 
 
 def show(where: Path, only: dict[str, list[str]], order: str | None) -> None:
@@ -136,19 +112,18 @@ def show(where: Path, only: dict[str, list[str]], order: str | None) -> None:
         UserError: when no run has the names of a filter.
     """
     runs = list_runs(where, **only)
-    lines = [Line.of(run, where) for run in (runs or list_runs(where))]
+    lines = [line_of(run, where) for run in (runs or list_runs(where))]
     if not lines:
         console().print(f"no run in {short_path(where)}")
         return
     if not runs:
         asked = " ".join(f"{key}={','.join(names)}" for key, names in only.items())
-        there = [f"{key}={','.join(sorted({getattr(line, key) for line in lines}))}" for key in only]
+        there = [f"{key}={','.join(sorted({line.cells[key] for line in lines}))}" for key in only]
         raise UserError(f"no run in {short_path(where)} has {asked}; there are {' '.join(there)}")
-    lines.sort(key=ORDERS[order or "age"])
-    styles = ["dim", *(STYLES.get(line.state, "") for line in lines)]
-    console().print(
-        aligned([COLUMNS, *(line.cells() for line in lines)], styles, right=(4, 6, 7)), soft_wrap=True
-    )
+    lines.sort(key=lambda line: line.order[order or "age"])
+    rows = [COLUMNS, *([line.cells[column] for column in COLUMNS] for line in lines)]
+    styles = ["dim", *(STYLES.get(line.cells["state"], "") for line in lines)]
+    console().print(aligned(rows, styles, right=(4, 6, 7)), soft_wrap=True)
 
 
 def compare(one: Run, other: Run) -> None:
@@ -190,19 +165,18 @@ def results(run: Run) -> dict[str, float]:
 
 def clean(where: Path, really: bool) -> None:
     """Prints the folders of runs that never began; removes them if asked to."""
-    found, size = list[list[str]](), 0
+    count, size = 0, 0
     for folder, reason, content in leftovers(where):
         if really:
             remove(folder, where)
-        size += content
-        found.append([reason, f"{content:,} bytes", short_path(folder)])
-    if not found:
+        count, size = count + 1, size + content
+        does = "removed" if really else "would remove"
+        console().print(f"{does} {short_path(folder)} ({reason}; {content:,} bytes)", soft_wrap=True)
+    total = f"{counted(count, 'folder')}, {size:,} bytes"
+    if not count:
         console().print(f"nothing to remove in {short_path(where)}")
-        return
-    console().print(aligned(found, right=(1,)), soft_wrap=True)
-    total = f"{counted(len(found), 'folder')}, {size:,} bytes"
-    again = f"{total}; the same command with remove=true removes them"
-    console().print(f"removed {total}" if really else again, soft_wrap=True)
+    else:
+        console().print(f"removed {total}" if really else f"{total}: remove=true removes them")
 
 
 def aligned(rows: Sequence[Sequence[str]], styles: Sequence[str] = (), right: Sequence[int] = ()) -> Text:
@@ -225,12 +199,12 @@ def aligned(rows: Sequence[Sequence[str]], styles: Sequence[str] = (), right: Se
 
 
 def ago(seconds: float) -> str:
-    """The age of a run in its largest unit.
+    """The age of a run in its largest unit; empty where it is not known.
 
     >>> ago(42), ago(3700), ago(200000)
     ('42 s', '1 h', '2 d')
     """
-    if seconds == float("inf"):
+    if seconds == math.inf:
         return ""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:

@@ -16,6 +16,7 @@ from policylab.errors import UserError
 from policylab.runs.find import find_policy, find_run, runs_below
 from policylab.runs.metrics_file import columns_of, curves_of, read_rows
 from policylab.runs.parents import POLICIES, parents_of
+from policylab.runs.samples_file import read_samples
 from policylab.runs.saved_config import load_config, load_usable
 from policylab.runs.status import RUNNING, STATES, read_status, state_of
 from policylab.runs.summary import summarize
@@ -59,15 +60,16 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The validation metrics before and after, the best one, iterations, seconds and tokens.
 
-        The content of ``summary.json``. A run that did not reach its end has none, or that of an earlier session; its
-        summary so far comes from ``metrics.csv``.
+        The content of ``summary.json``. A run that did not reach its end has none, or that of an earlier session: then
+        it comes from ``metrics.csv``, so far.
         """
         status, file = self.status, self.path / "summary.json"
-        outcome = {"status": status.get("status"), "iterations": status.get("iteration")}
+        done = status.get("iteration")
         if file.is_file():
             summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if outcome == {key: summary.get(key, value) for key, value in outcome.items()}:
+            if summary.get("iterations", done) == done:
                 return summary
+        outcome = {"status": status.get("status"), "iterations": done}
         outcome |= {key: status[key] for key in ("wall_seconds", "tokens_sampled") if key in status}
         return summarize(self.config, self.path, outcome)
 
@@ -103,9 +105,7 @@ class Run:
     @property
     def samples(self) -> list[dict[str, Any]]:
         """The lines of ``samples.jsonl`` (`policylab.data.text.Sample`), without one that a crash has cut short."""
-        file = self.path / "samples.jsonl"
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
-        return [json.loads(line) for line in lines]
+        return read_samples(self.path)
 
     @property
     def parents(self) -> list[dict[str, Any]]:
@@ -202,6 +202,7 @@ def list_runs(
         try:
             started = str(run.status.get("started"))
             of_run = {key: run.state if key == "state" else run.named(key) for key in wanted}
+            _ = run.summary
         except Exception as error:  # a damaged file: any error of its parser
             log.warning("%s is left out: %s: %s", path, type(error).__name__, " ".join(str(error).split()))
             continue
