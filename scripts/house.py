@@ -4,7 +4,8 @@
     python scripts/house.py ROOM       the files of one room, and what each one imports
 
 A room is a folder of ``src/policylab`` or a module beside them. It imports only from rooms on lower floors, so that
-each can be read and tested without those above. Inside a room no files import each other in a circle. The exit code is
+each can be read and tested without those above. Hydra's plugin, ``src/hydra_plugins``, stands above all rooms: none may
+import it, and it imports only ``sweeps``. Inside a room no files import each other in a circle. The exit code is
 1 if the rule is broken; ``tests/test_imports.py`` checks it too.
 """
 
