@@ -1,5 +1,5 @@
-"""The walks of docs/inside.md name at most a dozen functions each; these exist in the named files, and a run calls them in
-this order."""
+"""The walks of docs/inside.md name at most a dozen functions each. These exist in the named files, and a run calls them
+in this order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def test_every_step_of_a_walk_exists(walk: str) -> None:
 @pytest.mark.parametrize("title", ["A prompt", "A reward"])
 def test_a_run_calls_the_steps_in_order(title: str) -> None:
     (walk,) = (walk for walk in WALKS if walk.partition("\n")[0] == title)
-    steps = [found.groups() for line in walk.splitlines() if (found := STEP.search(line)) and line[0].isdigit()]
+    steps = [
+        found.groups() for line in walk.splitlines() if (found := STEP.search(line)) and line[0].isdigit()
+    ]
     config = small(algo("ppo"), {"iterations": 1})
     order = list[tuple[str, str]]()
 
