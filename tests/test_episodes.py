@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from policylab.data.rollout import Evaluation, Prompt, Rollout
 from policylab.data.text import Completion, Turn
 from policylab.errors import RunError, UserError
 from policylab.functional.masks import length_mask
-from policylab.rewards.base import Score, score
+from policylab.rewards.base import Score, Scores, score
 from policylab.rewards.environment import environment as own_rewards
 from policylab.rewards.scorer import Scorer
 from policylab.rewards.weighted_sum import WeightedSum
@@ -29,6 +29,8 @@ from policylab.rollouts.noise import TRAIN, seed_of, uniforms
 from policylab.rollouts.row_limit import RowLimit
 from policylab.tasks.guess_number import GuessNumber
 from policylab.training.collector import Collector
+from policylab.training.means import Means
+from policylab.training.metrics import means_of, measure
 from policylab.training.sampler import conversations, rewarded
 from small_runs import algo, quick, small, train
 
@@ -269,7 +271,64 @@ def test_turns_that_do_not_fit_are_refused():
         score(lambda_of("wrong", [float("nan"), 0.0, 0.0]), completions)
     with pytest.raises(UserError, match="reward=environment: the completions have no turns"):
         score(own_rewards, [Completion("x", "a", None, (1,), True)])
+    for turns, message in [
+        (0.5, r"gave 0.5 to the turns of completion 0, which has 3; give a finite number for each"),
+        (None, "gave None to the turns of completion 0, which has 3"),
+        (torch.ones(()), r"gave tensor\(1.\) to the turns of completion 0, which has 3"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            score(lambda_of("wrong", turns), completions)
+    for turns, message in [
+        (None, "reward Batch gave None as turns; give a list of numbers for each completion"),
+        ([0.5] * 4, "reward Batch gave 0.5 to the turns of completion 0, which has 3"),
+        (torch.ones(4), "reward Batch gave 1.0 to the turns of completion 0, which has 3"),
+        ([[0.5]], "reward Batch: turns returned 1 score for 4 completions"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            score(Batch(turns), completions)
+    alike = [completions[0], completions[2]]
+    assert score(Batch(torch.ones(2, 3)), alike).turns == ([1.0] * 3, [1.0] * 3)
+    assert score(lambda_of("plain", torch.ones(3)), alike).turns == ([1.0] * 3, [1.0] * 3)
     assert score(lambda_of("plain", ()), completions).turns == ([0.0] * 3, [0.0], [0.0] * 3, [0.0])
+
+
+@dataclass
+class Batch:
+    """A reward that gives these turns."""
+
+    turns: Any
+
+    def score(self, batch):
+        return Scores([1.0] * len(batch.completions), {}, self.turns)
+
+
+class Solved(Until):
+    """Gives a part only in the turn that is right."""
+
+    def step(self, text: str) -> Turn:
+        turn = super().step(text)
+        return replace(turn, parts={"solved": 1.0} if turn.done else {})
+
+
+def test_a_part_may_be_given_in_some_turns_only():
+    """Where it is not given it counts 0: in a turn, an episode, a worker's share, a batch and a process."""
+    rollout, _ = played(ROWS, Solved)
+    completions = completions_of(rollout)
+    solved = {"solved": [1.0, 1.0, 0.0, 0.0]}
+    assert score(own_rewards, completions).parts == solved
+    with Scorer(own_rewards, workers=4, pool="thread") as scorer:
+        assert scorer.begin(completions)().parts == solved
+    halves = [
+        rewarded(rollout.select(torch.tensor(rows)), score(own_rewards, [completions[row] for row in rows]))
+        for rows in ([2, 3], [0, 1])
+    ]
+    assert [half.part_names for half in halves] == [(), ("solved",)]
+    both = Rollout.concatenate(halves)
+    assert (both.part_names, both.reward_parts.flatten().tolist()) == (("solved",), [0.0, 0.0, 1.0, 1.0])
+    means = Means()
+    for half in halves:
+        measure(half, means, "val")
+    assert means_of(means.reduce(lambda x: x, means.names))["val/reward/solved"] == 0.5
 
 
 def lambda_of(name: str, turns: Any) -> Any:
@@ -311,6 +370,7 @@ FAULTS = [
     (answering(Turn("", "1", False)), "step gave '1' as the reward"),
     (answering(Turn("", 0.0, "no")), "step gave done='no'; it must be True or False"),
     (answering(Turn("", 0.0, True, parts={"a": None})), "step gave None as the part 'a'"),
+    (answering(Turn("", 0.0, True, parts={"a/b": 1})), "step gave 'a/b' as a name in its parts; .* has no slash"),
     (answering(Turn("", 0.0, True, parts=[1])), r"step gave \[1\] as its parts"),
     (answering(Turn("abc", 0.0, False)), r"step gave the text 'abc', which has 3 tokens, but task.answer_tokens=2"),
     (Raising, r"environment Raising: step failed at .*test_episodes.py:\d+: KeyError: 'missing'"),
@@ -721,3 +781,13 @@ def test_a_plan_counts_whole_episodes(compose):
     from policylab.planning.read import describe
 
     assert describe(compose(["task=guess_number"])).new_tokens == 3 * (1 + 1)
+
+
+def test_the_sum_over_a_sequence_is_divided_by_the_most_tokens_of_the_policy(compose):
+    """Of all turns, without the answers; without an environment, those of a completion."""
+    constants = {
+        "guess_number": 3, "guess_number rollout.max_new_tokens=2 task.turns=5": 10, "reviews": 24, "random_walks": 10
+    }  # fmt: skip
+    for words, constant in constants.items():
+        config = compose(["algo=dr_grpo", *f"task={words}".split()])
+        assert config.algo.reduction.constant == constant

@@ -18,6 +18,7 @@ from policylab.data.plan import BatchPlan
 from policylab.data.rollout import Prompt
 from policylab.errors import UserError
 from policylab.models.critic import value_model
+from policylab.models.decoders import GPT2, Llama
 from policylab.models.layers import freeze_below
 from policylab.models.size import CriticSize, Size, critic_size, size_of
 from policylab.planning.advice import changes, helpful
@@ -56,7 +57,7 @@ LLAMA = {
 SIZE = Size(
     parameters=256, trained=256, adapters=0, weight_bytes=4, layers=1, hidden=4, ffn=16, gated=False, heads=2,
     kv_heads=2, head_dim=2, vocab=10, layer_parameters=200, linear=192, qkv=48, lora=1024, tied=True,
-    decoder="gpt2", packs=True, eager=False,
+    network=GPT2, packs=True, eager=False,
 )  # fmt: skip
 #: Two prompts of three tokens, two completions of five each, in one update.
 PLAN = BatchPlan(prompts=2, group_size=2, epochs=1, minibatches=1, processes=1)
@@ -106,7 +107,7 @@ def test_parameters_are_those_of_the_model(compose, name):
     size = size_of(outline(config).lm)
     loaded = instantiate(model_config(config))
     assert size.parameters == sum(p.numel() for p in loaded.lm.parameters())
-    assert size.decoder == ("llama" if name == "smollm2" else "gpt2")
+    assert size.network is (Llama if name == "smollm2" else GPT2)
 
 
 @pytest.mark.parametrize("own_layers", [0, 1, "all"])
@@ -340,6 +341,12 @@ def test_a_folder_with_a_config_alone_is_enough(compose, tmp_path, capsys):
     assert "6,738,415,616" in said
     assert "8 x GPU of 80 GiB" in said
     assert "counted with another tokenizer" in said
+
+
+def test_an_engine_that_holds_its_own_model_needs_a_larger_gpu():
+    engine = SimpleNamespace(reserved=lambda *_: {"my engine": 90.0 * GIB}, memory=lambda *_: {})
+    problem = problem_of(replace(JOB, engine=engine))
+    assert "90.0 GiB, is my engine: with every engine, rollouts need the whole model on each GPU" in problem
 
 
 def test_a_plan_that_no_setting_makes_fit_says_so(compose, tmp_path):

@@ -89,6 +89,11 @@ class TestScore:
                 [Score(1.0, {"a": 0.0, "b\n": 1.0}), 1.0],
                 r"gave 'b\\n' as a name in the parts of completion 0",
             ),
+            (
+                [Score(1.0, {"": 1.0}), 1.0],
+                "gave '' as a name in the parts of completion 0; a name is not empty",
+            ),
+            ([Score(1.0, {"a/b": 1.0}), 1.0], "gave 'a/b' as a name in the parts of completion 0"),
             ([Score(1.0, None), 1.0], "gave None as the parts of completion 0"),
             ([1.0, None], r"gave None as the score of completion 1 \('.*'\); it must be a finite number"),
             ([math.nan, 1.0], "gave nan as the score of completion 0"),
@@ -202,7 +207,9 @@ class TestWeightedSum:
             WeightedSum({"a": 3}, {"a": 1.0})
         with pytest.raises(UserError, match=r"reward\.weights\.a='much' is not a number"):
             WeightedSum({"a": sentiment}, {"a": "much"})
-        with pytest.raises(UserError, match=r"reward\.parts: 'a/b' has a slash, which separates a part"):
+        with pytest.raises(
+            UserError, match=r"'a/b' as a name in reward\.parts; a name is not empty and has no"
+        ):
             WeightedSum({"a": sentiment, "a/b": sentiment}, {"a": 1.0, "a/b": 1.0})
 
     def test_its_state_is_that_of_its_parts(self):

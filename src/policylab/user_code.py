@@ -61,8 +61,11 @@ def from_the_keyboard(error: KeyboardInterrupt) -> bool:
 
 
 def place(error: BaseException) -> str:
-    """`` at my_reward.py:7``: the innermost line outside of installed libraries and, if there is one, outside of this
-    package; empty for an error of a function that is not written in Python."""
+    """Where the error was raised, such as `` at my_reward.py:7``.
+
+    It is the innermost line in the user's code, or else in this package; lines of installed libraries do not count.
+    Empty if there is no such line, as in a function that is not written in Python.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {short_path(error.filename)}:{error.lineno}"
     # the first entry is the line that called
@@ -157,11 +160,12 @@ def handed_over(completions: Sequence[Completion]) -> tuple[Completion, ...]:
     return tuple(replace(completion, reference=reference) for completion, reference in pairs)
 
 
-def check_names(owner: str, what: str, given: Any) -> None:
+def check_names(owner: str, what: str, given: Any, *, nested: bool = False) -> None:
     """Refuses a value that is not a dict, or has a key that cannot be the name of a metric.
 
     Args:
         owner, what: names of the giver and of the value, for messages.
+        nested: whether slashes may separate the parts of a name.
 
     Raises:
         UserError: naming the first such key.
@@ -173,6 +177,11 @@ def check_names(owner: str, what: str, given: Any) -> None:
             raise UserError(
                 f"{owner} gave {shown(name)} as a name in {what}; a name is a text without line breaks and other "
                 "control characters"
+            )
+        if not all(name.split("/")) or (not nested and "/" in name):
+            raise UserError(
+                f"{owner} gave {shown(name)} as a name in {what}; a name is not empty and has no slash, which "
+                "separates a part from its own parts"
             )
 
 

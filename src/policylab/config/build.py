@@ -248,7 +248,7 @@ def prompts(
         instruction=task.instruction,
         split=split,
         too_long=too_long,
-        limits=engine.limits if isinstance(engine, Episodes) else None,
+        limits=getattr(engine, "limits", None),
     )
 
 

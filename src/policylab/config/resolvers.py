@@ -7,6 +7,7 @@
 ``${run_dir:RESUME,PATH,PLAN}``  the folder of this job: that of the run to resume, else a new one at PATH
 ``${direction:MODE}``         maximize for "max", minimize for "min"
 ``${planned:PLAN,PATH}``      PATH, or a temporary folder if PLAN is true
+``${most_tokens:NEW,TURNS}``  NEW times TURNS: the most tokens that the policy writes in an episode
 
 This module is imported before Hydra composes anything, so it imports nothing heavy.
 """
@@ -70,6 +71,17 @@ def run_name(name: object | None, algo: str, model: str) -> str:
     return slug(f"{algo}-{model}" if name is None else name)
 
 
+def most_tokens(new: object, turns: object) -> object:
+    """Most tokens that the policy writes in an episode: ``new`` in each of its turns, without those of the answers.
+
+    Values that are no whole numbers are refused where they are used, so they are not multiplied.
+
+    >>> most_tokens(4, 3)
+    12
+    """
+    return new * turns if isinstance(new, int) and isinstance(turns, int) else new
+
+
 def register(root: Path) -> None:
     """Registers the resolvers with OmegaConf.
 
@@ -86,6 +98,7 @@ def register(root: Path) -> None:
         "direction", lambda mode: "minimize" if mode == "min" else "maximize", replace=True
     )
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("most_tokens", most_tokens, replace=True)
     OmegaConf.register_new_resolver(
         "planned", lambda plan, path: temporary_folder() if plan else path, replace=True
     )

@@ -113,7 +113,12 @@ class Rollout:
 
     @classmethod
     def concatenate(cls, rollouts: Sequence[Self]) -> Self:
-        """The rows of several rollouts, one after the other, on a grid that fits all. All must have the same fields."""
+        """The rows of several rollouts, one after the other, on a grid that fits all. All must have the same fields.
+
+        They need not have the same parts of the reward.
+        """
+        names = tuple(dict.fromkeys(name for rollout in rollouts for name in rollout.part_names))
+        rollouts = [rollout.with_parts(names) for rollout in rollouts]
         width = max(rollout.tokens.shape[1] for rollout in rollouts)
         prompt_width = max(rollout.prompt_tokens.shape[1] for rollout in rollouts)
         changes: dict[str, Any] = {}
@@ -128,6 +133,15 @@ class Rollout:
             changes[field.name] = torch.cat(values)
         changes["episodes"] = tuple(chain.from_iterable(rollout.episodes for rollout in rollouts))
         return replace(rollouts[0], **changes)
+
+    def with_parts(self, names: tuple[str, ...]) -> Self:
+        """With these parts of the reward, in this order; one that it lacks is zero."""
+        if self.reward_parts is None or self.part_names == names:
+            return self
+        columns = dict(zip(self.part_names, self.reward_parts.T, strict=True))
+        zero = self.reward_parts.new_zeros(len(self))
+        table = torch.stack([columns.get(name, zero) for name in names], dim=1)
+        return replace(self, part_names=names, reward_parts=table)
 
     def on_grid(self, x: Float[Tensor, " N"]) -> Float[Tensor, "B T"]:
         """Values of the ``N`` actions, in row-major order, at their positions; zero elsewhere."""

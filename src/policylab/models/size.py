@@ -12,7 +12,7 @@ from torch import nn
 
 from policylab.models import shape
 from policylab.models.adapter import LoRA, experts_within
-from policylab.models.decoders import GPT2, Llama
+from policylab.models.decoders import Network, network_for
 from policylab.models.layers import decoder_layers, layers_above, too_many_own_layers
 from policylab.models.readers.packing import replaces_attention
 
@@ -35,7 +35,7 @@ class Size(shape.Shape):
     qkv: int  #: those of the projections to queries, keys and values
     lora: int  #: weights of rank-16 adapters on all linear layers
     tied: bool  #: whether the head shares its weights with the embeddings
-    decoder: Literal["gpt2", "llama", "general"]  #: decoder that samples
+    network: type[Network] | None  #: the model's fast decoder; None: the general one samples
     packs: bool  #: whether a prompt is read once for all its completions
     eager: bool  #: whether attention keeps its scores
 
@@ -146,7 +146,7 @@ def size_of(lm: Any, adapter: LoRA | None = None, frozen_layers: int = 0) -> Siz
         qkv=numbers.layers * numbers.hidden * (numbers.heads + 2 * numbers.kv_heads) * numbers.head_dim,
         lora=LORA_RANK * sum(map(ends_of, [*(p for p in matrices if p.ndim == 2), *experts])),
         tied=lm.get_output_embeddings().weight is lm.get_input_embeddings().weight,
-        decoder="gpt2" if GPT2.reads(lm) else "llama" if Llama.reads(lm) else "general",
+        network=network_for(lm),
         packs=replaces_attention(lm),
         eager=shape.attention_of(lm) == "eager",
     )

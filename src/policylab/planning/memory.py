@@ -104,9 +104,13 @@ def held_throughout(job: Job) -> dict[str, float]:
     parts = {name: size * on_device for name, size in networks(job).items()}
     if buckets(job):
         parts["gradients"] = job.gradients
-    if reserved := getattr(job.engine, "reserved", None):
-        parts |= reserved(job.size, job.largest_pieces()[0], hardware.memory)
-    return parts | {"libraries": CONTEXT if hardware.gpu else LIBRARIES}
+    return parts | reserved(job) | {"libraries": CONTEXT if hardware.gpu else LIBRARIES}
+
+
+def reserved(job: Job) -> dict[str, float]:
+    """What the engine holds all the time: its own copy of the whole model, and what belongs to it."""
+    state = getattr(job.engine, "reserved", None)
+    return {} if state is None else state(job.size, job.largest_pieces()[0], job.hardware.memory)
 
 
 def buckets(job: Job) -> bool:

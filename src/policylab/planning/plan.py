@@ -18,7 +18,7 @@ from policylab.errors import UserError, counted
 from policylab.models.size import FP32
 from policylab.planning.advice import helpful, together
 from policylab.planning.job import Job
-from policylab.planning.memory import GIB, Moment, main_memory, moments, peak
+from policylab.planning.memory import GIB, Moment, main_memory, moments, peak, reserved
 from policylab.planning.read import describe
 from policylab.planning.work import Rates, Work, exchanged, work
 from policylab.rollouts.products import choose_products
@@ -80,7 +80,7 @@ def problem_of(job: Job) -> str | None:
     advice = "take a smaller model, shorter completions or more memory"
     if several := together(job):
         advice = f"take {several.overrides}"
-    elif part in ("gathered weights", "vLLM"):
+    elif part == "gathered weights" or part in reserved(job):
         part += ": with every engine, rollouts need the whole model on each GPU, also with fsdp or LoRA"
         advice = "take GPUs of more memory or a smaller model"
     return (

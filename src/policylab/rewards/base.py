@@ -167,7 +167,7 @@ def ask(reward: Any, batch: ScoringBatch) -> Scores:
                 )
         else:
             scores = in_columns(owner, one_for_each(owner, call(owner, reward, given, among=given), count))
-    check_names(owner, "its parts", scores.parts)
+    check_names(owner, "its parts", scores.parts, nested=True)
     return Scores(
         one_for_each(owner, scores.total, count),
         {
@@ -182,17 +182,37 @@ def of_turns(owner: str, given: Any, completions: Sequence[Completion]) -> Seque
     """The rewards of each completion's turns, zero if none were given; empty if no completion has turns.
 
     Raises:
-        UserError: when a completion has another number of turns, or a value is not finite.
+        UserError: when a list is missing, a completion has another number of turns, or a value is not finite.
     """
-    rows = one_for_each(f"{owner}: turns", given, len(completions)) if len(given) else [()] * len(completions)
-    turns = [list(row) or [0.0] * len(c.turns) for row, c in zip(rows, completions, strict=True)]
-    for index, (row, completion) in enumerate(zip(turns, completions, strict=True)):
-        if len(row) != len(completion.turns) or not all(map(is_finite, row)):
+    listed = as_list(owner, given)
+    if listed is None:
+        raise UserError(f"{owner} gave {shown(given)} as turns; give a list of numbers for each completion")
+    rows = one_for_each(f"{owner}: turns", listed, len(completions)) if listed else [()] * len(completions)
+    turns = list[list[float]]()
+    for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        values = as_list(owner, row)
+        if values == []:
+            values = [0.0] * len(completion.turns)
+        if values is None or len(values) != len(completion.turns) or not all(map(is_finite, values)):
             raise UserError(
                 f"{owner} gave {shown(row)} to the turns of completion {index}, which has {len(completion.turns)}; "
                 "give a finite number for each"
             )
-    return [list(map(as_number, row)) for row in turns] if any(turns) else ()
+        turns.append(list(map(as_number, values)))
+    return turns if any(turns) else ()
+
+
+def as_list(owner: str, given: Any) -> list[Any] | None:
+    """A sequence, or an array of any library, as a list; None for anything else.
+
+    Raises:
+        RunError: when reading it raises anything.
+    """
+    read = getattr(given, "tolist", None) or functools.partial(list, given)
+    if not hasattr(given, "tolist") and (not isinstance(given, Sequence) or isinstance(given, str | bytes)):
+        return None
+    found = call(owner, read)
+    return found if isinstance(found, list) else None  # an array without dimensions is a number
 
 
 def without_gradients() -> AbstractContextManager[Any]:
@@ -210,7 +230,11 @@ def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:
     rows = [answer if isinstance(answer, Score) else Score(answer, {}) for answer in answers]
     for index, row in enumerate(rows):
         check_names(owner, f"the parts of completion {index}", row.parts)
-        check_same_parts(owner, row.parts, rows[0].parts, index)
+        if row.parts.keys() != rows[0].parts.keys():
+            raise UserError(
+                f"{owner} gave the parts {sorted(row.parts)} for completion {index}, but {sorted(rows[0].parts)} for "
+                "completion 0; give every completion the same parts"
+            )
     parts = list(rows[0].parts) if rows else []
     return Scores(
         [row.total for row in rows],
@@ -220,35 +244,20 @@ def in_columns(owner: str, answers: Sequence[float | Score]) -> Scores:
 
 
 def checked(name: str, shares: Sequence[Scores], completions: Sequence[Completion]) -> Scores:
-    """The scores of a batch as floats, joined from those of its shares.
+    """The scores of a batch as floats, joined from those of its shares. A part that a share lacks is 0.0 there.
 
     Args:
         name: of the reward, for messages.
         shares: results of `ask` for adjacent completions, in order.
 
     Raises:
-        UserError: when a score is not a finite number, or a share has other parts than the first.
+        UserError: when a score is not a finite number.
     """
-    owner, total = f"reward {name}", list[Any]()
-    for share in shares:
-        check_same_parts(owner, share.parts, shares[0].parts, len(total))
-        total += share.total
-    parts = {
-        part: finite(owner, f"part {part!r}", [x for share in shares for x in share.parts[part]], completions)
-        for part in (shares[0].parts if shares else ())
+    owner, total = f"reward {name}", [x for share in shares for x in share.total]
+    columns = {
+        part: [x for share in shares for x in share.parts.get(part, [0.0] * len(share.total))]
+        for part in dict.fromkeys(part for share in shares for part in share.parts)
     }
+    parts = {part: finite(owner, f"part {part!r}", values, completions) for part, values in columns.items()}
     turns = tuple(row for share in shares for row in share.turns)
     return Scores(finite(owner, "score", total, completions), parts, turns)
-
-
-def check_same_parts(owner: str, parts: Mapping[str, Any], first: Mapping[str, Any], index: int) -> None:
-    """Refuses parts of a completion that differ from those of the first.
-
-    Raises:
-        UserError: naming both.
-    """
-    if parts.keys() != first.keys():
-        raise UserError(
-            f"{owner} gave the parts {sorted(parts)} for completion {index}, but {sorted(first)} for completion 0; "
-            "give every completion the same parts"
-        )

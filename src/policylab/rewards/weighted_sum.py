@@ -8,6 +8,7 @@ from typing import Any
 from policylab.errors import UserError
 from policylab.rewards.base import Reward, RewardFunction, Scores, ScoringBatch, check_reward, score
 from policylab.rewards.state import load_state, state_of
+from policylab.user_code import check_names
 
 
 class WeightedSum:
@@ -18,7 +19,8 @@ class WeightedSum:
         weights: a number for each of them.
 
     Raises:
-        UserError: when the names differ, a name has a slash, a part is not a reward, or a weight is not a number.
+        UserError: when the names differ, a name is empty or has a slash, a part is not a reward, or a weight is not a
+            number.
     """
 
     def __init__(self, parts: Mapping[str, Reward | RewardFunction], weights: Mapping[str, float]) -> None:
@@ -27,12 +29,9 @@ class WeightedSum:
                 f"reward.weights has {', '.join(weights) or 'no name'}, and reward.parts {', '.join(parts) or 'none'}; "
                 "give each part a weight"
             )
+        check_names("reward", "reward.parts", parts)
         for name, part in parts.items():
             check_reward(part)
-            if "/" in str(name):
-                raise UserError(
-                    f"reward.parts: {name!r} has a slash, which separates a part from its own parts"
-                )
             if isinstance(weights[name], bool) or not isinstance(weights[name], int | float):
                 raise UserError(f"reward.weights.{name}={weights[name]!r} is not a number")
         self.parts = dict(parts)

@@ -61,7 +61,7 @@ class CachedEngine:
 
     def memory(self, size: Size, piece: Piece) -> dict[str, float]:
         """For plans: bytes that sampling a piece allocates, by purpose."""
-        return sampling_memory(size, piece, ours=size.decoder != "general")
+        return sampling_memory(size, piece, ours=size.network is not None)
 
     @torch.no_grad()
     def sample(

@@ -21,7 +21,9 @@ class Engine(Protocol):
     """Samples completions. Any class with these members is an engine.
 
     One that does not work in any number of processes has a static ``check_processes(number)``, which raises UserError.
-    For plans it may state its memory (`policylab.rollouts.memory`).
+    Its optional ``limits`` is a text: the settings that give ``max_new_tokens``, for messages about prompts that do not
+    fit; without it, messages name ``rollout.max_new_tokens``. For plans it may state its memory
+    (`policylab.rollouts.memory`).
     """
 
     @property

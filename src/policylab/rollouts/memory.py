@@ -1,7 +1,8 @@
 """Memory of engines while they sample, in bytes, for plans.
 
 An engine may state its own by two methods: ``memory(size, piece)``, the bytes by purpose that it allocates for a piece
-(without it, `sampling_memory`), and ``reserved(size, piece, device_memory)``, the bytes that it holds all the time.
+(without it, `sampling_memory`), and ``reserved(size, piece, device_memory)``, those that it holds all the time: its own
+copy of the whole model, and what belongs to it.
 """
 
 from __future__ import annotations
@@ -66,4 +67,4 @@ def copied_weights(size: Size, piece: Piece, *, ours: bool) -> float:
         return 0.0
     if size.adapters:  # merged
         return float(size.linear * piece.number)
-    return float(size.qkv * piece.number) if size.decoder == "llama" else 0.0
+    return float(size.qkv * piece.number) if size.network and size.network.copies_qkv else 0.0

@@ -60,7 +60,7 @@ def measured(task: Task, completions: Sequence[Completion]) -> dict[str, list[fl
     """
     owner, given = f"task {task.name}", handed_over(completions)
     metrics = call(f"{owner}: metrics", task.metrics, given, among=given)
-    check_names(owner, "its metrics", metrics)
+    check_names(owner, "its metrics", metrics, nested=True)
     for name in metrics:
         if name in RESERVED or name.startswith(("reward/", "pass@")):
             raise UserError(

@@ -72,8 +72,13 @@ def of_iteration(rollout: Rollout, all_sum: AllSum) -> dict[str, Tensor | float]
 
 
 def means_of(totals: Mapping[str, Total]) -> dict[str, float]:
-    """By name."""
-    return {name: total.sum / total.values for name, total in totals.items()}
+    """By name. A part of a reward is 0 for the completions that lack it, so it is divided by the number of rewards."""
+
+    def values(name: str) -> float:
+        split, part, _ = name.partition("/reward/")
+        return totals[f"{split}/reward" if part else name].values
+
+    return {name: total.sum / values(name) for name, total in totals.items()}
 
 
 def check_numbers(trainer: str, metrics: Any) -> None:
@@ -82,7 +87,7 @@ def check_numbers(trainer: str, metrics: Any) -> None:
     Raises:
         UserError: naming the trainer and the metric.
     """
-    check_names(trainer, "metrics of an iteration", metrics)
+    check_names(trainer, "metrics of an iteration", metrics, nested=True)
     for name, value in metrics.items():
         if not (value.ndim == 0 if isinstance(value, Tensor) else isinstance(value, Real)):
             raise UserError(f"{trainer} gave {shown(value)} as the metric {name}; it must be one number")

@@ -9,7 +9,12 @@ from policylab.models.decoders.decoder import Decoder
 from policylab.models.decoders.general import GeneralDecoder
 from policylab.models.decoders.gpt2 import GPT2
 from policylab.models.decoders.llama import Llama
-from policylab.models.decoders.transformer import TransformerDecoder
+from policylab.models.decoders.transformer import Network, TransformerDecoder
+
+
+def network_for(lm: nn.Module) -> type[Network] | None:
+    """The fast implementation that reads this model; None for variants without one."""
+    return next((network for network in (GPT2, Llama) if network.reads(lm)), None)
 
 
 def decoder_for(lm: nn.Module, dtype: torch.dtype) -> Decoder:
@@ -18,7 +23,5 @@ def decoder_for(lm: nn.Module, dtype: torch.dtype) -> Decoder:
     Args:
         dtype: dtype of the products. The decoder casts weights to it once.
     """
-    for network in (GPT2, Llama):
-        if network.reads(lm):
-            return TransformerDecoder(network(lm, dtype))
-    return GeneralDecoder(lm)
+    network = network_for(lm)
+    return GeneralDecoder(lm) if network is None else TransformerDecoder(network(lm, dtype))

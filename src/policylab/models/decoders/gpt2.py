@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ KNOWN = {
 
 class GPT2:
     """A snapshot of the weights; see `policylab.models.decoders.transformer.Network`."""
+
+    copies_qkv: ClassVar[bool] = False
 
     def __init__(self, lm: Any, dtype: torch.dtype) -> None:
         body, self.config, self.dtype = lm.transformer, lm.config, dtype

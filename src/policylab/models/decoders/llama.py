@@ -6,7 +6,7 @@ arXiv:2407.10671; "Qwen3 technical report", arXiv:2505.09388. SmolLM2 is a Llama
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,8 @@ class Llama:
 
     Queries, keys and values are computed by one product with concatenated weights.
     """
+
+    copies_qkv: ClassVar[bool] = True
 
     def __init__(self, lm: Any, dtype: torch.dtype) -> None:
         body, config = lm.model, lm.config

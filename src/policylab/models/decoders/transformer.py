@@ -7,11 +7,11 @@ Attention is in the cache, so prompts and single tokens use the same code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from policylab.functional.masks import length_mask
 from policylab.models.decoders.cache import SharedPromptCache
@@ -22,6 +22,17 @@ Attend = Callable[[int, Float[Tensor, "R KQ D"], Float[Tensor, "R 2 K D"]], Floa
 
 class Network(Protocol):
     """A snapshot of a transformer's weights, and its forward pass."""
+
+    copies_qkv: ClassVar[
+        bool
+    ]  #: whether it holds its own copy of the projections to queries, keys and values
+
+    def __init__(self, lm: Any, dtype: torch.dtype) -> None: ...
+
+    @staticmethod
+    def reads(lm: nn.Module) -> bool:
+        """Whether it implements this model."""
+        ...
 
     def cache(self) -> SharedPromptCache:
         """An empty cache of the right shape."""
