@@ -222,6 +222,10 @@ def test_a_run_that_still_runs_or_has_no_policy_is_refused(tmp_path, monkeypatch
             "init=/a works only on the command line",
         ),
         (
+            {"init": {"run": "/a", "which": "best"}, "model": {"path": "/a/model/final"}},
+            r"init\.run=/a starts from /a/model/best, and model\.path=/a/model/final; give init=/a without",
+        ),
+        (
             {"init": {"run": None, "which": "final"}, "model": {}},
             r"init\.which=final selects .* there is no init=",
         ),
@@ -230,6 +234,15 @@ def test_a_run_that_still_runs_or_has_no_policy_is_refused(tmp_path, monkeypatch
 def test_an_init_that_no_command_has_resolved_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         check_init(OmegaConf.create(config))
+
+
+def test_a_resumed_run_may_find_its_parent_elsewhere(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "parent")
+    check_init(chained(tmp_path / "parent"))
+    linked = {"model": {"path": f"{tmp_path}/link/model/best"}}
+    check_init(OmegaConf.merge(chained(tmp_path / "parent"), linked))
+    moved = {"model": {"path": "/moved"}, "resume": f"{tmp_path}/run"}
+    check_init(OmegaConf.merge(chained(tmp_path / "parent"), moved))
 
 
 def test_one_command_starts_a_chained_run_and_goes_on_with_it(tmp_path):

@@ -17,6 +17,7 @@ from conftest import Compose, Train, composed, evaluated, generated
 from policylab.errors import UserError
 from policylab.functional.pass_at_k import ks, pass_at_k
 from policylab.launch import evaluate as evaluation
+from policylab.launch import generate
 from policylab.launch.asked import check_asked
 from policylab.runs.find import find_runs
 from policylab.runs.words import typed
@@ -47,6 +48,11 @@ def test_several_greedy_completions_are_refused(script):
         UserError, match=r"n=2 with temperature=0: all completions of a prompt would be the same"
     ):
         check_asked(composed(script, ("n=2", "temperature=0")))
+
+
+def test_generating_needs_a_seed():
+    with pytest.raises(UserError, match="seed=None is not a whole number"):
+        generate.check(composed("generate", ("seed=null",)))
 
 
 def test_another_model_is_refused():
@@ -118,8 +124,8 @@ def test_another_task_and_reward_replace_those_of_the_run(compose):
     walks = replaced(["task=random_walks", "task.nodes=5"], ["task", "reward"], own)
     assert (walks.task.name, walks.task.nodes, walks.rollout.max_new_tokens) == ("random_walks", 5, 10)
     assert walks.reward._target_.endswith("optimality")
-    mine = replaced(["reward._target_=my_reward.brevity", "reward.words=6", "max_new_tokens=7"], [], own)
-    assert mine.reward == {"_target_": "my_reward.brevity", "_partial_": True, "words": 6}
+    mine = replaced(["reward._target_=my_brevity.brevity", "reward.words=6", "max_new_tokens=7"], [], own)
+    assert mine.reward == {"_target_": "my_brevity.brevity", "_partial_": True, "words": 6}
     assert (mine.task, mine.rollout.max_new_tokens) == (own["task"], 7)
 
 

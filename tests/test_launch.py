@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -617,6 +618,17 @@ def test_other_settings_may_change_at_a_resume(compose):
 def test_the_header_says_where_a_run_goes_on(compose, tmp_path, capsys, start, told):
     Screen(compose(["model=tiny_scratch"]), tmp_path / "run").opening([], start)
     assert (f"resume  from iteration {start} of {tmp_path / 'run'}\n" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("task", "offered"), [("reviews", True), ("guess_number", False)])
+def test_the_ending_offers_generate_only_without_an_environment(compose, tmp_path, capsys, task, offered):
+    parts = SimpleNamespace(needs=SimpleNamespace(learns_from="rewards"))
+    experiment = SimpleNamespace(module=SimpleNamespace(parts=parts))
+    summary = {"status": "done", "before": {}, "after": {}, "best": None, "iterations": 1}
+    times = {"wall_seconds": 1.0, "tokens_sampled": 1}
+    Screen(compose([f"task={task}"]), tmp_path / "run").ending(experiment, summary | times)
+    out = capsys.readouterr().out
+    assert ("python generate.py" in out, "python evaluate.py" in out) == (offered, True)
 
 
 # -- whole runs, in this process ------------------------------------------------------------------------

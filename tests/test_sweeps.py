@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from policylab.cli.messages import improve
 from policylab.distributed.signals import Interrupted
@@ -34,6 +35,7 @@ from policylab.sweeps.pool import Outcome, Pool
 from policylab.sweeps.process import JobProcess, is_alive
 from policylab.sweeps.progress import Progress
 from policylab.sweeps.slots import Slots
+from policylab.sweeps.sweep import Sweep
 from policylab.sweeps.table import View, table
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +81,8 @@ class Loader:
     """A loader with config groups, like Hydra's."""
 
     def get_group_options(self, group: str, results_filter: Any = None) -> list[str]:
-        return {"algo": ["ppo", "rloo", "grpo"], "model": ["tiny"]}.get(group, [])
+        options = {"algo": ["ppo", "rloo", "grpo"], "model": ["tiny"], "reward": ["sentiment", "length"]}
+        return options.get(group, [])
 
 
 def test_each_algorithm_gets_its_own_value():
@@ -105,6 +108,35 @@ def test_a_dict_that_names_no_choice_is_a_value():
     choices = Choices(["algo=ppo,rloo", word], Loader())
     assert choices.own(["algo=ppo", word]) == ["algo=ppo", word]
     assert choices.shared == [word]
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (["reward=sentiment", "+reward.weights={sentiment:1.0}"], "+reward.weights={sentiment:1.0}"),
+        (["reward=sentiment,length", "+reward.weights={sentiment:1.0}"], "+reward.weights=1.0"),
+        (["algo=ppo", "optim.lr={ppo:0.1}"], "optim.lr=0.1"),
+        (["algo=ppo", "+reward.weights={sentiment:1.0}"], "+reward.weights={sentiment:1.0}"),
+    ],
+)
+def test_a_dict_of_a_group_with_one_choice_is_a_value_inside_that_group(words, own):
+    choice = words[0].split(",")[0]
+    assert Choices([*words, "seed=0,1"], Loader()).own([choice, words[1], "seed=0"]) == [
+        *(choice, own, "seed=0")
+    ]
+
+
+def test_jobs_with_the_same_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("policylab.sweeps.sweep.check", lambda _: None)
+    content = {"hydra": {"job": {"id": None}, "sweep": {"subdir": "same"}}}
+    loader = SimpleNamespace(load_sweep_config=lambda *_: OmegaConf.create(content))
+    sweep = object.__new__(Sweep)
+    sweep.config, sweep.context = None, SimpleNamespace(config_loader=loader)
+    sweep.choices, sweep.index = Choices(["seed=0,1"], Loader()), begun(tmp_path, [], {"seed"})
+    sweep.folder, sweep.logs, sweep.places, sweep.cluster = tmp_path, tmp_path, {}, "slurm"
+    assert sweep.job(["seed=0"]) == sweep.job(["seed=0"])
+    with pytest.raises(UserError, match=r"jobs s0 and s1 have the same folder .*/same; put every swept key"):
+        sweep.job(["seed=1"])
 
 
 def test_the_command_line_overrides_the_recipe():

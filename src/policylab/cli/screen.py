@@ -102,12 +102,13 @@ class Screen:
         ended = summary["status"] != "interrupted"
         further = [self._twice(summary)] if ended else []
         last, final = ([], []) if best else (["checkpoint=last"], ["policy=final"])
+        episodes = self.config.task.get("turns") is not None  # generate.py has no environment
         which = [] if best and ended else [f"{WHICH}={'best' if best else 'final'}"]
         lines += [
             ("run", folder),
             *([("report", short_path(page))] if (page := self.run_dir / PAGE).is_file() else []),
             ("next", command("evaluate.py", override("run", folder), *last)),
-            ("", command("generate.py", override("run", folder), *final)),
+            *([] if episodes else [("", command("generate.py", override("run", folder), *final))]),
             ("", command("train.py", override("resume", folder), *further)),
         ]
         if experiment.module.parts.needs.learns_from == "completions":

@@ -79,12 +79,22 @@ def check(config: DictConfig) -> None:
 
 
 def check_init(config: DictConfig) -> None:
-    """Refuses ``init.run`` without ``init=RUN`` on the command line, and ``init.which`` without a parent."""
+    """Refuses ``init.run`` without ``init=RUN`` on the command line, other weights than that run's, and ``init.which``
+    without a parent. A resumed run may find its parent's policy in another folder."""
     run, which = (OmegaConf.select(config, key) for key in (RUN, WHICH))
     if run is None and which not in (None, POLICIES[0]):
         raise UserError(f"init.which={which} selects a policy of init=RUN, and there is no init=")
-    if not isinstance(config.init, DictConfig) or (run is not None and config.model.get("path") is None):
+    path = config.model.get("path")
+    if not isinstance(config.init, DictConfig) or (run is not None and path is None):
         raise UserError(f"init={run or config.init} works only on the command line: python train.py init=RUN")
+    if run is None or config.get("resume"):
+        return
+    policy = Path(run, "model", str(which))
+    if Path(path).expanduser().resolve() != policy.expanduser().resolve():
+        raise UserError(
+            f"init.run={run} starts from {policy}, and model.path={path}; give init={run} without model.path, or "
+            "model.path without init.run"
+        )
 
 
 def check_number(path: str, value: object, low: float, *, above: bool = False) -> None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
 from policylab.callbacks.tables import console
+from policylab.config.checks import check_whole
 from policylab.errors import UserError
 from policylab.launch.asked import check_asked, output_file, sampling
 from policylab.launch.imports import UNUSED, absent
@@ -66,6 +67,7 @@ def check(config: DictConfig) -> None:
         UserError: naming the value.
     """
     check_asked(config)
+    check_whole("seed", config.seed, 0)
     if config.prompt is not None and not str(config.prompt).strip():
         raise UserError("prompt is empty; give the beginning of a text, or leave prompt out to be asked")
 

@@ -31,7 +31,7 @@ def with_parent(arguments: Sequence[str], logs: Path | None) -> list[str]:
 
     So ``algo=grpo init=latest`` becomes ``algo=grpo init.run=/FOLDER model=tiny model.path=/FOLDER/model/best
     model.name=tiny``, also for all jobs of a sweep, and for a later resume, when `latest` is another run. In a sweep
-    over several parents, their names become folders, and each job replaces its own.
+    over several parents, each name is resolved to a folder here; each job then replaces its own ``init=``.
 
     Args:
         logs: as for `find_run`.

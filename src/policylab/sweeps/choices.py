@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from policylab.errors import UserError
+from policylab.runs.same_run import below
 
 
 class Choices:
@@ -23,7 +24,8 @@ class Choices:
         loader: Hydra's loader, which has the config groups.
 
     Attributes:
-        values: values of each key; empty if they are drawn from an interval.
+        values: values of each key; an empty list for an interval, from which the sweeper draws them.
+        several: keys with several values, or an interval.
         shared: overrides that all jobs have.
         swept: keys that have different values in different jobs.
     """
@@ -35,18 +37,24 @@ class Choices:
             override.get_key_element(): override for override in self.parser.parse_overrides(list(words))
         }
         self.values = {key: values_of(override) for key, override in found.items()}
+        self.several = {key for key, override in found.items() if override.is_sweep_override()}
         one = {key: o for key, o in found.items() if not o.is_sweep_override() and self.group_of(o) is None}
         self.shared = [f"{key}={override.get_value_element_as_str()}" for key, override in one.items()]
         self.swept = found.keys() - one.keys()
 
     def group_of(self, override: Override) -> str | None:
-        """The group that the value of an override has choices of, such as ``algo``; None for a value for all jobs."""
+        """The group that the value of an override has choices of, such as ``algo``; None for a value for all jobs.
+
+        If a group has one choice only, a dict inside its own part is a value: ``reward=sentiment
+        +reward.weights={sentiment:1.0}``.
+        """
         value = override.value()
         if not isinstance(value, dict):
             return None
-        names = set(map(str, value))
-        groups = (key for key in self.values if "." not in key)
-        return next((key for key in groups if not names.isdisjoint(self.loader.get_group_options(key))), None)
+        names, key = set(map(str, value)), override.key_or_group
+        groups = (group for group in self.values if "." not in group)
+        named = (g for g in groups if not names.isdisjoint(self.loader.get_group_options(g)))
+        return next((g for g in named if g in self.several or not below(key, [g.replace("/", ".")])), None)
 
     def own(self, words: Sequence[str]) -> list[str]:
         """The overrides of one job, in which its own value replaces values by choice. If its choice has no value, the

@@ -140,7 +140,7 @@ def changed_words(
 ) -> list[str]:
     """Differences between the shared overrides and the recorded ones.
 
-    A key may change from one value for all jobs to several, or from several to one: that only gives other jobs.
+    A key may change between fixed and swept: this changes the list of jobs, not their values.
     """
     old, new = ({override_key(word): word for word in words} for words in (before, now))
     return [

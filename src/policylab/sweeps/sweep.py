@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from policylab.cli.hydra_files import sweep_file
 from policylab.config.checks import check, check_switch, check_whole
-from policylab.errors import RunError, counted
+from policylab.errors import RunError, UserError, counted
 from policylab.runs import status
 from policylab.runs.find import LATEST_SWEEP
 from policylab.runs.folder import check_link, point_latest
@@ -81,6 +81,7 @@ class Sweep:
         words = sweep_words(config.hydra.sweeper.get("params"), config.hydra.overrides.task)
         self.choices = Choices(words, context.config_loader)
         self.folder, self.logs = Path(config.hydra.sweep.dir).absolute(), Path(config.paths.logs)
+        self.places = dict[Path, str]()  # label of the job of each folder
         parameters: Any = OmegaConf.to_container(submitit, resolve=True)
         self.cluster = Cluster(cluster, self.folder, parameters) if cluster else None
         if not config.plan:
@@ -146,7 +147,8 @@ class Sweep:
         """The job with these overrides.
 
         Raises:
-            UserError: when a value is wrong, or this machine does not have the job's hardware.
+            UserError: when a value is wrong, this machine does not have the job's hardware, or another job has the same
+                folder.
         """
         own = self.choices.own(words)
         label = self.index.label(own)
@@ -157,6 +159,11 @@ class Sweep:
             place = self.folder / str(config.hydra.sweep.subdir)
             del config.hydra
         check(config)
+        if (other := self.places.setdefault(place, label)) != label:
+            raise UserError(
+                f"jobs {other} and {label} have the same folder {place}; put every swept key into hydra.sweep.subdir, "
+                "or leave it out"
+            )
         return Job(label, tuple(own), place, *((1, False) if self.cluster else need_of(config)))
 
     def start(self, job: Job, slot: Slot) -> Running:
