@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 import policylab
 from conftest import composed
 from doc_blocks import ROOT, blocks
+from policylab.callbacks import tables
 from policylab.cli.commands import as_overrides
 from policylab.errors import UserError
 from policylab.launch.runs import runs_job
@@ -71,6 +72,7 @@ def console(capsys: pytest.CaptureFixture[str], logs: Path, *words: str) -> str:
     """What ``python runs.py`` prints."""
     config = composed("runs", tuple(as_overrides(words)))
     config.paths.logs = str(logs)
+    tables.console.cache_clear()  # a training in this process may have turned it off
     runs_job(config)
     return capsys.readouterr().out
 
