@@ -388,6 +388,12 @@ def test_a_fault_of_the_environment_is_told_in_one_line(environment, message):
     assert "\n" not in str(told.value)
 
 
+def test_one_environment_for_two_episodes_is_refused():
+    shared = Until()
+    with pytest.raises(UserError, match="returned the same Until for two episodes"):
+        played([[[1]], [[1]]], lambda: shared)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -19,8 +19,8 @@ def environment(completions: Sequence[Completion]) -> list[Score]:
     """
     if not all(completion.turns for completion in completions):
         raise UserError(
-            "reward=environment: the completions have no turns, because the task has no environment; take the task's "
-            "own reward"
+            "reward=environment: the completions have no turns, because the task has no environment; add "
+            "reward=NAME, such as reward=sentiment for task=reviews"
         )
     names = dict.fromkeys(
         name for completion in completions for _, turn in completion.turns for name in turn.parts

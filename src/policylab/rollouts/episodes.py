@@ -136,13 +136,18 @@ class Episodes:
         """Samples ``group_size`` episodes of each prompt; see `policylab.rollouts.engine.Engine.sample`.
 
         Raises:
-            UserError: when the environment returns an invalid value, or a text that is too long.
+            UserError: when the environment returns an invalid value, or a text that is too long, or two episodes have
+                the same environment.
             RunError: when the environment raises an exception.
         """
-        rows = [
-            self.begin(policy, prompt, uniform)
-            for prompt, uniform in zip((p for p in prompts for _ in range(group_size)), noise, strict=True)
-        ]
+        environments = [self.create() for _ in noise]
+        if len(set(map(id, environments))) < len(environments):
+            raise UserError(
+                f"task.environment returned the same {type(environments[0]).__name__} for two episodes, which would "
+                "mix them up; it must make a new one at each call"
+            )
+        given = (prompt for prompt in prompts for _ in range(group_size))
+        rows = [self.begin(policy, *started) for started in zip(environments, given, noise, strict=True)]
         playing, has_values = rows, False
         for turn in range(1, self.turns + 1):
             sampled = self.write(policy, playing, behaviour)
@@ -156,9 +161,10 @@ class Episodes:
         groups = torch.arange(len(prompts), device=policy.device).repeat_interleave(group_size)
         return rollout.replace(group_ids=groups, values=rollout.values if has_values else None)
 
-    def begin(self, policy: Policy, prompt: Prompt, noise: Float[Tensor, " T"]) -> Row:
+    def begin(
+        self, policy: Policy, environment: Environment, prompt: Prompt, noise: Float[Tensor, " T"]
+    ) -> Row:
         """A new episode, with the first observation after its prompt."""
-        environment = self.create()
         given = replace(
             prompt, reference=call("copying a reference (plain data)", copy.deepcopy, prompt.reference)
         )
@@ -240,7 +246,9 @@ def checked(owner: str, answer: Any) -> Turn:
         **{f"part {n!r}": x for n, x in answer.parts.items()},
     }.items():
         if not is_finite(value):
-            raise UserError(f"{owner} gave {shown(value)} as the {name}; it must be a finite number")
+            raise UserError(
+                f"{owner} gave {shown(value)} as the {name}; it must be a finite number (of single precision)"
+            )
     return Turn(
         answer.text,
         as_number(answer.reward),
