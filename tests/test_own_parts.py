@@ -1,5 +1,5 @@
-"""Parts of the user's own (a family, an engine, a reader, a trainer): what they lack or return is told in one line that
-names the class, the method and what is expected."""
+"""User-defined parts (a family, an engine, a reader, a trainer): a missing member or a wrong return value is reported
+in one line that names the class, the method and what is expected."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Nonsense(Method[Mine]):
         return "trainer"
 
 
-def test_what_a_family_returns_is_checked():
+def test_return_values_of_a_family_are_checked():
     method = Nonsense(Mine())
     for call, message in [
         (lambda: method.plan(None, 1), r"Nonsense\.plan returned None; it must return BatchPlan$"),
@@ -174,7 +174,7 @@ def test_what_a_family_returns_is_checked():
         type("Attribute", (Nonsense,), {"needs": 3})
 
 
-def test_what_is_registered_makes_a_method(monkeypatch):
+def test_a_registered_function_must_return_a_method(monkeypatch):
     monkeypatch.setattr("policylab.training.methods.METHODS", {})
     register(Mine, Abstract)
     with pytest.raises(
@@ -371,7 +371,7 @@ def test_a_loss_is_a_number_with_a_gradient(loss, what):
         check_loss(mine, loss)
 
 
-def test_parts_with_state_load_it_too():
+def test_a_part_with_state_has_load_and_unique_names():
     state = RunState.__new__(RunState)
     state.origin, state._config = {}, ""
     for part, message in [
@@ -390,7 +390,7 @@ def test_parts_with_state_load_it_too():
             state.state()
 
 
-# -- what their lines raise -----------------------------------------------------------------------------------
+# -- errors in user code ---------------------------------------------------------------------------------------
 
 
 def careless(rollout):
@@ -407,8 +407,8 @@ def careless(rollout):
         ),
     ],
 )
-def test_what_a_line_of_the_user_raises_is_one_line(act, message):
-    """It raises, or the library does that it calls."""
+def test_an_error_in_user_code_is_one_line(act, message):
+    """Raised by the line itself, or by the library that it calls."""
     with pytest.raises((KeyError, RuntimeError)) as caught:
         act()
     assert re.search(message, one_line(caught.value))

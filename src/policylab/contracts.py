@@ -1,6 +1,6 @@
-"""What a part of the user's own (a family, an engine, a reader, a reward) must have and return.
+"""Checks user-defined parts (families, engines, readers, rewards): their members and return types.
 
-It is checked where the part is built, or where what it returns is first used.
+Members are checked when the part is built, a return value when it is first used.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from policylab.user_code import call, shown
 
 T = TypeVar("T")
 
-#: The methods of what keeps state over a resume.
+#: The methods of a part whose state checkpoints hold.
 STATE = ("state_dict", "load_state_dict")
 
 
 def returned(owner: str, value: Any, kind: type[T]) -> T:
-    """What a method of the user's own returned.
+    """The return value of a user-defined method.
 
     Args:
-        owner: how messages call the method.
-        kind: what it must return.
+        owner: name of the method, for messages.
+        kind: the required type.
 
     Raises:
         UserError: when it is of another type.
@@ -37,11 +37,11 @@ def returned(owner: str, value: Any, kind: type[T]) -> T:
 
 
 def check_grid(what: str, given: Any, mask: Any) -> None:
-    """Refuses anything but a tensor with a number for each token: another shape might be broadcast to the right one.
+    """Refuses a value that is not a tensor with a number for each token; another shape might be broadcast.
 
     Args:
-        what: how messages call it.
-        mask: a tensor of the right shape, ``[B, T]``.
+        what: name of the value, for messages.
+        mask: a tensor of the required shape, ``[B, T]``.
 
     Raises:
         UserError: naming both shapes.
@@ -57,16 +57,16 @@ def check_members(owner: str, part: object, protocol: type, later: Sequence[str]
     """Refuses a part that lacks a member of its protocol.
 
     Args:
-        owner: what messages call it, before the name of its class.
-        later: members that it need not have yet.
+        owner: kind of the part, for messages; the name of its class follows.
+        later: members that may be set after construction.
 
     Raises:
-        UserError: naming those that are missing.
+        UserError: naming the missing members.
     """
     members = {name for name in vars(protocol) if not name.startswith("_")} | inspect.get_annotations(
         protocol
     ).keys()
-    # of the class first, because a property may fail or cost something
+    # looks at the class first, because evaluating a property may be slow or fail
     missing = [n for n in members - set(later) if not (hasattr(type(part), n) or hasattr(part, n))]
     if missing:
         raise UserError(
@@ -76,11 +76,13 @@ def check_members(owner: str, part: object, protocol: type, later: Sequence[str]
 
 
 def check_overrides(kind: type, base: type) -> None:
-    """Makes the public methods of ``base`` that a class of the user's own overrides report what they raise, and refuse
-    to return anything but what is annotated in ``base``.
+    """Wraps the public methods of ``base`` that a user-defined class overrides.
+
+    A wrapped method reports its exceptions as `policylab.user_code.call` does, and refuses a return value whose type is
+    not the one that ``base`` annotates.
 
     Raises:
-        UserError: when it overrides one by something that is no method.
+        UserError: when the class overrides a method with something that is not a method.
     """
     if kind.__module__.startswith("policylab."):
         return
@@ -102,11 +104,11 @@ def _checked(function: Callable[..., Any], kind: type) -> Callable[..., Any]:
 
 
 def check_state(owner: str, part: object, base: type = object) -> None:
-    """Refuses a part that has one of the two methods of `STATE` alone, or names of its own for them.
+    """Refuses a part with only one of ``state_dict`` and ``load_state_dict``, or with ``load_state`` instead.
 
     Args:
-        owner: how messages call it.
-        base: a class whose own methods do not count.
+        owner: name of the part, for messages.
+        base: a base class whose own versions of these methods do not count.
 
     Raises:
         UserError: naming the missing method.
@@ -127,10 +129,10 @@ def check_state(owner: str, part: object, base: type = object) -> None:
 
 
 def refuse_state(owner: str, part: object) -> None:
-    """Refuses a part that keeps state, where checkpoints hold none of it.
+    """Refuses state in a part whose state checkpoints do not hold.
 
     Raises:
-        UserError: naming its method.
+        UserError: naming the method.
     """
     if kept := [name for name in (*STATE, "load_state") if hasattr(part, name)]:
         raise UserError(

@@ -77,7 +77,7 @@ def place(error: BaseException) -> str:
 
 
 def failed_in_user_code(error: BaseException) -> str | None:
-    """``Mine.training_step failed at mine.py:7: KeyError: 'x'``, where a line of the user's own raised the error, or
+    """``Mine.training_step failed at mine.py:7: KeyError: 'x'``, where a line of user code raised the error, or
     called the library that did; None for an error of this package."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         code = frame.f_code
@@ -89,7 +89,7 @@ def failed_in_user_code(error: BaseException) -> str | None:
 
 
 def is_theirs(error: BaseException) -> bool:
-    """Whether the user's own code raised it, or called the code that raised it."""
+    """Whether user code raised it, or called the code that raised it."""
     if isinstance(error, SyntaxError) and error.filename:
         files = [error.filename]
     else:

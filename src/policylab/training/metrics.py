@@ -73,12 +73,13 @@ def of_iteration(rollout: Rollout, all_sum: AllSum) -> dict[str, Tensor | float]
 
 def means_of(totals: Mapping[str, Total]) -> dict[str, float]:
     """By name. A part of a reward is 0 for the completions that lack it, so it is divided by the number of rewards."""
-
-    def values(name: str) -> float:
-        split, part, _ = name.partition("/reward/")
-        return totals[f"{split}/reward" if part else name].values
-
-    return {name: total.sum / values(name) for name, total in totals.items()}
+    means = {}
+    for name, total in totals.items():
+        reward = name.partition("/")[0] + "/reward"
+        means[name] = (
+            total.sum / (totals.get(reward, total) if name.startswith(f"{reward}/") else total).values
+        )
+    return means
 
 
 def check_numbers(trainer: str, metrics: Any) -> None:

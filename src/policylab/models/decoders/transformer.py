@@ -23,9 +23,7 @@ Attend = Callable[[int, Float[Tensor, "R KQ D"], Float[Tensor, "R 2 K D"]], Floa
 class Network(Protocol):
     """A snapshot of a transformer's weights, and its forward pass."""
 
-    copies_qkv: ClassVar[
-        bool
-    ]  #: whether it holds its own copy of the projections to queries, keys and values
+    copies_qkv: ClassVar[bool]  #: whether it copies the weights of queries, keys and values
 
     def __init__(self, lm: Any, dtype: torch.dtype) -> None: ...
 
