@@ -42,6 +42,7 @@ from policylab.runs.resume import rewind
 from policylab.runs.same_run import check_nothing_done, check_own_folder, check_same_values
 from policylab.runs.saved_config import ADDED, check_folder_is_free, load_config, plain
 from policylab.runs.status import RunStatus, finish_status, read_status, running_process
+from policylab.runs.token_records import read_records, recorded, write_records
 from policylab.runs.words import command, read, typed
 from policylab.runs.words import override as overriding
 from policylab.runs.writing import write_state
@@ -516,7 +517,13 @@ def test_records_after_the_checkpoint_are_dropped(tmp_path):
     train, val = (f'{{"iteration": 2, "split": "{split}"}}\n' for split in ("train", "val"))
     metrics.write_text("iteration,val/x,x\n0,9,\n1,,1\n2,8,2\n3,,3\n")
     samples.write_text(train + val + train.replace("2", "3") + '{"iterat')
+    for iteration in (1, 2, 3):
+        write_records(tmp_path, iteration, [{"tokens": [iteration]}])
     rewind(tmp_path, 2, validates=False)
+    assert {i: read_records(path) for i, path in recorded(tmp_path).items()} == {
+        1: [{"tokens": [1]}],
+        2: [{"tokens": [2]}],
+    }
     assert metrics.read_text() == "iteration,val/x,x\n0,9,\n1,,1\n2,8,2\n"
     assert samples.read_text() == train + val
     rewind(tmp_path, 2, validates=True)
@@ -525,6 +532,7 @@ def test_records_after_the_checkpoint_are_dropped(tmp_path):
     rewind(tmp_path, 0, validates=True)
     assert metrics.read_text() == "iteration\n"
     assert samples.read_text() == ""
+    assert recorded(tmp_path) == {}
 
 
 def test_another_run_cannot_be_resumed(tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from policylab.report.completions import is_flat, spaced
 from policylab.report.evidence import report_job
 from policylab.report.html import tag
 from policylab.report.page import PAGE, try_to_write_page, write_page
+from policylab.report.tokens import TOKENS, token_records
+from policylab.runs.token_records import write_records
 
 ATTACK = '</script><script>document.title = "run"</script><img src=x onerror="alert(1)"> {{data}} & "quoted"'
 
@@ -92,6 +96,16 @@ SAMPLES = [
     *(sample(2, "train", "flat prompt", 0.5) for _ in range(3)),
     *(sample(2, "train", "spread prompt", reward) for reward in (0.1, 0.7)),
 ]
+
+
+def record(**columns: list[float | None]) -> dict[str, Any]:
+    return {
+        **sample(1, "train", "the film", 0.5, ATTACK),
+        "text": [" a", ATTACK, "\n"],
+        "chosen": [True, False, True],
+        "kept": True,
+        **columns,
+    }
 
 
 class Page(HTMLParser):
@@ -189,6 +203,30 @@ def test_data_of_the_page_is_json(tmp_path: Path) -> None:
     assert "<" not in page.embedded({"text": ATTACK})
 
 
+def test_token_view(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", SAMPLES)
+    assert "Tokens" not in written(run).text
+    write_records(
+        run, 1, [record(logprobs=[-1.0, 0.0, -2.0], ref_logprobs=[-1.5, 0.0, -1.0], values=[0.1, None, 0.3])]
+    )
+    write_records(run, 10, [record(advantages=[0.5, 0.0, -0.5])])
+    found = written(run)
+    assert "Tokens" in found.text
+    assert "img" not in found.starts
+    first, last = json.loads(next(text for name, text in found.texts if name == "script"))["tokens"]
+    assert (first["iteration"], last["iteration"]) == (1, 10)
+    assert first["samples"][0]["text"][1] == ATTACK
+    assert first["samples"][0]["measures"] == {
+        "KL to the reference": [0.5, 0.0, -1.0],
+        "value": [0.1, None, 0.3],
+        "log-prob": [-1.0, 0.0, -2.0],
+    }
+    assert last["samples"][0]["measures"] == {"advantage": [0.5, 0.0, -0.5]}
+    for iteration in range(20, 60, 10):  # more than the page holds: the first and the last stay
+        write_records(run, iteration, [{**record(), "tokens": [0] * (TOKENS // 3)}])
+    assert [part["iteration"] for part in token_records(run)] == [1, 20, 50]
+
+
 def test_older_and_unfinished_runs(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for name in ("env.json", "summary.json", "train.log"):
@@ -198,14 +236,22 @@ def test_older_and_unfinished_runs(tmp_path: Path) -> None:
     for expected in ("failed", "RunError: <lost>", "no samples.jsonl", "no train.log", "after (iteration 4)"):
         assert expected in found.text, expected
     (run / "status.json").write_text(
-        json.dumps({"status": "running", "process": 2**22 + 1, "iteration": 2, "iterations": 4})
+        json.dumps(
+            {
+                "status": "running",
+                "process": 2**22 + 1,
+                "host": platform.node(),
+                "iteration": 2,
+                "iterations": 4,
+            }
+        )
     )
     (run / "metrics.csv").write_text("iteration,train/reward\n1,0.2\n")
     old = {"iteration": 1, "split": "train", "prompt": "p", "completion": "c", "reward": 1.0}
     (run / "samples.jsonl").write_text(json.dumps(old) + '\n{"iteration": 2, "spl')
     found = written(run)
     for expected in (
-        "running elsewhere, or killed",
+        "killed",
         "2 of 4",
         "No validation is on record",
         "Iteration 1: 1 prompt",
@@ -279,6 +325,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     """The page's script runs, that of a completion does not, and nothing is wider than a phone."""
     run = make_run(tmp_path / "run", SAMPLES)
+    write_records(run, 1, [record(advantages=[0.5, 0.0, -0.5])])
     write_page(run, run / PAGE)
     probe = tmp_path / "probe.html"
     probe.write_text(
@@ -287,7 +334,9 @@ def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
         "const svg = page.querySelector('svg'); svg.focus();"
         "svg.dispatchEvent(new KeyboardEvent('keydown', {key: 'Home', bubbles: true}));"
         "document.title = JSON.stringify([page.title, page.querySelector('.at').textContent,"
-        "page.documentElement.scrollWidth]); }, 100)</script>"
+        "page.documentElement.scrollWidth,"
+        "[...page.querySelectorAll('.strip span')].map(it => [it.textContent, it.style.backgroundColor !== ''])]);"
+        "}, 100)</script>"
     )
     options = (
         "--headless",
@@ -305,6 +354,7 @@ def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     (title,) = re.findall(r"<title>(.*)</title>", dom)
-    name, at, wide = json.loads(title)
+    name, at, wide, tokens = json.loads(unescape(title))
+    assert tokens == [[" a", True], [ATTACK, False], ["⏎\n", True]]
     assert (name, at) == ("ppo-tiny, run", "iteration 0")
     assert wide <= width

@@ -16,16 +16,19 @@ from policylab.report.charts import Chart, charts, figure
 from policylab.report.completions import samples_section
 from policylab.report.html import Html, fold, join, table, tag
 from policylab.report.read import Run, read_run
+from policylab.report.tokens import token_records, tokens_section
 from policylab.runs.figures import duration, headlines, number
 from policylab.runs.folder import write_atomically
 from policylab.runs.parents import policy_in_words
 from policylab.runs.samples_file import read_samples
-from policylab.runs.status import DONE, FAILED, RUNNING, read_status, running_process
+from policylab.runs.status import DONE, FAILED, read_status, state_of
 from policylab.runs.words import leaves, override_key
 
 log = logging.getLogger(__name__)
 
 PAGE = "report.html"
+#: Warnings that are shown at once.
+WARNINGS = 20
 TEMPLATE = Path(__file__).with_name("page.html")
 #: An entry of ``train.log``: its time, its level, who wrote it, and its text.
 ENTRY = re.compile(r"^\[([\d: ,-]+) (WARNING|ERROR|CRITICAL) ([\w.]+)\] (.*?)(?=^\[\d{4}-|\Z)", re.M | re.S)
@@ -69,11 +72,16 @@ def render(run: Run, state: str | None = None) -> str:
         "Curves": curves_section(drawn, other),
         "Warnings": warnings_section(run.folder),
         "Samples": samples_section(read_samples(run.folder)),
+        "Tokens": tokens_section(run.folder),
         "Config": config_section(run.config, recorded.get("overrides", [])),
         "Environment": environment_section(recorded),
     }
     there = {title: content for title, content in sections.items() if content}
     name = "-".join(filter(None, run.names[:2])) or run.folder.name
+    data = {
+        "charts": [chart.data() for chart in [*drawn, *other]],
+        "tokens": token_records(run.folder),
+    }
     values = {
         "title": tag("title", f"{name}, {run.folder.name}"),
         "heading": tag("h1", f"{name} ", tag("small", run.folder.name)),
@@ -81,7 +89,7 @@ def render(run: Run, state: str | None = None) -> str:
         "body": join(
             tag("section", tag("h2", title), content, id=title.lower()) for title, content in there.items()
         ),
-        "data": embedded({"charts": [chart.data() for chart in [*drawn, *other]]}),
+        "data": embedded(data),
     }
     return filled(TEMPLATE.read_text(encoding="utf-8"), values)
 
@@ -110,14 +118,12 @@ def embedded(data: Any) -> str:
 def summary_section(run: Run, recorded: Mapping[str, Any], state: str | None) -> Html:
     """State, names, times, the main metrics, and where the run comes from."""
     status = read_status(run.folder)
-    state = state or run.status
-    if state == RUNNING and status.get("process") and running_process(run.folder) is None:
-        state = "running elsewhere, or killed"
+    state = state or state_of(run.folder)
     algo, model, task = run.names
     done, planned = status.get("iteration"), status.get("iterations")
     seconds = run.summary.get("wall_seconds", status.get("wall_seconds"))
     facts = {
-        "state": tag("b", state, class_={DONE: "good", FAILED: "bad"}.get(state.split()[0], "middling")),
+        "state": tag("b", state, class_={DONE: "good", FAILED: "bad"}.get(state, "middling")),
         "task": task,
         "algorithm": algo,
         "model": model,
@@ -180,9 +186,7 @@ def curves_section(drawn: Sequence[Chart], other: Sequence[Chart]) -> Html:
     shown, rest = (
         tag("div", *part, class_="charts") for part in (figures[: len(drawn)], figures[len(drawn) :])
     )
-    return join(
-        [shown, fold(f"{counted(len(other), 'other metric')}", rest)] if other else [shown] * bool(drawn)
-    )
+    return join([shown, fold(counted(len(other), "other metric"), rest)] if other else [shown] * bool(drawn))
 
 
 def warnings_section(run_folder: Path) -> Html:
@@ -195,16 +199,9 @@ def warnings_section(run_folder: Path) -> Html:
     ]
     if not found:
         return tag("p", "None." if path.is_file() else "This run has no train.log.")
-    return (
-        tag("ul", *found[:20], class_="log")
-        if len(found) <= 20
-        else join(
-            [
-                tag("ul", *found[:20], class_="log"),
-                fold(f"{len(found) - 20} more", tag("ul", *found[20:], class_="log")),
-            ]
-        )
-    )
+    shown, rest = (tag("ul", *part, class_="log") for part in (found[:WARNINGS], found[WARNINGS:]))
+    more = len(found) - WARNINGS
+    return join([shown, fold(f"{more} more", rest)]) if more > 0 else shown
 
 
 def config_section(config: Mapping[str, Any], overrides: Sequence[str]) -> Html:

@@ -23,6 +23,7 @@ from policylab.runs.same_run import (
     check_something_left,
 )
 from policylab.runs.saved_config import load_config, plain, save_config
+from policylab.runs.token_records import drop_records
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def validates_again(config: DictConfig, checkpoint: Path | None) -> bool:
 
 
 def rewind(run_folder: Path, iteration: int, *, validates: bool) -> None:
-    """Drops the rows after an iteration from ``metrics.csv`` and ``samples.jsonl``; the resumed run writes them again.
+    """Drops what is after an iteration from ``metrics.csv``, ``samples.jsonl`` and ``rollouts/``; the resumed run
+    writes it again.
 
     Args:
         validates: whether to drop the validation of that iteration as well. It comes after the checkpoint, and a kill
@@ -87,6 +89,7 @@ def rewind(run_folder: Path, iteration: int, *, validates: bool) -> None:
     def stays(at: float, split: str) -> bool:
         return at < iteration or (at == iteration and not (validates and split == "val"))
 
+    drop_records(run_folder, iteration)
     if metrics.is_file():
         rows = read_rows(metrics)
         cut = [{k: v for k, v in row.items() if stays(row["iteration"], k.split("/")[0])} for row in rows]
