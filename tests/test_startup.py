@@ -27,7 +27,15 @@ UNUSED = (
         "datasets",
         "peft",
     ),
-    *("gguf", "torchvision", "IPython", "vllm", "trl", "policylab.report", "policylab.rollouts.generate"),
+    *(
+        "gguf",
+        "torchvision",
+        "IPython",
+        "vllm",
+        "trl",
+        "policylab.report.plots",
+        "policylab.rollouts.generate",
+    ),
 )
 
 RUN = f"""
