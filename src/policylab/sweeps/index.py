@@ -46,17 +46,17 @@ class Index:
         self.failed = dict[str, str]()
         self.submitted = dict[str, str]()
         self.lock = self.path.open("a+")  # held as long as it is open
-        records = read_records(self.path)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sessions = [record["session"] for record in records if "session" in record]
+            sessions = [record["session"] for record in read_records(self.path) if "session" in record]
             where = f", as process {sessions[-1]['process']} of {sessions[-1]['host']}" if sessions else ""
             raise UserError(f"{folder} is running{where}; wait for its end, or stop it first") from None
         except OSError as error:
             raise UserError(
                 f"cannot lock {self.path}: {error.strerror}; take a folder on another disk: hydra.sweep.dir=PATH"
             ) from None
+        records = read_records(self.path)  # under the lock: no other process adds to them any more
         if records and not resume:
             raise UserError(f"{folder} already holds a sweep; to resume it, give {word('sweep', folder)}")
         cut_torn_line(self.path)
